@@ -1,0 +1,1 @@
+"""Images to beton files, beton files to views."""

@@ -1,0 +1,35 @@
+"""How the kernels are compiled: by Numba, without the GIL, cached on disk."""
+
+import hashlib
+from pathlib import Path
+
+from numba import njit
+
+_MODULES = ("kernels.py", "policy.py", "render.py", "decoder.py")
+
+
+def _drop_stale_cache() -> None:
+    """Delete the compiled files if any kernel module has changed.
+
+    Numba looks only at the file of the function that it loads, so a kernel that another module has inlined would live on there
+    in its old form. Caches that a concurrent process loses this way are compiled again.
+    """
+    folder = Path(__file__).parent
+    cache = folder / "__pycache__"
+    digest = hashlib.sha256(b"".join((folder / name).read_bytes() for name in _MODULES)).hexdigest()
+    stamp = cache / "kernels.sha256"
+    try:
+        if stamp.exists() and stamp.read_text() == digest:
+            return
+        for name in _MODULES:
+            for file in cache.glob(f"{Path(name).stem}.*.nb[ci]"):
+                file.unlink(missing_ok=True)
+        cache.mkdir(exist_ok=True)
+        stamp.write_text(digest)
+    except OSError:
+        pass  # a read-only installation: Numba then caches elsewhere, and nobody edits the sources
+
+
+_drop_stale_cache()
+
+compiled = njit(cache=True, nogil=True, fastmath=True, error_model="numpy")

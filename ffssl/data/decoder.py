@@ -1,0 +1,101 @@
+"""Stored images to views: each image is decoded once, and all its views are rendered while the pixels are in cache."""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import llvmlite.binding
+import numpy as np
+from numba import types
+
+from ffssl.data.compiled import compiled
+from ffssl.data.policy import AFFINE_JITTER, PARAMETER_COLUMNS, POLICY_COLUMNS, STANDARD_MAGNITUDE, ViewPolicy, draw, view_key
+from ffssl.data.render import render
+from ffssl.errors import UserError
+
+RAW = 1  # mode of an image that is stored as pixels; 0 is JPEG
+
+# ffcv's own JPEG decoder, taken from its library without importing the package, which takes seconds. As an external symbol, unlike
+# as a ctypes pointer, it lets Numba cache the functions that call it.
+_library = next(Path(importlib.util.find_spec("ffcv").origin).parent.glob("_libffcv*.so"))
+llvmlite.binding.load_library_permanently(str(_library))
+_imdecode = types.ExternalFunction(
+    "imdecode",
+    types.int32(
+        types.voidptr, types.uint64, types.uint32, types.uint32, types.voidptr, types.uint32, types.uint32, types.uint32,
+        types.uint32, types.uint32, types.uint32, types.boolean, types.boolean,
+    ),
+)  # fmt: skip
+
+
+class ViewSettings:
+    """What to render of each image: `views` views of `resolution` pixels by `policy` (one, or one a view, dealt out in turn).
+
+    Epoch, resolution and magnitude change by `set_epoch`, without recompiling: the compiled code reads `counters` (int64: seed,
+    epoch) and `policy_rows` (float64, (policies, POLICY_COLUMNS)), whose addresses never change.
+    """
+
+    def __init__(self, views: int, resolution: int, policy: ViewPolicy | Sequence[ViewPolicy], seed: int):
+        if views < 1:
+            raise UserError(f"{views} views asked for, at least 1 is needed")
+        self.views = views
+        self.policies = (policy,) if isinstance(policy, ViewPolicy) else tuple(policy)
+        self.counters = np.array([seed, 0])
+        self.policy_rows = np.zeros((len(self.policies), POLICY_COLUMNS))
+        self.set_epoch(0, resolution)
+
+    def set_epoch(self, epoch: int, resolution: int, magnitude: float = STANDARD_MAGNITUDE) -> None:
+        if resolution < 1:
+            raise UserError(f"resolution {resolution} asked for, at least 1 pixel is needed")
+        self.resolution = resolution
+        self.counters[1] = epoch
+        self.policy_rows[:] = [policy.row(magnitude) for policy in self.policies]
+
+
+@compiled
+def decode(data, mode, height, width, pixels):
+    """Decode one stored image into `pixels` (uint8, 3 * height * width or longer). Returns whether it decoded cleanly."""
+    if mode == RAW:
+        if data.shape[0] != height * width * 3:
+            return False
+        pixels[: data.shape[0]] = data
+        return True
+    return 0 == _imdecode(data.ctypes, data.shape[0], height, width, pixels.ctypes, height, width, 0, 0, 1, 1, False, False)
+
+
+@compiled
+def render_views(pixels, height, width, counters, policy_rows, sample, views):
+    """Draw and render the views (uint8, (views, 3, R, R)) of a decoded image."""
+    image = pixels[: height * width * 3].reshape((height, width, 3))
+    drawn = np.empty(PARAMETER_COLUMNS)
+    for v in range(views.shape[0]):
+        policy = policy_rows[v % policy_rows.shape[0]]
+        draw(view_key(counters[0], counters[1], sample, v), height, width, policy, drawn)
+        render(image, drawn, policy[AFFINE_JITTER] != 0, views[v])
+
+
+@compiled
+def most_pixels(images, indices):
+    """Pixels of the largest of the images at `indices`."""
+    largest = 0
+    for i in indices:
+        largest = max(largest, np.int64(images[i]["height"]) * np.int64(images[i]["width"]))
+    return largest
+
+
+@compiled
+def render_samples(file, pointers, sizes, images, indices, counters, policy_rows, views):
+    """Decode the images at `indices` and render their views: uint8 (len(indices), views, 3, R, R).
+
+    file: the mapped beton file, uint8. pointers, sizes: where stored fields begin, sorted, and their bytes. images: the image
+    field's metadata. Raises ValueError with the index of an image that does not decode.
+    """
+    pixels = np.empty(3 * most_pixels(images, indices), np.uint8)
+    for b in range(len(indices)):
+        image = images[indices[b]]
+        height, width = np.int64(image["height"]), np.int64(image["width"])
+        pointer = image["data_ptr"]
+        data = file[pointer : pointer + sizes[np.searchsorted(pointers, pointer)]]
+        if not decode(data, image["mode"], height, width, pixels):
+            raise ValueError("image does not decode", indices[b])
+        render_views(pixels, height, width, counters, policy_rows, indices[b], views[b])
