@@ -1,0 +1,58 @@
+"""kNN accuracy of a backbone while it trains."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ffssl.data.loader import ViewLoader
+from ffssl.data.policy import EVALUATION
+from ffssl.evaluate.knn import knn_accuracy
+from ffssl.images import to_input
+
+
+@torch.no_grad()
+def extract_features(backbone: nn.Module, loader: ViewLoader, device: torch.device, amp: torch.autocast) -> tuple[Tensor, Tensor]:
+    """Pooled features (N, d) float32 and labels (N,) of all images of `loader`, in evaluation mode."""
+    training = backbone.training
+    backbone.eval()
+    features, labels = [], []
+    for views, batch_labels, _ in loader:
+        with amp:
+            features.append(backbone(to_input(views[:, 0], device)).float())
+        labels.append(batch_labels.to(device))
+    backbone.train(training)
+    return torch.cat(features), torch.cat(labels)
+
+
+class OnlineKnn:
+    """Classifies the validation images by their neighbours among training images (at most `bank_samples`, drawn at random).
+
+    Views are centre crops at the largest training resolution. `options`: all sections; see the section evaluate.
+    """
+
+    def __init__(self, options: SimpleNamespace, device: torch.device):
+        self._options, self._device = options.evaluate, device
+        common = {
+            "batch_size": 256, "views": 1, "resolution": options.resolution.max, "policy": EVALUATION, "shuffle": False,
+            "drop_last": False, "workers": options.data.workers, "batches_ahead": 1,
+        }  # fmt: skip
+        self._queries = ViewLoader(options.data.validation, **common)
+        self._bank = ViewLoader(options.data.train, **common)
+        for loader in (self._queries, self._bank):
+            loader.require_labels()
+        total = len(self._bank.samples)
+        if total > options.evaluate.bank_samples:
+            chosen = np.random.Generator(np.random.Philox(options.run.seed)).choice(total, options.evaluate.bank_samples, replace=False)
+            self._bank.samples = np.sort(chosen)
+
+    def accuracy(self, backbone: nn.Module, amp: torch.autocast) -> float:
+        """Share (0..1) of the validation images classified rightly."""
+        bank, bank_labels = extract_features(backbone, self._bank, self._device, amp)
+        queries, query_labels = extract_features(backbone, self._queries, self._device, amp)
+        return knn_accuracy(bank, bank_labels, queries, query_labels, k=self._options.k, temperature=self._options.temperature)
+
+    def close(self) -> None:
+        self._queries.close()
+        self._bank.close()

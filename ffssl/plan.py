@@ -1,0 +1,42 @@
+"""The schedules of one run: `ffssl.schedules` with a run's options filled in."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from ffssl import schedules
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each epoch and each step of a run is to be. `options`: all sections; see `ffssl.config`."""
+
+    options: SimpleNamespace
+    steps_per_epoch: int
+
+    @property
+    def total_steps(self) -> int:
+        return self.options.training.epochs * self.steps_per_epoch
+
+    def resolution(self, epoch: int) -> int:
+        r, t = self.options.resolution, self.options.training
+        return schedules.resolution(
+            epoch, schedule=r.schedule, epochs=t.epochs, warmup=round(t.warmup_epochs), low=r.min, high=r.max, step=r.step
+        )
+
+    def magnitude(self, epoch: int) -> float:
+        a = self.options.augment
+        return schedules.magnitude(epoch, epochs=self.options.training.epochs, low=a.magnitude_min, high=a.magnitude_max)
+
+    def learning_rate_and_momentum(self, step: int) -> tuple[float, float]:
+        t = self.options.training
+        warmup = t.warmup_share * self.total_steps if t.schedule == "1-clr" else t.warmup_epochs * self.steps_per_epoch
+        return schedules.learning_rate_and_momentum(
+            step, schedule=t.schedule, total=self.total_steps, warmup=round(warmup), peak=t.learning_rate,
+            momentum=t.momentum, momentum_low=t.momentum_low, momentum_high=t.momentum_high,
+        )  # fmt: skip
+
+    def noise_scale(self, step: int, samples: int) -> float:
+        learning_rate, momentum = self.learning_rate_and_momentum(step)
+        return schedules.noise_scale(
+            learning_rate=learning_rate, momentum=momentum, samples=samples, batch_size=self.options.training.batch_size
+        )

@@ -1,0 +1,73 @@
+"""Learning rate, momentum, resolution and augmentation magnitude, as pure functions of the step or the epoch.
+
+Equations and sections are those of "Accelerating Self-Supervised Learning via Efficient Training Strategies".
+"""
+
+import math
+
+LEARNING_RATE_SCHEDULES = ("f1-clr", "1-clr", "cosine", "cosine-warmup")
+RESOLUTION_SCHEDULES = ("spl", "progressive", "constant")
+
+
+def f1_clr(step: int, *, total: int, warmup: int, peak: float) -> float:
+    """Learning rate of the fixed one-cycle schedule (eq. 8) at `step` of `total` optimiser steps.
+
+    The one-cycle schedule (eq. 7) is the same with a `warmup` in proportion to `total`.
+    """
+    if step < warmup:
+        return peak * (1 - math.cos(math.pi * step / warmup)) / 2
+    return peak * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+
+
+def anti_phase_momentum(step: int, *, total: int, warmup: int, low: float, high: float) -> float:
+    """Momentum of the one-cycle schedules (eqs. 7 and 8): `high` where the learning rate is 0, `low` at its peak."""
+    return high - (high - low) * f1_clr(step, total=total, warmup=warmup, peak=1.0)
+
+
+def cosine(step: int, *, total: int, peak: float) -> float:
+    """Cosine annealing (eq. 5)."""
+    return peak * (1 + math.cos(math.pi * step / total)) / 2
+
+
+def cosine_with_warmup(step: int, *, total: int, warmup: int, peak: float) -> float:
+    """Linear warm-up, then cosine annealing over the rest (eq. 6)."""
+    if step < warmup:
+        return peak * step / warmup
+    return cosine(step - warmup, total=total - warmup, peak=peak)
+
+
+def learning_rate_and_momentum(
+    step: int, *, schedule: str, total: int, warmup: int, peak: float, momentum: float, momentum_low: float, momentum_high: float
+) -> tuple[float, float]:
+    """The pair at `step` under one of LEARNING_RATE_SCHEDULES. The cosine schedules keep `momentum`."""
+    if schedule in ("f1-clr", "1-clr"):
+        return (
+            f1_clr(step, total=total, warmup=warmup, peak=peak),
+            anti_phase_momentum(step, total=total, warmup=warmup, low=momentum_low, high=momentum_high),
+        )
+    if schedule == "cosine":
+        return cosine(step, total=total, peak=peak), momentum
+    return cosine_with_warmup(step, total=total, warmup=warmup, peak=peak), momentum
+
+
+def noise_scale(*, learning_rate: float, momentum: float, samples: int, batch_size: int) -> float:
+    """Scale of the gradient noise, g = eps |D| / (b (1 - beta)) (section 3, below eq. 4)."""
+    return learning_rate * samples / (batch_size * (1 - momentum))
+
+
+def resolution(epoch: int, *, schedule: str, epochs: int, warmup: int, low: int, high: int, step: int) -> int:
+    """Side of the views in pixels (section 3.2, fig. 3).
+
+    "spl" stays at `high` for `warmup` epochs and then goes from `low` to `high` in stages of equal length, one a multiple of
+    `step`; "progressive" does so from the first epoch; "constant" is `high`.
+    """
+    if schedule == "constant" or (schedule == "spl" and epoch < warmup):
+        return high
+    start = warmup if schedule == "spl" else 0
+    stages = (high - low) // step + 1
+    return low + step * ((epoch - start) * stages // (epochs - start))
+
+
+def magnitude(epoch: int, *, epochs: int, low: float, high: float) -> float:
+    """Augmentation magnitude, rising linearly from `low` in the first epoch to `high` in the last (section 3.2, fig. 3)."""
+    return low + (high - low) * epoch / max(epochs - 1, 1)
