@@ -1,0 +1,282 @@
+"""Every option of a training run, declared once, and how options are read.
+
+Options come from a YAML file (`--config FILE`) of sections and keys, and from the command line (`--section.option=value`), which
+wins. A file may name another as its `base`, relative to itself, and override it key by key.
+"""
+
+import difflib
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import yaml
+from fastargs import Param, Section
+from fastargs.config import Config
+from fastargs.exceptions import MissingValueError, ValidationError
+from fastargs.validation import Checker
+
+from ffssl.errors import UserError
+from ffssl.schedules import LEARNING_RATE_SCHEDULES, RESOLUTION_SCHEDULES
+
+class Number(Checker):
+    """A number of `kind` between two bounds. Unlike fastargs' own it takes neither 1.5 nor true for an integer."""
+
+    def __init__(self, kind: type, low: float, high: float = float("inf")):
+        self.kind, self.low, self.high = kind, low, high
+
+    def check(self, value):
+        number = self.kind(value)
+        if isinstance(value, bool) or not self.low <= number <= self.high or (self.kind is int and number != float(value)):
+            raise ValueError
+        return number
+
+    def help(self):
+        bounds = f"of {self.low:g} or more" if self.high == float("inf") else f"from {self.low:g} to {self.high:g}"
+        return f"{'an integer' if self.kind is int else 'a number'} {bounds}"
+
+
+class Switch(Checker):
+    """true or false. fastargs' own takes the word "false" for true."""
+
+    def check(self, value):
+        return {"true": True, "false": False}[str(value).lower()]
+
+    def help(self):
+        return "true or false"
+
+
+class Choice(Checker):
+    """One of the given words, listed in their order."""
+
+    def __init__(self, *words: str):
+        self.words = words
+
+    def check(self, value):
+        if value not in self.words:
+            raise ValueError
+        return value
+
+    def help(self):
+        return f"one of {', '.join(self.words)}"
+
+
+def _integer(low: int) -> Number:
+    return Number(int, low)
+
+
+def _number(low: float, high: float = float("inf")) -> Number:
+    return Number(float, low, high)
+
+
+def declare() -> Config:
+    """All options, with their checks, defaults and help."""
+    config = Config()
+
+    def section(name: str, about: str, /, **params: Param) -> None:
+        Section(name, about, config_descriptor=config).params(**params)
+
+    section(
+        "data", "Where the images come from",
+        train=Param(str, "beton file to train on", required=True),
+        validation=Param(str, "beton file with labels for the online kNN; none: no evaluation"),
+        workers=Param(_integer(0), "threads that render views; 0: one per core", 0),
+        batches_ahead=Param(_integer(1), "batches rendered ahead of the step; each costs memory", 3),
+    )  # fmt: skip
+    section(
+        "augment", "Which views are drawn of an image",
+        views=Param(_integer(2), "views of each image; more than 2 need hard_augment", 2),
+        policy=Param(str, "view policy (simsiam, simclr, byol); default: the method's own"),
+        jitter_form=Param(Choice("torchvision", "affine"), "colour jitter: torchvision's steps, or one cheaper colour matrix", "torchvision"),
+        crop_scale_min=Param(_number(0.001, 1), "smallest crop, as a share of the area; default: the policy's"),
+        blur=Param(_number(0, 1), "probability of blur; default: the policy's"),
+        magnitude_min=Param(_number(0), "strength of colour jitter in the first epoch; 5 is the standard", 5.0),
+        magnitude_max=Param(_number(0), "strength of colour jitter in the last epoch", 5.0),
+    )  # fmt: skip
+    section(
+        "resolution", "Side of the views, by epoch",
+        schedule=Param(Choice(*RESOLUTION_SCHEDULES), "spl: max during warm-up, then min to max; progressive: min to max; constant: max", "constant"),
+        max=Param(_integer(1), "largest side in pixels", 224),
+        min=Param(_integer(1), "smallest side in pixels", 96),
+        step=Param(_integer(1), "sides are multiples of this; the backbone's stride", 32),
+    )  # fmt: skip
+    section(
+        "hard_augment", "Which pair of an image's views is trained on",
+        select=Param(Choice("off", "hard", "random"), "hard: the pair with the largest loss; random: for comparison", "off"),
+        resolution=Param(_integer(1), "side in pixels of the views in the selection pass", 64),
+    )  # fmt: skip
+    section(
+        "model", "The encoder",
+        backbone=Param(str, "resnet18, resnet50, or resnet-small for CPUs", "resnet50"),
+        zero_init_residual=Param(Switch(), "start each residual block as the identity", False),
+    )  # fmt: skip
+    section(
+        "method", "The self-supervised method; options left out are its authors'",
+        name=Param(str, "simsiam or simclr", "simsiam"),
+        hidden=Param(_integer(1), "width of the projector's hidden layers"),
+        projection=Param(_integer(1), "length of the projections"),
+        predictor=Param(_integer(1), "width of the predictor's bottleneck (simsiam)"),
+        constant_predictor_lr=Param(Switch(), "keep the predictor's learning rate at its peak (simsiam)"),
+        temperature=Param(_number(1e-6), "temperature of the softmax (simclr)"),
+    )  # fmt: skip
+    section(
+        "training", "The optimisation: SGD with momentum",
+        epochs=Param(_integer(1), "passes over the training file", 200),
+        batch_size=Param(_integer(2), "images in an optimiser step", 512),
+        schedule=Param(Choice(*LEARNING_RATE_SCHEDULES), "of the learning rate", "cosine"),
+        learning_rate=Param(_number(0), "its peak", 0.1),
+        warmup_epochs=Param(_number(0), "length of the warm-up, of the learning rate's and of spl's", 0.0),
+        warmup_share=Param(_number(0, 1), "length of 1-clr's warm-up as a share of the training", 0.3),
+        momentum=Param(_number(0, 0.9999), "of the cosine schedules", 0.9),
+        momentum_low=Param(_number(0, 0.9999), "of the one-cycle schedules, at the peak of the learning rate", 0.85),
+        momentum_high=Param(_number(0, 0.9999), "of the one-cycle schedules, at their ends", 0.95),
+        weight_decay=Param(_number(0), "L2 penalty", 1e-4),
+        amp=Param(Choice("auto", "bf16", "fp16", "off"), "mixed precision; auto: bf16 where the GPU has it, else fp16, off on CPU", "auto"),
+    )  # fmt: skip
+    section(
+        "evaluate", "Online kNN on frozen features",
+        every=Param(_integer(0), "epochs between evaluations; 0: only before and after training", 0),
+        k=Param(_integer(1), "neighbours", 200),
+        temperature=Param(_number(1e-6), "of the votes", 0.1),
+        bank_samples=Param(_integer(1), "training images in the bank at most, chosen at random", 100_000),
+    )  # fmt: skip
+    section(
+        "run", "This run",
+        folder=Param(str, "where log and checkpoint go; a run that is there already is continued", required=True),
+        resume=Param(Choice("auto", "never"), "auto: continue the folder's run; never: refuse a folder that holds one", "auto"),
+        device=Param(str, "cuda, cuda:N or cpu; auto: a GPU where there is one", "auto"),
+        seed=Param(_integer(0), "of the initial weights, the order and the views", 0),
+        tensorboard=Param(Switch(), "write TensorBoard files beside the log", True),
+    )  # fmt: skip
+    return config
+
+
+def read_options(arguments: list[str]) -> SimpleNamespace:
+    """The options of a run, a namespace of sections, from command-line arguments.
+
+    Raises UserError, naming the option: unknown (with the nearest known one), of a wrong type, missing, or at odds with another.
+    """
+    config = declare()
+    settings: dict[str, object] = {}
+    overrides: dict[str, object] = {}
+    words = iter(arguments)
+    for word in words:
+        if not word.startswith("--"):
+            raise UserError(f"{word!r}: expected --config FILE or --section.option=value")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            value = next(words, None)
+            if value is None or value.startswith("--"):
+                raise UserError(f"--{name}: a value is missing, as in --{name}=value")
+        if name in ("config", "config-file"):
+            settings |= _read_file(Path(value), config)
+        else:
+            _check_name(name, f"--{name}", config)
+            overrides[name] = yaml.safe_load(value) if value not in ("", "off") else value
+    options = _validated(config, settings | overrides)
+    _check_together(options)
+    return options
+
+
+def command_line_options(usage: str) -> SimpleNamespace:
+    """The options of this process's command line. Prints the help, or what is wrong in one line, and leaves with status 0 or 2."""
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        print(help_text(usage))
+        sys.exit(0)
+    try:
+        return read_options(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def as_dict(options: SimpleNamespace) -> dict[str, dict]:
+    """The options as plain sections of keys, for a log or a checkpoint."""
+    return {section: dict(vars(values)) for section, values in vars(options).items()}
+
+
+def help_text(usage: str) -> str:
+    """The program's usage, then each option with its check, default and meaning, by section."""
+    config = declare()
+    lines = [usage.strip(), ""]
+    for path, entries in config.sections_to_entries.items():
+        lines.append(f"{config.sections[path].desc}:")
+        for entry in entries:
+            param = config.entries[entry]
+            default = "required" if param.required else "" if param.default is None else f"default {param.default}"
+            note = "; ".join(filter(None, [param.checker.help() if param.checker.help() != "a string" else "", default]))
+            lines.append(f"  --{'.'.join(entry):<36} {param.desc}{f' ({note})' if note else ''}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _names(config: Config) -> list[str]:
+    return [".".join(path) for path in config.entries]
+
+
+def _check_name(name: str, where: str, config: Config) -> None:
+    if name not in _names(config):
+        nearest = difflib.get_close_matches(name, [*_names(config), "config"], n=1, cutoff=0.5)
+        raise UserError(f"{where}: unknown option{f'; did you mean {nearest[0]}?' if nearest else ''}")
+
+
+def _read_file(path: Path, config: Config) -> dict[str, object]:
+    """A YAML file's options by dotted name, on top of its base's."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: the config can't be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a config holds sections of options, as in training: {{epochs: 100}}")
+    base = content.pop("base", None)
+    settings = _read_file(path.parent / base, config) if base else {}
+    for section, values in content.items():
+        if (section,) not in config.sections:
+            nearest = difflib.get_close_matches(str(section), [s[0] for s in config.sections], n=1)
+            raise UserError(f"{path}: unknown section {section!r}{f'; did you mean {nearest[0]}?' if nearest else ''}")
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: section {section} must hold options, one a line")
+        for key, value in values.items():
+            _check_name(f"{section}.{key}", f"{path}: {section}.{key}", config)
+            settings[f"{section}.{key}"] = value
+    return settings
+
+
+def _validated(config: Config, settings: dict[str, object]) -> SimpleNamespace:
+    config.collect({name: "off" if value is False and name in _WORDS_LIKE_FALSE else value for name, value in settings.items()})
+    sections: dict[str, SimpleNamespace] = {}
+    for path, param in config.entries.items():
+        name = ".".join(path)
+        try:
+            value = config[path]
+        except MissingValueError:
+            raise UserError(f"--{name}: required ({param.desc})") from None
+        except ValidationError:
+            raise UserError(f"--{name}: expected {param.checker.help()}, got {settings[name]!r}") from None
+        setattr(sections.setdefault(path[0], SimpleNamespace()), path[1], value)
+    return SimpleNamespace(**sections)
+
+
+_WORDS_LIKE_FALSE = ("training.amp", "hard_augment.select")  # YAML reads a bare off as false
+
+
+def _check_together(options: SimpleNamespace) -> None:
+    """What single options can't show: contradictions between them."""
+    resolution, training, augment = options.resolution, options.training, options.augment
+    for name in ("max", "min") if resolution.schedule != "constant" else ("max",):
+        if getattr(resolution, name) % resolution.step:
+            raise UserError(
+                f"--resolution.{name}: {getattr(resolution, name)} is no multiple of --resolution.step={resolution.step}"
+            )
+    if resolution.schedule != "constant" and resolution.min > resolution.max:
+        raise UserError(f"--resolution.min: {resolution.min} is larger than --resolution.max={resolution.max}")
+    if training.warmup_epochs >= training.epochs:
+        raise UserError(f"--training.warmup_epochs: {training.warmup_epochs:g} of {training.epochs} epochs leave none after the warm-up")
+    if training.momentum_low > training.momentum_high:
+        raise UserError(f"--training.momentum_low: {training.momentum_low} is larger than --training.momentum_high={training.momentum_high}")
+    if options.hard_augment.select == "off" and augment.views > 2:
+        raise UserError(f"--augment.views: {augment.views} views, of which only 2 would be used; set --hard_augment.select=hard")
+    if options.hard_augment.select != "off" and augment.views < 3:
+        raise UserError(f"--augment.views: {augment.views} views leave no pair to choose; hard_augment needs 3 or more")

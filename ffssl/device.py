@@ -1,0 +1,33 @@
+"""Which device to use, and in which precision."""
+
+import contextlib
+
+import torch
+
+from ffssl.errors import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is the GPU where there is one. Raises UserError where it can't be had."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--run.device: {name} can't be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def mixed_precision(amp: str, device: torch.device) -> tuple[contextlib.AbstractContextManager, torch.amp.GradScaler]:
+    """The autocast context, which may be entered again and again, and the gradient scaler, which does nothing but for fp16.
+
+    amp: "auto" (bf16 where the GPU has it, else fp16, float32 on CPU), "bf16", "fp16" or "off".
+    """
+    if amp == "auto":
+        amp = "off" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if amp == "fp16" and device.type == "cpu":
+        raise UserError("--training.amp: fp16 needs a GPU; use bf16 or off")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+    return autocast, torch.amp.GradScaler(device.type, enabled=amp == "fp16")

@@ -1,0 +1,251 @@
+"""Pre-train an image encoder without labels.
+
+    python ffssl/train.py --config rn50_configs/efficient.yaml --data.train=train.beton --run.folder=runs/efficient
+    python ffssl/train.py --config rn50_configs/efficient.yaml ... --training.epochs=50     # any option can be overridden
+    python ffssl/train.py --help                                                            # all options
+
+The same command again continues a run that was interrupted, from the start of the epoch.
+"""
+
+import sys
+
+from ffssl.config import as_dict, command_line_options
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds: --help and a mistyped option are answered at once
+    OPTIONS = command_line_options(__doc__)
+
+import contextlib
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from ffssl import checkpoint
+from ffssl.backbones import build_backbone
+from ffssl.cost import step_flops
+from ffssl.data.loader import ViewLoader
+from ffssl.data.policy import choose_policies
+from ffssl.device import choose_device, mixed_precision
+from ffssl.errors import UserError
+from ffssl.evaluate.online import OnlineKnn
+from ffssl.hard_augment import random_pair, select_hardest, take_pair
+from ffssl.images import to_input
+from ffssl.methods import Method, build_method
+from ffssl.plan import Plan
+from ffssl.run_log import RunLog
+
+STEPS_BETWEEN_CHECKS = 50  # on a GPU reading the loss waits for the step; this often costs nothing and loses little
+
+
+@dataclass
+class Run:
+    """What a run trains, and how far it has come."""
+
+    options: SimpleNamespace
+    plan: Plan
+    device: torch.device
+    amp: torch.autocast
+    method: Method
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    epoch: int = 0  # epochs finished
+    spent: dict[str, float] = field(default_factory=lambda: {"seconds": 0.0, "flops": 0.0})
+
+    def state(self) -> dict:
+        return {
+            "epoch": self.epoch,
+            "spent": self.spent,
+            "options": as_dict(self.options),
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def restore(self, state: dict) -> None:
+        self.epoch, self.spent = state["epoch"], state["spent"]
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+def train(options: SimpleNamespace) -> None:
+    """Train to the end, from the folder's checkpoint where there is one. Raises UserError, and FloatingPointError if the loss diverges."""
+    folder = Path(options.run.folder)
+    device = choose_device(options.run.device)
+    torch.manual_seed(options.run.seed)
+    method = build(options, device)
+    with contextlib.ExitStack() as stack:
+        loader = stack.enter_context(open_loader(options, method))
+        knn = stack.enter_context(contextlib.closing(OnlineKnn(options, device))) if options.data.validation else None
+        amp, scaler = mixed_precision(options.training.amp, device)
+        optimizer = torch.optim.SGD(method.parameter_groups(options.training.weight_decay), lr=0.0, momentum=options.training.momentum)
+        run = Run(options, Plan(options, len(loader)), device, amp, method, optimizer, scaler)
+        resumed = resume(run, folder)
+        log = stack.enter_context(contextlib.closing(RunLog(folder, last_epoch=run.epoch if resumed else -1, tensorboard=options.run.tensorboard)))
+        if not resumed:
+            if knn:
+                log.write({"epoch": 0, **run.spent, "knn": knn.accuracy(method.backbone, amp)})
+            checkpoint.save(folder, run.state())
+
+        epochs = options.training.epochs
+        while run.epoch < epochs:
+            row = train_epoch(run, loader)
+            if knn and (run.epoch == epochs or (options.evaluate.every and run.epoch % options.evaluate.every == 0)):
+                row["knn"] = knn.accuracy(method.backbone, amp)
+            log.write(row)
+            checkpoint.save(folder, run.state())
+
+
+def train_epoch(run: Run, loader: ViewLoader) -> dict[str, float]:
+    """One pass over the training images. Returns the log's row."""
+    options, plan, epoch = run.options, run.plan, run.epoch
+    resolution, magnitude = plan.resolution(epoch), plan.magnitude(epoch)
+    torch.manual_seed(options.run.seed + epoch)  # so that an epoch's random numbers don't depend on where a run was resumed
+    loader.set_epoch(epoch, resolution, magnitude)
+    run.method.train()
+    step = epoch * plan.steps_per_epoch
+    losses, spreads, waited, started = [], [], 0.0, time.perf_counter()
+    check_every = 1 if run.device.type == "cpu" else STEPS_BETWEEN_CHECKS
+
+    with tqdm(total=len(loader) * loader.batch_size, unit="img", desc=f"epoch {epoch + 1}/{options.training.epochs}", disable=None) as bar:
+        batches = iter(loader)
+        for i in range(len(loader)):
+            asked = time.perf_counter()
+            views, _, _ = next(batches)
+            waited += time.perf_counter() - asked
+            loss, spread = train_step(run, views, step + i)
+            losses.append(loss)
+            spreads.append(spread)
+            if (i + 1) % check_every == 0 or i + 1 == len(loader):
+                last = torch.stack(losses[-check_every:]).mean().item()
+                if not torch.isfinite(torch.tensor(last)):
+                    raise FloatingPointError(diverged(run, step + i))
+                elapsed = time.perf_counter() - started
+                bar.set_postfix(
+                    loss=f"{last:.3f}", lr=f"{plan.learning_rate_and_momentum(step + i)[0]:.3g}", res=resolution, wait=f"{waited / elapsed:.0%}"
+                )
+            bar.update(len(views))
+        batches.close()
+
+    seconds = time.perf_counter() - started
+    select = options.hard_augment.select == "hard"
+    flops = len(loader) * step_flops(
+        run.method, batch_size=loader.batch_size, resolution=resolution, views=options.augment.views,
+        selection_resolution=options.hard_augment.resolution if select else 0,
+    )  # fmt: skip
+    run.epoch += 1
+    run.spent = {"seconds": run.spent["seconds"] + seconds, "flops": run.spent["flops"] + flops}
+    learning_rate, momentum = plan.learning_rate_and_momentum(step + len(loader) - 1)
+    return {
+        "epoch": run.epoch, **run.spent, "loss": torch.stack(losses).mean().item(), "learning_rate": learning_rate, "momentum": momentum,
+        "noise_scale": plan.noise_scale(step + len(loader) - 1, len(loader.samples)), "resolution": resolution, "magnitude": magnitude,
+        "images_per_second": len(loader) * loader.batch_size / seconds, "data_wait": waited / seconds,
+        "embedding_std": torch.stack(spreads).mean().item(),
+    }  # fmt: skip
+
+
+def train_step(run: Run, views: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """One optimiser step on uint8 views (B, m, 3, R, R). Returns the loss and the spread of the embeddings, without waiting for them."""
+    learning_rate, momentum = run.plan.learning_rate_and_momentum(step)
+    for group in run.optimizer.param_groups:
+        group["lr"] = run.options.training.learning_rate if group.get("constant_lr") else learning_rate
+        group["momentum"] = momentum
+
+    images = to_input(views, run.device)
+    with run.amp:
+        first, second = choose_pair(run, images, step)
+        loss, embeddings = run.method(first, second)
+    run.optimizer.zero_grad(set_to_none=True)
+    run.scaler.scale(loss).backward()
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    return loss.detach(), embedding_spread(embeddings.detach())
+
+
+def choose_pair(run: Run, images: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """The two views of each image to train on, of (B, m, 3, R, R): each (B, 3, R, R), channels_last."""
+    select = run.options.hard_augment.select
+    if select == "hard":
+        chosen = select_hardest(run.method, images, run.options.hard_augment.resolution)
+    elif select == "random":
+        generator = torch.Generator().manual_seed(run.options.run.seed + step)
+        chosen = random_pair(len(images), images.shape[1], generator).to(images.device)
+    else:
+        return tuple(images[:, v].contiguous(memory_format=torch.channels_last) for v in range(2))
+    return tuple(view.contiguous(memory_format=torch.channels_last) for view in take_pair(images, chosen))
+
+
+def embedding_spread(embeddings: Tensor) -> Tensor:
+    """Standard deviation of the L2-normalised embeddings (N, d) times sqrt(d): 1 for directions at random, 0 after a collapse."""
+    z = F.normalize(embeddings.float(), dim=1)
+    return z.std(0).mean() * z.shape[1] ** 0.5
+
+
+def build(options: SimpleNamespace, device: torch.device) -> Method:
+    backbone = build_backbone(options.model.backbone, zero_init_residual=options.model.zero_init_residual)
+    settings = {name: value for name, value in vars(options.method).items() if name != "name"}
+    return build_method(options.method.name, backbone, settings).to(device, memory_format=torch.channels_last)
+
+
+def open_loader(options: SimpleNamespace, method: Method) -> ViewLoader:
+    augment = options.augment
+    policies = choose_policies(
+        augment.policy or method.policy, crop_scale_min=augment.crop_scale_min, blur=augment.blur, jitter_form=augment.jitter_form
+    )
+    return ViewLoader(
+        options.data.train, batch_size=options.training.batch_size, views=augment.views, policy=policies,
+        resolution=options.resolution.max, seed=options.run.seed, workers=options.data.workers, batches_ahead=options.data.batches_ahead,
+    )  # fmt: skip
+
+
+def resume(run: Run, folder: Path) -> bool:
+    """Continue from the folder's checkpoint. Returns whether there was one. Raises UserError if it is of another experiment."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--run.folder: {folder} can't be made: {error.strerror}") from error
+    state = checkpoint.load(folder, run.device)
+    if state is None:
+        return False
+    if run.options.run.resume == "never":
+        raise UserError(f"--run.folder: {folder} holds a run already; choose another folder, or --run.resume=auto to continue it")
+    now = as_dict(run.options)
+    for section in ("augment", "resolution", "hard_augment", "model", "method", "training"):
+        for name, before in state["options"][section].items():
+            if before != now[section][name]:
+                raise UserError(
+                    f"--{section}.{name}: the run in {folder} has {before!r}, not {now[section][name]!r}; choose another --run.folder"
+                )
+    run.restore(state)
+    return True
+
+
+def diverged(run: Run, step: int) -> str:
+    return (
+        f"the loss is not finite at step {step} (epoch {run.epoch + 1}); the checkpoint of epoch {run.epoch} in {run.options.run.folder} is "
+        f"untouched. Try a smaller --training.learning_rate (now {run.options.training.learning_rate:g}) or a longer --training.warmup_epochs"
+    )
+
+
+def main() -> int:
+    try:
+        train(OPTIONS)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues after the last whole epoch", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
