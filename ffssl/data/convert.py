@@ -1,0 +1,240 @@
+"""Converts a source of images to a beton file, in parallel, with the same bytes whatever the number of workers.
+
+    from ffssl.data.convert import ConvertOptions, convert
+    from ffssl.data.sources.folder import ImageFolder
+
+    if __name__ == "__main__":  # worker processes import the main module
+        summary = convert(ImageFolder("photos"), "photos.beton", ConvertOptions(max_side=500))
+
+Beside the file goes `photos.beton.json`: class names, options, counts, what was skipped, and the file's checksum.
+"""
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import ffssl
+from ffssl.data.beton_writer import BetonWriter, check_writable
+from ffssl.data.encode import BrokenImage, EncodedImage, Encoding, How, encode_image
+from ffssl.data.sources import Source
+from ffssl.data.workers import WorkerDied, map_in_order
+from ffssl.errors import UserError
+
+
+class ConversionError(UserError):
+    """The run failed at a sample, a worker or a device, though the options were sound."""
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """How to convert; raises UserError for values out of range.
+
+    encoding: size limit and JPEG quality. compressed_share: share of samples stored as JPEG, the rest as raw pixels;
+    which, a hash of the sample's index decides. workers: processes that encode; with 1 the caller's own does.
+    subset: that many samples, those whose hash of (subset_seed, index) is least, in the source's order: random,
+    repeatable, and a smaller subset is part of a larger one. skip_broken: leave broken images out instead of stopping.
+    """
+
+    encoding: Encoding = field(default_factory=Encoding)
+    compressed_share: float = 1.0
+    workers: int = 1
+    subset: int | None = None
+    subset_seed: int = 0
+    skip_broken: bool = False
+    overwrite: bool = False
+    progress: bool = True
+
+    def __post_init__(self):
+        if not 0 <= self.compressed_share <= 1:
+            raise UserError(f"compressed share {self.compressed_share}: must be 0 to 1 (--compressed-share)")
+        if self.workers < 1:
+            raise UserError(f"{self.workers} workers: must be at least 1 (--workers)")
+        if self.subset is not None and self.subset < 1:
+            raise UserError(f"subset {self.subset}: must be at least 1 (--subset)")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was written. counts: samples by `How`; skipped: (name, reason) of each broken image left out."""
+
+    path: Path
+    samples: int
+    class_names: list[str] | None
+    file_bytes: int
+    counts: dict[str, int]
+    skipped: list[tuple[str, str]]
+    sha256: str
+    seconds: float
+
+
+def convert(source: Source, path: str | os.PathLike, options: ConvertOptions = ConvertOptions()) -> Summary:
+    """Write the images and labels of `source` to a beton file at `path`, and a description to `path`.json.
+
+    The file appears under its name when it is whole; a failed or interrupted run leaves what was there before.
+    Raises UserError for options that do not fit, ConversionError for a broken image, a failing source or a worker
+    that was killed, BetonWriteError when writing fails.
+    """
+    path = Path(path)
+    started = time.monotonic()
+    check_output(path, options.overwrite)
+    indices = select_subset(len(source), options.subset, options.subset_seed)
+    counts: Counter[str] = Counter()
+    skipped: list[tuple[str, str]] = []
+    # Closed explicitly: an exception's traceback would keep the generator, and its workers, alive.
+    with BetonWriter(path, max_samples=len(indices)) as writer, closing(_encoded(source, indices, options)) as results:
+        for result in results:
+            if isinstance(result, _Broken):
+                if not options.skip_broken:
+                    raise ConversionError(f"{result.name}: {result.reason}; repair it, or pass --skip-broken")
+                skipped.append((result.name, result.reason))
+                continue
+            image, label = result
+            writer.add(image.data, image.mode, image.width, image.height, label)
+            counts[image.how.value] += 1
+        if len(writer) == 0:
+            raise ConversionError(
+                f"{path}: not written: all {len(skipped)} images are broken; the first, {': '.join(skipped[0])}"
+            )
+        sha256 = writer.finish()
+        # A description must never lie beside a file it does not describe, even if this process is killed here.
+        description_path(path).unlink(missing_ok=True)
+    summary = Summary(
+        path=path,
+        samples=sum(counts.values()),
+        class_names=source.class_names,
+        file_bytes=path.stat().st_size,
+        counts={how.value: counts[how.value] for how in How},
+        skipped=skipped,
+        sha256=sha256,
+        seconds=time.monotonic() - started,
+    )
+    _write_description(summary, source, options)
+    return summary
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Raise UserError unless a beton file may be put at `path`."""
+    check_writable(path)
+    if path.exists() and not overwrite:
+        raise UserError(f"{path}: exists already; pass --overwrite to replace it")
+
+
+def description_path(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def select_subset(count: int, subset: int | None, seed: int) -> np.ndarray:
+    """Indices into `count` samples, ascending. Raises UserError if there are fewer than `subset`."""
+    if subset is None:
+        return np.arange(count)
+    if subset > count:
+        raise UserError(f"subset {subset}: the source has only {count} images (--subset)")
+    return np.sort(np.argsort(_hash(np.arange(count), seed), kind="stable")[:subset])
+
+
+def is_compressed(indices: np.ndarray, share: float) -> np.ndarray:
+    """Which samples are stored as JPEG: a `share` of them, by a hash of their index. bool, like `indices`."""
+    # The upper 53 bits make an exact float64 in [0, 1), so shares of 0 and 1 are exact as well.
+    return (_hash(indices, seed=0x6A706567) >> np.uint64(11)) * 2.0**-53 < share
+
+
+def _hash(indices: np.ndarray, seed: int) -> np.ndarray:
+    """SplitMix64's output function (Steele et al. 2014) of a counter that starts at a hash of `seed`. uint64."""
+
+    def mix(z: np.ndarray) -> np.ndarray:
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+    gamma = np.uint64(0x9E3779B97F4A7C15)
+    start = mix(np.array([seed % 2**64], np.uint64) + gamma)
+    return mix(start + (indices.astype(np.uint64) + np.uint64(1)) * gamma)
+
+
+@dataclass(frozen=True)
+class _Broken:
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """The workers' task: (index, whether compressed) -> (image, label) or _Broken."""
+
+    source: Source
+    encoding: Encoding
+
+    def __call__(self, sample: np.ndarray) -> tuple[EncodedImage, int] | _Broken:
+        index, compressed = sample.tolist()
+        try:
+            image, label = self.source.load(index)
+        except OSError as error:
+            # Not a broken image: with --skip-broken, a failing disk must not thin out the data set.
+            raise ConversionError(f"{self.source.name(index)}: cannot be read: {error.strerror or error}") from error
+        try:
+            return encode_image(image, self.encoding, bool(compressed)), label
+        except BrokenImage as error:
+            return _Broken(self.source.name(index), str(error))
+        except MemoryError:
+            raise ConversionError(f"{self.source.name(index)}: not enough memory; pass fewer --workers") from None
+
+
+def _encoded(source: Source, indices: np.ndarray, options: ConvertOptions) -> Iterator:
+    samples = np.column_stack([indices, is_compressed(indices, options.compressed_share)])
+    results = map_in_order(_Encoder(source, options.encoding), samples, options.workers, size_of=_bytes_of)
+    # disable=None: no bar unless standard error is a terminal.
+    bar = tqdm(results, total=len(samples), unit=" images", smoothing=0.05, disable=None if options.progress else True)
+    try:
+        yield from bar
+    except WorkerDied as error:
+        first = source.name(int(indices[error.position]))
+        raise ConversionError(
+            f"a worker process was killed near {first}, perhaps for lack of memory; pass fewer --workers"
+        ) from error
+    finally:
+        bar.close()
+        results.close()
+
+
+def _bytes_of(result: tuple[EncodedImage, int] | _Broken) -> int:
+    return 0 if isinstance(result, _Broken) else len(result[0].data)
+
+
+def _write_description(summary: Summary, source: Source, options: ConvertOptions) -> None:
+    """Only what the input determines: neither times nor the number of workers, so equal runs give equal files."""
+    description = {
+        "ffssl": ffssl.__version__,
+        "sha256": summary.sha256,
+        "bytes": summary.file_bytes,
+        "samples": summary.samples,
+        "class_names": summary.class_names,
+        "source": {"kind": type(source).__name__, "origin": source.origin, "samples": len(source)},
+        "options": {
+            **asdict(options.encoding),
+            "compressed_share": options.compressed_share,
+            "subset": options.subset,
+            "subset_seed": options.subset_seed,
+            "skip_broken": options.skip_broken,
+        },
+        "counts": summary.counts,
+        "skipped": [{"name": name, "reason": reason} for name, reason in summary.skipped],
+    }
+    target = description_path(summary.path)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, target)
+    except OSError as error:
+        raise ConversionError(
+            f"{target}: could not be written: {error.strerror}; {summary.path} itself is whole"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)

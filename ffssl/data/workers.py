@@ -1,0 +1,107 @@
+"""A parallel map that keeps the order, bounds its memory, notices killed workers and stops at once."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection
+from typing import TypeVar
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+MAX_CHUNK = 16  # enough that handing out work costs little beside the work
+IN_FLIGHT_BYTES = 256 << 20
+
+
+class WorkerDied(RuntimeError):
+    """A worker process ended by itself or was killed. position: of the first item whose result is missing."""
+
+    def __init__(self, position: int):
+        super().__init__(f"a worker died; results from item {position} on are missing")
+        self.position = position
+
+
+def map_in_order(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    workers: int,
+    size_of: Callable[[Result], int],
+) -> Iterator[Result]:
+    """Yield function(item) for each item, in order, computed by `workers` processes, or in this one if there is 1.
+
+    Results computed ahead of the consumer are held to about IN_FLIGHT_BYTES, judged by `size_of` the largest so far.
+    `function` is pickled once a worker. What it raises is raised here, and WorkerDied when a worker is killed. Closing
+    the iterator ends the workers at once.
+    """
+    if workers == 1 or len(items) <= 1:
+        yield from map(function, items)
+        return
+    # Forking a process with threads may deadlock, and ours may hold torch's and ffcv's; the fork server has none.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([function.__class__.__module__])
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (function,))
+    try:
+        yield from _in_chunks(pool, items, 2 * workers + 2, size_of)
+        pool.shutdown()
+    finally:
+        _stop(pool)
+
+
+def _in_chunks(pool: ProcessPoolExecutor, items: Sequence, max_pending: int, size_of: Callable) -> Iterator:
+    pending: deque = deque()
+    submitted, done, largest = 0, 0, 0
+    try:
+        while done < len(items):
+            while submitted < len(items) and len(pending) < max_pending:
+                # One item each until sizes are known.
+                chunk = min(MAX_CHUNK, IN_FLIGHT_BYTES // (largest * max_pending)) if largest else 1
+                pending.append(pool.submit(_run_chunk, items[submitted : submitted + max(1, chunk)]))
+                submitted += max(1, chunk)
+            results, error = pending.popleft().result()
+            for result in results:
+                largest = max(largest, size_of(result))
+                yield result
+            if error:
+                raise error
+            done += len(results)
+    except BrokenProcessPool:
+        raise WorkerDied(done) from None
+
+
+_function: Callable
+
+
+def _start_worker(function: Callable) -> None:
+    global _function
+    _function = function
+    # Ctrl-C reaches the whole process group; the parent decides what becomes of the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    # Workers of a killed parent would wait for work for ever.
+    connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _run_chunk(items: Sequence) -> tuple[list, Exception | None]:
+    """The results up to the first exception, and that: what came before it is still wanted."""
+    results = []
+    for item in items:
+        try:
+            results.append(_function(item))
+        except Exception as error:
+            return results, error
+    return results, None
+
+
+def _stop(pool: ProcessPoolExecutor) -> None:
+    # Before Python 3.14 there is no public way to end workers in the middle of a task.
+    for process in list((pool._processes or {}).values()):
+        process.terminate()
+    pool.shutdown(wait=False, cancel_futures=True)

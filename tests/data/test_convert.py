@@ -1,0 +1,348 @@
+"""The conversion: pixels against PIL's, kept bytes against the files, and runs that are cut short."""
+
+import hashlib
+import io
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import pytest
+
+from ffssl.data.beton import MODE_JPEG, MODE_RAW, read_beton
+from ffssl.data.convert import ConversionError, ConvertOptions, convert, is_compressed, select_subset
+from ffssl.data.encode import BrokenImage, Encoding, How, encode_image
+from ffssl.data.sources import Source
+from ffssl.data.sources.folder import ImageFolder
+from ffssl.errors import UserError
+
+QUIET = {"progress": False}
+
+
+def picture(width=90, height=60, mode="RGB"):
+    y, x = np.mgrid[:height, :width] * (200 / max(width, height))
+    array = np.stack([x, y, 230 - (x + y) / 2], -1).astype(np.uint8)
+    array[: height // 4, : width // 4] = (250, 20, 20)  # a corner that gives the orientation away
+    return PIL.Image.fromarray(array).convert(mode)
+
+
+def save(image, kind="JPEG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pixels_of(encoded):
+    if encoded.mode == MODE_RAW:
+        return np.frombuffer(encoded.data, np.uint8).reshape(encoded.height, encoded.width, 3)
+    return np.asarray(PIL.Image.open(io.BytesIO(encoded.data)).convert("RGB"))
+
+
+def assert_close(encoded, reference, mean=5, largest=160):
+    """Within what JPEG at quality 90 does; a flip, a clipped or a misread channel is several times as far off."""
+    got, reference = pixels_of(encoded).astype(int), np.asarray(reference.convert("RGB")).astype(int)
+    assert got.shape == reference.shape == (encoded.height, encoded.width, 3)
+    difference = np.abs(got - reference)
+    assert difference.mean() < mean and difference.max() < largest
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("options", [{}, {"quality": 30}, {"subsampling": 0}, {"restart_marker_blocks": 1}])
+def test_jpeg_keeps_its_bytes(mode, options):
+    data = save(picture(mode=mode), **options)
+    for encoding in (Encoding(), Encoding(max_side=90), Encoding(quick_check=True)):
+        encoded = encode_image(data, encoding)
+        assert encoded.data == data and (encoded.how, encoded.mode) == (How.KEPT, MODE_JPEG)
+        assert (encoded.width, encoded.height) == (90, 60)
+
+
+def test_progressive_keeps_its_pixels():
+    data = save(picture(), progressive=True)
+    encoded = encode_image(data, Encoding())
+    assert encoded.how == How.BASELINE
+    assert not PIL.Image.open(io.BytesIO(encoded.data)).info.get("progressive")
+    np.testing.assert_array_equal(pixels_of(encoded), np.asarray(PIL.Image.open(io.BytesIO(data))))
+
+
+@pytest.mark.parametrize("max_side", [None, 45])
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_exif_orientation_is_applied(orientation, max_side):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    data = save(picture(), exif=exif, quality=95)
+    reference = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(data)))
+    if max_side:
+        reference = reference.resize((reference.width // 2, reference.height // 2), PIL.Image.Resampling.LANCZOS)
+    assert_close(encode_image(data, Encoding(max_side)), reference)
+    raw = encode_image(data, Encoding(max_side), compressed=False)
+    if max_side:
+        assert_close(raw, reference, mean=2)
+    else:
+        np.testing.assert_array_equal(pixels_of(raw), np.asarray(reference))
+    png = encode_image(save(picture(), "PNG", exif=exif), Encoding(max_side))
+    assert (png.width, png.height) == reference.size
+    assert_close(png, reference)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "BMP", "GIF"])
+def test_other_formats(kind):
+    assert_close(encode_image(save(picture(), kind), Encoding()), picture())
+
+
+def test_cmyk_and_its_relatives():
+    for image, kind in [
+        (picture(mode="CMYK"), "JPEG"),
+        (picture(mode="CMYK"), "TIFF"),
+        (picture(mode="YCbCr"), "TIFF"),
+    ]:
+        data = save(image, kind)
+        reference = PIL.Image.open(io.BytesIO(data)).convert("RGB")
+        assert_close(encode_image(data, Encoding()), reference)
+        np.testing.assert_array_equal(
+            pixels_of(encode_image(data, Encoding(), compressed=False)), np.asarray(reference)
+        )
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bits_are_scaled_not_clipped(kind):
+    values = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    encoded = encode_image(save(PIL.Image.fromarray(values), kind), Encoding(), compressed=False)
+    np.testing.assert_array_equal(
+        pixels_of(encoded), np.repeat(np.round(values / 257).astype(np.uint8)[..., None], 3, 2)
+    )
+
+
+def test_transparency_is_put_on_white():
+    image = picture().convert("RGBA")
+    image.putalpha(PIL.Image.new("L", image.size, 51))
+    expected = np.round(255 * 0.8 + np.asarray(picture()) * 0.2)
+    raw = encode_image(save(image, "PNG"), Encoding(), compressed=False)
+    assert np.abs(pixels_of(raw) - expected).max() <= 1
+    for data in (
+        save(PIL.Image.new("LA", (4, 4), (0, 0)), "PNG"),
+        save(PIL.Image.new("P", (4, 4), 0), "PNG", transparency=0),
+        save(PIL.Image.new("RGB", (4, 4), (9, 9, 9)), "PNG", transparency=(9, 9, 9)),
+        save(PIL.Image.new("L", (4, 4), 7), "PNG", transparency=7),
+        save(PIL.Image.new("P", (4, 4), 3), "GIF", transparency=3),
+    ):
+        assert (pixels_of(encode_image(data, Encoding(), compressed=False)) == 255).all()
+
+
+def test_palette_bilevel_and_first_frame():
+    palette = picture().convert("P")
+    assert_close(encode_image(save(palette, "PNG"), Encoding()), palette, mean=8)
+    bilevel = picture().convert("1")
+    raw = encode_image(save(bilevel, "PNG"), Encoding(), compressed=False)
+    np.testing.assert_array_equal(pixels_of(raw), np.asarray(bilevel.convert("RGB")))
+    frames = save(
+        PIL.Image.new("RGB", (8, 8), "red"), "GIF", save_all=True, append_images=[PIL.Image.new("RGB", (8, 8), "blue")]
+    )
+    assert (pixels_of(encode_image(frames, Encoding(), compressed=False)) == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 400), (401, 3), (333, 250), (1600, 1200)])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_reduction_keeps_shape_and_content(size, kind):
+    data = save(picture(*size), kind)
+    encoded = encode_image(data, Encoding(max_side=100), compressed=False)
+    scale = min(1, 100 / max(size))
+    assert (encoded.width, encoded.height) == tuple(max(1, round(s * scale)) for s in size)
+    reference = PIL.Image.open(io.BytesIO(data)).resize((encoded.width, encoded.height), PIL.Image.Resampling.LANCZOS)
+    assert_close(encoded, reference, mean=1.5)
+
+
+def test_lossless_sources_keep_full_chroma():
+    image = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
+    layers = lambda data: PIL.Image.open(io.BytesIO(data)).layer[0][1:3]
+    assert layers(encode_image(save(image, "PNG"), Encoding()).data) == (1, 1)
+    assert layers(encode_image(np.asarray(image), Encoding()).data) == (1, 1)
+    assert layers(encode_image(save(image, "WEBP"), Encoding()).data) == (2, 2)
+    low, high = (len(encode_image(np.asarray(image), Encoding(jpeg_quality=q)).data) for q in (10, 95))
+    assert low < high / 2
+
+
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (b"", "is empty"),
+        (b"not an image", "not an image of a known format"),
+        (save(picture())[:-40], "[Pp]remature end"),
+        (save(picture())[:20], "cut header"),
+        (save(picture(), progressive=True)[:-40], "[Pp]remature end|Huffman"),
+        (save(picture(mode="CMYK"))[:-200], "[Pp]remature end"),
+        (save(picture(), "PNG")[:-200], "does not decode"),
+        (save(picture(), "GIF")[:-200], "does not decode"),
+        (save(picture(mode="F"), "TIFF"), "floating-point"),
+        (save(PIL.Image.new("RGB", (65501, 1)), "PNG"), "65501 x 1.*--max-side"),
+        (np.zeros((4, 4), np.uint8), r"uint8 \(4, 4\) where"),
+        (np.zeros((4, 4, 3), np.float32), "float32"),
+    ],
+)
+def test_broken_images_say_why(data, reason):
+    with pytest.raises(BrokenImage, match=reason):
+        encode_image(data, Encoding())
+
+
+def test_options_are_checked():
+    for make in (
+        lambda: Encoding(jpeg_quality=101),
+        lambda: Encoding(jpeg_quality=-1),
+        lambda: Encoding(max_side=0),
+        lambda: Encoding(max_side=1 << 16),
+        lambda: ConvertOptions(workers=0),
+        lambda: ConvertOptions(subset=0),
+        lambda: ConvertOptions(compressed_share=1.1),
+        lambda: ConvertOptions(compressed_share=float("nan")),
+    ):
+        with pytest.raises(UserError, match=r"\(--"):
+            make()
+
+
+def test_share_and_subset():
+    indices = np.arange(20_000)
+    assert is_compressed(indices, 1.0).all() and not is_compressed(indices, 0.0).any()
+    assert abs(is_compressed(indices, 0.3).mean() - 0.3) < 0.015
+    assert (is_compressed(indices, 0.3) <= is_compressed(indices, 0.4)).all()
+    small, large = select_subset(20_000, 500, 7), select_subset(20_000, 2000, 7)
+    assert len(set(small.tolist())) == 500 and set(small) <= set(large) and (np.diff(small) > 0).all()
+    assert set(small) != set(select_subset(20_000, 500, 8))
+    assert abs(large.mean() - 10_000) < 500
+    with pytest.raises(UserError, match="only 10 images"):
+        select_subset(10, 11, 0)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """24 images of many kinds in two classes."""
+    root = tmp_path / "images"
+    for label in "ab":
+        (root / label).mkdir(parents=True)
+    for i in range(24):
+        image = picture(40 + 5 * i, 90 - 2 * i)
+        kind, options = [("JPEG", {}), ("PNG", {}), ("JPEG", {"progressive": True}), ("JPEG", {"quality": 50})][i % 4]
+        (root / "ab"[i % 2] / f"{i:02d}.{kind.lower()}").write_bytes(save(image, kind, **options))
+    return root
+
+
+def convert_folder(folder, name="out.beton", encoding=Encoding(), **options):
+    path = folder.parent / name
+    return path, convert(ImageFolder(folder), path, ConvertOptions(encoding=encoding, **{**QUIET, **options}))
+
+
+def test_a_whole_run(folder):
+    path, summary = convert_folder(folder, workers=2)
+    beton, data, source = read_beton(path), path.read_bytes(), ImageFolder(folder)
+    assert summary.counts == {"kept": 12, "baseline": 6, "encoded": 6, "raw": 0} and summary.samples == 24
+    assert beton.labels.tolist() == [0] * 12 + [1] * 12
+    for i, (row, size) in enumerate(zip(beton.images, beton.image_sizes)):
+        original, label, name = source.read(i)
+        stored = data[int(row["data_ptr"]) :][: int(size)]
+        assert label == beton.labels[i]
+        reference = PIL.Image.open(name)
+        assert reference.size == (row["width"], row["height"])
+        if name.endswith("jpeg") and not reference.info.get("progressive"):
+            assert stored == original
+        assert np.abs(np.asarray(PIL.Image.open(io.BytesIO(stored))).astype(int) - np.asarray(reference)).mean() < 3
+    description = json.loads((folder.parent / "out.beton.json").read_text())
+    assert description["sha256"] == summary.sha256 == hashlib.sha256(data).hexdigest()
+    assert description["class_names"] == ["a", "b"] and description["samples"] == 24 and description["skipped"] == []
+
+
+def test_bytes_do_not_depend_on_workers(folder):
+    options = dict(compressed_share=0.5, subset=20, encoding=Encoding(max_side=70))
+    runs = [convert_folder(folder, workers=workers, overwrite=True, **options) for workers in (1, 2, 4, 1)]
+    assert len({summary.sha256 for _, summary in runs}) == 1
+    assert 0 < runs[0][1].counts["raw"] < 20
+    path = runs[0][0]
+    first = (path.read_bytes(), (folder.parent / "out.beton.json").read_bytes())
+    convert_folder(folder, workers=3, overwrite=True, **options)
+    assert (path.read_bytes(), (folder.parent / "out.beton.json").read_bytes()) == first
+
+
+def break_image(folder):
+    broken = folder / "a" / "08.jpeg"
+    broken.write_bytes(broken.read_bytes()[:-300])
+    return broken
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_broken_image_ends_the_run_by_name(folder, workers):
+    broken = break_image(folder)
+    with pytest.raises(ConversionError, match=rf"{broken}: .*remature end.*--skip-broken"):
+        convert_folder(folder, workers=workers)
+    assert os.listdir(folder.parent) == ["images"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_broken_image_is_skipped_and_listed(folder, workers):
+    broken = break_image(folder)
+    path, summary = convert_folder(folder, workers=workers, skip_broken=True)
+    assert len(read_beton(path)) == summary.samples == 23
+    ((name, reason),) = summary.skipped
+    assert name == str(broken) and "remature end" in reason
+    assert json.loads(Path(f"{path}.json").read_text())["skipped"] == [{"name": name, "reason": reason}]
+
+
+def test_nothing_but_broken_images(tmp_path):
+    (tmp_path / "x.jpg").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(ConversionError, match="all 1 images are broken"):
+        convert(ImageFolder(tmp_path), tmp_path / "out.beton", ConvertOptions(skip_broken=True, **QUIET))
+
+
+def test_an_unreadable_file_is_never_skipped(folder):
+    source = ImageFolder(folder)
+    (folder / "a" / "04.jpeg").unlink()
+    with pytest.raises(ConversionError, match="04.jpeg: cannot be read: No such file"):
+        convert(source, folder.parent / "out.beton", ConvertOptions(skip_broken=True, **QUIET))
+
+
+def test_existing_output_is_kept_unless_told(folder):
+    path, _ = convert_folder(folder)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="exists already; pass --overwrite"):
+        convert_folder(folder)
+    break_image(folder)
+    with pytest.raises(ConversionError):
+        convert_folder(folder, overwrite=True)
+    assert path.read_bytes() == before
+    assert json.loads(Path(f"{path}.json").read_text())["sha256"] == hashlib.sha256(before).hexdigest()
+
+
+class Deadly(Source):
+    """Kills the worker that reads sample 30, as the kernel does when memory runs out."""
+
+    origin = "here"
+
+    def __len__(self):
+        return 60
+
+    def name(self, index):
+        return f"sample {index}"
+
+    def load(self, index):
+        if index == 30:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return np.zeros((8, 8, 3), np.uint8), 0
+
+
+def test_a_killed_worker_is_reported(tmp_path):
+    signal.alarm(60)
+    with pytest.raises(ConversionError, match="a worker process was killed near sample [123]?[0-9],"):
+        convert(Deadly(), tmp_path / "out.beton", ConvertOptions(workers=2, **QUIET))
+    signal.alarm(0)
+    assert os.listdir(tmp_path) == []
+
+
+def test_photographs_keep_their_bytes(shared_data, tmp_path):
+    import tarfile
+
+    with tarfile.open(shared_data / "flowers-small.tar") as archive:
+        archive.extractall(tmp_path, [m for m in archive.getmembers() if "/val/" in m.name], filter="data")
+    path, summary = convert_folder(tmp_path / "flowers-small" / "val", workers=2)
+    source, beton, data = ImageFolder(tmp_path / "flowers-small" / "val"), read_beton(path), path.read_bytes()
+    assert summary.counts["kept"] == len(beton) == 100
+    for i, (row, size) in enumerate(zip(beton.images, beton.image_sizes)):
+        assert data[int(row["data_ptr"]) :][: int(size)] == source.load(i)[0]

@@ -1,0 +1,267 @@
+"""Converts images to FFCV's .beton files, from which FFSSL trains: `python write_datasets.py --help`."""
+
+import argparse
+import difflib
+import os
+import signal
+import sys
+from pathlib import Path
+
+from ffssl.errors import UserError
+
+EXAMPLES = """\
+examples:
+  # a folder of class folders, photographs reduced to 500 pixels
+  python write_datasets.py folder --input photos/ --output photos.beton --max-side 500
+
+  # ImageNet; the validation images may lie flat, with the devkit beside them
+  python write_datasets.py imagenet --input imagenet/ --split train --output train.beton --max-side 500
+  python write_datasets.py imagenet --input imagenet/ --split val --output val.beton --max-side 500
+
+  # something to try at once, without any download
+  python write_datasets.py embedded --split train --size 2000 --output demo.beton
+
+JPEG files that need no change keep their bytes. `python write_datasets.py SOURCE --help` lists a source's options.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors that name the nearest known word."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str):
+        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+    def parse_known_args(self, args=None, namespace=None):
+        # Before argparse: it would first complain of the required option whose name was mistyped.
+        for word in sys.argv[1:] if args is None else args:
+            option = word.split("=")[0]
+            if self._subparsers is None and option.startswith("--") and option not in self._option_string_actions:
+                self.error(f"unknown option {option}{_did_you_mean(option, self._option_string_actions)}")
+        return super().parse_known_args(args, namespace)
+
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:
+            what = action.metavar or " ".join(action.option_strings)
+            known = ", ".join(action.choices)
+            self.error(f"unknown {what} {value!r}{_did_you_mean(value, action.choices)} (known: {known})")
+
+
+def _did_you_mean(word: str, known) -> str:
+    nearest = difflib.get_close_matches(word, [k for k in known if k != "-h"], n=1, cutoff=0.5)
+    return f", did you mean {nearest[0]}?" if nearest else ""
+
+
+def build_parser() -> Parser:
+    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    output = common.add_argument_group("output")
+    output.add_argument("--output", "-o", required=True, type=Path, metavar="FILE", help="the .beton file to write")
+    output.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
+    output.add_argument(
+        "--max-side", type=int, metavar="PX", help="reduce images whose longer side is larger (default: keep sizes)"
+    )
+    output.add_argument(
+        "--jpeg-quality",
+        type=int,
+        default=90,
+        metavar="Q",
+        help="of images that must be encoded, 0 to 100 (default: 90)",
+    )
+    output.add_argument(
+        "--compressed-share",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="share of images stored as JPEG, the rest as raw pixels, larger and faster (default: 1)",
+    )
+    run = common.add_argument_group("run")
+    run.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes; the file does not depend on it (default: the cores, %(default)s here)",
+    )
+    run.add_argument(
+        "--subset",
+        type=int,
+        metavar="N",
+        help="only N images, drawn at random but the same each time; smaller subsets are part of larger ones",
+    )
+    run.add_argument("--subset-seed", type=int, default=0, metavar="S", help="draw another subset (default: 0)")
+    run.add_argument(
+        "--skip-broken",
+        action="store_true",
+        help="leave broken images out and list them, instead of stopping at the first",
+    )
+    run.add_argument(
+        "--quick-check",
+        action="store_true",
+        help="only check that JPEG files are complete, not that all of their data decodes",
+    )
+    run.add_argument(
+        "--no-progress",
+        action="store_true",
+        help="no progress bar (there is none either when stderr is not a terminal)",
+    )
+
+    parser = Parser(prog="write_datasets.py", description=__doc__, epilog=EXAMPLES)
+    sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE", title="sources")
+
+    def add(name: str, summary: str, details: str = "") -> Parser:
+        return sources.add_parser(name, parents=[common], help=summary, description=f"{summary}.\n{details}")
+
+    def add_input(source: Parser, metavar: str, text: str, **options) -> None:
+        source.add_argument("--input", "-i", required=True, metavar=metavar, help=text, **options)
+
+    def add_split(source: Parser, *names: str) -> None:
+        source.add_argument("--split", choices=names, default=names[0], help=f"default: {names[0]}")
+
+    folder = add(
+        "folder",
+        "images in a folder, one folder a class",
+        "Without class folders the images are unlabelled (label -1).",
+    )
+    add_input(folder, "DIR", "the folder")
+    folder.add_argument(
+        "--no-labels", action="store_true", help="take all images below DIR, however nested, without labels"
+    )
+
+    imagenet = add("imagenet", "ImageNet (ILSVRC 2012), already extracted")
+    add_input(imagenet, "DIR", "holds train/ or val/, or the images themselves")
+    add_split(imagenet, "train", "val")
+    imagenet.add_argument(
+        "--val-labels",
+        metavar="PATH",
+        help="labels of validation images in one folder: the devkit (folder or .tar.gz) or LOC_val_solution.csv (default: found beside them)",
+    )
+
+    imagenette = add("imagenette", "Imagenette, downloaded if need be")
+    add_input(imagenette, "DIR", "where it is or shall be put")
+    add_split(imagenette, "train", "val")
+    imagenette.add_argument("--size", choices=("full", "320px", "160px"), default="full", help="default: full")
+
+    cifar10 = add("cifar10", "CIFAR-10, downloaded if need be", "Pixels: --compressed-share 0 stores them exactly.")
+    add_input(cifar10, "DIR", "where it is or shall be put")
+    add_split(cifar10, "train", "test")
+
+    stl10 = add("stl10", "STL-10, downloaded if need be", "Pixels: --compressed-share 0 stores them exactly.")
+    add_input(stl10, "DIR", "where it is or shall be put")
+    add_split(stl10, "train", "test", "unlabeled", "train+unlabeled")
+
+    huggingface = add(
+        "huggingface", "Hugging Face data sets in Parquet files", "Needs pyarrow: pip install 'ffssl[huggingface]'."
+    )
+    add_input(huggingface, "PATH", "Parquet files, patterns, or the folder that holds them", nargs="+")
+    huggingface.add_argument("--split", metavar="NAME", help="in a folder, only files called NAME-*.parquet")
+    huggingface.add_argument("--image-column", metavar="NAME", help="default: found by its type")
+    huggingface.add_argument("--label-column", metavar="NAME", help="default: label, where there is one")
+
+    webdataset = add("webdataset", "WebDataset tar shards, images (.jpg, .png, .webp) and labels (.cls)")
+    add_input(
+        webdataset, "SHARDS", "shards, in quotes: 'train-{000..146}.tar', 'shards/*.tar', or their folder", nargs="+"
+    )
+
+    embedded = add("embedded", "FFSSL's own small data set, drawn on the spot")
+    add_split(embedded, "train", "val")
+    embedded.add_argument("--size", type=int, default=2000, metavar="N", help="number of images (default: 2000)")
+    embedded.add_argument("--seed", type=int, default=0, help="draw other images (default: 0)")
+    return parser
+
+
+def open_source(options: argparse.Namespace):
+    """The source that the command line names. Modules are imported here: some need packages that others do not."""
+    match options.source:
+        case "folder":
+            from ffssl.data.sources.folder import ImageFolder
+
+            return ImageFolder(options.input, labels=not options.no_labels)
+        case "imagenet":
+            from ffssl.data.sources.imagenet import ImageNet
+
+            return ImageNet(options.input, options.split, options.val_labels)
+        case "imagenette":
+            from ffssl.data.sources.torchvision_sets import Imagenette
+
+            return Imagenette(options.input, options.split, options.size)
+        case "cifar10":
+            from ffssl.data.sources.torchvision_sets import Cifar10
+
+            return Cifar10(options.input, options.split)
+        case "stl10":
+            from ffssl.data.sources.torchvision_sets import Stl10
+
+            return Stl10(options.input, options.split)
+        case "huggingface":
+            from ffssl.data.sources.huggingface import HuggingFace
+
+            return HuggingFace(options.input, options.split, options.image_column, options.label_column)
+        case "webdataset":
+            from ffssl.data.sources.webdataset import WebDataset
+
+            return WebDataset(options.input)
+        case "embedded":
+            from ffssl.data.sources.embedded import Embedded
+
+            return Embedded(options.split, options.size, options.seed)
+
+
+def run(options: argparse.Namespace) -> None:
+    from ffssl.data.convert import ConvertOptions, check_output, convert
+    from ffssl.data.encode import Encoding
+
+    convert_options = ConvertOptions(
+        encoding=Encoding(options.max_side, options.jpeg_quality, options.quick_check),
+        compressed_share=options.compressed_share,
+        workers=options.workers,
+        subset=options.subset,
+        subset_seed=options.subset_seed,
+        skip_broken=options.skip_broken,
+        overwrite=options.overwrite,
+        progress=not options.no_progress,
+    )
+    check_output(options.output, options.overwrite)  # before a source is scanned for minutes
+    print_summary(convert(open_source(options), options.output, convert_options))
+
+
+def print_summary(summary) -> None:
+    classes = f"{len(summary.class_names)} classes" if summary.class_names else "no class names"
+    rate = summary.samples / summary.seconds
+    print(f"{summary.path}: {summary.samples} samples, {classes}, {summary.file_bytes / 1e6:.1f} MB")
+    print(f"  {', '.join(f'{count} {how}' for how, count in summary.counts.items() if count)}; {rate:.0f} image/s")
+    print(f"  sha256 {summary.sha256}")
+    if summary.skipped:
+        print(f"  {len(summary.skipped)} broken images skipped:")
+        for name, reason in summary.skipped:
+            print(f"    {_printable(name)}: {reason}")
+
+
+def _printable(text: str) -> str:
+    # File names need not be valid in the terminal's encoding, nor of one line.
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def main() -> int:
+    """Exit status: 0; 1 when the run failed, at a broken image say; 2 for a mistake in the options; 130 for Ctrl-C."""
+    # As an exception, so that the unfinished file is removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    options = build_parser().parse_args()
+    try:
+        run(options)
+    except UserError as error:
+        from ffssl.data.beton_writer import BetonWriteError
+        from ffssl.data.convert import ConversionError
+
+        print(f"error: {_printable(str(error))}", file=sys.stderr)
+        return 1 if isinstance(error, (BetonWriteError, ConversionError)) else 2
+    except KeyboardInterrupt:
+        print(f"interrupted; {options.output} was not written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
