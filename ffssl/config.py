@@ -171,7 +171,7 @@ def read_options(arguments: list[str]) -> SimpleNamespace:
             settings |= _read_file(Path(value), config)
         else:
             _check_name(name, f"--{name}", config)
-            overrides[name] = yaml.safe_load(value) if value not in ("", "off") else value
+            overrides[name] = value
     options = _validated(config, settings | overrides)
     _check_together(options)
     return options
@@ -220,7 +220,7 @@ def _check_name(name: str, where: str, config: Config) -> None:
         raise UserError(f"{where}: unknown option{f'; did you mean {nearest[0]}?' if nearest else ''}")
 
 
-def _read_file(path: Path, config: Config) -> dict[str, object]:
+def _read_file(path: Path, config: Config, built_on_it: tuple[Path, ...] = ()) -> dict[str, object]:
     """A YAML file's options by dotted name, on top of its base's."""
     try:
         content = yaml.safe_load(path.read_text())
@@ -231,7 +231,12 @@ def _read_file(path: Path, config: Config) -> dict[str, object]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: a config holds sections of options, as in training: {{epochs: 100}}")
     base = content.pop("base", None)
-    settings = _read_file(path.parent / base, config) if base else {}
+    if base is not None and not isinstance(base, str):
+        raise UserError(f"{path}: base must name a file, got {base!r}")
+    built_on_it = (*built_on_it, path.resolve())
+    if base and (path.parent / base).resolve() in built_on_it:
+        raise UserError(f"{path}: its base {base} is built on it in turn")
+    settings = _read_file(path.parent / base, config, built_on_it) if base else {}
     for section, values in content.items():
         if (section,) not in config.sections:
             nearest = difflib.get_close_matches(str(section), [s[0] for s in config.sections], n=1)

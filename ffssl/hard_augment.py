@@ -21,9 +21,10 @@ def pairs(views: int, device: torch.device | None = None) -> Tensor:
 
 def hardest_pair(projections: Tensor) -> Tensor:
     """Of each image the pair of views with the largest negative cosine similarity. projections: (B, m, d). Returns int64 (B, 2)."""
-    z = F.normalize(projections.float(), dim=2)
-    candidates = pairs(z.shape[1], z.device)
-    loss = -(z @ z.transpose(1, 2))[:, candidates[:, 0], candidates[:, 1]]
+    candidates = pairs(projections.shape[1], projections.device)
+    with torch.autocast(projections.device.type, enabled=False):  # half precision can't tell views that look alike apart
+        z = F.normalize(projections.float(), dim=2)
+        loss = -(z @ z.transpose(1, 2))[:, candidates[:, 0], candidates[:, 1]]
     return candidates[loss.argmax(1)]
 
 

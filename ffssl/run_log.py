@@ -9,8 +9,7 @@ NAME = "log.jsonl"
 
 def read_log(folder: str | Path) -> list[dict]:
     """The rows of a run's log, oldest first."""
-    path = Path(folder) / NAME
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return _whole_rows(Path(folder) / NAME)
 
 
 class RunLog:

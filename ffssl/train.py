@@ -7,12 +7,15 @@
 The same command again continues a run that was interrupted, from the start of the epoch.
 """
 
+import os
 import sys
 
 from ffssl.config import as_dict, command_line_options
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds: --help and a mistyped option are answered at once
     OPTIONS = command_line_options(__doc__)
+    # OpenMP threads that wait by spinning would take the cores from the threads that render views.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import contextlib
 import time

@@ -1,10 +1,10 @@
 """Converts a source of images to a beton file, in parallel, with the same bytes whatever the number of workers.
 
-    from ffssl.data.convert import ConvertOptions, convert
+    from ffssl.data.convert import ConvertOptions, Encoding, convert
     from ffssl.data.sources.folder import ImageFolder
 
     if __name__ == "__main__":  # worker processes import the main module
-        summary = convert(ImageFolder("photos"), "photos.beton", ConvertOptions(max_side=500))
+        summary = convert(ImageFolder("photos"), "photos.beton", ConvertOptions(Encoding(max_side=500)))
 
 Beside the file goes `photos.beton.json`: class names, options, counts, what was skipped, and the file's checksum.
 """

@@ -40,6 +40,8 @@ class ViewSettings:
             raise UserError(f"{views} views asked for, at least 1 is needed")
         self.views = views
         self.policies = (policy,) if isinstance(policy, ViewPolicy) else tuple(policy)
+        if not self.policies:
+            raise UserError("no view policy given, at least one is needed")
         self.counters = np.array([seed, 0])
         self.policy_rows = np.zeros((len(self.policies), POLICY_COLUMNS))
         self.set_epoch(0, resolution)

@@ -198,7 +198,7 @@ def colour_matrix(brightness, contrast, saturation, hue, matrix):
     Differs from the torchvision form in that contrast pivots on 128 instead of the view's mean, nothing is clipped between the
     steps, and the linear hue keeps luma instead of HSV's value (mean absolute difference of hue alone about 9/255 at 0.1 turns).
     """
-    cosine, sine = saturation * math.cos(2 * math.pi * hue), saturation * math.sin(2 * math.pi * hue)
+    cosine, sine = saturation * math.cos(2 * math.pi * hue), -saturation * math.sin(2 * math.pi * hue)  # red to green, as HSV
     to_yiq = ((0.299, 0.587, 0.114), (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135))
     to_rgb = ((1.0, 0.9563, 0.6210), (1.0, -0.2721, -0.6474), (1.0, -1.1070, 1.7046))
     gain = brightness * contrast

@@ -8,6 +8,7 @@
 """
 
 import os
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -69,6 +70,13 @@ class ViewLoader:
     ):
         self.beton = read_beton(path)
         self.samples = np.arange(len(self.beton)) if indices is None else np.asarray(indices, np.int64)
+        for name, value in (("batch_size", batch_size), ("batches_ahead", batches_ahead)):
+            if value < 1:
+                raise UserError(f"{path}: {name} is {value}, must be at least 1")
+        if workers < 0 or (max_resolution or resolution) < resolution:
+            raise UserError(f"{path}: {workers} workers, resolution {resolution} of at most {max_resolution}: out of range")
+        if len(self.samples) and not 0 <= self.samples.min() <= self.samples.max() < len(self.beton):
+            raise UserError(f"{path}: indices from {self.samples.min()} to {self.samples.max()}, but it holds {len(self.beton)} samples")
         if drop_last and len(self.samples) // world_size < batch_size:
             raise UserError(f"{path}: {len(self.samples)} samples are fewer than one batch of {batch_size} on each of {world_size} processes")
         self.batch_size = batch_size
@@ -84,7 +92,8 @@ class ViewLoader:
         self._file = np.memmap(self.beton.path, np.uint8, "r")
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="ffssl-views")
         self._buffer: torch.Tensor | None = None
-        self._running: Iterator[Batch] | None = None
+        self._running: weakref.ref[Iterator[Batch]] | None = None  # weak: a loop left by break then ends its iteration at once
+        self._consumed: torch.cuda.Event | None = None  # the consumer's work on the last batch served has read its views
 
     @property
     def resolution(self) -> int:
@@ -116,8 +125,9 @@ class ViewLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         self._stop()
-        self._running = self._batches()
-        return self._running
+        batches = self._batches()
+        self._running = weakref.ref(batches)
+        return batches
 
     def close(self) -> None:
         """End the threads and free the buffers."""
@@ -132,9 +142,9 @@ class ViewLoader:
         self.close()
 
     def _stop(self) -> None:
-        if self._running is not None:
-            self._running.close()
-            self._running = None
+        running = self._running() if self._running is not None else None
+        if running is not None:
+            running.close()
 
     def _batches(self) -> Iterator[Batch]:
         order = epoch_order(
@@ -144,35 +154,36 @@ class ViewLoader:
         starts = deque(range(0, len(self) * self.batch_size, self.batch_size))
         slots = self._take_slots()
         under_way: deque[tuple[torch.Tensor, np.ndarray, list[Future]]] = deque()
-        consumed = None  # CUDA event: the consumer's work on the batch before has read its views
 
-        def start_batch(slot: int, after) -> None:
+        def start_batch(slot: int) -> None:
             indices = order[starts[0] : starts[0] + self.batch_size]
             starts.popleft()
             views = slots[slot][: len(indices)]
             tasks = [
-                self._pool.submit(self._render, indices[i : i + SAMPLES_PER_TASK], views.numpy()[i : i + SAMPLES_PER_TASK], after)
+                self._pool.submit(self._render, indices[i : i + SAMPLES_PER_TASK], views.numpy()[i : i + SAMPLES_PER_TASK], self._consumed)
                 for i in range(0, len(indices), SAMPLES_PER_TASK)
             ]
             under_way.append((views, indices, tasks))
 
         try:
             for slot in range(min(len(slots) - 1, len(starts))):
-                start_batch(slot, None)
+                start_batch(slot)
             slot = len(slots) - 1
             while under_way:
                 if starts:
-                    start_batch(slot, consumed)
+                    start_batch(slot)
                     slot = (slot + 1) % len(slots)
                 views, indices, tasks = under_way[0]
                 for task in tasks:
                     task.result()
                 under_way.popleft()
                 labels = np.full(len(indices), -1) if self.beton.labels is None else self.beton.labels[indices]
-                yield Batch(views, torch.from_numpy(labels), torch.from_numpy(indices))
-                if torch.cuda.is_initialized():
-                    consumed = torch.cuda.Event()
-                    consumed.record()
+                try:
+                    yield Batch(views, torch.from_numpy(labels), torch.from_numpy(indices))
+                finally:
+                    if torch.cuda.is_initialized():
+                        self._consumed = torch.cuda.Event()
+                        self._consumed.record()
         finally:
             for _, _, tasks in under_way:
                 for task in tasks:
@@ -188,7 +199,7 @@ class ViewLoader:
         shape = (self._slots, self.batch_size, self._settings.views, 3, self.resolution, self.resolution)
         return self._buffer[: int(np.prod(shape))].view(shape)
 
-    def _render(self, indices: np.ndarray, views: np.ndarray, after) -> None:
+    def _render(self, indices: np.ndarray, views: np.ndarray, after: "torch.cuda.Event | None") -> None:
         if after is not None:
             after.synchronize()
         try:

@@ -57,6 +57,9 @@ class ViewPolicy:
         for name in ("flip", "jitter", "grey", "blur", "solarise", "centre_crop"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"view policy: {name} is {getattr(self, name)}, must lie in 0..1")
+        for name, most in (("brightness", math.inf), ("contrast", math.inf), ("saturation", math.inf), ("hue", 0.5)):
+            if not 0 <= getattr(self, name) <= most:
+                raise UserError(f"view policy: {name} is {getattr(self, name)}, must lie in 0..{most:g}")
         for name in ("crop_scale", "crop_ratio", "blur_sigma"):
             low, high = getattr(self, name)
             if not 0 < low <= high:

@@ -21,7 +21,8 @@ def knn_predict(
     for part in queries.split(block):
         similarity, nearest = (F.normalize(part.float(), dim=1) @ bank.T).topk(k, dim=1)
         votes = torch.zeros(len(part), classes, device=part.device)
-        votes.scatter_add_(1, bank_labels[nearest], ((similarity - 1) / temperature).exp())  # the -1 avoids overflow
+        weights = ((similarity - similarity[:, :1]) / temperature).exp()  # relative to the nearest: neither over- nor underflows
+        votes.scatter_add_(1, bank_labels[nearest], weights)
         predictions.append(votes.argmax(1))
     return torch.cat(predictions)
 

@@ -30,7 +30,8 @@ class SimCLR(Method):
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     """Normalised temperature-scaled cross-entropy (SimCLR, eq. 1), averaged over all 2N views. z1, z2: (N, d)."""
     z = F.normalize(torch.cat([z1, z2]).float(), dim=1)
-    similarity = z @ z.T / temperature
+    with torch.autocast("cuda" if z.is_cuda else "cpu", enabled=False):  # the temperature magnifies half precision's errors
+        similarity = z @ z.T / temperature
     similarity.fill_diagonal_(float("-inf"))
     n = len(z1)
     positive = torch.arange(2 * n, device=z.device).roll(n)

@@ -1,0 +1,160 @@
+"""Decoding, the two ways to the same views (our loader and stock ffcv's), and what compiles when."""
+
+import importlib.util
+import io
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+import ffssl.data
+from ffssl.data.beton import MODE_JPEG, MODE_RAW
+from ffssl.data.beton_writer import BetonWriter
+from ffssl.data.decoder import RAW, decode, render_samples
+from ffssl.data.loader import ViewLoader
+from ffssl.data.policy import POLICIES, ViewPolicy
+from sample_images import jpeg_bytes, smooth_image, write_beton
+
+IDENTITY = ViewPolicy(crop_scale=(1, 1), crop_ratio=(1, 1), flip=0, jitter=0, grey=0, blur=0)
+
+# ffcv's loader waits for ever when something goes wrong, so it runs in a process that can be killed.
+STOCK_LOADER = """
+import sys, numpy as np
+from ffcv.loader import Loader, OrderOption
+from ffcv.transforms import ToTensor
+from ffcv.fields.decoders import IntDecoder
+from ffcv.pipeline import PipelineSpec
+from ffssl.data.ffcv_operation import ViewDecoder
+from ffssl.data.policy import POLICIES
+
+path, out = sys.argv[1:]
+served = {}
+for os_cache in (True, False):
+    decoder = ViewDecoder(views=3, resolution=40, policy=POLICIES["byol"], seed=7)
+    pipelines = {"image": PipelineSpec("image", decoder=decoder, transforms=[ToTensor()]), "label": [IntDecoder(), ToTensor()]}
+    loader = Loader(path, batch_size=8, num_workers=2, order=OrderOption.SEQUENTIAL, os_cache=os_cache, drop_last=False, pipelines=pipelines)
+    for epoch, resolution, magnitude in [(0, 40, 5.0), (3, 24, 6.5)]:
+        decoder.set_epoch(epoch, resolution, magnitude)
+        served[f"{os_cache} {epoch}"] = np.concatenate([views.numpy().copy() for views, labels in loader])
+np.savez(out, **served)
+"""
+
+
+def test_stock_ffcv_loader_serves_the_same_views(images, tmp_path):
+    path = tmp_path / "images.beton"
+    with BetonWriter(path, len(images)) as writer:
+        for i, image in enumerate(images):
+            data, mode = (image.tobytes(), MODE_RAW) if i % 3 == 0 else (jpeg_bytes(image), MODE_JPEG)
+            writer.add(data, mode, image.shape[1], image.shape[0], i)
+    subprocess.run([sys.executable, "-c", STOCK_LOADER, path, tmp_path / "views.npz"], check=True, timeout=200)
+    stock = np.load(tmp_path / "views.npz")
+    with ViewLoader(path, batch_size=5, views=3, resolution=40, policy=POLICIES["byol"], seed=7, shuffle=False, drop_last=False) as loader:
+        for epoch, resolution, magnitude in [(0, 40, 5.0), (3, 24, 6.5)]:
+            loader.set_epoch(epoch, resolution, magnitude)
+            ours = np.concatenate([batch.views.numpy().copy() for batch in loader])
+            for os_cache in (True, False):
+                np.testing.assert_array_equal(ours, stock[f"{os_cache} {epoch}"])
+
+
+def assert_decodes_as_pillow_does(image):
+    """But for the fast cosine transform, which ffcv chose: 1 level on average, a few at most."""
+    data = jpeg_bytes(image)
+    pixels = np.zeros(3 * image.shape[0] * image.shape[1] + 5, np.uint8)
+    assert decode(np.frombuffer(data, np.uint8), 0, *image.shape[:2], pixels)
+    difference = np.abs(pixels[:-5].astype(int) - np.asarray(PIL.Image.open(io.BytesIO(data)).convert("RGB")).reshape(-1))
+    assert difference.mean() < 1.5 and difference.max() <= 8
+    assert not pixels[-5:].any()
+    return pixels[:-5].reshape(-1, 3)
+
+
+@pytest.mark.parametrize("size", [(48, 64), (37, 91), (1, 1), (1, 50), (50, 1), (17, 8)])
+def test_jpegs_decode_to_the_pixels_that_pillow_finds(size):
+    assert_decodes_as_pillow_does(smooth_image(*size, seed=1))
+
+
+def test_a_greyscale_jpeg_decodes_to_three_equal_channels():
+    pixels = assert_decodes_as_pillow_does(smooth_image(33, 20, seed=2)[..., 0])
+    assert (pixels == pixels[:, :1]).all()
+
+
+def test_damaged_jpegs_and_raw_images_of_a_wrong_length_do_not_decode():
+    data = jpeg_bytes(smooth_image(64, 64, seed=3))
+    pixels = np.zeros(3 * 64 * 64, np.uint8)
+    for damaged in (data[: len(data) // 2], b"\0" * len(data), data[:200] + b"\0" * (len(data) - 200)):
+        assert not decode(np.frombuffer(damaged, np.uint8), 0, 64, 64, pixels)
+    assert not decode(pixels[1:], RAW, 64, 64, pixels.copy())
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("size", [(24, 24), (1, 1), (1, 30), (30, 1), (2, 3)])
+def test_images_of_any_shape_give_views(tmp_path, size, raw):
+    path = write_beton(tmp_path / "one.beton", [smooth_image(*size, seed=4)], raw=raw)
+    with ViewLoader(path, batch_size=1, views=4, resolution=24, policy=POLICIES["simclr"]) as loader:
+        (batch,) = loader
+        assert batch.views.shape == (1, 4, 3, 24, 24)
+
+
+def test_a_view_that_changes_nothing_is_the_stored_image(tmp_path):
+    image = smooth_image(24, 24, seed=5)
+    path = write_beton(tmp_path / "one.beton", [image], raw=True)
+    with ViewLoader(path, batch_size=1, views=2, resolution=24, policy=IDENTITY) as loader:
+        (batch,) = loader
+        for view in batch.views[0]:
+            np.testing.assert_array_equal(view.numpy().transpose(1, 2, 0), image)
+
+
+def test_policies_are_dealt_out_to_the_views_in_turn(tmp_path):
+    image = smooth_image(24, 24, seed=6)
+    path = write_beton(tmp_path / "one.beton", [image], raw=True)
+    solarised = ViewPolicy(crop_scale=(1, 1), crop_ratio=(1, 1), flip=0, jitter=0, grey=0, blur=0, solarise=1)
+    with ViewLoader(path, batch_size=1, views=5, resolution=24, policy=(IDENTITY, solarised)) as loader:
+        (batch,) = loader
+        changed = [bool((view.numpy().transpose(1, 2, 0) != image).any()) for view in batch.views[0]]
+    assert changed == [False, True, False, True, False]
+
+
+def test_changing_resolution_magnitude_views_or_batch_compiles_nothing(beton):
+    with ViewLoader(beton, batch_size=2, views=2, resolution=32) as loader:
+        next(iter(loader))
+    compiled = list(render_samples.signatures)
+    for views, batch_size in ((2, 2), (6, 5)):
+        with ViewLoader(beton, batch_size=batch_size, views=views, resolution=32, policy=POLICIES["byol"]) as loader:
+            for epoch, resolution in enumerate((32, 16, 48)):
+                loader.set_epoch(epoch, resolution, magnitude=4 + epoch)
+                next(iter(loader))
+    assert render_samples.signatures == compiled
+
+
+def import_compiled(folder):
+    spec = importlib.util.spec_from_file_location("compiled_copy", folder / "compiled.py")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_compiled_files_are_dropped_when_any_kernel_module_has_changed(tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(Path(ffssl.data.__path__[0]), folder, ignore=shutil.ignore_patterns("__pycache__"))
+    cache = folder / "__pycache__"
+    cache.mkdir()
+    kept = cache / "beton.cpython-311.pyc"
+    stale = [cache / f"{name}.f-10.py311.{end}" for name in ("kernels", "policy", "render", "decoder") for end in ("nbi", "1.nbc")]
+
+    def put_files():
+        for file in (kept, *stale):
+            file.touch()
+
+    put_files()
+    import_compiled(folder)  # of unknown origin
+    assert kept.exists() and not any(file.exists() for file in stale)
+    put_files()
+    import_compiled(folder)
+    assert all(file.exists() for file in (kept, *stale))
+    for name in ("kernels", "policy", "render", "decoder", "compiled"):
+        put_files()
+        with open(folder / f"{name}.py", "a") as file:
+            file.write("# changed\n")
+        import_compiled(folder)
+        assert kept.exists() and not any(file.exists() for file in stale), name

@@ -1,0 +1,186 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ffssl import checkpoint
+from ffssl.config import read_options
+from ffssl.data.convert import convert
+from ffssl.data.sources.embedded import Embedded
+from ffssl.errors import UserError
+from ffssl.run_log import read_log
+from ffssl.train import train
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = [
+    "--model.backbone=resnet-small", "--method.name=simclr", "--method.hidden=32", "--method.projection=16", "--resolution.max=32",
+    "--resolution.min=16", "--resolution.step=16", "--training.batch_size=32", "--training.learning_rate=0.05", "--evaluate.k=5",
+    "--run.tensorboard=false", "--run.device=cpu",
+]  # fmt: skip
+EFFICIENT = [
+    "--training.schedule=f1-clr", "--training.warmup_epochs=1", "--resolution.schedule=spl", "--hard_augment.select=hard",
+    "--hard_augment.resolution=16", "--augment.views=3", "--augment.magnitude_min=4", "--augment.magnitude_max=6",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def betons(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("betons")
+    paths = {split: folder / f"{split}.beton" for split in ("train", "val")}
+    for split, path in paths.items():
+        convert(Embedded(split, 160 if split == "train" else 40), path)
+    return paths
+
+
+def arguments(betons, folder, *more) -> list[str]:
+    return [*SMALL, f"--data.train={betons['train']}", f"--run.folder={folder}", *more]
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return checkpoint.load(folder)["method"]
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_efficient_run_follows_its_schedules_and_logs_them(betons, tmp_path):
+    train(read_options(arguments(betons, tmp_path, *EFFICIENT, "--training.epochs=5", f"--data.validation={betons['val']}")))
+    rows = read_log(tmp_path)
+    assert [row["epoch"] for row in rows] == [0, 1, 2, 3, 4, 5]
+    assert [row["resolution"] for row in rows[1:]] == [32, 16, 16, 32, 32]
+    assert [row["magnitude"] for row in rows[1:]] == [4, 4.5, 5, 5.5, 6]
+    assert [("knn" in row) for row in rows] == [True, False, False, False, False, True]
+    flops = [b["flops"] - a["flops"] for a, b in zip(rows, rows[1:])]
+    assert flops[1] == flops[2] < flops[0] == flops[3] == flops[4]
+    assert rows[-1]["loss"] < rows[1]["loss"]
+    assert all(0 <= row["data_wait"] <= 1 and row["embedding_std"] > 0 for row in rows[1:])
+
+
+def test_run_killed_at_a_random_moment_ends_in_the_same_weights(betons, tmp_path):
+    options = [*EFFICIENT, "--training.epochs=4"]
+    train(read_options(arguments(betons, tmp_path / "unbroken", *options)))
+    command = [sys.executable, str(ROOT / "ffssl" / "train.py"), *arguments(betons, tmp_path / "killed", *options)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed" / checkpoint.NAME).exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read().decode()
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.5))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert_equal(weights(tmp_path / "unbroken"), weights(tmp_path / "killed"))
+    assert [row["epoch"] for row in read_log(tmp_path / "killed")] == [1, 2, 3, 4]
+
+
+def test_weights_do_not_depend_on_the_number_of_workers(betons, tmp_path):
+    for workers in (1, 3):
+        train(read_options(arguments(betons, tmp_path / str(workers), "--training.epochs=1", f"--data.workers={workers}")))
+    assert_equal(weights(tmp_path / "1"), weights(tmp_path / "3"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(betons, tmp_path):
+    options = arguments(betons, tmp_path, "--training.epochs=3", "--training.learning_rate=1e30", "--training.momentum=0")
+    with pytest.raises(FloatingPointError, match="not finite at step .*learning_rate"):
+        train(read_options(options))
+    state = checkpoint.load(tmp_path)
+    assert state["epoch"] == 0
+    assert all(torch.isfinite(tensor).all() for tensor in state["method"].values())
+
+
+def test_a_finished_run_is_not_trained_again(betons, tmp_path):
+    options = arguments(betons, tmp_path, "--training.epochs=1")
+    train(read_options(options))
+    before = (tmp_path / checkpoint.NAME).stat().st_mtime_ns
+    train(read_options(options))
+    assert (tmp_path / checkpoint.NAME).stat().st_mtime_ns == before
+
+
+def test_what_a_folder_holds_is_not_mixed_with_another_experiment(betons, tmp_path):
+    train(read_options(arguments(betons, tmp_path, "--training.epochs=1")))
+    with pytest.raises(UserError, match="--training.learning_rate: the run in .* has 0.05, not 0.1"):
+        train(read_options(arguments(betons, tmp_path, "--training.epochs=1", "--training.learning_rate=0.1")))
+    with pytest.raises(UserError, match="holds a run already"):
+        train(read_options(arguments(betons, tmp_path, "--training.epochs=1", "--run.resume=never")))
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("--data.train=missing.beton", "missing.beton"),
+        ("--training.batch_size=1000", "fewer than one batch of 1000"),
+        ("--model.backbone=resnet19", "unknown backbone 'resnet19'; known are"),
+        ("--method.name=simclrr", "unknown method 'simclrr'; known are simsiam, simclr"),
+        ("--method.predictor=8", "simclr has no such option"),
+        ("--augment.policy=none", "unknown policy 'none'"),
+        ("--run.device=cuda:99", "cuda:99 can't be used here"),
+        ("--run.folder=/dev/null/run", "/dev/null/run can't be made"),
+    ],
+)
+def test_mistakes_are_named_before_training(betons, tmp_path, override, message):
+    with pytest.raises(UserError, match=message):
+        train(read_options(arguments(betons, tmp_path, override)))
+
+
+def test_knn_needs_labels(betons, tmp_path):
+    flat = tmp_path / "images"
+    flat.mkdir()
+    from PIL import Image
+
+    from ffssl.data.sources.folder import ImageFolder
+
+    for i in range(40):
+        Image.new("RGB", (40, 40), (i, 0, 0)).save(flat / f"{i}.jpg")
+    convert(ImageFolder(flat), tmp_path / "flat.beton")
+    with pytest.raises(UserError, match="flat.beton: the online kNN needs labels"):
+        train(read_options(arguments(betons, tmp_path / "run", f"--data.validation={tmp_path / 'flat.beton'}")))
+    train(read_options([*SMALL, f"--data.train={tmp_path / 'flat.beton'}", f"--run.folder={tmp_path / 'run'}", "--training.epochs=1"]))
+
+
+def run_program(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ROOT / "ffssl" / "train.py"), *words], capture_output=True, text=True)
+
+
+def test_mistyped_option_costs_one_line_and_status_2():
+    result = run_program("--training.epoch=3")
+    assert result.returncode == 2
+    assert result.stderr == "error: --training.epoch: unknown option; did you mean training.epochs?\n"
+
+
+def test_help_comes_without_importing_torch():
+    code = f"import sys, runpy; sys.argv = ['train.py', '--help']\ntry: runpy.run_path({str(ROOT / 'ffssl' / 'train.py')!r}, run_name='__main__')\nfinally: print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "--hard_augment.select" in result.stdout
+    assert result.stdout.rstrip().endswith("False")
+
+
+def test_interrupt_leaves_with_status_130_and_a_checkpoint(betons, tmp_path):
+    command = [sys.executable, str(ROOT / "ffssl" / "train.py"), *arguments(betons, tmp_path, "--training.epochs=500")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / checkpoint.NAME).exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr and "the same command continues" in stderr
+    assert checkpoint.load(tmp_path) is not None
+
+
+def configs() -> list[Path]:
+    return sorted((ROOT / "rn50_configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", configs(), ids=lambda path: path.stem)
+def test_every_config_reads(path):
+    options = read_options(["--config", str(path), "--data.train=train.beton", "--run.folder=run"])
+    assert json.dumps({section: vars(values) for section, values in vars(options).items()})
