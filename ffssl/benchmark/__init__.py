@@ -1,0 +1,1 @@
+"""Benchmarks of the data path on this machine, against its peers."""

@@ -1,0 +1,190 @@
+"""The loaders that the benchmark compares, each a function from `Workload` to a function that serves one epoch.
+
+Calling the second function goes once through all images and returns how many it served. All serve batches of uint8 views. Peers
+are imported where they are used: one that is not installed raises ImportError, and is named and left out.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ffssl.data.policy import ViewPolicy
+
+Epoch = Callable[[], int]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The same images as a beton file and as a folder of JPEG files, and what to make of each. `policy`: the views' policy."""
+
+    beton: Path
+    folder: Path
+    views: int
+    resolution: int
+    policy: ViewPolicy
+    workers: int
+    batch_size: int
+
+
+def ours(workload: Workload, jitter_form: str) -> Epoch:
+    """ViewLoader with one of the two forms of colour jitter."""
+    from dataclasses import replace
+
+    from ffssl.data.loader import ViewLoader
+
+    loader = ViewLoader(
+        workload.beton, batch_size=workload.batch_size, views=workload.views, resolution=workload.resolution,
+        policy=replace(workload.policy, jitter_form=jitter_form), workers=workload.workers,
+    )  # fmt: skip
+    epochs = iter(range(10**9))
+
+    def epoch() -> int:
+        loader.set_epoch(next(epochs))
+        return sum(len(batch.views) for batch in loader)
+
+    return epoch
+
+
+def decode_only(workload: Workload) -> Epoch:
+    """The limit: every image decoded once with ffcv's decoder, nothing else."""
+    from ffssl.data.beton import read_beton
+    from ffssl.data.compiled import compiled
+    from ffssl.data.decoder import decode, most_pixels
+
+    @compiled
+    def decode_samples(file, pointers, sizes, images, indices):
+        pixels = np.empty(3 * most_pixels(images, indices), np.uint8)
+        for i in indices:
+            image = images[i]
+            begin = image["data_ptr"]
+            data = file[begin : begin + sizes[np.searchsorted(pointers, begin)]]
+            decode(data, image["mode"], np.int64(image["height"]), np.int64(image["width"]), pixels)
+
+    beton = read_beton(workload.beton)
+    file = np.memmap(beton.path, np.uint8, "r")
+    parts = np.array_split(np.arange(len(beton)), 16 * workload.workers)
+    pool = ThreadPoolExecutor(workload.workers)
+
+    def epoch() -> int:
+        list(pool.map(lambda part: decode_samples(file, beton.pointers, beton.sizes, beton.images, part), parts))
+        return len(beton)
+
+    return epoch
+
+
+def stock_ffcv(workload: Workload) -> Epoch:
+    """ffcv's own loader with its own operations: crop and flip only, which is all that it has compiled; decodes once a view."""
+    from unittest import mock
+
+    import numba.typed
+
+    with mock.patch.object(numba.typed, "Dict", dict):  # see ffssl.data.ffcv_operation
+        from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.pipeline import PipelineSpec
+    from ffcv.transforms import RandomHorizontalFlip, ToTensor
+
+    size = (workload.resolution, workload.resolution)
+    views = {
+        f"view{v}": PipelineSpec("image", RandomResizedCropRGBImageDecoder(size, workload.policy.crop_scale), [RandomHorizontalFlip(), ToTensor()])
+        for v in range(workload.views)
+    }
+    loader = Loader(
+        str(workload.beton), batch_size=workload.batch_size, num_workers=workload.workers, order=OrderOption.RANDOM, os_cache=True,
+        pipelines={"image": None, "label": None, **views},
+    )  # fmt: skip
+    return lambda: sum(len(batch[0]) for batch in loader)
+
+
+def torchvision_dataloader(workload: Workload) -> Epoch:
+    """torchvision's transforms on PIL images in worker processes of a DataLoader, the files held in memory."""
+    import io
+
+    import torch
+    from PIL import Image
+    from torch.utils.data import DataLoader, Dataset
+    from torchvision import transforms
+
+    policy = workload.policy
+    jitter = transforms.ColorJitter(policy.brightness, policy.contrast, policy.saturation, policy.hue)
+    make_view = transforms.Compose([
+        transforms.RandomResizedCrop(workload.resolution, policy.crop_scale, policy.crop_ratio),
+        transforms.RandomHorizontalFlip(policy.flip),
+        transforms.RandomApply([jitter], policy.jitter),
+        transforms.RandomGrayscale(policy.grey),
+        transforms.RandomApply([transforms.GaussianBlur(int(0.1 * workload.resolution) // 2 * 2 + 1, policy.blur_sigma)], policy.blur),
+        transforms.PILToTensor(),
+    ])  # fmt: skip
+
+    class Images(Dataset):
+        def __init__(self):
+            self.files = [path.read_bytes() for path in sorted(workload.folder.iterdir())]
+
+        def __len__(self):
+            return len(self.files)
+
+        def __getitem__(self, index):
+            image = Image.open(io.BytesIO(self.files[index])).convert("RGB")
+            return torch.stack([make_view(image) for _ in range(workload.views)])
+
+    loader = DataLoader(Images(), workload.batch_size, shuffle=True, drop_last=True, num_workers=workload.workers, persistent_workers=True)
+    return lambda: sum(len(views) for views in loader)
+
+
+def dali(workload: Workload) -> Epoch:
+    """NVIDIA DALI's CPU backend: one decode, then the same policy for each view (grey as saturation 0)."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    policy = workload.policy
+    files = [str(path) for path in sorted(workload.folder.iterdir())]
+
+    @pipeline_def(enable_conditionals=True)
+    def views():
+        data, _ = fn.readers.file(files=files, random_shuffle=True, name="files")
+        image = fn.decoders.image(data, device="cpu", output_type=types.RGB)
+        made = []
+        for _ in range(workload.views):
+            view = fn.random_resized_crop(
+                image, size=workload.resolution, random_area=policy.crop_scale, random_aspect_ratio=policy.crop_ratio, antialias=True
+            )
+            if fn.random.coin_flip(probability=policy.jitter, dtype=types.BOOL):
+                view = fn.color_twist(
+                    view,
+                    brightness=fn.random.uniform(range=(1 - policy.brightness, 1 + policy.brightness)),
+                    contrast=fn.random.uniform(range=(1 - policy.contrast, 1 + policy.contrast)),
+                    saturation=fn.random.uniform(range=(1 - policy.saturation, 1 + policy.saturation)),
+                    hue=fn.random.uniform(range=(-360 * policy.hue, 360 * policy.hue)),
+                )
+            if fn.random.coin_flip(probability=policy.grey, dtype=types.BOOL):
+                view = fn.hsv(view, saturation=0.0)
+            if fn.random.coin_flip(probability=policy.blur, dtype=types.BOOL):
+                view = fn.gaussian_blur(view, sigma=fn.random.uniform(range=policy.blur_sigma))
+            made.append(fn.crop_mirror_normalize(
+                view, mirror=fn.random.coin_flip(probability=policy.flip), dtype=types.UINT8, output_layout="CHW"
+            ))  # fmt: skip
+        return tuple(made)
+
+    pipeline = views(batch_size=workload.batch_size, num_threads=workload.workers, device_id=None, seed=0)
+    pipeline.build()
+    batches = len(files) // workload.batch_size
+
+    def epoch() -> int:
+        for _ in range(batches):
+            for view in pipeline.run():
+                view.as_array()
+        return batches * workload.batch_size
+
+    return epoch
+
+
+CONTENDERS: dict[str, Callable[[Workload], Epoch]] = {
+    "ffssl": lambda workload: ours(workload, "torchvision"),
+    "ffssl, affine jitter": lambda workload: ours(workload, "affine"),
+    "decode only": decode_only,
+    "ffcv, crop and flip only": stock_ffcv,
+    "DALI, CPU": dali,
+    "torchvision + DataLoader": torchvision_dataloader,
+}

@@ -1,0 +1,196 @@
+"""Images per second of the loader and of its peers, on the same images, in one run.
+
+    python -m ffssl.benchmark loader                                     # photographs made from scikit-image's
+    python -m ffssl.benchmark loader --images photos/ --views 6 --resolution 96
+    python -m ffssl.benchmark loader --data train.beton --workers 8
+
+Every contender lives in a process of its own and waits there while the others run. They take turns, round by round, so that a
+machine whose speed drifts slows all of them alike: trust the ratios, not the images/s.
+"""
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+
+from ffssl.benchmark.contenders import CONTENDERS, Workload
+from ffssl.benchmark.machine import describe_machine
+from ffssl.benchmark.stages import stage_times
+from ffssl.data.beton import MODE_JPEG, read_beton
+from ffssl.data.convert import ConvertOptions, Encoding, convert
+from ffssl.data.policy import choose_policies
+from ffssl.data.sources import Source
+from ffssl.data.sources.folder import ImageFolder
+from ffssl.errors import UserError
+
+PACKAGES = ("ffssl", "numba", "numpy", "torch", "torchvision", "ffcv", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "pillow")
+START_LIMIT_S = 300  # a contender that has not served its first epoch by then counts as failed
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m ffssl.benchmark loader", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--data", type=Path, metavar="FILE", help="a beton file of JPEG images")
+    source.add_argument("--images", type=Path, metavar="FOLDER", help="images, re-encoded at a longer side of 500 and quality 90")
+    parser.add_argument("--samples", type=int, default=1000, metavar="N", help="images an epoch at least; fewer are repeated (default: %(default)s)")
+    parser.add_argument("--views", type=int, default=2, help="views of each image (default: %(default)s)")
+    parser.add_argument("--resolution", type=int, default=224, help="side of the views in pixels (default: %(default)s)")
+    parser.add_argument("--policy", default="simsiam", help="view policy (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads or processes of each contender (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images in a batch (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="epochs of each contender that count (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    for name in ("samples", "views", "resolution", "workers", "batch_size", "rounds"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')}: {getattr(options, name)} is not positive")
+    policy = choose_policies(options.policy)[0]
+
+    with tempfile.TemporaryDirectory(prefix="ffssl-benchmark-") as scratch:
+        beton, folder = prepare_images(options, Path(scratch))
+        workload = Workload(beton, folder, options.views, options.resolution, policy, options.workers, options.batch_size)
+        print(describe_machine(PACKAGES))
+        print(describe_images(beton))
+        print(f"{options.views} views at {options.resolution}, policy {options.policy}, batches of {options.batch_size}, {options.workers} workers\n", flush=True)
+        print_rates(measure(workload, options.rounds), options.views)
+        print("\nmilliseconds on one core   ", "  ".join(f"{stage} {ms:.3f}" for stage, ms in stage_times(beton, policy, options.resolution).items()))
+        affine = stage_times(beton, replace(policy, jitter_form="affine"), options.resolution)
+        print(f"decode: per image; the others: per view; colour with affine jitter {affine['colour']:.3f}")
+
+
+def prepare_images(options: argparse.Namespace, scratch: Path) -> tuple[Path, Path]:
+    """A beton file of the images to use, repeated to `samples`, and a folder of the same JPEG files."""
+    if options.data:
+        original = options.data
+    else:
+        original = scratch / "photographs.beton"
+        images = ImageFolder(options.images, labels=False) if options.images else BundledPhotographs()
+        convert(images, original, ConvertOptions(Encoding(max_side=500), workers=2, progress=False))
+    beton = read_beton(original)
+    if (beton.images["mode"] != MODE_JPEG).any():
+        raise UserError(f"{original}: holds raw pixels; the benchmark compares decoding, and needs JPEG images")
+    file = np.memmap(original, np.uint8, "r")
+    folder = scratch / "files"
+    (folder / "photos").mkdir(parents=True)
+    count = max(options.samples, len(beton)) if options.data else options.samples
+    for i in range(count):
+        begin = int(beton.images["data_ptr"][i % len(beton)])
+        size = int(beton.image_sizes[i % len(beton)])
+        (folder / "photos" / f"{i:07}.jpg").write_bytes(file[begin : begin + size].tobytes())
+    repeated = scratch / "repeated.beton"
+    convert(ImageFolder(folder), repeated, ConvertOptions(progress=False))
+    return repeated, folder / "photos"
+
+
+class BundledPhotographs(Source):
+    """Photographs of about 500x375 cut out of the ones that scikit-image's package carries."""
+
+    NAMES = ("astronaut", "chelsea", "coffee", "rocket")
+    class_names = None
+    origin = "scikit-image"
+
+    def __len__(self) -> int:
+        return 64
+
+    def name(self, index: int) -> str:
+        return self.NAMES[index % len(self.NAMES)]
+
+    def load(self, index: int) -> tuple[np.ndarray, int]:
+        try:
+            import skimage.data
+        except ImportError:
+            raise UserError("no --data and no --images given, and no scikit-image to take photographs from: pip install '.[bench]'") from None
+        from PIL import Image
+
+        photograph = getattr(skimage.data, self.name(index))()[..., :3]
+        height, width = photograph.shape[:2]
+        generator = np.random.default_rng(index)
+        h = int(height * generator.uniform(0.6, 1))
+        w = min(width, h * 4 // 3)
+        y, x = generator.integers(0, height - h + 1), generator.integers(0, width - w + 1)
+        return np.asarray(Image.fromarray(photograph[y : y + h, x : x + w]).resize((500, 375), Image.LANCZOS)), -1
+
+
+def describe_images(path: Path) -> str:
+    beton = read_beton(path)
+    width, height, size = (np.median(part) for part in (beton.images["width"], beton.images["height"], beton.image_sizes))
+    return f"{len(beton)} JPEG images, median {width:.0f}x{height:.0f} and {size / 1000:.0f} kB"
+
+
+def measure(workload: Workload, rounds: int) -> dict[str, list[float] | str]:
+    """Images/s of each contender in each round; for one that is not installed or fails, why."""
+    context = multiprocessing.get_context("spawn")
+    connections: dict[str, Connection] = {}
+    results: dict[str, list[float] | str] = {}
+    processes = []
+    for name in CONTENDERS:
+        connection, other_end = context.Pipe()
+        process = context.Process(target=_serve, args=(name, workload, other_end))
+        process.start()
+        other_end.close()
+        processes.append(process)
+        answer = _ask(connection, START_LIMIT_S)  # one at a time, so that none compiles while another warms up
+        if isinstance(answer, str):
+            results[name] = answer
+        else:
+            connections[name], results[name] = connection, []
+    try:
+        for _ in range(rounds):
+            for name, connection in list(connections.items()):
+                connection.send("epoch")
+                answer = _ask(connection, START_LIMIT_S)
+                if isinstance(answer, str):
+                    results[name] = answer
+                    del connections[name]
+                else:
+                    results[name].append(answer)
+    finally:
+        for process in processes:
+            process.kill()
+    return results
+
+
+def _ask(connection: Connection, limit: float) -> float | str:
+    """A contender's answer: images/s, or what went wrong."""
+    try:
+        return connection.recv() if connection.poll(limit) else f"no answer within {limit} s"
+    except (EOFError, ConnectionError):
+        return "its process ended"
+
+
+def _serve(name: str, workload: Workload, connection: Connection) -> None:
+    """One contender's process: an epoch to warm up, then one for every message."""
+    try:
+        epoch = CONTENDERS[name](workload)
+        while True:
+            started = time.perf_counter()
+            images = epoch()
+            connection.send(images / (time.perf_counter() - started))
+            connection.recv()
+    except EOFError:
+        pass
+    except ImportError as error:
+        connection.send(f"not installed ({error.name}): pip install '.[bench]'")
+    except Exception as error:  # a peer that fails must not stop the benchmark
+        connection.send(f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+
+
+def print_rates(results: dict[str, list[float] | str], views: int) -> None:
+    """A line a contender: median rates, and by how much `ffssl` is faster: the median of the rounds' ratios, and their range."""
+    ours = results["ffssl"]
+    print(f"{'':<28}{'image/s':>9}{'view/s':>9}{'ffssl is faster by':>22}{'(range)':>16}")
+    for name, rates in results.items():
+        if isinstance(rates, str):
+            print(f"{name:<28}{rates}")
+            continue
+        row = f"{name:<28}{statistics.median(rates):>9.0f}{views * statistics.median(rates):>9.0f}"
+        if not isinstance(ours, str):
+            ratios = [a / b for a, b in zip(ours, rates)]
+            row += f"{statistics.median(ratios):>21.2f}x{f'({min(ratios):.2f}-{max(ratios):.2f})':>16}"
+        print(row)

@@ -1,0 +1,73 @@
+"""Where the time of a view goes."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from ffssl.data.beton import read_beton
+from ffssl.data.decoder import decode
+from ffssl.data.kernels import store
+from ffssl.data.policy import AFFINE_JITTER, P_GREY, P_JITTER, P_SIGMA, P_SOLARISE, PARAMETER_COLUMNS, ViewPolicy, draw, view_key
+from ffssl.data.render import render
+
+SAMPLES = 200
+REPEATS = 5
+
+
+def stage_times(path: Path, policy: ViewPolicy, resolution: int) -> dict[str, float]:
+    """Milliseconds of each stage on one core: decode per image, the others per view, as the policy mixes them.
+
+    Colour and blur are what a view takes more with them than without, since the passes are fused; resize is what is left.
+    """
+    beton = read_beton(path)
+    file = np.memmap(beton.path, np.uint8, "r")
+    row = policy.row()
+    images, drawn = [], np.zeros((min(SAMPLES, len(beton)), PARAMETER_COLUMNS))
+    stored = []
+    for i in range(len(drawn)):
+        meta = beton.images[i]
+        begin, height, width = int(meta["data_ptr"]), int(meta["height"]), int(meta["width"])
+        stored.append((file[begin : begin + int(beton.image_sizes[i])], int(meta["mode"]), height, width))
+        pixels = np.empty(3 * height * width, np.uint8)
+        decode(*stored[i], pixels)
+        images.append(pixels.reshape(height, width, 3))
+        draw(np.uint64(view_key(0, 0, i, 0)), height, width, row, drawn[i])
+
+    scratch = np.empty(3 * max(image.size for image in images), np.uint8)
+    view = np.empty((3, resolution, resolution), np.uint8)
+    line = np.zeros(resolution, np.float32)
+
+    def decode_all() -> None:
+        for data in stored:
+            decode(*data, scratch)
+
+    def render_all(parameters: np.ndarray) -> None:
+        for image, one in zip(images, parameters):
+            render(image, one, row[AFFINE_JITTER] != 0, view)
+
+    def store_all() -> None:
+        for _ in range(3 * resolution):
+            store(line, view[0, 0])
+
+    plain, coloured = drawn.copy(), drawn.copy()
+    plain[:, [P_JITTER, P_GREY, P_SIGMA, P_SOLARISE]] = 0
+    coloured[:, P_SIGMA] = 0
+    per_image = 1 / len(images)
+    bare, with_colour, full = (per_image * _milliseconds(lambda p=p: render_all(p)) for p in (plain, coloured, drawn))
+    storing = _milliseconds(store_all)
+    return {
+        "decode": per_image * _milliseconds(decode_all), "resize": bare - storing, "colour": with_colour - bare, "blur": full - with_colour,
+        "store": storing, "view": full,
+    }  # fmt: skip
+
+
+def _milliseconds(work) -> float:
+    """The least of a few timings: what the machine takes when nothing disturbs it."""
+    work()
+    times = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return 1000 * min(times)
