@@ -56,6 +56,7 @@ class Run:
     method: Method
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    flops_per_step: dict[int, int]  # by resolution
     epoch: int = 0  # epochs finished
     spent: dict[str, float] = field(default_factory=lambda: {"seconds": 0.0, "flops": 0.0})
 
@@ -87,12 +88,15 @@ def train(options: SimpleNamespace) -> None:
         knn = stack.enter_context(contextlib.closing(OnlineKnn(options, device))) if options.data.validation else None
         amp, scaler = mixed_precision(options.training.amp, device)
         optimizer = torch.optim.SGD(method.parameter_groups(options.training.weight_decay), lr=0.0, momentum=options.training.momentum)
-        run = Run(options, Plan(options, len(loader)), device, amp, method, optimizer, scaler)
+        plan = Plan(options, len(loader))
+        run = Run(options, plan, device, amp, method, optimizer, scaler, count_flops(plan, method))
         resumed = resume(run, folder)
         log = stack.enter_context(contextlib.closing(RunLog(folder, last_epoch=run.epoch if resumed else -1, tensorboard=options.run.tensorboard)))
         if not resumed:
             if knn:
-                log.write({"epoch": 0, **run.spent, "knn": knn.accuracy(method.backbone, amp)})
+                row = {"epoch": 0, **run.spent, "knn": knn.accuracy(method.backbone, amp)}
+                log.write(row)
+                print(f"untrained: kNN {row['knn']:.1%}", flush=True)
             checkpoint.save(folder, run.state())
 
         epochs = options.training.epochs
@@ -102,6 +106,7 @@ def train(options: SimpleNamespace) -> None:
                 row["knn"] = knn.accuracy(method.backbone, amp)
             log.write(row)
             checkpoint.save(folder, run.state())
+            print(summary(row, epochs), flush=True)
 
 
 def train_epoch(run: Run, loader: ViewLoader) -> dict[str, float]:
@@ -115,7 +120,7 @@ def train_epoch(run: Run, loader: ViewLoader) -> dict[str, float]:
     losses, spreads, waited, started = [], [], 0.0, time.perf_counter()
     check_every = 1 if run.device.type == "cpu" else STEPS_BETWEEN_CHECKS
 
-    with tqdm(total=len(loader) * loader.batch_size, unit="img", desc=f"epoch {epoch + 1}/{options.training.epochs}", disable=None) as bar:
+    with tqdm(total=len(loader) * loader.batch_size, unit="img", desc=f"epoch {epoch + 1}/{options.training.epochs}", leave=False, disable=None) as bar:
         batches = iter(loader)
         for i in range(len(loader)):
             asked = time.perf_counter()
@@ -136,13 +141,8 @@ def train_epoch(run: Run, loader: ViewLoader) -> dict[str, float]:
         batches.close()
 
     seconds = time.perf_counter() - started
-    select = options.hard_augment.select == "hard"
-    flops = len(loader) * step_flops(
-        run.method, batch_size=loader.batch_size, resolution=resolution, views=options.augment.views,
-        selection_resolution=options.hard_augment.resolution if select else 0,
-    )  # fmt: skip
     run.epoch += 1
-    run.spent = {"seconds": run.spent["seconds"] + seconds, "flops": run.spent["flops"] + flops}
+    run.spent = {"seconds": run.spent["seconds"] + seconds, "flops": run.spent["flops"] + len(loader) * run.flops_per_step[resolution]}
     learning_rate, momentum = plan.learning_rate_and_momentum(step + len(loader) - 1)
     return {
         "epoch": run.epoch, **run.spent, "loss": torch.stack(losses).mean().item(), "learning_rate": learning_rate, "momentum": momentum,
@@ -206,6 +206,18 @@ def open_loader(options: SimpleNamespace, method: Method) -> ViewLoader:
     )  # fmt: skip
 
 
+def count_flops(plan: Plan, method: Method) -> dict[int, int]:
+    """FLOPs of a step at each resolution of the schedule."""
+    training, augment, hard_augment = plan.options.training, plan.options.augment, plan.options.hard_augment
+    selection_resolution = hard_augment.resolution if hard_augment.select == "hard" else 0
+    return {
+        resolution: step_flops(
+            method, batch_size=training.batch_size, resolution=resolution, views=augment.views, selection_resolution=selection_resolution
+        )
+        for resolution in {plan.resolution(epoch) for epoch in range(training.epochs)}
+    }
+
+
 def resume(run: Run, folder: Path) -> bool:
     """Continue from the folder's checkpoint. Returns whether there was one. Raises UserError if it is of another experiment."""
     try:
@@ -226,6 +238,15 @@ def resume(run: Run, folder: Path) -> bool:
                 )
     run.restore(state)
     return True
+
+
+def summary(row: dict[str, float], epochs: int) -> str:
+    """A finished epoch on one line."""
+    knn = f"  kNN {row['knn']:.1%}" if "knn" in row else ""
+    return (
+        f"epoch {row['epoch']}/{epochs}  {row['resolution']} px  loss {row['loss']:.3f}  lr {row['learning_rate']:.3g}  "
+        f"{row['images_per_second']:.0f} img/s, {row['data_wait']:.0%} waiting for data{knn}"
+    )
 
 
 def diverged(run: Run, step: int) -> str:

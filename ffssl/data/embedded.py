@@ -1,4 +1,4 @@
-"""A data set that needs no download: ten classes of drawn motifs, for the demo, the tests and first experiments.
+"""A data set that needs no download: eight classes of drawn motifs, for the demo, the tests and first experiments.
 
     images = EmbeddedDataset("train", 4000)
     image, label = images[0]
@@ -60,22 +60,14 @@ def _crescent(x: Field, y: Field) -> Field:
     return maximum(sqrt((x - 0.28) ** 2 + y * y) - 0.79, 0.6 - sqrt((x - 0.66) ** 2 + y * y))
 
 
-def _stripes(x: Field, y: Field) -> Field:
-    return maximum(abs(x) - 0.7, minimum(abs(y), abs(abs(y) - 0.5)) - 0.119)
-
-
 def _dots(x: Field, y: Field) -> Field:
     lower = sqrt((abs(x) - 0.5) ** 2 + (y - 0.29) ** 2)
     return minimum(lower, sqrt(x * x + (y + 0.58) ** 2)) - 0.326
 
 
-def _zigzag(x: Field, y: Field) -> Field:
-    return maximum(abs(abs(abs(x) - 0.38) - 0.19 + y * 0.5) * 0.894 - 0.147, abs(x) - 0.76)
-
-
 MOTIFS: dict[str, Shape] = {
     "disc": _disc, "ring": _ring, "target": _target, "triangle": _triangle, "cross": _cross, "star": _star,
-    "crescent": _crescent, "stripes": _stripes, "dots": _dots, "zigzag": _zigzag,
+    "crescent": _crescent, "dots": _dots,
 }
 
 
@@ -84,10 +76,10 @@ def _stroke(x: Field, y: Field) -> Field:
 
 
 class EmbeddedDataset:
-    """`dataset[i]` is (image, label): uint8 RGB (H, W, 3) with sides of 64 to 160 pixels, and an int in 0 .. 9.
+    """`dataset[i]` is (image, label): uint8 RGB (H, W, 3) with sides of 64 to 160 pixels, and an int in 0 .. 7.
 
     Image i depends on (`seed`, `split`, i) alone, so a smaller data set is the beginning of a larger one. Labels
-    take turns: label of i is i mod 10. Raises ValueError for an unknown split, a size below 1 or a seed that does
+    take turns: the label of image i is i mod 8. Raises ValueError for an unknown split, a size below 1 or a seed that does
     not fit in 64 bits.
     """
 

@@ -1,0 +1,54 @@
+import PIL.Image
+import pytest
+
+from ffssl.config import read_options
+from ffssl.data.convert import convert
+from ffssl.data.sources.embedded import Embedded
+from ffssl.demo import print_table
+from ffssl.demo_report import draw_report, raw_pixel_accuracy
+from ffssl.run_log import read_log
+from ffssl.train import train
+
+SMALL = [
+    "--model.backbone=resnet-small", "--method.name=simclr", "--method.hidden=32", "--method.projection=16", "--resolution.max=32",
+    "--resolution.min=16", "--resolution.step=16", "--hard_augment.resolution=16", "--training.batch_size=16", "--evaluate.k=5",
+    "--training.epochs=2", "--run.tensorboard=false", "--run.device=cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    convert(Embedded("train", 100), folder / "train.beton")
+    convert(Embedded("val", 20), folder / "val.beton")
+    data = [f"--data.train={folder / 'train.beton'}", f"--data.validation={folder / 'val.beton'}"]
+    own = {"baseline": [], "efficient": ["--resolution.schedule=progressive"]}
+    options = {name: read_options([*SMALL, *data, *own[name], f"--run.folder={folder / name}"]) for name in own}
+    for one in options.values():
+        train(one)
+    return options, {name: read_log(folder / name) for name in own}
+
+
+def test_table_states_accuracy_cost_and_speed_up_of_both_runs(runs, capsys):
+    options, logs = runs
+    print_table(logs, 0.123)
+    lines = capsys.readouterr().out.splitlines()
+    assert "raw pixels 12.3%" in lines[1] and f"untrained network {logs['baseline'][0]['knn']:.1%}" in lines[1]
+    last = {name: rows[-1] for name, rows in logs.items()}
+    efficient = next(line for line in lines if line.startswith("efficient")).split()
+    assert efficient[2] == f"{last['efficient']['knn']:.1%}"
+    assert efficient[4] == f"{last['baseline']['flops'] / last['efficient']['flops']:.2f}x"
+    assert float(efficient[4][:-1]) > 1.3  # half of its epochs at half the side
+    assert efficient[6] == f"{last['baseline']['seconds'] / last['efficient']['seconds']:.2f}x"
+
+
+def test_picture_is_drawn(runs, tmp_path):
+    draw_report(*runs, tmp_path / "demo.png")
+    with PIL.Image.open(tmp_path / "demo.png") as picture:
+        assert min(picture.size) > 800
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 10_000  # photographs among the curves
+
+
+def test_raw_pixels_are_classified_as_the_definition_says(runs):
+    options, _ = runs
+    assert 0 <= raw_pixel_accuracy(options["baseline"]) < 0.6
