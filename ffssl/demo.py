@@ -25,6 +25,7 @@ def main() -> int:
     folder = parser.parse_args().folder
     started = time.perf_counter()
     betons = {split: folder / f"{split}.beton" for split in IMAGES}
+    folder.mkdir(parents=True, exist_ok=True)
     for split, count in IMAGES.items():
         if not betons[split].exists():
             run("write_datasets.py", "embedded", "--split", split, "--size", str(count), "--output", str(betons[split]))
