@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ffssl.data.beton import read_beton
+from ffssl.data.compiled import compiled
 from ffssl.data.decoder import decode
 from ffssl.data.kernels import store
 from ffssl.data.policy import AFFINE_JITTER, P_GREY, P_JITTER, P_SIGMA, P_SOLARISE, PARAMETER_COLUMNS, ViewPolicy, draw, view_key
@@ -36,7 +37,7 @@ def stage_times(path: Path, policy: ViewPolicy, resolution: int) -> dict[str, fl
 
     scratch = np.empty(3 * max(image.size for image in images), np.uint8)
     view = np.empty((3, resolution, resolution), np.uint8)
-    line = np.zeros(resolution, np.float32)
+    planes = np.zeros((3, resolution, resolution), np.float32)
 
     def decode_all() -> None:
         for data in stored:
@@ -46,20 +47,23 @@ def stage_times(path: Path, policy: ViewPolicy, resolution: int) -> dict[str, fl
         for image, one in zip(images, parameters):
             render(image, one, row[AFFINE_JITTER] != 0, view)
 
-    def store_all() -> None:
-        for _ in range(3 * resolution):
-            store(line, view[0, 0])
-
     plain, coloured = drawn.copy(), drawn.copy()
     plain[:, [P_JITTER, P_GREY, P_SIGMA, P_SOLARISE]] = 0
     coloured[:, P_SIGMA] = 0
     per_image = 1 / len(images)
     bare, with_colour, full = (per_image * _milliseconds(lambda p=p: render_all(p)) for p in (plain, coloured, drawn))
-    storing = _milliseconds(store_all)
+    storing = _milliseconds(lambda: _store_view(planes, view))
     return {
         "decode": per_image * _milliseconds(decode_all), "resize": bare - storing, "colour": with_colour - bare, "blur": full - with_colour,
         "store": storing, "view": full,
     }  # fmt: skip
+
+
+@compiled
+def _store_view(planes, view):
+    for c in range(3):
+        for y in range(planes.shape[1]):
+            store(planes[c, y], view[c, y])
 
 
 def _milliseconds(work) -> float:
