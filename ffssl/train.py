@@ -14,8 +14,9 @@ from ffssl.config import as_dict, command_line_options
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds: --help and a mistyped option are answered at once
     OPTIONS = command_line_options(__doc__)
-    # OpenMP threads that wait by spinning would take the cores from the threads that render views.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # OpenMP's threads spin while they wait, for so long that on a CPU they starve the threads that render views; not at all costs
+    # as much in the many small operations of low resolutions.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import contextlib
 import time
