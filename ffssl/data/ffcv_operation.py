@@ -14,15 +14,20 @@ from unittest import mock
 
 import numba.typed
 import numpy as np
+import torch
 from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-# ffcv compiles one numba.typed.Dict at import, which takes seconds; it only ever looks two strings up in it.
+# ffcv compiles one numba.typed.Dict at import, which takes seconds; it only ever looks two strings up in it. And its import sets
+# torch and Numba to one thread.
+_torch_threads, _numba_threads = torch.get_num_threads(), numba.get_num_threads()
 with mock.patch.object(numba.typed, "Dict", dict):
     from ffcv.pipeline.allocation_query import AllocationQuery
     from ffcv.pipeline.operation import Operation
     from ffcv.pipeline.state import State
+torch.set_num_threads(_torch_threads)
+numba.set_num_threads(_numba_threads)
 
 from ffssl.data.decoder import ViewSettings, decode, most_pixels, render_views
 from ffssl.data.policy import STANDARD_MAGNITUDE, ViewPolicy

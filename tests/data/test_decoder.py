@@ -158,3 +158,12 @@ def test_compiled_files_are_dropped_when_any_kernel_module_has_changed(tmp_path)
             file.write("# changed\n")
         import_compiled(folder)
         assert kept.exists() and not any(file.exists() for file in stale), name
+
+
+def test_importing_the_ffcv_decoder_leaves_torchs_and_numbas_threads_alone():
+    code = (
+        "import torch, numba; torch.set_num_threads(2); before = torch.get_num_threads(), numba.get_num_threads()\n"
+        "import ffssl.data.ffcv_operation\n"
+        "assert (torch.get_num_threads(), numba.get_num_threads()) == before"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
