@@ -130,7 +130,10 @@ def torchvision_dataloader(workload: Workload) -> Epoch:
             image = Image.open(io.BytesIO(self.files[index])).convert("RGB")
             return torch.stack([make_view(image) for _ in range(workload.views)])
 
-    loader = DataLoader(Images(), workload.batch_size, shuffle=True, drop_last=True, num_workers=workload.workers, persistent_workers=True)
+    loader = DataLoader(
+        Images(), workload.batch_size, shuffle=True, drop_last=True, num_workers=workload.workers, persistent_workers=True,
+        multiprocessing_context="fork",  # safe here: this process has no other threads, and the class above can't be pickled
+    )  # fmt: skip
     return lambda: sum(len(views) for views in loader)
 
 

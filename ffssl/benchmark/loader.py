@@ -9,6 +9,7 @@ machine whose speed drifts slows all of them alike: trust the ratios, not the im
 """
 
 import argparse
+import io
 import multiprocessing
 import os
 import statistics
@@ -19,14 +20,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from ffssl.benchmark.contenders import CONTENDERS, Workload
 from ffssl.benchmark.machine import describe_machine
 from ffssl.benchmark.stages import stage_times
 from ffssl.data.beton import MODE_JPEG, read_beton
-from ffssl.data.convert import ConvertOptions, Encoding, convert
+from ffssl.data.convert import ConvertOptions, convert
 from ffssl.data.policy import choose_policies
-from ffssl.data.sources import Source
 from ffssl.data.sources.folder import ImageFolder
 from ffssl.errors import UserError
 
@@ -66,55 +67,55 @@ def main(arguments: list[str]) -> None:
 
 def prepare_images(options: argparse.Namespace, scratch: Path) -> tuple[Path, Path]:
     """A beton file of the images to use, repeated to `samples`, and a folder of the same JPEG files."""
-    if options.data:
-        original = options.data
-    else:
-        original = scratch / "photographs.beton"
-        images = ImageFolder(options.images, labels=False) if options.images else BundledPhotographs()
-        convert(images, original, ConvertOptions(Encoding(max_side=500), workers=2, progress=False))
-    beton = read_beton(original)
-    if (beton.images["mode"] != MODE_JPEG).any():
-        raise UserError(f"{original}: holds raw pixels; the benchmark compares decoding, and needs JPEG images")
-    file = np.memmap(original, np.uint8, "r")
+    files = stored_files(options.data) if options.data else encoded_photographs(options.images)
     folder = scratch / "files"
     (folder / "photos").mkdir(parents=True)
-    count = max(options.samples, len(beton)) if options.data else options.samples
-    for i in range(count):
-        begin = int(beton.images["data_ptr"][i % len(beton)])
-        size = int(beton.image_sizes[i % len(beton)])
-        (folder / "photos" / f"{i:07}.jpg").write_bytes(file[begin : begin + size].tobytes())
-    repeated = scratch / "repeated.beton"
-    convert(ImageFolder(folder), repeated, ConvertOptions(progress=False))
-    return repeated, folder / "photos"
+    for i in range(max(options.samples, len(files))):
+        (folder / "photos" / f"{i:07}.jpg").write_bytes(files[i % len(files)])
+    beton = scratch / "images.beton"
+    convert(ImageFolder(folder), beton, ConvertOptions(progress=False))
+    return beton, folder / "photos"
 
 
-class BundledPhotographs(Source):
-    """Photographs of about 500x375 cut out of the ones that scikit-image's package carries."""
+def stored_files(path: Path) -> list[bytes]:
+    """The JPEG files in a beton file."""
+    beton = read_beton(path)
+    if (beton.images["mode"] != MODE_JPEG).any():
+        raise UserError(f"{path}: holds raw pixels; the benchmark compares decoding, and needs JPEG images")
+    file = np.memmap(path, np.uint8, "r")
+    return [file[begin : begin + size].tobytes() for begin, size in zip(beton.images["data_ptr"].tolist(), beton.image_sizes.tolist())]
 
-    NAMES = ("astronaut", "chelsea", "coffee", "rocket")
-    class_names = None
-    origin = "scikit-image"
 
-    def __len__(self) -> int:
-        return 64
+def encoded_photographs(folder: Path | None) -> list[bytes]:
+    """The images of a folder, or else scikit-image's photographs, reduced to a longer side of 500 and encoded at quality 90."""
+    if folder:
+        source = ImageFolder(folder, labels=False)
+        images = (Image.open(io.BytesIO(source.load(i)[0])) for i in range(len(source)))
+    else:
+        images = (cut_photograph(i) for i in range(64))
+    files = []
+    for image in images:
+        image = image.convert("RGB")
+        image.thumbnail((500, 500), Image.LANCZOS)
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=90)
+        files.append(buffer.getvalue())
+    return files
 
-    def name(self, index: int) -> str:
-        return self.NAMES[index % len(self.NAMES)]
 
-    def load(self, index: int) -> tuple[np.ndarray, int]:
-        try:
-            import skimage.data
-        except ImportError:
-            raise UserError("no --data and no --images given, and no scikit-image to take photographs from: pip install '.[bench]'") from None
-        from PIL import Image
-
-        photograph = getattr(skimage.data, self.name(index))()[..., :3]
-        height, width = photograph.shape[:2]
-        generator = np.random.default_rng(index)
-        h = int(height * generator.uniform(0.6, 1))
-        w = min(width, h * 4 // 3)
-        y, x = generator.integers(0, height - h + 1), generator.integers(0, width - w + 1)
-        return np.asarray(Image.fromarray(photograph[y : y + h, x : x + w]).resize((500, 375), Image.LANCZOS)), -1
+def cut_photograph(index: int) -> Image.Image:
+    """A random cut, 500x375, of one of the photographs that scikit-image's package carries."""
+    try:
+        import skimage.data
+    except ImportError:
+        raise UserError("no --data and no --images given, and no scikit-image to take photographs from: pip install '.[bench]'") from None
+    names = ("astronaut", "chelsea", "coffee", "rocket")
+    photograph = Image.fromarray(getattr(skimage.data, names[index % len(names)])()[..., :3])
+    generator = np.random.default_rng(index)
+    height = int(photograph.height * generator.uniform(0.6, 1))
+    width = min(photograph.width, height * 4 // 3)
+    left, top = generator.integers(0, photograph.width - width + 1), generator.integers(0, photograph.height - height + 1)
+    return photograph.resize((500, 375), Image.LANCZOS, box=(left, top, left + width, top + height))
 
 
 def describe_images(path: Path) -> str:
