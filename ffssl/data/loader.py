@@ -78,7 +78,8 @@ class ViewLoader:
         if len(self.samples) and not 0 <= self.samples.min() <= self.samples.max() < len(self.beton):
             raise UserError(f"{path}: indices from {self.samples.min()} to {self.samples.max()}, but it holds {len(self.beton)} samples")
         if drop_last and len(self.samples) // world_size < batch_size:
-            raise UserError(f"{path}: {len(self.samples)} samples are fewer than one batch of {batch_size} on each of {world_size} processes")
+            each = f" on each of {world_size} processes" if world_size > 1 else ""
+            raise UserError(f"{path}: {len(self.samples)} samples are fewer than one batch of {batch_size}{each}")
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.drop_last = drop_last
