@@ -33,7 +33,7 @@ class ViewPolicy:
 
     The defaults are SimSiam's and MoCo v2's. `brightness`, `contrast`, `saturation` and `hue` are torchvision's ranges at the
     standard magnitude 5 and scale linearly with the magnitude. `jitter_form` is "torchvision" (its four steps in random order,
-    clipped after each) or "affine" (one colour matrix a view, about 3x cheaper; `kernels.colour_matrix` says what differs).
+    clipped after each) or "affine" (one colour matrix a view, cheaper; `kernels.colour_matrix` says what differs).
     `blur_sigma` is in pixels of the rendered view. With `centre_crop` > 0 nothing is random: the largest centred square is
     taken, and of it that fraction of the side.
     """
