@@ -1,8 +1,8 @@
 """Pixel kernels of one view, compiled by Numba.
 
-A view in the making is three contiguous float32 planes of values in 0..255. Kernels take contiguous 1-D slices (a row or a whole
-plane a channel) and change them in place: LLVM vectorises such loops, and does not vectorise the same loops written as
-element-wise indexing into a 2-D array. Indices that do not come from a `range` are unsigned, since Numba checks signed ones for
+A view in the making is three contiguous float32 planes of values in 0..255. Colour kernels take contiguous 1-D slices (a row or a
+whole plane a channel) and change them in place: LLVM vectorises such loops, and does not vectorise the same loops written as
+element-wise indexing into a 2-D array. Resizing and blurring stand on the vector sums of `lanes`. Indices that do not come from a `range` are unsigned, since Numba checks signed ones for
 negative values. Each kernel follows torchvision's definition on float tensors; the tests hold the two side by side.
 """
 
@@ -11,6 +11,7 @@ import math
 import numpy as np
 
 from ffssl.data.compiled import compiled
+from ffssl.data.lanes import LANES, sum_24, transpose, weighted_sum
 
 _ZERO, _ONE, _WHITE, _HALF = np.float32(0), np.float32(1), np.float32(255), np.float32(0.5)
 _RED, _GREEN, _BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)  # ITU-R 601-2 luma, as torchvision rounds it
@@ -48,80 +49,31 @@ def most_taps(length, target):
 
 
 @compiled
-def _set_1(a, x, out):
-    for i in range(out.shape[0]):
-        out[i] = a * np.float32(x[i])
+def shrink_rows(rows, first, count, weights, flip, columns, shrunk, planes, y):
+    """Horizontal pass over LANES interleaved RGB rows into rows y, y + 1, ... of the planes, mirrored if `flip`.
 
+    rows: float32 (LANES, n), n a multiple of LANES and at least 3 values for each source pixel. first, count, weights: see
+    `triangle_weights`. columns: scratch of LANES * n float32. shrunk: scratch of 3 * LANES * R. planes: float32 (3, R, R).
 
-@compiled
-def _add_1(a, x, out):
-    for i in range(out.shape[0]):
-        out[i] += a * np.float32(x[i])
-
-
-@compiled
-def _set_2(a, b, x, y, out):
-    for i in range(out.shape[0]):
-        out[i] = a * np.float32(x[i]) + b * np.float32(y[i])
-
-
-@compiled
-def _set_3(a, b, c, x, y, z, out):
-    for i in range(out.shape[0]):
-        out[i] = a * np.float32(x[i]) + b * np.float32(y[i]) + c * np.float32(z[i])
-
-
-@compiled
-def blend_rows(rows, begin, end, first, count, weights, out):
-    """out (float32) = the sum of weights[k] * rows[first + k, begin:end] over `count` taps: one output row of a vertical pass."""
-    y = np.int64(first)
-    if count == 3:
-        _set_3(weights[0], weights[1], weights[2], rows[y, begin:end], rows[y + 1, begin:end], rows[y + 2, begin:end], out)
-    elif count == 2:
-        _set_2(weights[0], weights[1], rows[y, begin:end], rows[y + 1, begin:end], out)
-    else:
-        _set_1(weights[0], rows[y, begin:end], out)
-        for k in range(1, count):
-            _add_1(weights[k], rows[y + k, begin:end], out)
-
-
-@compiled
-def shrink_row(row, first, count, weights, pixels):
-    """Horizontal pass over one interleaved RGB row (float32, one value longer than its pixels) into `pixels` of four lanes each.
-
-    The fourth lane holds rubbish: with it every pixel is one SIMD register.
+    The sums run over pixels whose LANES rows lie side by side, so the block is transposed before and after.
     """
-    for x in range(count.shape[0]):
-        j = np.uint64(3) * first[x]
-        red = green = blue = rest = _ZERO
-        for k in range(count[x]):
-            w = weights[x, k]
-            red += w * row[j]
-            green += w * row[j + np.uint64(1)]
-            blue += w * row[j + np.uint64(2)]
-            rest += w * row[j + np.uint64(3)]
-            j += np.uint64(3)
-        i = np.uint64(4 * x)
-        pixels[i] = red
-        pixels[i + np.uint64(1)] = green
-        pixels[i + np.uint64(2)] = blue
-        pixels[i + np.uint64(3)] = rest
-
-
-@compiled
-def split_channels(pixels, flip, red, green, blue):
-    """Four-lane `pixels` to one row a channel, mirrored if `flip`."""
-    width = red.shape[0]
-    if flip:
-        for x in range(width):
-            red[x] = pixels[4 * (width - 1 - x)]
-            green[x] = pixels[4 * (width - 1 - x) + 1]
-            blue[x] = pixels[4 * (width - 1 - x) + 2]
-    else:
-        for x in range(width):
-            red[x] = pixels[4 * x]
-            green[x] = pixels[4 * x + 1]
-            blue[x] = pixels[4 * x + 2]
+    lanes_, pixel = np.uint64(LANES), np.uint64(3 * LANES)
+    flat, n = rows.reshape(-1), np.uint64(rows.shape[1])
+    for i in range(0, rows.shape[1], LANES):
+        transpose(flat, np.uint64(i), n, columns, np.uint64(i) * lanes_, lanes_)
+    resolution = count.shape[0]
+    for x in range(resolution):
+        to = np.uint64(resolution - 1 - x if flip else x)
+        sum_24(columns, pixel * first[x], pixel, weights[x, : count[x]], shrunk, pixel * to)
+    whole = resolution // LANES * LANES if y + LANES <= resolution else 0
+    out = planes.reshape(-1)
+    for c in range(3):
+        for x in range(0, whole, LANES):
+            transpose(shrunk, pixel * np.uint64(x) + lanes_ * np.uint64(c), pixel, out, np.uint64((c * resolution + y) * resolution + x),
+                      np.uint64(resolution))
+        for i in range(min(LANES, resolution - y)):
+            for x in range(whole, resolution):
+                planes[c, y + i, x] = shrunk[(3 * x + c) * LANES + i]
 
 
 # Colour
@@ -248,24 +200,12 @@ def blur_radius(sigma):
 
 @compiled
 def gaussian_taps(sigma, radius, taps):
-    """taps[k] (float32) is the weight of the pixels at distance k; taps[0] + 2 * sum(taps[1:radius + 1]) is one."""
-    total = 1.0
-    for k in range(1, radius + 1):
-        total += 2 * math.exp(-0.5 * (k / sigma) ** 2)
-    for k in range(radius + 1):
-        taps[k] = math.exp(-0.5 * (k / sigma) ** 2) / total
-
-
-@compiled
-def _add_pair(a, x, y, out):
-    for i in range(out.shape[0]):
-        out[i] += a * (x[i] + y[i])
-
-
-@compiled
-def _add_two_pairs(a, b, x, y, z, w, out):
-    for i in range(out.shape[0]):
-        out[i] += a * (x[i] + y[i]) + b * (z[i] + w[i])
+    """taps (float32, (2 * radius + 1,)): the weights of the pixels at distances -radius..radius, which sum to one."""
+    total = 0.0
+    for k in range(-radius, radius + 1):
+        total += math.exp(-0.5 * (k / sigma) ** 2)
+    for k in range(-radius, radius + 1):
+        taps[k + radius] = math.exp(-0.5 * (k / sigma) ** 2) / total
 
 
 @compiled
@@ -278,35 +218,22 @@ def mirror(i, n):
 
 
 @compiled
-def blur_row(row, taps, radius, padded):
-    """Blur one row in place; `padded` is scratch of len(row) + 2 * radius."""
-    n = row.shape[0]
-    padded[radius : radius + n] = row
+def blur_rows(plane, taps, padded, blurred):
+    """Horizontal pass over `plane` (float32, (n, n)) into `blurred` (n + 2 * radius, n), continued above and below by reflection.
+
+    taps: see `gaussian_taps`. padded: scratch of n + 2 * radius.
+    """
+    n, radius = plane.shape[0], taps.shape[0] // 2
+    for y in range(n):
+        row = plane[y]
+        padded[radius : radius + n] = row
+        for k in range(1, radius + 1):
+            padded[radius - k] = row[mirror(-k, n)]
+            padded[radius + n - 1 + k] = row[mirror(n - 1 + k, n)]
+        weighted_sum(padded, np.uint64(0), np.uint64(1), taps, blurred[radius + y])
     for k in range(1, radius + 1):
-        padded[radius - k] = row[mirror(-k, n)]
-        padded[radius + n - 1 + k] = row[mirror(n - 1 + k, n)]
-    _set_1(taps[0], padded[radius : radius + n], row)
-    k = 1
-    while k + 1 <= radius:
-        _add_two_pairs(taps[k], taps[k + 1], padded[radius - k : radius - k + n], padded[radius + k : radius + k + n],
-                       padded[radius - k - 1 : radius - k - 1 + n], padded[radius + k + 1 : radius + k + 1 + n], row)
-        k += 2
-    if k <= radius:
-        _add_pair(taps[k], padded[radius - k : radius - k + n], padded[radius + k : radius + k + n], row)
-
-
-@compiled
-def blur_column_into(plane, y, taps, radius, out):
-    """out = row y of `plane` (float32, (height, width)), blurred along the columns."""
-    n = plane.shape[0]
-    _set_1(taps[0], plane[y], out)
-    k = 1
-    while k + 1 <= radius:
-        _add_two_pairs(taps[k], taps[k + 1], plane[mirror(y - k, n)], plane[mirror(y + k, n)],
-                       plane[mirror(y - k - 1, n)], plane[mirror(y + k + 1, n)], out)
-        k += 2
-    if k <= radius:
-        _add_pair(taps[k], plane[mirror(y - k, n)], plane[mirror(y + k, n)], out)
+        blurred[radius - k] = blurred[radius + mirror(-k, n)]
+        blurred[radius + n - 1 + k] = blurred[radius + mirror(n - 1 + k, n)]
 
 
 @compiled

@@ -9,6 +9,7 @@ import numpy as np
 
 from ffssl.data import kernels
 from ffssl.data.compiled import compiled
+from ffssl.data.lanes import LANES, weighted_sum
 from ffssl.data.policy import (
     AFFINE_JITTER, P_BRIGHTNESS, P_CONTRAST, P_FLIP, P_GREY, P_HEIGHT, P_HUE, P_JITTER, P_LEFT, P_ORDER, P_SATURATION, P_SIGMA,
     P_SOLARISE, P_TOP, P_WIDTH,
@@ -64,54 +65,59 @@ def render(image, drawn, affine, out):
     matrix = np.empty((3, 4), np.float32)
     if affine:
         kernels.colour_matrix(drawn[P_BRIGHTNESS], drawn[P_CONTRAST], drawn[P_SATURATION], drawn[P_HUE], matrix)
-    radius = 0
-    if drawn[P_SIGMA] > _IDENTITY_SIGMA:
-        radius = kernels.blur_radius(drawn[P_SIGMA])
-    taps = np.empty(radius + 1, np.float32)
-    kernels.gaussian_taps(max(drawn[P_SIGMA], _IDENTITY_SIGMA), radius, taps)
-    padded = np.empty(resolution + 2 * radius, np.float32)
-
     first_y, count_y = np.empty(resolution, np.uint64), np.empty(resolution, np.int64)
     first_x, count_x = np.empty(resolution, np.uint64), np.empty(resolution, np.int64)
     weights_y = np.empty((resolution, kernels.most_taps(height, resolution)), np.float32)
     weights_x = np.empty((resolution, kernels.most_taps(width, resolution)), np.float32)
     kernels.triangle_weights(height, resolution, first_y, count_y, weights_y)
     kernels.triangle_weights(width, resolution, first_x, count_x, weights_x)
-    rows = image.reshape(image.shape[0], image.shape[1] * 3)
-    blended, pixels = np.zeros(3 * width + 1, np.float32), np.empty(4 * resolution, np.float32)
+    pixels, step = image.reshape(-1), np.uint64(3 * image.shape[1])
+    rows = np.zeros((LANES, (3 * width + LANES - 1) // LANES * LANES), np.float32)
+    columns, shrunk = np.empty(rows.size, np.float32), np.empty(3 * LANES * resolution, np.float32)
     planes = np.empty((3, resolution, resolution), np.float32)
 
     total = 0.0
-    for y in range(resolution):
-        red, green, blue = planes[0, y], planes[1, y], planes[2, y]
-        kernels.blend_rows(rows, 3 * left, 3 * (left + width), first_y[y] + np.uint64(top), count_y[y], weights_y[y],
-                           blended[: 3 * width])
-        kernels.shrink_row(blended, first_x, count_x, weights_x, pixels)
-        kernels.split_channels(pixels, drawn[P_FLIP] != 0, red, green, blue)
+    for y in range(0, resolution, LANES):
+        last = min(y + LANES, resolution)
+        for i in range(y, last):
+            start = (first_y[i] + np.uint64(top)) * step + np.uint64(3 * left)
+            weighted_sum(pixels, start, step, weights_y[i, : count_y[i]], rows[i - y, : 3 * width])
+        kernels.shrink_rows(rows, first_x, count_x, weights_x, drawn[P_FLIP] != 0, columns, shrunk, planes, y)
         if jitter and not affine:
-            _jitter(order[:pivot], red, green, blue, drawn, np.float32(0))
-            total += kernels.grey_sum(red, green, blue)
+            for i in range(y, last):
+                red, green, blue = planes[0, i], planes[1, i], planes[2, i]
+                _jitter(order[:pivot], red, green, blue, drawn, np.float32(0))
+                total += kernels.grey_sum(red, green, blue)
 
     mean = np.float32(total / (resolution * resolution))
+    grey = drawn[P_GREY] != 0
     for y in range(resolution):
         red, green, blue = planes[0, y], planes[1, y], planes[2, y]
         if jitter and affine:
             kernels.apply_colour_matrix(red, green, blue, matrix)
         elif jitter:
             _jitter(order[pivot:], red, green, blue, drawn, mean)
-        if drawn[P_GREY] != 0:
+        if grey:
             kernels.to_grey(red, green, blue)
-        for c in range(3):
-            if radius > 0:
-                kernels.blur_row(planes[c, y], taps, radius, padded)
-            else:
-                _finish(planes[c, y], drawn, out[c, y])
-    if radius > 0:
-        row = np.empty(resolution, np.float32)
-        for c in range(3):
+
+    channels = 1 if grey else 3
+    if drawn[P_SIGMA] > _IDENTITY_SIGMA:
+        radius = kernels.blur_radius(drawn[P_SIGMA])
+        taps = np.empty(2 * radius + 1, np.float32)
+        kernels.gaussian_taps(drawn[P_SIGMA], radius, taps)
+        blurred, row = np.empty((resolution + 2 * radius, resolution), np.float32), np.empty(resolution, np.float32)
+        padded = np.empty(resolution + 2 * radius, np.float32)
+        for c in range(channels):
+            kernels.blur_rows(planes[c], taps, padded, blurred)
             for y in range(resolution):
-                kernels.blur_column_into(planes[c], y, taps, radius, row)
+                weighted_sum(blurred.reshape(-1), np.uint64(y * resolution), np.uint64(resolution), taps, row)
                 _finish(row, drawn, out[c, y])
+    else:
+        for c in range(channels):
+            for y in range(resolution):
+                _finish(planes[c, y], drawn, out[c, y])
+    for c in range(channels, 3):
+        out[c] = out[0]
 
 
 @compiled

@@ -1,0 +1,120 @@
+"""Weighted sums and transposes, eight float32 lanes at a time.
+
+These loops are written as LLVM vector instructions, since LLVM's vectoriser gives up on them: it keeps the sum in memory where the
+number of terms is not known, and takes a transpose element by element. The vectors are portable; a CPU with narrower or wider
+registers splits or joins them.
+"""
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from ffssl.data.compiled import compiled
+
+LANES = 8
+_INDEX, _VECTOR = ir.IntType(64), ir.VectorType(ir.FloatType(), LANES)
+_MASK = ir.VectorType(ir.IntType(32), LANES)
+
+
+@compiled
+def weighted_sum(source, start, step, weights, out):
+    """out[i] = the sum over k of weights[k] * source[start + k * step + i].
+
+    source: uint8 or float32, out and weights: float32, all contiguous and 1-D; start, step: uint64. Reads nothing else.
+    """
+    i, n = np.uint64(0), np.uint64(out.shape[0])
+    while i + np.uint64(4 * LANES) <= n:
+        _sum_32(source, start + i, step, weights, out, i)
+        i += np.uint64(4 * LANES)
+    while i + np.uint64(LANES) <= n:
+        _sum_8(source, start + i, step, weights, out, i)
+        i += np.uint64(LANES)
+    while i < n:
+        total, j = np.float32(0), start + i
+        for k in range(weights.shape[0]):
+            total += weights[k] * np.float32(source[j])
+            j += step
+        out[i] = total
+        i += np.uint64(1)
+
+
+def _fixed_weighted_sum(width: int):
+    """An intrinsic like `weighted_sum` for `width` elements, a multiple of LANES, from out[at] on."""
+
+    def build(typing_context, source, start, step, weights, out, at):
+        def generate(context, builder, signature, arguments):
+            source, weights, out = (_data(context, builder, signature, arguments, i) for i in (0, 3, 4))
+            start, step, at = (arguments[i] for i in (1, 2, 5))
+            taps = context.make_array(signature.args[3])(context, builder, arguments[3]).nitems
+            zero = ir.Constant(_VECTOR, [0.0] * LANES)
+            totals = [cgutils.alloca_once(builder, _VECTOR) for _ in range(width // LANES)]
+            for total in totals:
+                builder.store(zero, total)
+            with cgutils.for_range(builder, taps) as loop:
+                weight = _broadcast(builder, builder.load(builder.gep(weights, [loop.index])))
+                first = builder.add(start, builder.mul(loop.index, step))
+                for i, total in enumerate(totals):
+                    term = builder.fmul(weight, _load(builder, source, _plus(builder, first, LANES * i)), flags=["fast"])
+                    builder.store(builder.fadd(builder.load(total), term, flags=["fast"]), total)
+            for i, total in enumerate(totals):
+                _store(builder, builder.load(total), out, _plus(builder, at, LANES * i))
+            return context.get_dummy_value()
+
+        return types.void(source, types.uint64, types.uint64, weights, out, types.uint64), generate
+
+    return intrinsic(build)
+
+
+_sum_8, sum_24, _sum_32 = (_fixed_weighted_sum(width) for width in (LANES, 3 * LANES, 4 * LANES))
+
+
+@intrinsic
+def transpose(typing_context, source, start, step, out, at, out_step):
+    """Transpose 8 rows of 8: out[at + j * out_step + i] = source[start + i * step + j]. Both float32, contiguous and 1-D."""
+
+    def generate(context, builder, signature, arguments):
+        source, out = (_data(context, builder, signature, arguments, i) for i in (0, 3))
+        rows, position = [], arguments[1]
+        for _ in range(LANES):
+            rows.append(_load(builder, source, position))
+            position = builder.add(position, arguments[2])
+        for distance in (1, 2, 4):  # each stage swaps the off-diagonal blocks of this size
+            low = [lane if not lane & distance else lane - distance + LANES for lane in range(LANES)]
+            high = [lane + distance for lane in low]
+            for i in (i for i in range(LANES) if not i & distance):
+                a, b = rows[i], rows[i + distance]
+                rows[i], rows[i + distance] = (builder.shuffle_vector(a, b, ir.Constant(_MASK, mask)) for mask in (low, high))
+        position = arguments[4]
+        for row in rows:
+            _store(builder, row, out, position)
+            position = builder.add(position, arguments[5])
+        return context.get_dummy_value()
+
+    return types.void(source, types.uint64, types.uint64, out, types.uint64, types.uint64), generate
+
+
+def _data(context, builder, signature, arguments, i):
+    return context.make_array(signature.args[i])(context, builder, arguments[i]).data
+
+
+def _plus(builder, index, constant):
+    return builder.add(index, ir.Constant(_INDEX, constant))
+
+
+def _broadcast(builder, value):
+    undefined = ir.Constant(_VECTOR, ir.Undefined)
+    return builder.shuffle_vector(builder.insert_element(undefined, value, _INDEX(0)), undefined, ir.Constant(_MASK, [0] * LANES))
+
+
+def _load(builder, array, position):
+    """LANES elements from `position` on, as float32."""
+    pointer = builder.gep(array, [position])
+    kind = ir.VectorType(pointer.type.pointee, LANES)
+    vector = builder.load(builder.bitcast(pointer, kind.as_pointer()), align=1)
+    return vector if kind == _VECTOR else builder.uitofp(vector, _VECTOR)
+
+
+def _store(builder, vector, array, position):
+    builder.store(vector, builder.bitcast(builder.gep(array, [position]), _VECTOR.as_pointer()), align=4)
