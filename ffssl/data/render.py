@@ -1,8 +1,7 @@
 """One view of a decoded image: the kernels in the order of a policy.
 
-A view goes through memory in at most three passes, a row at a time so that the row stays in the fastest cache: resize and the
-colour steps up to contrast, which needs the mean of the whole view; the other colour steps and the horizontal blur; the
-vertical blur. The last pass stores uint8.
+Between the stages a view is float32 planes, which fit into a core's second-level cache; within a stage all steps are done to a row
+or a few while these are in the first. Only the last stage rounds.
 """
 
 import numpy as np
@@ -11,7 +10,7 @@ from ffssl.data import kernels
 from ffssl.data.compiled import compiled
 from ffssl.data.lanes import LANES, weighted_sum
 from ffssl.data.policy import (
-    AFFINE_JITTER, P_BRIGHTNESS, P_CONTRAST, P_FLIP, P_GREY, P_HEIGHT, P_HUE, P_JITTER, P_LEFT, P_ORDER, P_SATURATION, P_SIGMA,
+    P_BRIGHTNESS, P_CONTRAST, P_FLIP, P_GREY, P_HEIGHT, P_HUE, P_JITTER, P_LEFT, P_ORDER, P_SATURATION, P_SIGMA,
     P_SOLARISE, P_TOP, P_WIDTH,
 )  # fmt: skip
 
@@ -33,8 +32,85 @@ def colour_order(number, order):
 
 
 @compiled
-def _jitter(steps, red, green, blue, drawn, mean):
-    """Apply the torchvision form's steps (indices into brightness, contrast, saturation, hue) to one row."""
+def render(image, drawn, affine, out):
+    """Render one view.
+
+    image: uint8 (height, width, 3). drawn: the view's parameters, see `policy.draw`. affine: which form of colour jitter.
+    out: uint8 (3, R, R), written. Allocates about 4 R^2 floats of scratch.
+    """
+    planes = np.empty((3, out.shape[1], out.shape[1]), np.float32)
+    resized_crop(image, drawn, planes)
+    if drawn[P_JITTER] != 0:
+        if affine:
+            jitter_by_matrix(planes, drawn)
+        else:
+            jitter_by_steps(planes, drawn)
+    channels = 3
+    if drawn[P_GREY] != 0:
+        channels = 1  # they are equal from here on
+        for y in range(planes.shape[1]):
+            kernels.to_grey(planes[0, y], planes[1, y], planes[2, y])
+    for c in range(channels):
+        if drawn[P_SIGMA] > _IDENTITY_SIGMA:
+            blur_and_store(planes[c], drawn, out[c])
+        else:
+            for y in range(planes.shape[1]):
+                _store(planes[c, y], drawn, out[c, y])
+    for c in range(channels, 3):
+        out[c] = out[0]
+
+
+@compiled
+def resized_crop(image, drawn, planes):
+    """The crop of `image`, resized with antialiasing, mirrored if drawn so, into `planes` (float32, (3, R, R))."""
+    resolution = planes.shape[1]
+    top, left = np.uint64(drawn[P_TOP]), np.uint64(drawn[P_LEFT])
+    height, width = np.int64(drawn[P_HEIGHT]), np.int64(drawn[P_WIDTH])
+    first_y, count_y = np.empty(resolution, np.uint64), np.empty(resolution, np.int64)
+    first_x, count_x = np.empty(resolution, np.uint64), np.empty(resolution, np.int64)
+    weights_y = np.empty((resolution, kernels.most_taps(height, resolution)), np.float32)
+    weights_x = np.empty((resolution, kernels.most_taps(width, resolution)), np.float32)
+    kernels.triangle_weights(height, resolution, first_y, count_y, weights_y)
+    kernels.triangle_weights(width, resolution, first_x, count_x, weights_x)
+    pixels, step = image.reshape(-1), np.uint64(3 * image.shape[1])
+    rows = np.zeros((LANES, (3 * width + LANES - 1) // LANES * LANES), np.float32)
+    columns, shrunk = np.empty(rows.size, np.float32), np.empty(3 * LANES * resolution, np.float32)
+    for y in range(0, resolution, LANES):
+        for i in range(min(LANES, resolution - y)):
+            start = (first_y[y + i] + top) * step + np.uint64(3) * left
+            weighted_sum(pixels, start, step, weights_y[y + i, : count_y[y + i]], rows[i, : 3 * width])
+        kernels.shrink_rows(rows, first_x, count_x, weights_x, drawn[P_FLIP] != 0, columns, shrunk, planes, y)
+
+
+@compiled
+def jitter_by_matrix(planes, drawn):
+    matrix = np.empty((3, 4), np.float32)
+    kernels.colour_matrix(drawn[P_BRIGHTNESS], drawn[P_CONTRAST], drawn[P_SATURATION], drawn[P_HUE], matrix)
+    for y in range(planes.shape[1]):
+        kernels.apply_colour_matrix(planes[0, y], planes[1, y], planes[2, y], matrix)
+
+
+@compiled
+def jitter_by_steps(planes, drawn):
+    """torchvision's four steps in the drawn order: a row at a time up to contrast, which needs the mean of the view, and from there."""
+    order = np.empty(4, np.int64)
+    colour_order(np.int64(drawn[P_ORDER]), order)
+    pivot = 0
+    while order[pivot] != _CONTRAST:
+        pivot += 1
+    total = 0.0
+    for y in range(planes.shape[1]):
+        red, green, blue = planes[0, y], planes[1, y], planes[2, y]
+        _steps(order[:pivot], red, green, blue, drawn, np.float32(0))
+        total += kernels.grey_sum(red, green, blue)
+    mean = np.float32(total / planes[0].size)
+    for y in range(planes.shape[1]):
+        _steps(order[pivot:], planes[0, y], planes[1, y], planes[2, y], drawn, mean)
+
+
+@compiled
+def _steps(steps, red, green, blue, drawn, mean):
+    """Apply colour steps (indices into brightness, contrast, saturation, hue) to one row."""
     for step in steps:
         if step == _BRIGHTNESS:
             kernels.adjust_brightness(red, green, blue, np.float32(drawn[P_BRIGHTNESS]))
@@ -47,81 +123,20 @@ def _jitter(steps, red, green, blue, drawn, mean):
 
 
 @compiled
-def render(image, drawn, affine, out):
-    """Render one view.
-
-    image: uint8 (height, width, 3). drawn: the view's parameters, see `policy.draw`. affine: which form of colour jitter.
-    out: uint8 (3, R, R), written. Allocates about 3 R^2 floats of scratch.
-    """
-    resolution = out.shape[1]
-    top, left = np.int64(drawn[P_TOP]), np.int64(drawn[P_LEFT])
-    height, width = np.int64(drawn[P_HEIGHT]), np.int64(drawn[P_WIDTH])
-    jitter = drawn[P_JITTER] != 0
-    order = np.empty(4, np.int64)
-    colour_order(np.int64(drawn[P_ORDER]), order)
-    pivot = 0  # the step at which contrast, and with it the second pass, begins
-    while order[pivot] != _CONTRAST:
-        pivot += 1
-    matrix = np.empty((3, 4), np.float32)
-    if affine:
-        kernels.colour_matrix(drawn[P_BRIGHTNESS], drawn[P_CONTRAST], drawn[P_SATURATION], drawn[P_HUE], matrix)
-    first_y, count_y = np.empty(resolution, np.uint64), np.empty(resolution, np.int64)
-    first_x, count_x = np.empty(resolution, np.uint64), np.empty(resolution, np.int64)
-    weights_y = np.empty((resolution, kernels.most_taps(height, resolution)), np.float32)
-    weights_x = np.empty((resolution, kernels.most_taps(width, resolution)), np.float32)
-    kernels.triangle_weights(height, resolution, first_y, count_y, weights_y)
-    kernels.triangle_weights(width, resolution, first_x, count_x, weights_x)
-    pixels, step = image.reshape(-1), np.uint64(3 * image.shape[1])
-    rows = np.zeros((LANES, (3 * width + LANES - 1) // LANES * LANES), np.float32)
-    columns, shrunk = np.empty(rows.size, np.float32), np.empty(3 * LANES * resolution, np.float32)
-    planes = np.empty((3, resolution, resolution), np.float32)
-
-    total = 0.0
-    for y in range(0, resolution, LANES):
-        last = min(y + LANES, resolution)
-        for i in range(y, last):
-            start = (first_y[i] + np.uint64(top)) * step + np.uint64(3 * left)
-            weighted_sum(pixels, start, step, weights_y[i, : count_y[i]], rows[i - y, : 3 * width])
-        kernels.shrink_rows(rows, first_x, count_x, weights_x, drawn[P_FLIP] != 0, columns, shrunk, planes, y)
-        if jitter and not affine:
-            for i in range(y, last):
-                red, green, blue = planes[0, i], planes[1, i], planes[2, i]
-                _jitter(order[:pivot], red, green, blue, drawn, np.float32(0))
-                total += kernels.grey_sum(red, green, blue)
-
-    mean = np.float32(total / (resolution * resolution))
-    grey = drawn[P_GREY] != 0
-    for y in range(resolution):
-        red, green, blue = planes[0, y], planes[1, y], planes[2, y]
-        if jitter and affine:
-            kernels.apply_colour_matrix(red, green, blue, matrix)
-        elif jitter:
-            _jitter(order[pivot:], red, green, blue, drawn, mean)
-        if grey:
-            kernels.to_grey(red, green, blue)
-
-    channels = 1 if grey else 3
-    if drawn[P_SIGMA] > _IDENTITY_SIGMA:
-        radius = kernels.blur_radius(drawn[P_SIGMA])
-        taps = np.empty(2 * radius + 1, np.float32)
-        kernels.gaussian_taps(drawn[P_SIGMA], radius, taps)
-        blurred, row = np.empty((resolution + 2 * radius, resolution), np.float32), np.empty(resolution, np.float32)
-        padded = np.empty(resolution + 2 * radius, np.float32)
-        for c in range(channels):
-            kernels.blur_rows(planes[c], taps, padded, blurred)
-            for y in range(resolution):
-                weighted_sum(blurred.reshape(-1), np.uint64(y * resolution), np.uint64(resolution), taps, row)
-                _finish(row, drawn, out[c, y])
-    else:
-        for c in range(channels):
-            for y in range(resolution):
-                _finish(planes[c, y], drawn, out[c, y])
-    for c in range(channels, 3):
-        out[c] = out[0]
+def blur_and_store(plane, drawn, out):
+    """Blur `plane` (float32, (R, R)) by the drawn sigma into `out` (uint8, (R, R))."""
+    n, radius = plane.shape[0], kernels.blur_radius(drawn[P_SIGMA])
+    taps, padded = np.empty(2 * radius + 1, np.float32), np.empty(n + 2 * radius, np.float32)
+    kernels.gaussian_taps(drawn[P_SIGMA], radius, taps)
+    blurred, row = np.empty((n + 2 * radius, n), np.float32), np.empty(n, np.float32)
+    kernels.blur_rows(plane, taps, padded, blurred)
+    for y in range(n):
+        weighted_sum(blurred.reshape(-1), np.uint64(y * n), np.uint64(n), taps, row)
+        _store(row, drawn, out[y])
 
 
 @compiled
-def _finish(row, drawn, out):
+def _store(row, drawn, out):
     if drawn[P_SOLARISE] != 0:
         kernels.solarise(row, SOLARISE_THRESHOLD)
     kernels.store(row, out)
