@@ -5,6 +5,8 @@ colour steps up to contrast, which needs the mean of the whole view; the other c
 vertical blur. The last pass stores uint8.
 """
 
+import math
+
 import numpy as np
 
 from ffssl.data import kernels
@@ -49,12 +51,14 @@ def _jitter(steps, red, green, blue, drawn, mean):
 def render(image, drawn, affine, out):
     """Render one view.
 
-    image: uint8 (height, width, 3). drawn: the view's parameters, see `policy.draw`. affine: which form of colour jitter.
+    image: uint8 (height, width, 3). drawn: the view's parameters, see `policy.draw`; the crop in pixels of `image`, of which it
+    may have fractions. affine: which form of colour jitter.
     out: uint8 (3, R, R), written. Allocates about 3 R^2 floats of scratch.
     """
     resolution = out.shape[1]
     top, left = np.int64(drawn[P_TOP]), np.int64(drawn[P_LEFT])
-    height, width = np.int64(drawn[P_HEIGHT]), np.int64(drawn[P_WIDTH])
+    height, width = drawn[P_HEIGHT], drawn[P_WIDTH]
+    columns = np.int64(math.ceil(drawn[P_LEFT] + width)) - left
     jitter = drawn[P_JITTER] != 0
     order = np.empty(4, np.int64)
     colour_order(np.int64(drawn[P_ORDER]), order)
@@ -75,17 +79,17 @@ def render(image, drawn, affine, out):
     first_x, count_x = np.empty(resolution, np.uint64), np.empty(resolution, np.int64)
     weights_y = np.empty((resolution, kernels.most_taps(height, resolution)), np.float32)
     weights_x = np.empty((resolution, kernels.most_taps(width, resolution)), np.float32)
-    kernels.triangle_weights(height, resolution, first_y, count_y, weights_y)
-    kernels.triangle_weights(width, resolution, first_x, count_x, weights_x)
+    kernels.triangle_weights(drawn[P_TOP] - top, height, resolution, first_y, count_y, weights_y)
+    kernels.triangle_weights(drawn[P_LEFT] - left, width, resolution, first_x, count_x, weights_x)
     rows = image.reshape(image.shape[0], image.shape[1] * 3)
-    blended, pixels = np.zeros(3 * width + 1, np.float32), np.empty(4 * resolution, np.float32)
+    blended, pixels = np.zeros(3 * columns + 1, np.float32), np.empty(4 * resolution, np.float32)
     planes = np.empty((3, resolution, resolution), np.float32)
 
     total = 0.0
     for y in range(resolution):
         red, green, blue = planes[0, y], planes[1, y], planes[2, y]
-        kernels.blend_rows(rows, 3 * left, 3 * (left + width), first_y[y] + np.uint64(top), count_y[y], weights_y[y],
-                           blended[: 3 * width])
+        kernels.blend_rows(rows, 3 * left, 3 * (left + columns), first_y[y] + np.uint64(top), count_y[y], weights_y[y],
+                           blended[: 3 * columns])
         kernels.shrink_row(blended, first_x, count_x, weights_x, pixels)
         kernels.split_channels(pixels, drawn[P_FLIP] != 0, red, green, blue)
         if jitter and not affine:
