@@ -16,7 +16,9 @@ from ffssl.data.render import render
 from ffssl.errors import UserError
 
 RAW = 1  # mode of an image that is stored as pixels; 0 is JPEG
-SCALED_PIXELS = 1.5  # side of a crop in scaled pixels over its view's, at least
+# Side of a crop in scaled pixels over that of its view, at least: with 1.5 crops of photographs stay within 2/255 (mean
+# absolute difference) of those of the full decode, with 1.25 not all do.
+SCALED_PIXELS = 1.5
 
 # ffcv's own JPEG decoder, taken from its library without importing the package, which takes seconds. As an external symbol, unlike
 # as a ctypes pointer, it lets Numba cache the functions that call it.
@@ -76,7 +78,10 @@ def decode(data, mode, height, width, pixels, denominator=1):
 
 @compiled
 def choose_denominator(drawn, resolution):
-    """The strongest reduction (8, 4, 2 or 1) that leaves every crop of `drawn` (views, PARAMETER_COLUMNS) SCALED_PIXELS times `resolution`."""
+    """The strongest reduction (8, 4, 2 or 1) after which no crop of `drawn` is smaller than SCALED_PIXELS * `resolution`.
+
+    drawn: float64 (views, PARAMETER_COLUMNS), in full pixels.
+    """
     smallest = min(drawn[:, P_HEIGHT].min(), drawn[:, P_WIDTH].min())
     if smallest < 8:  # turbojpeg infers the scale from the scaled size, which is ambiguous for a few pixels
         return 1
