@@ -204,6 +204,7 @@ def open_loader(options: SimpleNamespace, method: Method) -> ViewLoader:
     return ViewLoader(
         options.data.train, batch_size=options.training.batch_size, views=augment.views, policy=policies,
         resolution=options.resolution.max, seed=options.run.seed, workers=options.data.workers, batches_ahead=options.data.batches_ahead,
+        scaled_decoding=options.data.scaled_decoding,
     )  # fmt: skip
 
 

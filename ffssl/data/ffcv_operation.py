@@ -29,7 +29,7 @@ with mock.patch.object(numba.typed, "Dict", dict):
 torch.set_num_threads(_torch_threads)
 numba.set_num_threads(_numba_threads)
 
-from ffssl.data.decoder import ViewSettings, decode, most_pixels, render_views
+from ffssl.data.decoder import ViewSettings, most_pixels, render_sample
 from ffssl.data.policy import STANDARD_MAGNITUDE, ViewPolicy
 
 
@@ -49,9 +49,16 @@ class ViewDecoder(Operation):
     Raises ValueError with the sample's index where an image does not decode.
     """
 
-    def __init__(self, views: int, resolution: int, policy: ViewPolicy | Sequence[ViewPolicy] = ViewPolicy(), seed: int = 0):
+    def __init__(
+        self,
+        views: int,
+        resolution: int,
+        policy: ViewPolicy | Sequence[ViewPolicy] = ViewPolicy(),
+        seed: int = 0,
+        scaled_decoding: bool = True,
+    ):
         super().__init__()
-        self.settings = ViewSettings(views, resolution, policy, seed)
+        self.settings = ViewSettings(views, resolution, policy, seed, scaled_decoding)
 
     def set_epoch(self, epoch: int, resolution: int, magnitude: float = STANDARD_MAGNITUDE) -> None:
         """Choose what the loader's next iteration serves; nothing is compiled again."""
@@ -66,6 +73,7 @@ class ViewDecoder(Operation):
         # Numba freezes the arrays of a closure, so the settings come in by their addresses.
         counters_at, policies_at = self.settings.counters.ctypes.data, self.settings.policy_rows.ctypes.data
         policies_shape = self.settings.policy_rows.shape
+        scaled_decoding = self.settings.scaled_decoding
         read_file = self.memory_read
 
         def decode_batch(indices, views, metadata, storage_state):
@@ -75,9 +83,11 @@ class ViewDecoder(Operation):
             for b in range(len(indices)):
                 image = metadata[indices[b]]
                 height, width = np.int64(image["height"]), np.int64(image["width"])
-                if not decode(read_file(image["data_ptr"], storage_state), image["mode"], height, width, pixels):
+                data = read_file(image["data_ptr"], storage_state)
+                if not render_sample(
+                    data, image["mode"], height, width, counters, policy_rows, indices[b], scaled_decoding, pixels, views[b]
+                ):
                     raise ValueError("image does not decode", indices[b])
-                render_views(pixels, height, width, counters, policy_rows, indices[b], views[b])
             return views[: len(indices)]
 
         return decode_batch

@@ -21,18 +21,20 @@ _RED, _GREEN, _BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)  
 
 
 @compiled
-def triangle_weights(length, target, first, count, weights):
+def triangle_weights(origin, length, target, first, count, weights):
     """Taps of the antialiased triangle filter (Pillow's and torchvision's "bilinear") from `length` source pixels to `target`.
 
+    The source extends from `origin` (in 0..1) to origin + length, which may both be fractions; a pixel cut by an edge counts whole.
     Writes for each output pixel its `first` source pixel (uint64), the `count` of its taps (int64), and its row of `weights`
     (float32, (target, `most_taps(length, target)` or more)), which sums to one.
     """
     scale = length / target
     support = max(scale, 1.0)
+    end = int(math.ceil(origin + length))
     for i in range(target):
-        centre = (i + 0.5) * scale
+        centre = origin + (i + 0.5) * scale
         low = max(int(centre - support + 0.5), 0)
-        high = min(int(centre + support + 0.5), length)
+        high = min(int(centre + support + 0.5), end)
         total = 0.0
         for k in range(high - low):
             total += max(0.0, 1.0 - abs((low + k - centre + 0.5) / support))

@@ -39,7 +39,7 @@ class ViewLoader:
     """Iterates over a beton file, an epoch at a time.
 
     path: a beton file with an image field; its int field `label` is served where there is one.
-    batch_size: samples of this rank in a batch. views, resolution, policy: see `ViewSettings`.
+    batch_size: samples of this rank in a batch. views, resolution, policy, scaled_decoding: see `ViewSettings`.
     indices: the samples to visit, all by default. shuffle: a new order every epoch, by `seed` and epoch, the same on all ranks.
     drop_last: leave out the incomplete last batch. workers: threads, 0 for one per core.
     batches_ahead: batches being rendered while one is consumed; memory is (batches_ahead + 1) batches at `max_resolution`.
@@ -65,6 +65,7 @@ class ViewLoader:
         seed: int = 0,
         workers: int = 0,
         batches_ahead: int = 3,
+        scaled_decoding: bool = True,
         rank: int = 0,
         world_size: int = 1,
     ):
@@ -89,7 +90,7 @@ class ViewLoader:
         self.workers = workers or len(os.sched_getaffinity(0))
         self._slots = batches_ahead + 1
         self._max_resolution = max_resolution or resolution
-        self._settings = ViewSettings(views, resolution, policy, seed)
+        self._settings = ViewSettings(views, resolution, policy, seed, scaled_decoding)
         self._file = np.memmap(self.beton.path, np.uint8, "r")
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="ffssl-views")
         self._buffer: torch.Tensor | None = None
@@ -206,7 +207,7 @@ class ViewLoader:
         try:
             render_samples(
                 self._file, self.beton.pointers, self.beton.sizes, self.beton.images, indices,
-                self._settings.counters, self._settings.policy_rows, views,
+                self._settings.counters, self._settings.policy_rows, self._settings.scaled_decoding, views,
             )  # fmt: skip
         except ValueError as error:
             raise UserError(

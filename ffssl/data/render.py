@@ -4,6 +4,8 @@ Between the stages a view is float32 planes, which fit into a core's second-leve
 or a few while these are in the first. Only the last stage rounds.
 """
 
+import math
+
 import numpy as np
 
 from ffssl.data import kernels
@@ -35,7 +37,8 @@ def colour_order(number, order):
 def render(image, drawn, affine, out):
     """Render one view.
 
-    image: uint8 (height, width, 3). drawn: the view's parameters, see `policy.draw`. affine: which form of colour jitter.
+    image: uint8 (height, width, 3). drawn: the view's parameters, see `policy.draw`; the crop in pixels of `image`, of which it
+    may have fractions. affine: which form of colour jitter.
     out: uint8 (3, R, R), written. Allocates about 4 R^2 floats of scratch.
     """
     planes = np.empty((3, out.shape[1], out.shape[1]), np.float32)
@@ -64,21 +67,22 @@ def render(image, drawn, affine, out):
 def resized_crop(image, drawn, planes):
     """The crop of `image`, resized with antialiasing, mirrored if drawn so, into `planes` (float32, (3, R, R))."""
     resolution = planes.shape[1]
-    top, left = np.uint64(drawn[P_TOP]), np.uint64(drawn[P_LEFT])
-    height, width = np.int64(drawn[P_HEIGHT]), np.int64(drawn[P_WIDTH])
+    top, left, height, width = drawn[P_TOP], drawn[P_LEFT], drawn[P_HEIGHT], drawn[P_WIDTH]
+    first_row, first_column = np.uint64(top), np.uint64(left)
+    row_length = 3 * (np.int64(math.ceil(left + width)) - np.int64(left))
     first_y, count_y = np.empty(resolution, np.uint64), np.empty(resolution, np.int64)
     first_x, count_x = np.empty(resolution, np.uint64), np.empty(resolution, np.int64)
     weights_y = np.empty((resolution, kernels.most_taps(height, resolution)), np.float32)
     weights_x = np.empty((resolution, kernels.most_taps(width, resolution)), np.float32)
-    kernels.triangle_weights(height, resolution, first_y, count_y, weights_y)
-    kernels.triangle_weights(width, resolution, first_x, count_x, weights_x)
+    kernels.triangle_weights(top % 1, height, resolution, first_y, count_y, weights_y)
+    kernels.triangle_weights(left % 1, width, resolution, first_x, count_x, weights_x)
     pixels, step = image.reshape(-1), np.uint64(3 * image.shape[1])
-    rows = np.zeros((LANES, (3 * width + LANES - 1) // LANES * LANES), np.float32)
+    rows = np.zeros((LANES, (row_length + LANES - 1) // LANES * LANES), np.float32)
     columns, shrunk = np.empty(rows.size, np.float32), np.empty(3 * LANES * resolution, np.float32)
     for y in range(0, resolution, LANES):
         for i in range(min(LANES, resolution - y)):
-            start = (first_y[y + i] + top) * step + np.uint64(3) * left
-            weighted_sum(pixels, start, step, weights_y[y + i, : count_y[y + i]], rows[i, : 3 * width])
+            start = (first_row + first_y[y + i]) * step + np.uint64(3) * first_column
+            weighted_sum(pixels, start, step, weights_y[y + i, : count_y[y + i]], rows[i, :row_length])
         kernels.shrink_rows(rows, first_x, count_x, weights_x, drawn[P_FLIP] != 0, columns, shrunk, planes, y)
 
 

@@ -45,6 +45,7 @@ np.savez(out, **served)
 
 
 def test_stock_ffcv_loader_serves_the_same_views(images, tmp_path):
+    images = [*images, smooth_image(600, 500, seed=9)]  # the last is decoded at a scale
     path = tmp_path / "images.beton"
     with BetonWriter(path, len(images)) as writer:
         for i, image in enumerate(images):
