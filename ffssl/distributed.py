@@ -1,4 +1,4 @@
-"""What the methods share between ranks. In one process each of these functions returns what it was given.
+"""What the methods share between ranks. In one process these functions give back what they are given.
 
 Gradients follow the convention of DistributedDataParallel, which averages them over the ranks: where a loss is a mean over its own
 rank's images, that average is the gradient of the loss of the joint batch.
@@ -18,9 +18,9 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-@torch.no_grad()
 def gather(tensor: Tensor) -> Tensor:
     """The tensors (n, ...) of all ranks, by rank, as one (world size * n, ...), without gradient."""
+    tensor = tensor.detach()
     if world_size() == 1:
         return tensor
     tensors = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
