@@ -104,6 +104,8 @@ def declare() -> Config:
         "hard_augment", "Which pair of an image's views is trained on",
         select=Param(Choice("off", "hard", "random"), "hard: the pair with the largest loss; random: for comparison", "off"),
         resolution=Param(_integer(1), "side in pixels of the views in the selection pass", 64),
+        loss=Param(Choice("cosine", "method"), "cosine: of the projections, negative; method: the method's own loss", "cosine"),
+        extra_targets=Param(Switch(), "also compare the pair with the views not chosen, at this resolution", False),
     )  # fmt: skip
     section(
         "model", "The encoder",
@@ -112,12 +114,24 @@ def declare() -> Config:
     )  # fmt: skip
     section(
         "method", "The self-supervised method; options left out are its authors'",
-        name=Param(str, "simsiam or simclr", "simsiam"),
+        name=Param(str, "simsiam, byol, simclr, mocov2plus, dino, barlow_twins or vicreg", "simsiam"),
         hidden=Param(_integer(1), "width of the projector's hidden layers"),
         projection=Param(_integer(1), "length of the projections"),
-        predictor=Param(_integer(1), "width of the predictor's bottleneck (simsiam)"),
+        predictor=Param(_integer(1), "width of the predictor's hidden layer (simsiam, byol)"),
         constant_predictor_lr=Param(Switch(), "keep the predictor's learning rate at its peak (simsiam)"),
-        temperature=Param(_number(1e-6), "temperature of the softmax (simclr)"),
+        temperature=Param(_number(1e-6), "temperature of the softmax (simclr, mocov2plus, dino)"),
+        teacher_momentum=Param(_number(0, 1), "momentum of the teacher's average, in the first step (byol, mocov2plus, dino)"),
+        teacher_momentum_end=Param(_number(0, 1), "and in the last, by a cosine (byol, mocov2plus, dino)"),
+        queue=Param(_integer(1), "keys of past views; a multiple of the batch size (mocov2plus)"),
+        prototypes=Param(_integer(1), "outputs of the last layer (dino)"),
+        norm_last_layer=Param(Switch(), "keep the prototypes at length 1 (dino)"),
+        frozen_epochs=Param(_integer(0), "first epochs, in which the last layer is not trained (dino)"),
+        teacher_temperature=Param(_number(1e-6), "temperature of the teacher's softmax (dino)"),
+        teacher_temperature_epochs=Param(_integer(0), "epochs over which it goes there from 0.04 (dino)"),
+        redundancy=Param(_number(0), "weight of the correlations of different dimensions (barlow_twins)"),
+        invariance=Param(_number(0), "weight of the invariance term (vicreg)"),
+        variance=Param(_number(0), "weight of the variance term (vicreg)"),
+        covariance=Param(_number(0), "weight of the covariance term (vicreg)"),
     )  # fmt: skip
     section(
         "training", "The optimisation: SGD with momentum",
@@ -286,3 +300,5 @@ def _check_together(options: SimpleNamespace) -> None:
         raise UserError(f"--augment.views: {augment.views} views, of which only 2 would be used; set --hard_augment.select=hard")
     if options.hard_augment.select != "off" and augment.views < 3:
         raise UserError(f"--augment.views: {augment.views} views leave no pair to choose; hard_augment needs 3 or more")
+    if options.hard_augment.extra_targets and options.hard_augment.select == "off":
+        raise UserError("--hard_augment.extra_targets: they are the views not chosen; set --hard_augment.select=hard or random, and 3 views or more")

@@ -93,7 +93,8 @@ def _draw_views(figure: plt.Figure, options: SimpleNamespace) -> None:
     with open_loader(options, method) as loader:
         loader.set_epoch(last, plan.resolution(last), plan.magnitude(last))
         for views, _, _ in loader:
-            chosen = select_hardest(method, to_input(views, torch.device("cpu")), options.hard_augment.resolution)
+            images, settings = to_input(views, torch.device("cpu")), options.hard_augment
+            chosen, _ = select_hardest(method, images, settings.resolution, loss=settings.loss)
             break
     count = views.shape[1]
     figure.suptitle(f"{SHOWN_IMAGES} images, a column each: their {count} views, and framed the pair with the largest loss, which Hard Augment trains on")

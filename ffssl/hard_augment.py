@@ -1,6 +1,7 @@
 """Hard Augment (section 3.3): of m views of an image, train on the pair with the largest loss.
 
-The loss of all pairs comes from one forward pass over all views of the batch, without gradient, at a low resolution.
+The loss of all pairs comes from one forward pass over all views of the batch, without gradient, at a low resolution. The views that
+were not chosen may serve, at that resolution, as extra targets of the chosen two (the paper's Table 9).
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,39 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ffssl.methods.base import Method
+from ffssl.errors import UserError
+from ffssl.methods.base import Method, cosines
+from ffssl.methods.prediction import PredictionMethod
+
+
+def check(method: Method, *, loss: str, extra_targets: bool, **_) -> None:
+    """Raise UserError for what these options ask of a method that has no such thing."""
+    if loss == "method" and type(method).pair_losses is Method.pair_losses:
+        raise UserError(f"--hard_augment.loss: {method.name} has no loss of single images; use --hard_augment.loss=cosine")
+    if extra_targets and not isinstance(method, PredictionMethod):
+        raise UserError(f"--hard_augment.extra_targets: {method.name} does not predict targets; leave it false")
+
+
+def choose_views(
+    method: Method, views: Tensor, *, select: str = "off", resolution: int = 64, loss: str = "cosine", extra_targets: bool = False, seed: int = 0
+) -> tuple[Tensor, ...]:
+    """What `method.loss` takes of views (B, m, 3, R, R), normalised: two views of each image, (B, 3, R, R) and channels_last, and the
+    extra targets (B, m - 2, d) if there are to be any.
+
+    select: "off" (the first two views), "hard", or "random", drawn by `seed`. resolution: of the selection pass and the extra
+    targets. loss: by which pairs are compared, "cosine" (negative cosine of the projections) or "method" (the method's own).
+    Changes nothing: neither BatchNorm's statistics, teacher, queue or centre, nor the random state.
+    """
+    pair, targets = (views[:, 0], views[:, 1]), None
+    if select == "hard":
+        chosen, targets = select_hardest(method, views, resolution, loss=loss, extra_targets=extra_targets)
+        pair = take_pair(views, chosen)
+    elif select == "random":
+        chosen = random_pair(len(views), views.shape[1], torch.Generator().manual_seed(seed)).to(views.device)
+        pair = take_pair(views, chosen)
+        targets = targets_of(method, take_rest(views, chosen), resolution) if extra_targets else None
+    pair = tuple(view.contiguous(memory_format=torch.channels_last) for view in pair)
+    return pair if targets is None else (*pair, targets)
 
 
 def pairs(views: int, device: torch.device | None = None) -> Tensor:
@@ -19,13 +52,10 @@ def pairs(views: int, device: torch.device | None = None) -> Tensor:
     return torch.triu_indices(views, views, offset=1, device=device).T
 
 
-def hardest_pair(projections: Tensor) -> Tensor:
-    """Of each image the pair of views with the largest negative cosine similarity. projections: (B, m, d). Returns int64 (B, 2)."""
-    candidates = pairs(projections.shape[1], projections.device)
-    with torch.autocast(projections.device.type, enabled=False):  # half precision can't tell views that look alike apart
-        z = F.normalize(projections.float(), dim=2)
-        loss = -(z @ z.transpose(1, 2))[:, candidates[:, 0], candidates[:, 1]]
-    return candidates[loss.argmax(1)]
+def hardest_pair(losses: Tensor) -> Tensor:
+    """Of each image the pair of views with the largest loss. losses: (B, m, m), symmetric. Returns int64 (B, 2)."""
+    candidates = pairs(losses.shape[1], losses.device)
+    return candidates[losses[:, candidates[:, 0], candidates[:, 1]].argmax(1)]
 
 
 def random_pair(batch: int, views: int, generator: torch.Generator) -> Tensor:
@@ -47,23 +77,65 @@ def batch_statistics_untracked(model: nn.Module) -> Iterator[None]:
             module.track_running_stats = True
 
 
-@torch.no_grad()
-def select_hardest(method: Method, views: Tensor, resolution: int) -> Tensor:
-    """The selection pass: int64 (B, 2), the chosen views of each image.
+@contextmanager
+def without_trace(method: Method, device: torch.device) -> Iterator[None]:
+    """Forward passes inside leave neither gradients nor statistics, and the random state as it was (dropout draws from it)."""
+    random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with torch.no_grad(), random_state, batch_statistics_untracked(method):
+        yield
 
-    views: (B, m, 3, R, R), normalised. They are downsampled to `resolution` with antialiasing where they are larger. Changes
-    nothing: neither BatchNorm's statistics nor the random state.
+
+def select_hardest(
+    method: Method, views: Tensor, resolution: int, *, loss: str = "cosine", extra_targets: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """The selection pass: int64 (B, 2), the chosen views of each image, and targets (B, m - 2, d) from the others if asked for.
+
+    views: (B, m, 3, R, R), normalised. The extra targets come from the same pass where it has them: where they are the student's
+    projections, or the pairs are compared by the method's loss. Otherwise the teacher sees the other views too.
     """
-    batch, m = views.shape[:2]
-    flat = views.flatten(0, 1)
-    if views.shape[-1] > resolution:
-        flat = F.interpolate(flat, (resolution, resolution), mode="bilinear", antialias=True)
-    with batch_statistics_untracked(method):
-        projections = method.project(flat.contiguous(memory_format=torch.channels_last))
-    return hardest_pair(projections.view(batch, m, -1))
+    batch = views.shape[:2]
+    with without_trace(method, views.device):
+        images = downsample(views.flatten(0, 1), resolution)
+        projections = method.project(images).unflatten(0, batch)
+        targets = None
+        if loss == "cosine":
+            losses = -cosines(projections, projections)
+        else:
+            targets = method.targets(images, projections.flatten(0, 1)).unflatten(0, batch)
+            losses = method.pair_losses(projections, targets)
+        chosen = hardest_pair(losses)
+        if not extra_targets:
+            return chosen, None
+        if targets is not None:
+            return chosen, take_rest(targets, chosen)
+        others, projections = take_rest(images.unflatten(0, batch), chosen), take_rest(projections, chosen)
+        return chosen, targets_of(method, others, resolution, projections)
+
+
+def targets_of(method: Method, views: Tensor, resolution: int, projections: Tensor | None = None) -> Tensor:
+    """The method's targets (B, n, d) of views (B, n, 3, R, R) at `resolution`. projections: theirs, if they are known."""
+    with without_trace(method, views.device):
+        images = downsample(views.flatten(0, 1), resolution)
+        targets = method.targets(images, None if projections is None else projections.flatten(0, 1))
+    return targets.unflatten(0, views.shape[:2])
+
+
+def downsample(images: Tensor, resolution: int) -> Tensor:
+    """Images (N, 3, R, R) at `resolution`, with antialiasing, where they are larger; channels_last."""
+    if images.shape[-1] > resolution:
+        images = F.interpolate(images, (resolution, resolution), mode="bilinear", antialias=True)
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 def take_pair(views: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     """The chosen two views of each image. views: (B, m, ...), chosen: (B, 2). Returns two of (B, ...)."""
     image = torch.arange(len(views), device=views.device)
     return views[image, chosen[:, 0]], views[image, chosen[:, 1]]
+
+
+def take_rest(values: Tensor, chosen: Tensor) -> Tensor:
+    """What belongs to the views that were not chosen, in their order. values: (B, m, ...), chosen: (B, 2). Returns (B, m - 2, ...)."""
+    batch, m = values.shape[:2]
+    taken = torch.zeros(batch, m, dtype=torch.uint8, device=values.device).scatter(1, chosen, 1)
+    rest = taken.argsort(dim=1, stable=True)[:, : m - 2]
+    return values[torch.arange(batch, device=values.device)[:, None], rest]

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ffssl import checkpoint
+from ffssl import checkpoint, hard_augment
 from ffssl.backbones import build_backbone
 from ffssl.cost import step_flops
 from ffssl.data.loader import ViewLoader
@@ -37,9 +37,9 @@ from ffssl.data.policy import choose_policies
 from ffssl.device import choose_device, mixed_precision
 from ffssl.errors import UserError
 from ffssl.evaluate.online import OnlineKnn
-from ffssl.hard_augment import random_pair, select_hardest, take_pair
 from ffssl.images import to_input
 from ffssl.methods import Method, build_method
+from ffssl.methods.base import Progress
 from ffssl.plan import Plan
 from ffssl.run_log import RunLog
 
@@ -160,28 +160,18 @@ def train_step(run: Run, views: Tensor, step: int) -> tuple[Tensor, Tensor]:
         group["lr"] = run.options.training.learning_rate if group.get("constant_lr") else learning_rate
         group["momentum"] = momentum
 
+    progress = Progress(step, run.plan.total_steps, run.epoch)
+    run.method.before_step(progress)
     images = to_input(views, run.device)
     with run.amp:
-        first, second = choose_pair(run, images, step)
-        loss, embeddings = run.method(first, second)
+        chosen = hard_augment.choose_views(run.method, images, seed=run.options.run.seed + step, **vars(run.options.hard_augment))
+        loss, embeddings = run.method(*chosen)
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()
     run.scaler.step(run.optimizer)
     run.scaler.update()
+    run.method.after_step(progress)
     return loss.detach(), embedding_spread(embeddings.detach())
-
-
-def choose_pair(run: Run, images: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """The two views of each image to train on, of (B, m, 3, R, R): each (B, 3, R, R), channels_last."""
-    select = run.options.hard_augment.select
-    if select == "hard":
-        chosen = select_hardest(run.method, images, run.options.hard_augment.resolution)
-    elif select == "random":
-        generator = torch.Generator().manual_seed(run.options.run.seed + step)
-        chosen = random_pair(len(images), images.shape[1], generator).to(images.device)
-    else:
-        return tuple(images[:, v].contiguous(memory_format=torch.channels_last) for v in range(2))
-    return tuple(view.contiguous(memory_format=torch.channels_last) for view in take_pair(images, chosen))
 
 
 def embedding_spread(embeddings: Tensor) -> Tensor:
@@ -193,7 +183,10 @@ def embedding_spread(embeddings: Tensor) -> Tensor:
 def build(options: SimpleNamespace, device: torch.device) -> Method:
     backbone = build_backbone(options.model.backbone, zero_init_residual=options.model.zero_init_residual)
     settings = {name: value for name, value in vars(options.method).items() if name != "name"}
-    return build_method(options.method.name, backbone, settings).to(device, memory_format=torch.channels_last)
+    method = build_method(options.method.name, backbone, settings)
+    method.check(options.training.batch_size)
+    hard_augment.check(method, **vars(options.hard_augment))
+    return method.to(device, memory_format=torch.channels_last)
 
 
 def open_loader(options: SimpleNamespace, method: Method) -> ViewLoader:
@@ -210,13 +203,13 @@ def open_loader(options: SimpleNamespace, method: Method) -> ViewLoader:
 
 def count_flops(plan: Plan, method: Method) -> dict[int, int]:
     """FLOPs of a step at each resolution of the schedule."""
-    training, augment, hard_augment = plan.options.training, plan.options.augment, plan.options.hard_augment
-    selection_resolution = hard_augment.resolution if hard_augment.select == "hard" else 0
+    options = plan.options
     return {
         resolution: step_flops(
-            method, batch_size=training.batch_size, resolution=resolution, views=augment.views, selection_resolution=selection_resolution
-        )
-        for resolution in {plan.resolution(epoch) for epoch in range(training.epochs)}
+            method, batch_size=options.training.batch_size, resolution=resolution, views=options.augment.views,
+            hard_augment=vars(options.hard_augment),
+        )  # fmt: skip
+        for resolution in {plan.resolution(epoch) for epoch in range(options.training.epochs)}
     }
 
 

@@ -158,6 +158,9 @@ def test_files_that_are_each_others_base_are_refused(config):
         (["--augment.views=6"], r"augment\.views: 6 .*hard_augment\.select"),
         (["--hard_augment.select=hard"], r"augment\.views: 2 .*hard_augment"),
         (["--hard_augment.select=random", "--augment.views=2"], r"augment\.views: 2"),
+        (["--hard_augment.select=hard", "--augment.views=1"], r"augment\.views: expected an integer of 2 or more"),
+        (["--hard_augment.select=hard", "--hard_augment.extra_targets=true", "--augment.views=2"], r"augment\.views: 2"),
+        (["--hard_augment.extra_targets=true"], r"hard_augment\.extra_targets: .*hard_augment\.select"),
     ],
 )
 def test_options_at_odds_with_each_other_are_refused(arguments, message):

@@ -7,16 +7,40 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import functional as V
 
-from ffssl.backbones import build_backbone
-from ffssl.hard_augment import batch_statistics_untracked, hardest_pair, pairs, random_pair, select_hardest, take_pair
-from ffssl.methods import build_method
-from ffssl.methods.base import Method
+from ffssl.backbones import SmallResNet
+from ffssl.errors import UserError
+from ffssl.hard_augment import (
+    batch_statistics_untracked, check, choose_views, hardest_pair, pairs, random_pair, select_hardest, take_pair, take_rest,
+)  # fmt: skip
+from ffssl.methods import METHODS, build_method
+from ffssl.methods.base import Method, cosines
+
+
+WIDTHS = {"hidden": 32, "projection": 16}
+OPTIONS = {
+    "simsiam": {**WIDTHS, "predictor": 8}, "byol": {**WIDTHS, "predictor": 8}, "simclr": WIDTHS, "mocov2plus": {**WIDTHS, "queue": 64},
+    "dino": {**WIDTHS, "prototypes": 24}, "barlow_twins": WIDTHS, "vicreg": WIDTHS,
+}  # fmt: skip
+WITH_PAIR_LOSSES = ["simsiam", "byol", "simclr", "mocov2plus", "dino"]
+PREDICTING = ["simsiam", "byol", "mocov2plus", "dino"]
+
+
+def build(name):
+    """A method over a small network with dropout, trained a little, so that its teacher is not its student and its centre not zero."""
+    torch.manual_seed(0)
+    backbone = SmallResNet((8, 16))
+    backbone.stem.append(nn.Dropout(0.1))
+    method = build_method(name, backbone, OPTIONS[name]).train()
+    with torch.no_grad():
+        for i, (key, tensor) in enumerate(method.state_dict().items()):
+            if tensor.is_floating_point() and (key.startswith("teacher.") or key == "centre") and not key.endswith("running_var"):
+                tensor += 0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(i))
+    return method
 
 
 @pytest.fixture
 def method():
-    torch.manual_seed(0)
-    return build_method("simsiam", build_backbone("resnet-small"), {"hidden": 32, "projection": 16, "predictor": 8}).train()
+    return build("simsiam")
 
 
 class Recorder(Method):
@@ -38,7 +62,7 @@ def test_pairs_are_all_the_pairs():
 @pytest.mark.parametrize("views", [2, 3, 6, 8])
 def test_hardest_pair_is_that_of_the_least_cosine(views):
     projections = torch.randn(40, views, 12, generator=torch.Generator().manual_seed(views))
-    for z, chosen in zip(projections.double(), hardest_pair(projections).tolist()):
+    for z, chosen in zip(projections.double(), hardest_pair(-cosines(projections, projections)).tolist()):
         cosine = {(i, j): torch.dot(z[i] / z[i].norm(), z[j] / z[j].norm()).item() for i, j in itertools.combinations(range(views), 2)}
         assert tuple(chosen) == min(cosine, key=cosine.get)
 
@@ -48,8 +72,8 @@ def test_mixed_precision_around_it_does_not_change_the_hardest_pair():
     generator = torch.Generator().manual_seed(0)
     projections = torch.randn(50, 1, 64, generator=generator) + 0.1 * torch.randn(50, 6, 64, generator=generator)
     with torch.autocast("cpu", torch.bfloat16):
-        chosen = hardest_pair(projections)
-    assert torch.equal(chosen, hardest_pair(projections))
+        chosen = hardest_pair(-cosines(projections, projections))
+    assert torch.equal(chosen, hardest_pair(-cosines(projections, projections)))
 
 
 def test_random_pairs_are_uniform_over_all_pairs():
@@ -68,16 +92,96 @@ def test_take_pair_takes_the_chosen_views_of_each_image():
         assert torch.equal(first[b], views[b, i]) and torch.equal(second[b], views[b, j])
 
 
+def without_dropout(method):
+    for module in method.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return method
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_selection_is_the_hardest_pair_of_one_forward_pass_over_all_views(method, training):
     views = torch.randn(7, 4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    method.train(training)
+    without_dropout(method).train(training)
     with torch.no_grad():
         projections = copy.deepcopy(method).project(views.flatten(0, 1)).view(7, 4, -1)
     expected = []
     for z in F.normalize(projections.double(), dim=2):
         expected.append(list(min(itertools.combinations(range(4), 2), key=lambda pair: (z[pair[0]] @ z[pair[1]]).item())))
-    assert select_hardest(method, views, 32).tolist() == expected
+    chosen, extra = select_hardest(method, views, 32)
+    assert chosen.tolist() == expected and extra is None
+
+
+@pytest.mark.parametrize("name", WITH_PAIR_LOSSES)
+def test_selection_by_the_methods_loss_is_that_of_a_loop_over_images_and_pairs(name):
+    method = without_dropout(build(name)).eval()  # in eval mode a view's outputs do not depend on the others in its batch
+    views = torch.randn(7, 4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    losses = {pair: torch.zeros(7) for pair in itertools.combinations(range(4), 2)}
+    with torch.no_grad():
+        for i, j in losses:
+            if name == "simclr":  # its loss of an image is among the batch: what the gradient of one image's terms would see
+                z = F.normalize(torch.cat([method.project(views[:, i]), method.project(views[:, j])]), dim=1)
+                similarity = (z @ z.T / method.temperature).fill_diagonal_(float("-inf"))
+                terms = F.cross_entropy(similarity, torch.arange(14).roll(7), reduction="none")
+                losses[i, j] = (terms[:7] + terms[7:]) / 2
+            else:
+                for b in range(7):
+                    losses[i, j][b], _ = copy.deepcopy(method).loss(views[b : b + 1, i], views[b : b + 1, j])  # a copy: it changes queue and centre
+        chosen, _ = select_hardest(method, views, 32, loss="method")
+    expected = [max(losses, key=lambda pair: losses[pair][b].item()) for b in range(7)]
+    assert [tuple(pair) for pair in chosen.tolist()] == expected
+    assert len(set(expected)) > 1
+
+
+@pytest.mark.parametrize("name", PREDICTING)
+@pytest.mark.parametrize("loss", ["cosine", "method"])
+def test_extra_targets_are_the_targets_of_the_views_not_chosen_at_the_selections_resolution(name, loss):
+    method = without_dropout(build(name)).eval()
+    views = torch.randn(5, 4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    chosen, extra = select_hardest(method, views, 16, loss=loss, extra_targets=True)
+    assert torch.equal(chosen, select_hardest(method, views, 16, loss=loss)[0]) and not extra.requires_grad
+    for b in range(5):
+        rest = [v for v in range(4) if v not in chosen[b].tolist()]
+        small = F.interpolate(views[b, rest], (16, 16), mode="bilinear", antialias=True)
+        torch.testing.assert_close(extra[b], method.targets(small), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", PREDICTING)
+def test_random_pairs_may_have_extra_targets_too(name):
+    method = without_dropout(build(name)).eval()
+    views = torch.randn(5, 4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    options = {"select": "random", "resolution": 16, "extra_targets": True}
+    first, second, extra = choose_views(method, views, seed=3, **options)
+    chosen = random_pair(5, 4, torch.Generator().manual_seed(3))
+    assert torch.equal(first, views[range(5), chosen[:, 0]]) and torch.equal(second, views[range(5), chosen[:, 1]])
+    small = F.interpolate(take_rest(views, chosen).flatten(0, 1), (16, 16), mode="bilinear", antialias=True)
+    torch.testing.assert_close(extra.flatten(0, 1), method.targets(small), atol=1e-5, rtol=1e-4)
+    assert len(choose_views(method, views, select="random", resolution=16)) == 2
+
+
+def test_without_selection_the_first_two_views_are_trained_on(method):
+    views = torch.randn(5, 2, 3, 32, 32)
+    first, second = choose_views(method, views)
+    assert torch.equal(first, views[:, 0]) and torch.equal(second, views[:, 1])
+    assert first.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_take_rest_takes_the_others_in_their_order():
+    values = torch.arange(20).view(2, 5, 2)
+    rest = take_rest(values, torch.tensor([[3, 0], [1, 4]]))
+    assert rest.tolist() == [values[0, [1, 2, 4]].tolist(), values[1, [0, 2, 3]].tolist()]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_method_has_not_is_refused(name):
+    method = build(name)
+    check(method, select="hard", resolution=64, loss="cosine", extra_targets=False)
+    for loss, extra_targets, allowed in (("method", False, name in WITH_PAIR_LOSSES), ("cosine", True, name in PREDICTING)):
+        if allowed:
+            check(method, loss=loss, extra_targets=extra_targets)
+        else:
+            with pytest.raises(UserError, match=rf"--hard_augment\.{'loss' if loss == 'method' else 'extra_targets'}: {name}"):
+                check(method, loss=loss, extra_targets=extra_targets)
 
 
 def test_selection_sees_antialiased_views_and_never_enlarges_them():
@@ -89,25 +193,46 @@ def test_selection_sees_antialiased_views_and_never_enlarges_them():
     assert torch.equal(recorder.seen, views.flatten(0, 1))
 
 
-def test_selection_leaves_no_trace(method):
+OPTIONS_OF_THE_PASS = [
+    {"select": "hard"}, {"select": "hard", "loss": "method"}, {"select": "hard", "extra_targets": True},
+    {"select": "hard", "loss": "method", "extra_targets": True}, {"select": "random", "extra_targets": True},
+]  # fmt: skip
+
+
+def supported(name, options):
+    try:
+        check(build(name), **{"loss": "cosine", "extra_targets": False} | options)
+    except UserError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name, options", [(name, options) for name in METHODS for options in OPTIONS_OF_THE_PASS if supported(name, options)])
+def test_choosing_views_leaves_no_trace(name, options):
+    method = build(name)
     before = copy.deepcopy(method.state_dict())
     method.backbone.stem[0].weight.requires_grad_(False)
-    method.predictor.eval()
-    flags = [(m.training, getattr(m, "track_running_stats", None)) for m in method.modules()]
-    gradients = [p.requires_grad for p in method.parameters()]
+    method.projector.eval()
+
+    def flags():
+        return [(m.training, getattr(m, "track_running_stats", None)) for m in method.modules()], [p.requires_grad for p in method.parameters()]
+
+    flags_before = flags()
     random_state = torch.get_rng_state()
     views = torch.randn(4, 3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
     kept = views.clone()
 
-    chosen = select_hardest(method, views, 32)
+    chosen = choose_views(method, views, resolution=32, **options)
 
-    assert not chosen.requires_grad
-    assert all(torch.equal(before[name], value) for name, value in method.state_dict().items())
-    assert flags == [(m.training, getattr(m, "track_running_stats", None)) for m in method.modules()]
-    assert gradients == [p.requires_grad for p in method.parameters()]
+    assert not any(tensor.requires_grad for tensor in chosen)
+    assert all(torch.equal(before[key], value) for key, value in method.state_dict().items())
+    assert flags_before == flags()
     assert all(p.grad is None for p in method.parameters())
     assert torch.equal(random_state, torch.get_rng_state())
     assert torch.equal(views, kept)
+    if not options.get("extra_targets"):
+        method(*chosen)
+        assert not torch.equal(random_state, torch.get_rng_state())  # dropout does draw
 
 
 def test_statistics_are_tracked_again_after_an_error(method):

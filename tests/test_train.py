@@ -65,6 +65,37 @@ def test_efficient_run_follows_its_schedules_and_logs_them(betons, tmp_path):
     assert all(0 <= row["data_wait"] <= 1 and row["embedding_std"] > 0 for row in rows[1:])
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        "simsiam --method.predictor=8", "byol --method.predictor=32", "mocov2plus --method.queue=128", "dino --method.prototypes=64",
+        "barlow_twins", "vicreg",
+    ],
+)  # fmt: skip
+def test_every_method_trains_and_goes_on_from_its_checkpoint_with_the_same_weights(betons, tmp_path, method):
+    options = [f"--method.name={method.split()[0]}", *method.split()[1:], "--hard_augment.select=hard", "--hard_augment.resolution=16", "--augment.views=3"]
+    if method.split()[0] not in ("barlow_twins", "vicreg"):
+        options += ["--hard_augment.loss=method", "--hard_augment.extra_targets=true"]
+    unbroken = arguments(betons, tmp_path / "unbroken", *options, "--training.epochs=2")
+    train(read_options(unbroken))
+
+    class Stop(Exception):
+        pass
+
+    def stop_after_an_epoch(folder, new):
+        save(folder, new)
+        if new["epoch"] == 1:
+            raise Stop
+
+    save = checkpoint.save
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(checkpoint, "save", stop_after_an_epoch)
+        train(read_options(arguments(betons, tmp_path / "stopped", *options, "--training.epochs=2")))
+    train(read_options(arguments(betons, tmp_path / "stopped", *options, "--training.epochs=2")))
+    assert_equal(weights(tmp_path / "unbroken"), weights(tmp_path / "stopped"))
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "stopped").values())
+
+
 def test_run_killed_at_a_random_moment_ends_in_the_same_weights(betons, tmp_path):
     unbroken, command = (
         [sys.executable, str(ROOT / "ffssl" / "train.py"), *arguments(betons, tmp_path / name, *EFFICIENT, "--training.epochs=4")]
@@ -121,8 +152,11 @@ def test_what_a_folder_holds_is_not_mixed_with_another_experiment(betons, tmp_pa
         ("--data.train=missing.beton", "missing.beton"),
         ("--training.batch_size=1000", "fewer than one batch of 1000"),
         ("--model.backbone=resnet19", "unknown backbone 'resnet19'; known are"),
-        ("--method.name=simclrr", "unknown method 'simclrr'; known are simsiam, simclr"),
+        ("--method.name=simclrr", "unknown method 'simclrr'; known are .*simclr, simsiam"),
         ("--method.predictor=8", "simclr has no such option"),
+        ("--method.name=mocov2plus --method.queue=100", "--method.queue: 100 must be a multiple of --training.batch_size=32"),
+        ("--method.name=vicreg --hard_augment.loss=method", "--hard_augment.loss: vicreg has no loss of single images"),
+        ("--hard_augment.extra_targets=true --hard_augment.select=hard --augment.views=3", "--hard_augment.extra_targets: simclr does not predict"),
         ("--augment.policy=none", "unknown policy 'none'"),
         ("--run.device=cuda:99", "cuda:99 can't be used here"),
         ("--run.folder=/dev/null/run", "/dev/null/run can't be made"),
@@ -130,7 +164,7 @@ def test_what_a_folder_holds_is_not_mixed_with_another_experiment(betons, tmp_pa
 )
 def test_mistakes_are_named_before_training(betons, tmp_path, override, message):
     with pytest.raises(UserError, match=message):
-        train(read_options(arguments(betons, tmp_path, override)))
+        train(read_options(arguments(betons, tmp_path, *override.split())))
 
 
 def test_knn_needs_labels(betons, tmp_path):

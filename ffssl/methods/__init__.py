@@ -1,15 +1,26 @@
-"""The methods by name. A method's options are the keyword arguments of its class."""
+"""The methods by name. A method is a file in this folder with a class that has a `name`; its options are the class's keyword arguments."""
 
+import importlib
 import inspect
+import pkgutil
 
 from torch import nn
 
 from ffssl.errors import UserError
 from ffssl.methods.base import Method
-from ffssl.methods.simclr import SimCLR
-from ffssl.methods.simsiam import SimSiam
 
-METHODS: dict[str, type[Method]] = {"simsiam": SimSiam, "simclr": SimCLR}
+
+def discover() -> dict[str, type[Method]]:
+    """The named subclasses of Method in the modules of this package."""
+    methods = {}
+    for module in pkgutil.iter_modules(__path__, f"{__name__}."):
+        for value in vars(importlib.import_module(module.name)).values():
+            if inspect.isclass(value) and issubclass(value, Method) and value.__module__ == module.name and "name" in vars(value):
+                methods[value.name] = value
+    return methods
+
+
+METHODS = discover()
 
 
 def build_method(name: str, backbone: nn.Module, options: dict) -> Method:

@@ -1,13 +1,27 @@
 """What a self-supervised method is to the training loop."""
 
+import contextlib
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where in a run a step is; what a method schedules is a function of it."""
+
+    step: int
+    total_steps: int
+    epoch: int
 
 
 class Method(nn.Module):
     """A backbone with the heads and the loss of one method.
 
-    A subclass sets `policy` (the name of its authors' view policy, in `ffssl.data.policy.POLICIES`), gives `project` and `loss`,
-    and declares its heads' options as keyword arguments with defaults.
+    A subclass sets `name` (by which the option `method.name` finds it) and `policy` (the name of its authors' view policy, in
+    `ffssl.data.policy.POLICIES`), gives `project` and `loss`, and declares its options as keyword arguments with defaults.
     """
 
     policy = "simsiam"
@@ -25,28 +39,63 @@ class Method(nn.Module):
         """The scalar loss of a batch of positive pairs, each (N, 3, R, R), and the first views' projections (N, d)."""
         raise NotImplementedError
 
-    def forward(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        return self.loss(first, second)
+    def forward(self, *views: Tensor) -> tuple[Tensor, Tensor]:
+        return self.loss(*views)
+
+    def targets(self, images: Tensor, projections: Tensor | None = None) -> Tensor:
+        """What the loss compares other views of the images (N, 3, R, R) with: (N, d'), without gradient.
+
+        Here the projections, which are computed unless they are given; those of a teacher for methods that have one.
+        """
+        return (self.project(images) if projections is None else projections).detach()
+
+    def pair_losses(self, projections: Tensor, targets: Tensor) -> Tensor:
+        """The method's own loss of each pair of an image's views, for Hard Augment: (B, m, m), symmetric.
+
+        projections: (B, m, d). targets: (B, m, d'). Methods whose loss is none of single images leave this out.
+        """
+        raise NotImplementedError
+
+    def check(self, batch_size: int) -> None:
+        """Raise UserError if the method can't work with optimiser steps of `batch_size` images."""
+
+    def before_step(self, progress: Progress) -> None:
+        """Called before a step's forward pass: set what is scheduled."""
+
+    def after_step(self, progress: Progress) -> None:
+        """Called after the optimiser's step: update the teacher."""
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Groups for the optimiser. A group with `constant_lr` keeps the peak learning rate throughout."""
-        parameters = list(self.parameters())
+        """Groups of the trained parameters for the optimiser. A group with `constant_lr` keeps the peak learning rate throughout."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
         decayed = [p for p in parameters if self.decay_all or p.ndim > 1]
         rest = [p for p in parameters if not self.decay_all and p.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": weight_decay}]
         return groups + ([{"params": rest, "weight_decay": 0.0}] if rest else [])
 
 
-def mlp(widths: list[int], *, last_norm: bool | None, bias: bool = False) -> nn.Sequential:
+def mlp(widths: list[int], *, last_norm: bool | None, bias: bool = False, last_bias: bool | None = None) -> nn.Sequential:
     """Linear layers of the given widths with BatchNorm and ReLU between them.
 
-    last_norm: BatchNorm after the last layer with affine parameters (True), without (False), or none (None: plain layer with bias).
-    bias: whether layers followed by BatchNorm have one.
+    last_norm: BatchNorm after the last layer with affine parameters (True), without (False), or none (None).
+    bias: whether layers followed by BatchNorm have one. last_bias: whether the last layer has one; if None, it does where no
+    BatchNorm follows.
     """
     layers: list[nn.Module] = []
     for inputs, outputs in zip(widths[:-2], widths[1:-1]):
         layers += [nn.Linear(inputs, outputs, bias=bias), nn.BatchNorm1d(outputs), nn.ReLU(inplace=True)]
-    layers.append(nn.Linear(widths[-2], widths[-1], bias=last_norm is None or bias))
+    layers.append(nn.Linear(widths[-2], widths[-1], bias=(last_norm is None or bias) if last_bias is None else last_bias))
     if last_norm is not None:
         layers.append(nn.BatchNorm1d(widths[-1], affine=last_norm))
     return nn.Sequential(*layers)
+
+
+def full_precision(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Autocast off on the tensor's device: half precision can't tell views that look alike apart, and temperatures magnify its errors."""
+    return torch.autocast("cuda" if tensor.is_cuda else "cpu", enabled=False)
+
+
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine similarities, in float32, of rows of a (..., m, d) and b (..., n, d): (..., m, n)."""
+    with full_precision(a):
+        return F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).mT

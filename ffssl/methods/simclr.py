@@ -2,7 +2,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ffssl.methods.base import Method, mlp
+from ffssl.distributed import gather, gather_with_gradient, rank
+from ffssl.methods.base import Method, full_precision, mlp
 
 
 class SimCLR(Method):
@@ -11,6 +12,7 @@ class SimCLR(Method):
     hidden, projection: widths of the projector (2048 and 128). temperature: of the softmax (0.1, the authors' for ImageNet).
     """
 
+    name = "simclr"
     policy = "simclr"
     decay_all = False  # the authors exclude biases and BatchNorm parameters from weight decay
 
@@ -26,13 +28,37 @@ class SimCLR(Method):
         z1, z2 = self.project(first), self.project(second)
         return nt_xent(z1, z2, self.temperature), z1
 
+    def pair_losses(self, projections: Tensor, targets: Tensor) -> Tensor:
+        return nt_xent_of_pairs(projections, self.temperature)
+
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
-    """Normalised temperature-scaled cross-entropy (SimCLR, eq. 1), averaged over all 2N views. z1, z2: (N, d)."""
-    z = F.normalize(torch.cat([z1, z2]).float(), dim=1)
-    with torch.autocast("cuda" if z.is_cuda else "cpu", enabled=False):  # the temperature magnifies half precision's errors
-        similarity = z @ z.T / temperature
-    similarity.fill_diagonal_(float("-inf"))
+    """Normalised temperature-scaled cross-entropy (SimCLR, eq. 1), averaged over all 2N views. z1, z2: (N, d).
+
+    With several ranks, among the views of all.
+    """
     n = len(z1)
-    positive = torch.arange(2 * n, device=z.device).roll(n)
-    return F.cross_entropy(similarity, positive)
+    with full_precision(z1):
+        z1, z2 = F.normalize(z1.float(), dim=1), F.normalize(z2.float(), dim=1)
+        everyone = torch.cat([gather_with_gradient(z1), gather_with_gradient(z2)])
+        similarity = torch.cat([z1, z2]) @ everyone.T / temperature
+    own = torch.arange(n, device=z1.device) + rank() * n
+    own = torch.cat([own, own + len(everyone) // 2])
+    return F.cross_entropy(similarity.scatter(1, own[:, None], float("-inf")), own.roll(n))
+
+
+def nt_xent_of_pairs(z: Tensor, temperature: float) -> Tensor:
+    """The terms of NT-Xent by image and pair (i, j) of its m views, had view i and view j of each image been the batch.
+
+    z: (B, m, d). Returns (B, m, m), symmetric: the mean of i's term and j's; its mean over B is `nt_xent(z[:, i], z[:, j])`.
+    """
+    with full_precision(z):
+        z = F.normalize(z.float(), dim=2)
+        similarity = torch.einsum("bid,cjd->bijc", z, gather(z)) / temperature
+    own = torch.arange(len(z), device=z.device) + rank() * len(z)
+    positive = similarity.take_along_dim(own[:, None, None, None], dim=3).squeeze(3)
+    other_views = similarity.logsumexp(3)
+    same_view = similarity.diagonal(dim1=1, dim2=2).mT  # (B, m, all images)
+    same_view = same_view.scatter(2, own[:, None, None].expand(-1, z.shape[1], -1), float("-inf")).logsumexp(2)
+    terms = torch.logaddexp(same_view[:, :, None], other_views) - positive
+    return (terms + terms.mT) / 2

@@ -1,0 +1,37 @@
+from torch import Tensor, nn
+
+from ffssl.distributed import mean_over_ranks
+from ffssl.methods.base import Method, full_precision, mlp
+
+
+class BarlowTwins(Method):
+    """Zbontar et al. 2021, after the official code. The cross-correlation of two views' projections is to be the identity.
+
+    hidden, projection: widths of the projector (8192 and 8192). redundancy: weight of the terms off the diagonal (0.0051).
+    """
+
+    name = "barlow_twins"
+    policy = "byol"
+    decay_all = False  # the authors exclude biases and BatchNorm parameters from weight decay
+
+    def __init__(self, backbone: nn.Module, *, hidden: int = 8192, projection: int = 8192, redundancy: float = 0.0051):
+        super().__init__(backbone)
+        self.projector = mlp([backbone.features, hidden, hidden, projection], last_norm=None, last_bias=False)
+        self.norm = nn.BatchNorm1d(projection, affine=False)
+        self.redundancy = redundancy
+
+    def project(self, images: Tensor) -> Tensor:
+        return self.projector(self.backbone(images))
+
+    def loss(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        z1, z2 = self.project(first), self.project(second)
+        return redundancy_reduction(self.norm(z1), self.norm(z2), self.redundancy), z1
+
+
+def redundancy_reduction(z1: Tensor, z2: Tensor, weight: float) -> Tensor:
+    """Barlow Twins, eq. 1. z1, z2: (N, d), each dimension of mean 0 and variance 1 over the batch (of all ranks)."""
+    with full_precision(z1):
+        correlation = mean_over_ranks(z1.float().T @ z2.float() / len(z1))
+    diagonal = correlation.diagonal()
+    off_diagonal = correlation.square().sum() - diagonal.square().sum()
+    return (diagonal - 1).square().sum() + weight * off_diagonal

@@ -1,0 +1,35 @@
+from torch import Tensor, nn
+
+from ffssl.methods.base import cosines, mlp
+from ffssl.methods.teacher import Teacher, TeacherMethod
+
+
+class BYOL(TeacherMethod):
+    """Grill et al. 2020, after the official code. The student predicts the teacher's projection of the other view.
+
+    hidden, projection: widths of the projector (4096 and 256). predictor: width of the predictor's hidden layer (4096).
+    teacher_momentum, teacher_momentum_end: of the EMA in the first step and in the last; the authors start from 0.996 for 1000 epochs,
+    from 0.99 for 100 and 300.
+    """
+
+    name = "byol"
+    policy = "byol"
+    decay_all = False  # the authors exclude biases and BatchNorm parameters from weight decay
+    direction_weight = 1.0  # the authors add the two directions
+
+    def __init__(
+        self, backbone: nn.Module, *, hidden: int = 4096, projection: int = 256, predictor: int = 4096,
+        teacher_momentum: float = 0.996, teacher_momentum_end: float = 1.0,
+    ):  # fmt: skip
+        super().__init__(backbone, teacher_momentum=teacher_momentum, teacher_momentum_end=teacher_momentum_end)
+        # Biases as in the official code: before BatchNorm, and none on the outputs.
+        self.projector = mlp([backbone.features, hidden, projection], last_norm=None, bias=True, last_bias=False)
+        self.predictor = mlp([projection, predictor, projection], last_norm=None, bias=True, last_bias=False)
+        self.teacher = Teacher(*self.student())
+
+    def predict(self, projections: Tensor) -> Tensor:
+        return self.predictor(projections)
+
+    def distances(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        """Squared distance of the normalised vectors (eq. 2)."""
+        return 2 - 2 * cosines(predictions, targets)

@@ -1,0 +1,85 @@
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
+
+from ffssl.distributed import mean_over_ranks
+from ffssl.methods.base import Progress, full_precision
+from ffssl.methods.teacher import Teacher, TeacherMethod
+
+FIRST_TEACHER_TEMPERATURE = 0.04
+CENTRE_MOMENTUM = 0.9
+
+
+class DINO(TeacherMethod):
+    """Caron et al. 2021, after the official code, without local crops. The student predicts how the teacher assigns the other view to
+    prototypes; centring and sharpening of the teacher's assignments prevent a collapse.
+
+    hidden, projection: widths of the projector (2048 and 256); its outputs are L2-normalised. prototypes: outputs of the last,
+    weight-normed layer (65536). norm_last_layer: keep the prototypes at length 1. frozen_epochs: epochs in which they are not trained.
+    temperature: the student's (0.1). teacher_temperature: the teacher's (0.04), which it reaches linearly from 0.04 over the first
+    teacher_temperature_epochs. teacher_momentum, teacher_momentum_end: of the EMA in the first step and in the last.
+    """
+
+    name = "dino"
+    policy = "byol"
+    decay_all = False  # the authors exclude biases and normalisation parameters from weight decay
+
+    def __init__(
+        self, backbone: nn.Module, *, hidden: int = 2048, projection: int = 256, prototypes: int = 65536, norm_last_layer: bool = True,
+        frozen_epochs: int = 1, temperature: float = 0.1, teacher_temperature: float = FIRST_TEACHER_TEMPERATURE,
+        teacher_temperature_epochs: int = 0, teacher_momentum: float = 0.996, teacher_momentum_end: float = 1.0,
+    ):  # fmt: skip
+        super().__init__(backbone, teacher_momentum=teacher_momentum, teacher_momentum_end=teacher_momentum_end)
+        self.projector = nn.Sequential(
+            nn.Linear(backbone.features, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, projection), Normalise()
+        )
+        for layer in self.projector[:-1:2]:
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        self.last_layer = weight_norm(nn.Linear(projection, prototypes, bias=False))
+        nn.init.ones_(self.last_layer.parametrizations.weight.original0)
+        self.norm_last_layer, self.frozen_epochs = norm_last_layer, frozen_epochs
+        self.train_last_layer(True)
+        self.temperature = temperature
+        self.last_teacher_temperature, self.teacher_temperature_epochs = teacher_temperature, teacher_temperature_epochs
+        self.teacher_temperature = self.teacher_temperature_in(0)
+        self.teacher = Teacher(*self.student())
+        self.register_buffer("centre", torch.zeros(prototypes))
+
+    def student(self) -> tuple[nn.Module, ...]:
+        return self.backbone, self.projector, self.last_layer
+
+    def predict(self, projections: Tensor) -> Tensor:
+        return self.last_layer(projections)
+
+    def distances(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy between the teacher's centred and sharpened assignment and the student's (eq. 1 and section 3.1)."""
+        with full_precision(predictions):
+            assignments = ((targets.float() - self.centre) / self.teacher_temperature).softmax(-1)
+            return -(predictions.float() / self.temperature).log_softmax(-1) @ assignments.mT
+
+    @torch.no_grad()
+    def remember(self, targets: Tensor) -> None:
+        self.centre.lerp_(mean_over_ranks(targets.float().mean((0, 1))), 1 - CENTRE_MOMENTUM)
+
+    def teacher_temperature_in(self, epoch: int) -> float:
+        if epoch >= self.teacher_temperature_epochs:
+            return self.last_teacher_temperature
+        share = epoch / max(self.teacher_temperature_epochs - 1, 1)
+        return FIRST_TEACHER_TEMPERATURE + share * (self.last_teacher_temperature - FIRST_TEACHER_TEMPERATURE)
+
+    def before_step(self, progress: Progress) -> None:
+        self.teacher_temperature = self.teacher_temperature_in(progress.epoch)
+        self.train_last_layer(progress.epoch >= self.frozen_epochs)
+
+    def train_last_layer(self, trained: bool) -> None:
+        """Let gradients reach the last layer, or not; without one the optimiser leaves it alone, weight decay and momentum included."""
+        weight = self.last_layer.parametrizations.weight
+        weight.original0.requires_grad_(trained and not self.norm_last_layer)  # lengths of the prototypes
+        weight.original1.requires_grad_(trained)  # their directions
+
+
+class Normalise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=1)

@@ -1,0 +1,57 @@
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ffssl.distributed import gather
+from ffssl.errors import UserError
+from ffssl.methods.base import cosines, full_precision
+from ffssl.methods.teacher import Teacher, TeacherMethod
+
+
+class MoCoV2Plus(TeacherMethod):
+    """Chen et al. 2020 (MoCo v2) with the symmetric loss of Chen & He 2021 (the +). A query must find the key of its image's other view,
+    the teacher's, among the keys of past batches.
+
+    hidden, projection: widths of the projector (2048 and 128), which has no BatchNorm. temperature: of the softmax (0.2).
+    queue: keys of past views (65536). Both views' keys enter it after the loss, as in the authors' symmetric code for CIFAR, so it spans
+    half as many images. The authors shuffle the batch between GPUs against BatchNorm's leaks; synchronised BatchNorm replaces that.
+    teacher_momentum, teacher_momentum_end: of the EMA in the first step and in the last; the authors' is constant.
+    """
+
+    name = "mocov2plus"
+    direction_weight = 1.0  # the authors' symmetric code adds the two directions
+
+    def __init__(
+        self, backbone: nn.Module, *, hidden: int = 2048, projection: int = 128, temperature: float = 0.2, queue: int = 65536,
+        teacher_momentum: float = 0.999, teacher_momentum_end: float = 0.999,
+    ):  # fmt: skip
+        super().__init__(backbone, teacher_momentum=teacher_momentum, teacher_momentum_end=teacher_momentum_end)
+        self.projector = nn.Sequential(nn.Linear(backbone.features, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, projection))
+        self.temperature = temperature
+        self.teacher = Teacher(*self.student())
+        self.register_buffer("queue", F.normalize(torch.randn(queue, projection), dim=1))
+        self.register_buffer("oldest", torch.zeros((), dtype=torch.int64))  # on the device, so that no step waits to read it
+
+    def check(self, batch_size: int) -> None:
+        length = len(self.queue)
+        if length % batch_size or length < 2 * batch_size:
+            raise UserError(f"--method.queue: {length} must be a multiple of --training.batch_size={batch_size}, and at least twice that")
+
+    def predict(self, projections: Tensor) -> Tensor:
+        return projections
+
+    def distances(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        """InfoNCE (MoCo, eq. 1): cross-entropy of finding the target among it and the queue."""
+        positive = cosines(predictions, targets) / self.temperature
+        negatives = (cosines(predictions, self.queue) / self.temperature).logsumexp(-1, keepdim=True)
+        return torch.logaddexp(positive, negatives) - positive
+
+    @torch.no_grad()
+    def remember(self, targets: Tensor) -> None:
+        """The keys, of all ranks, replace the oldest in the queue: those of the first views, then those of the second."""
+        with full_precision(targets):
+            first, second = F.normalize(targets.float(), dim=2).unbind(1)
+        keys = torch.cat([gather(first), gather(second)])
+        places = (self.oldest + torch.arange(len(keys), device=keys.device)) % len(self.queue)
+        self.queue.index_copy_(0, places, keys)
+        self.oldest.add_(len(keys)).remainder_(len(self.queue))

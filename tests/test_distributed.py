@@ -1,0 +1,120 @@
+"""Two processes that share a batch against one that has it whole."""
+
+import socket
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import multiprocessing, nn
+
+from ffssl.distributed import gather, gather_with_gradient, mean_over_ranks, rank, world_size
+from ffssl.methods import build_method
+from ffssl.methods.barlow_twins import redundancy_reduction
+from ffssl.methods.simclr import nt_xent, nt_xent_of_pairs
+from ffssl.methods.vicreg import vicreg
+
+RANKS, IMAGES, WIDTH = 2, 6, 8
+
+
+class Features(nn.Identity):
+    features = WIDTH
+
+
+def on_projections(name):
+    """A method whose network gives back what it is given, so that BatchNorm plays no role; the teacher sees it times 2 plus 1."""
+    torch.manual_seed(0)
+    options = {"mocov2plus": {"queue": 24}, "dino": {"prototypes": WIDTH}}[name]
+    method = build_method(name, Features(), {"projection": WIDTH, "hidden": 4, **options})
+    method.projector = nn.Identity()
+    method.teacher.forward = lambda z: 2 * z.detach() + 1
+    method.predict = lambda z: z
+    return method
+
+
+def moco(z1, z2):
+    method = on_projections("mocov2plus")
+    losses = [method.loss(z1 + step, z2)[0] for step in range(2)]  # the second against the first's keys
+    return losses[0] + losses[1], method.queue
+
+
+def dino(z1, z2):
+    method = on_projections("dino")
+    losses = [method.loss(z1, z2 + step)[0] for step in range(2)]  # the second with the first's centre
+    return losses[0] + losses[1], method.centre
+
+
+LOSSES = {
+    "nt_xent": lambda z1, z2: (nt_xent(z1, z2, 0.5), torch.zeros(1)),
+    "mocov2plus": moco,
+    "dino": dino,
+    "barlow_twins": lambda z1, z2: (redundancy_reduction(z1, z2, 0.1), torch.zeros(1)),
+    "vicreg": lambda z1, z2: (vicreg(z1, z2, 25, 25, 1), torch.zeros(1)),
+}
+
+
+def projections():
+    return torch.randn(2, RANKS * IMAGES, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+def pair_views():
+    return torch.randn(RANKS * IMAGES, 3, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def loss_and_gradients(name, first, second):
+    first, second = first.clone().requires_grad_(), second.clone().requires_grad_()
+    loss, state = LOSSES[name](first, second)
+    loss.backward()
+    return loss.detach(), state.detach(), torch.stack([first.grad, second.grad])
+
+
+def work(this_rank, port, answers):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=this_rank, world_size=RANKS)
+    mine = slice(this_rank * IMAGES, (this_rank + 1) * IMAGES)
+    answer = {name: loss_and_gradients(name, *projections()[:, mine]) for name in LOSSES}
+    answer["pairs"] = nt_xent_of_pairs(pair_views()[mine], 0.5)
+    x = torch.full((2, 3), this_rank + 1.0, requires_grad=True)
+    answer["functions"] = (rank(), world_size(), gather(x), gather_with_gradient(x).detach(), mean_over_ranks(x).detach(), gather(x).requires_grad)
+    torch.save(answer, answers / f"{this_rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(work, (port, folder), nprocs=RANKS)
+    return [torch.load(folder / f"{r}.pt") for r in range(RANKS)]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_and_averaged_gradients_are_those_of_the_joint_batch(answers, name):
+    loss, state, gradients = loss_and_gradients(name, *projections())
+    torch.testing.assert_close(torch.stack([answer[name][0] for answer in answers]).mean(), loss)
+    # DistributedDataParallel divides the gradients by the number of ranks.
+    torch.testing.assert_close(torch.cat([answer[name][2] for answer in answers], dim=1) / RANKS, gradients, atol=1e-6, rtol=1e-4)
+    assert gradients.abs().max() > 1e-3
+    for answer in answers:  # queue and centre are the same on all ranks
+        torch.testing.assert_close(answer[name][1], state)
+
+
+def test_the_losses_of_pairs_are_those_of_the_joint_batch(answers):
+    torch.testing.assert_close(torch.cat([answer["pairs"] for answer in answers]), nt_xent_of_pairs(pair_views(), 0.5))
+
+
+def test_the_functions_join_the_ranks_in_order(answers):
+    both = torch.tensor([1.0, 1.0, 2.0, 2.0])[:, None].expand(4, 3)
+    for r, answer in enumerate(answers):
+        this_rank, size, gathered, with_gradient, mean, requires_grad = answer["functions"]
+        assert (this_rank, size, requires_grad) == (r, 2, False)
+        assert torch.equal(gathered, both) and torch.equal(with_gradient, both)
+        assert torch.equal(mean, torch.full((2, 3), 1.5))
+
+
+def test_one_process_keeps_what_it_has():
+    x = torch.ones(2, 3, requires_grad=True)
+    assert (rank(), world_size()) == (0, 1)
+    assert torch.equal(gather(x), x) and not gather(x).requires_grad
+    assert gather_with_gradient(x) is x and mean_over_ranks(x) is x
