@@ -216,14 +216,15 @@ def open_loader(options: SimpleNamespace, method: Method) -> ViewLoader:
     )  # fmt: skip
 
 
-def count_flops(plan: Plan, method: Method) -> dict[int, int]:
-    """FLOPs of a step at each resolution of the schedule."""
+def count_flops(plan: Plan, method: Method, backward: int = 2) -> dict[int, int]:
+    """FLOPs of a step at each resolution of the schedule. backward: see `step_flops`."""
     training, augment, hard_augment = plan.options.training, plan.options.augment, plan.options.hard_augment
     selection_resolution = hard_augment.resolution if hard_augment.select == "hard" else 0
     return {
         resolution: step_flops(
-            method, batch_size=training.batch_size, resolution=resolution, views=augment.views, selection_resolution=selection_resolution
-        )
+            method, batch_size=training.batch_size, resolution=resolution, views=augment.views, selection_resolution=selection_resolution,
+            backward=backward,
+        )  # fmt: skip
         for resolution in {plan.resolution(epoch) for epoch in range(training.epochs)}
     }
 
