@@ -22,7 +22,7 @@ HEADS = {
     "vicreg": {"hidden": 32, "projection": 32},
 }  # fmt: skip
 REDUCED = [
-    "--model.backbone=resnet-small", "--training.batch_size=16", "--training.epochs=3", "--resolution.max=32", "--resolution.min=16",
+    "--model.backbone=resnet-small", "--training.batch_size=8", "--training.epochs=3", "--resolution.max=32", "--resolution.min=16",
     "--resolution.step=16", "--hard_augment.resolution=16", "--run.tensorboard=false", "--run.device=cpu",
 ]  # fmt: skip
 
@@ -30,7 +30,7 @@ REDUCED = [
 @pytest.fixture(scope="module")
 def beton(tmp_path_factory):
     path = tmp_path_factory.mktemp("beton") / "train.beton"
-    convert(Embedded("train", 64), path)
+    convert(Embedded("train", 32), path)
     return path
 
 
