@@ -1,7 +1,14 @@
-"""Backbones: networks from images (N, 3, R, R) to pooled features (N, features)."""
+"""Backbones: networks from images (N, 3, R, R) to pooled features (N, features), with random weights."""
 
+import copy
+import difflib
+import functools
+
+import torch
 import torchvision
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
 
 from ffssl.errors import UserError
@@ -34,23 +41,119 @@ def _halving_block(inputs: int, outputs: int) -> BasicBlock:
     return BasicBlock(inputs, outputs, stride=2, downsample=shortcut)
 
 
-def _torchvision_resnet(name: str, zero_init_residual: bool) -> nn.Module:
+class TimmModel(nn.Module):
+    """A network of timm without its classifier."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+        self.features = getattr(network, "head_hidden_size", network.num_features)  # some have a layer after the pooling
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)
+
+
+class ResizableViT(TimmModel):
+    """A vision transformer of timm (`VisionTransformer`) for images of any size that its patches divide.
+
+    Its position embeddings are resampled to the images' grid by a matrix that is computed once for each grid: what a step costs is
+    one small product, through which the embeddings are learned. ValueError for other sizes.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__(network)
+        self._grid = network.patch_embed.grid_size  # the one that its embeddings are of
+
+    def forward(self, images: Tensor) -> Tensor:
+        size, patch = tuple(images.shape[-2:]), self.network.patch_embed.patch_size
+        if size[0] % patch[0] or size[1] % patch[1]:
+            raise ValueError(f"its patches of {patch[0]} px do not divide {size[0]} px")
+        self.network.patch_embed.set_input_size(size)  # no parameter depends on it
+        embedding = self.network.pos_embed
+        if embedding is None:
+            return super().forward(images)
+        resampled = resample_positions(embedding, self._grid, self.network.patch_embed.grid_size)
+        return functional_call(self.network, {"pos_embed": resampled}, (images,))
+
+
+def resample_positions(embedding: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Position embeddings (1, p + h w, d) of an `old` grid (h, w) for a `new` one, bicubic with antialiasing as timm does.
+
+    The first p, of tokens that are no patches, stay.
+    """
+    if old == new:
+        return embedding
+    prefix = embedding.shape[1] - old[0] * old[1]
+    with torch.autocast("cuda" if embedding.is_cuda else "cpu", enabled=False):  # in half precision they would be off by 1 %
+        patches = _resampling_matrix(old, new, embedding.device) @ embedding[:, prefix:].float()
+    return torch.cat([embedding[:, :prefix], patches.to(embedding.dtype)], dim=1)
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a tensor made in inference mode could not be used in training later
+def _resampling_matrix(old: tuple[int, int], new: tuple[int, int], device: torch.device) -> Tensor:
+    """The linear map (new patches, old patches) that interpolation is: its columns are the images of the unit vectors."""
+    positions = old[0] * old[1]
+    units = torch.eye(positions, device=device).view(positions, 1, *old)
+    return F.interpolate(units, new, mode="bicubic", antialias=True).view(positions, -1).T.contiguous()
+
+
+STEMS = ("imagenet", "cifar")
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+BACKBONES = ("resnet-small", *RESNETS, "vit_small_patch16_224", "vit_base_patch16_224")
+
+
+def build_backbone(name: str, *, zero_init_residual: bool = False, stem: str = "imagenet") -> nn.Module:
+    """A randomly initialised backbone; its attribute `features` is the length of its output.
+
+    name: one of BACKBONES, or any model of timm that has pooled features. Its vision transformers take images of any size that
+    their patches divide; nothing is downloaded.
+    zero_init_residual: start every residual block as the identity (SimSiam's official code does), in the networks of RESNETS.
+    stem: "cifar", for images of up to 64 pixels and the networks of RESNETS: a 3x3 convolution of stride 1 and no pooling, as
+    SimCLR's authors do on CIFAR-10 (section B.9).
+    Raises UserError for an unknown name, with those that are close, and for a network without pooled features.
+    """
+    if name in RESNETS:
+        return _torchvision_resnet(name, zero_init_residual, stem)
+    if stem != "imagenet":
+        raise UserError(f"model.stem: {name} has no {stem} stem; {', '.join(RESNETS)} have one")
+    return SmallResNet() if name == "resnet-small" else _timm_model(name)
+
+
+def _torchvision_resnet(name: str, zero_init_residual: bool, stem: str) -> nn.Module:
     network = torchvision.models.get_model(name, weights=None, zero_init_residual=zero_init_residual)
     network.features = network.fc.in_features
     network.fc = nn.Identity()
+    if stem == "cifar":
+        network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+        network.maxpool = nn.Identity()
     return network
 
 
-BACKBONES = ("resnet-small", "resnet18", "resnet50")
+def _timm_model(name: str) -> nn.Module:
+    import timm  # takes seconds, and ResNets do without
+    from timm.models.vision_transformer import VisionTransformer
+
+    known = timm.list_models()
+    if name not in known:
+        close = difflib.get_close_matches(name, {*BACKBONES, *known})
+        nearest = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise UserError(f"model.backbone: unknown backbone {name!r}; known are {', '.join(BACKBONES)}, and the models of timm{nearest}")
+    network = timm.create_model(name, pretrained=False, num_classes=0)
+    return ResizableViT(network) if isinstance(network, VisionTransformer) else TimmModel(network)
 
 
-def build_backbone(name: str, *, zero_init_residual: bool = False) -> nn.Module:
-    """A randomly initialised backbone; its attribute `features` is the length of its output.
+def check_resolutions(name: str, backbone: nn.Module, resolutions: set[int]) -> None:
+    """Raises UserError where `backbone`, called `name`, has no pooled features of images of one of the `resolutions`.
 
-    zero_init_residual: start every residual block as the identity (SimSiam's official code does).
+    Computes nothing: shapes alone go through the network.
     """
-    if name not in BACKBONES:
-        raise UserError(f"model.backbone: unknown backbone {name!r}; known are {', '.join(BACKBONES)}")
-    if name == "resnet-small":
-        return SmallResNet()
-    return _torchvision_resnet(name, zero_init_residual)
+    probe = copy.deepcopy(backbone).to("meta")
+    for side in sorted(resolutions):
+        try:
+            features = probe(torch.empty(2, 3, side, side, device="meta"))
+        except Exception as error:  # timm's models refuse a size by whatever their layers raise
+            raise UserError(f"model.backbone: {name} can't take views of {side} px: {' '.join(str(error).split())}") from error
+        if getattr(features, "shape", None) != (2, backbone.features):
+            raise UserError(f"model.backbone: {name} has no pooled features; choose one of {', '.join(BACKBONES)}, or another of timm")

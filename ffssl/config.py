@@ -1,7 +1,7 @@
 """Every option of a training run, declared once, and how options are read.
 
 Options come from a YAML file (`--config FILE`) of sections and keys, and from the command line (`--section.option=value`), which
-wins. A file may name another as its `base`, relative to itself, and override it key by key.
+wins. A file may name another as its `base`, relative to itself, or a list of files, of which later ones win, and override it key by key.
 """
 
 import difflib
@@ -109,8 +109,9 @@ def declare() -> Config:
     )  # fmt: skip
     section(
         "model", "The encoder",
-        backbone=Param(str, "resnet18, resnet50, or resnet-small for CPUs", "resnet50"),
-        zero_init_residual=Param(Switch(), "start each residual block as the identity", False),
+        backbone=Param(str, "resnet18, -34, -50 or -101, resnet-small for CPUs, or a name of timm, as vit_small_patch16_224", "resnet50"),
+        stem=Param(Choice("imagenet", "cifar"), "cifar: 3x3, stride 1 and no pooling, for 64 px and below (resnet18 to 101)", "imagenet"),
+        zero_init_residual=Param(Switch(), "start each residual block as the identity (resnet18 to 101)", False),
     )  # fmt: skip
     section(
         "method", "The self-supervised method; options left out are its authors'",
@@ -134,17 +135,19 @@ def declare() -> Config:
         covariance=Param(_number(0), "weight of the covariance term (vicreg)"),
     )  # fmt: skip
     section(
-        "training", "The optimisation: SGD with momentum",
+        "training", "The optimisation",
         epochs=Param(_integer(1), "passes over the training file", 200),
         batch_size=Param(_integer(2), "images in an optimiser step", 512),
+        optimizer=Param(Choice("sgd", "lars", "adamw"), "sgd and lars with momentum; the momentum of adamw is its beta1", "sgd"),
         schedule=Param(Choice(*LEARNING_RATE_SCHEDULES), "of the learning rate", "cosine"),
         learning_rate=Param(_number(0), "its peak", 0.1),
-        warmup_epochs=Param(_number(0), "length of the warm-up, of the learning rate's and of spl's", 0.0),
-        warmup_share=Param(_number(0, 1), "length of 1-clr's warm-up as a share of the training", 0.3),
+        warmup_epochs=Param(_number(0), "length of the warm-up, of the learning rate's and of spl's; not for 1-clr", 0.0),
+        warmup_share=Param(_number(0, 1), "the same for 1-clr, as a share of the training", 0.3),
         momentum=Param(_number(0, 0.9999), "of the cosine schedules", 0.9),
         momentum_low=Param(_number(0, 0.9999), "of the one-cycle schedules, at the peak of the learning rate", 0.85),
         momentum_high=Param(_number(0, 0.9999), "of the one-cycle schedules, at their ends", 0.95),
-        weight_decay=Param(_number(0), "L2 penalty", 1e-4),
+        weight_decay=Param(_number(0), "L2 penalty; of adamw, decoupled", 1e-4),
+        decay_norm_and_bias=Param(Switch(), "decay biases and the parameters of normalisation too; default: the method's own"),
         amp=Param(Choice("auto", "bf16", "fp16", "off"), "mixed precision; auto: bf16 where the GPU has it, else fp16, off on CPU", "auto"),
     )  # fmt: skip
     section(
@@ -236,7 +239,7 @@ def _check_name(name: str, where: str, config: Config) -> None:
 
 
 def _read_file(path: Path, config: Config, built_on_it: tuple[Path, ...] = ()) -> dict[str, object]:
-    """A YAML file's options by dotted name, on top of its base's."""
+    """A YAML file's options by dotted name, on top of its bases'."""
     try:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -245,13 +248,16 @@ def _read_file(path: Path, config: Config, built_on_it: tuple[Path, ...] = ()) -
         raise UserError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: a config holds sections of options, as in training: {{epochs: 100}}")
-    base = content.pop("base", None)
-    if base is not None and not isinstance(base, str):
-        raise UserError(f"{path}: base must name a file, got {base!r}")
+    bases = content.pop("base", [])
+    bases = bases if isinstance(bases, list) else [bases]
     built_on_it = (*built_on_it, path.resolve())
-    if base and (path.parent / base).resolve() in built_on_it:
-        raise UserError(f"{path}: its base {base} is built on it in turn")
-    settings = _read_file(path.parent / base, config, built_on_it) if base else {}
+    settings = {}
+    for base in bases:
+        if not isinstance(base, str):
+            raise UserError(f"{path}: base must name a file or a list of files, got {base!r}")
+        if (path.parent / base).resolve() in built_on_it:
+            raise UserError(f"{path}: its base {base} is built on it in turn")
+        settings |= _read_file(path.parent / base, config, built_on_it)
     for section, values in content.items():
         if (section,) not in config.sections:
             nearest = difflib.get_close_matches(str(section), [s[0] for s in config.sections], n=1)

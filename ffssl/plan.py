@@ -17,10 +17,15 @@ class Plan:
     def total_steps(self) -> int:
         return self.options.training.epochs * self.steps_per_epoch
 
+    @property
+    def warmup_epochs(self) -> float:
+        t = self.options.training
+        return t.warmup_share * t.epochs if t.schedule == "1-clr" else t.warmup_epochs
+
     def resolution(self, epoch: int) -> int:
-        r, t = self.options.resolution, self.options.training
+        r, epochs = self.options.resolution, self.options.training.epochs
         return schedules.resolution(
-            epoch, schedule=r.schedule, epochs=t.epochs, warmup=round(t.warmup_epochs), low=r.min, high=r.max, step=r.step
+            epoch, schedule=r.schedule, epochs=epochs, warmup=round(self.warmup_epochs), low=r.min, high=r.max, step=r.step
         )
 
     def magnitude(self, epoch: int) -> float:
@@ -29,9 +34,9 @@ class Plan:
 
     def learning_rate_and_momentum(self, step: int) -> tuple[float, float]:
         t = self.options.training
-        warmup = t.warmup_share * self.total_steps if t.schedule == "1-clr" else t.warmup_epochs * self.steps_per_epoch
+        warmup = round(self.warmup_epochs * self.steps_per_epoch)
         return schedules.learning_rate_and_momentum(
-            step, schedule=t.schedule, total=self.total_steps, warmup=round(warmup), peak=t.learning_rate,
+            step, schedule=t.schedule, total=self.total_steps, warmup=warmup, peak=t.learning_rate,
             momentum=t.momentum, momentum_low=t.momentum_low, momentum_high=t.momentum_high,
         )  # fmt: skip
 
@@ -40,3 +45,12 @@ class Plan:
         return schedules.noise_scale(
             learning_rate=learning_rate, momentum=momentum, samples=samples, batch_size=self.options.training.batch_size
         )
+
+
+def input_sides(options: SimpleNamespace) -> set[int]:
+    """Every side in pixels of the images that a run's backbone sees: of views, of the selection pass and of the evaluation."""
+    plan = Plan(options, steps_per_epoch=1)
+    sides = {plan.resolution(epoch) for epoch in range(options.training.epochs)}
+    if options.hard_augment.select != "off":
+        sides |= {min(side, options.hard_augment.resolution) for side in sides}
+    return sides | ({options.resolution.max} if options.data.validation else set())

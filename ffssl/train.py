@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ffssl import checkpoint, hard_augment
-from ffssl.backbones import build_backbone
+from ffssl.backbones import build_backbone, check_resolutions
 from ffssl.cost import step_flops
 from ffssl.data.loader import ViewLoader
 from ffssl.data.policy import choose_policies
@@ -40,7 +40,8 @@ from ffssl.evaluate.online import OnlineKnn
 from ffssl.images import to_input
 from ffssl.methods import Method, build_method
 from ffssl.methods.base import Progress
-from ffssl.plan import Plan
+from ffssl.optimizers import build_optimizer, set_learning_rate_and_momentum
+from ffssl.plan import Plan, input_sides
 from ffssl.run_log import RunLog
 
 STEPS_BETWEEN_CHECKS = 50  # on a GPU reading the loss waits for the step; this often costs nothing and loses little
@@ -88,7 +89,7 @@ def train(options: SimpleNamespace) -> None:
         loader = stack.enter_context(open_loader(options, method))
         knn = stack.enter_context(contextlib.closing(OnlineKnn(options, device))) if options.data.validation else None
         amp, scaler = mixed_precision(options.training.amp, device)
-        optimizer = torch.optim.SGD(method.parameter_groups(options.training.weight_decay), lr=0.0, momentum=options.training.momentum)
+        optimizer = optimizer_of(method, options, device)
         plan = Plan(options, len(loader))
         run = Run(options, plan, device, amp, method, optimizer, scaler, count_flops(plan, method))
         resumed = resume(run, folder)
@@ -156,9 +157,7 @@ def train_epoch(run: Run, loader: ViewLoader) -> dict[str, float]:
 def train_step(run: Run, views: Tensor, step: int) -> tuple[Tensor, Tensor]:
     """One optimiser step on uint8 views (B, m, 3, R, R). Returns the loss and the spread of the embeddings, without waiting for them."""
     learning_rate, momentum = run.plan.learning_rate_and_momentum(step)
-    for group in run.optimizer.param_groups:
-        group["lr"] = run.options.training.learning_rate if group.get("constant_lr") else learning_rate
-        group["momentum"] = momentum
+    set_learning_rate_and_momentum(run.optimizer, learning_rate, momentum, peak=run.options.training.learning_rate)
 
     progress = Progress(step, run.plan.total_steps, run.epoch)
     run.method.before_step(progress)
@@ -181,12 +180,22 @@ def embedding_spread(embeddings: Tensor) -> Tensor:
 
 
 def build(options: SimpleNamespace, device: torch.device) -> Method:
-    backbone = build_backbone(options.model.backbone, zero_init_residual=options.model.zero_init_residual)
+    model = options.model
+    backbone = build_backbone(model.backbone, zero_init_residual=model.zero_init_residual, stem=model.stem)
+    check_resolutions(model.backbone, backbone, input_sides(options))
     settings = {name: value for name, value in vars(options.method).items() if name != "name"}
     method = build_method(options.method.name, backbone, settings)
     method.check(options.training.batch_size)
     hard_augment.check(method, **vars(options.hard_augment))
     return method.to(device, memory_format=torch.channels_last)
+
+
+def optimizer_of(method: Method, options: SimpleNamespace, device: torch.device) -> torch.optim.Optimizer:
+    t = options.training
+    return build_optimizer(
+        t.optimizer, method.parameter_groups(t.weight_decay), weight_decay=t.weight_decay, decay_norm_and_bias=t.decay_norm_and_bias,
+        momentum=t.momentum, device=device,
+    )  # fmt: skip
 
 
 def open_loader(options: SimpleNamespace, method: Method) -> ViewLoader:
@@ -201,13 +210,13 @@ def open_loader(options: SimpleNamespace, method: Method) -> ViewLoader:
     )  # fmt: skip
 
 
-def count_flops(plan: Plan, method: Method) -> dict[int, int]:
-    """FLOPs of a step at each resolution of the schedule."""
+def count_flops(plan: Plan, method: Method, backward: int = 2) -> dict[int, int]:
+    """FLOPs of a step at each resolution of the schedule. backward: see `step_flops`."""
     options = plan.options
     return {
         resolution: step_flops(
             method, batch_size=options.training.batch_size, resolution=resolution, views=options.augment.views,
-            hard_augment=vars(options.hard_augment),
+            hard_augment=vars(options.hard_augment), backward=backward,
         )  # fmt: skip
         for resolution in {plan.resolution(epoch) for epoch in range(options.training.epochs)}
     }

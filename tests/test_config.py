@@ -58,6 +58,17 @@ def test_a_file_overrides_its_base_key_by_key_and_a_base_may_have_a_base(config)
     assert (training.epochs, training.batch_size, training.learning_rate) == (3, 32, 0.5)
 
 
+def test_of_several_bases_the_later_wins_and_the_file_over_all(config):
+    config("training: {epochs: 1, batch_size: 16, learning_rate: 0.5}", "a.yaml")
+    config("base: a.yaml\ntraining: {epochs: 2, batch_size: 32}", "b.yaml")
+    config("training: {epochs: 3}", "c.yaml")
+    training = options(config("base: [b.yaml, c.yaml]\ntraining: {momentum: 0.5}")).training
+    assert (training.epochs, training.batch_size, training.learning_rate, training.momentum) == (3, 32, 0.5, 0.5)
+    refused(config("base: [a.yaml, gone.yaml]"), by=r"gone\.yaml: .*No such file")
+    config("base: [a.yaml, config.yaml]", "other.yaml")
+    refused(config("base: [a.yaml, other.yaml]"), by="base config.yaml is built on it in turn")
+
+
 def test_off_is_a_word_where_it_is_a_choice(config):
     file = config("training: {amp: off}\nhard_augment: {select: off}")
     assert options(file).training.amp == options("--training.amp=off").training.amp == "off"
@@ -129,7 +140,7 @@ def test_malformed_arguments(arguments, message):
     refused(*arguments, by=message)
 
 
-@pytest.mark.parametrize("text", ["training: [", "a: *b", "\x00", "", "just words", "- 1\n- 2", "training: 5", "training:", "base: 5", "base: [a]"])
+@pytest.mark.parametrize("text", ["training: [", "a: *b", "\x00", "", "just words", "- 1\n- 2", "training: 5", "training:", "base: 5", "base: [5]", "base:"])
 def test_a_file_that_is_no_config_is_named(config, text):
     refused(config(text), by=r"config\.yaml: ")
 
