@@ -2,7 +2,7 @@
 
 A view goes through memory in at most three passes, a row at a time so that the row stays in the fastest cache: resize and the
 colour steps up to contrast, which needs the mean of the whole view; the other colour steps and the horizontal blur; the
-vertical blur. The last pass stores uint8.
+vertical blur. The last pass stores uint8, on which RandAugment's operations work.
 """
 
 import numpy as np
@@ -10,9 +10,10 @@ import numpy as np
 from ffssl.data import kernels
 from ffssl.data.compiled import compiled
 from ffssl.data.policy import (
-    AFFINE_JITTER, P_BRIGHTNESS, P_CONTRAST, P_FLIP, P_GREY, P_HEIGHT, P_HUE, P_JITTER, P_LEFT, P_ORDER, P_SATURATION, P_SIGMA,
-    P_SOLARISE, P_TOP, P_WIDTH,
+    AFFINE_JITTER, MOST_OPERATIONS, P_BRIGHTNESS, P_CONTRAST, P_FLIP, P_GREY, P_HEIGHT, P_HUE, P_JITTER, P_LEFT, P_OPERATION,
+    P_ORDER, P_SATURATION, P_SIGMA, P_SOLARISE, P_STRENGTH, P_TOP, P_WIDTH,
 )  # fmt: skip
+from ffssl.data.rand_augment import augment
 
 SOLARISE_THRESHOLD = np.float32(128)
 _IDENTITY_SIGMA = 0.2  # a narrower Gaussian leaves every pixel within 0.001/255
@@ -112,6 +113,8 @@ def render(image, drawn, affine, out):
             for y in range(resolution):
                 kernels.blur_column_into(planes[c], y, taps, radius, row)
                 _finish(row, drawn, out[c, y])
+    for i in range(MOST_OPERATIONS):
+        augment(out, int(drawn[P_OPERATION + 2 * i]), drawn[P_STRENGTH + 2 * i])
 
 
 @compiled
