@@ -86,12 +86,12 @@ def declare() -> Config:
     section(
         "augment", "Which views are drawn of an image",
         views=Param(_integer(2), "views of each image; more than 2 need hard_augment", 2),
-        policy=Param(str, "view policy (simsiam, simclr, byol); default: the method's own"),
+        policy=Param(str, "view policy (simsiam, simclr, byol, randaugment); default: the method's own"),
         jitter_form=Param(Choice("torchvision", "affine"), "colour jitter: torchvision's steps, or one cheaper colour matrix", "torchvision"),
         crop_scale_min=Param(_number(0.001, 1), "smallest crop, as a share of the area; default: the policy's"),
         blur=Param(_number(0, 1), "probability of blur; default: the policy's"),
-        magnitude_min=Param(_number(0), "strength of colour jitter in the first epoch; 5 is the standard", 5.0),
-        magnitude_max=Param(_number(0), "strength of colour jitter in the last epoch", 5.0),
+        magnitude_min=Param(_number(0), "strength of colour jitter in the first epoch; 5 is the standard; of RandAugment: 0 to 30", 5.0),
+        magnitude_max=Param(_number(0), "strength of colour jitter or of RandAugment in the last epoch", 5.0),
     )  # fmt: skip
     section(
         "resolution", "Side of the views, by epoch",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ffssl.data.policy import ViewPolicy
+from ffssl.data.policy import STANDARD_MAGNITUDE, ViewPolicy
 
 Epoch = Callable[[], int]
 
@@ -116,6 +116,7 @@ def torchvision_dataloader(workload: Workload) -> Epoch:
         transforms.RandomApply([jitter], policy.jitter),
         transforms.RandomGrayscale(policy.grey),
         transforms.RandomApply([transforms.GaussianBlur(int(0.1 * workload.resolution) // 2 * 2 + 1, policy.blur_sigma)], policy.blur),
+        transforms.RandAugment(policy.rand_augment, int(STANDARD_MAGNITUDE)),
         transforms.PILToTensor(),
     ])  # fmt: skip
 
@@ -138,8 +139,9 @@ def torchvision_dataloader(workload: Workload) -> Epoch:
 
 
 def dali(workload: Workload) -> Epoch:
-    """NVIDIA DALI's CPU backend: one decode, then the same policy for each view (grey as saturation 0)."""
+    """NVIDIA DALI's CPU backend: one decode, then the same policy for each view (grey as saturation 0; DALI's own RandAugment)."""
     from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali.auto_aug.rand_augment import rand_augment
 
     policy = workload.policy
     files = [str(path) for path in sorted(workload.folder.iterdir())]
@@ -165,6 +167,11 @@ def dali(workload: Workload) -> Epoch:
                 view = fn.hsv(view, saturation=0.0)
             if fn.random.coin_flip(probability=policy.blur, dtype=types.BOOL):
                 view = fn.gaussian_blur(view, sigma=fn.random.uniform(range=policy.blur_sigma))
+            if policy.rand_augment > 0:
+                view = rand_augment(
+                    view, policy.rand_augment, int(STANDARD_MAGNITUDE), shape=(workload.resolution, workload.resolution), fill_value=0,
+                    interp_type=types.INTERP_NN, max_translate_rel=150 / 331,
+                )  # fmt: skip
             made.append(fn.crop_mirror_normalize(
                 view, mirror=fn.random.coin_flip(probability=policy.flip), dtype=types.UINT8, output_layout="CHW"
             ))  # fmt: skip

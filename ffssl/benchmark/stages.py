@@ -9,7 +9,7 @@ from ffssl.data.beton import read_beton
 from ffssl.data.compiled import compiled
 from ffssl.data.decoder import decode
 from ffssl.data.kernels import store
-from ffssl.data.policy import AFFINE_JITTER, P_GREY, P_JITTER, P_SIGMA, P_SOLARISE, PARAMETER_COLUMNS, ViewPolicy, draw, view_key
+from ffssl.data.policy import AFFINE_JITTER, P_GREY, P_JITTER, P_OPERATION, P_SIGMA, P_SOLARISE, PARAMETER_COLUMNS, ViewPolicy, draw, view_key
 from ffssl.data.render import render
 
 SAMPLES = 200
@@ -19,7 +19,8 @@ REPEATS = 5
 def stage_times(path: Path, policy: ViewPolicy, resolution: int) -> dict[str, float]:
     """Milliseconds of each stage on one core: decode per image, the others per view, as the policy mixes them.
 
-    Colour and blur are what a view takes more with them than without, since the passes are fused; resize is what is left.
+    Colour, blur and RandAugment's operations are what a view takes more with them than without, since the passes are fused; resize is
+    what is left.
     """
     beton = read_beton(path)
     file = np.memmap(beton.path, np.uint8, "r")
@@ -47,15 +48,17 @@ def stage_times(path: Path, policy: ViewPolicy, resolution: int) -> dict[str, fl
         for image, one in zip(images, parameters):
             render(image, one, row[AFFINE_JITTER] != 0, view)
 
-    plain, coloured = drawn.copy(), drawn.copy()
+    blurred = drawn.copy()
+    blurred[:, P_OPERATION:] = 0
+    plain, coloured = blurred.copy(), blurred.copy()
     plain[:, [P_JITTER, P_GREY, P_SIGMA, P_SOLARISE]] = 0
     coloured[:, P_SIGMA] = 0
     per_image = 1 / len(images)
-    bare, with_colour, full = (per_image * _milliseconds(lambda p=p: render_all(p)) for p in (plain, coloured, drawn))
+    bare, with_colour, with_blur, full = (per_image * _milliseconds(lambda p=p: render_all(p)) for p in (plain, coloured, blurred, drawn))
     storing = _milliseconds(lambda: _store_view(planes, view))
     return {
-        "decode": per_image * _milliseconds(decode_all), "resize": bare - storing, "colour": with_colour - bare, "blur": full - with_colour,
-        "store": storing, "view": full,
+        "decode": per_image * _milliseconds(decode_all), "resize": bare - storing, "colour": with_colour - bare, "blur": with_blur - with_colour,
+        "operations": full - with_blur, "store": storing, "view": full,
     }  # fmt: skip
 
 

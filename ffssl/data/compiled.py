@@ -5,7 +5,7 @@ from pathlib import Path
 
 from numba import njit
 
-_MODULES = ("compiled.py", "lanes.py", "kernels.py", "policy.py", "render.py", "decoder.py")
+_MODULES = ("compiled.py", "lanes.py", "kernels.py", "rand_augment.py", "policy.py", "render.py", "decoder.py")
 
 
 def _drop_stale_cache() -> None:

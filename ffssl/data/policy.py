@@ -10,32 +10,36 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ffssl.data.compiled import compiled
+from ffssl.data.rand_augment import IDENTITY, MOST_MAGNITUDE, OPERATIONS, operation_strength
 from ffssl.errors import UserError
 
 STANDARD_MAGNITUDE = 5.0
 
 # Columns of a policy row (float64): what the compiled code reads of a policy, magnitude already applied.
 (CENTRE_CROP, SCALE_LOW, SCALE_HIGH, LOG_RATIO_LOW, LOG_RATIO_HIGH, FLIP, JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY,
- BLUR, SIGMA_LOW, SIGMA_HIGH, SOLARISE, AFFINE_JITTER) = range(17)  # fmt: skip
-POLICY_COLUMNS = 17
+ BLUR, SIGMA_LOW, SIGMA_HIGH, SOLARISE, AFFINE_JITTER, RAND_AUGMENT, RAND_MAGNITUDE) = range(19)  # fmt: skip
+POLICY_COLUMNS = 19
 
 # Columns of a view's parameters (float64): what was drawn. Factors of a step that was not drawn are the step's identity.
+# The last two are repeated for each operation of RandAugment.
 (P_TOP, P_LEFT, P_HEIGHT, P_WIDTH, P_FLIP, P_JITTER, P_BRIGHTNESS, P_CONTRAST, P_SATURATION, P_HUE, P_ORDER, P_GREY, P_SIGMA,
- P_SOLARISE) = range(14)  # fmt: skip
-PARAMETER_COLUMNS = 14
+ P_SOLARISE, P_OPERATION, P_STRENGTH) = range(16)  # fmt: skip
+MOST_OPERATIONS = 4
+PARAMETER_COLUMNS = P_OPERATION + 2 * MOST_OPERATIONS
 
 JITTER_FORMS = ("torchvision", "affine")
 
 
 @dataclass(frozen=True)
 class ViewPolicy:
-    """The distribution of one view: torchvision's RandomResizedCrop, flip, ColorJitter, grey, GaussianBlur and solarise, in this order.
+    """The distribution of one view: torchvision's RandomResizedCrop, flip, ColorJitter, grey, GaussianBlur, solarise and RandAugment.
 
-    The defaults are SimSiam's and MoCo v2's. `brightness`, `contrast`, `saturation` and `hue` are torchvision's ranges at the
-    standard magnitude 5 and scale linearly with the magnitude. `jitter_form` is "torchvision" (its four steps in random order,
-    clipped after each) or "affine" (one colour matrix a view, cheaper; `kernels.colour_matrix` says what differs).
-    `blur_sigma` is in pixels of the rendered view. With `centre_crop` > 0 nothing is random: the largest centred square is
-    taken, and of it that fraction of the side.
+    They come in this order. The defaults are SimSiam's and MoCo v2's. `brightness`, `contrast`, `saturation` and `hue` are
+    torchvision's ranges at the standard magnitude 5 and scale linearly with the magnitude. `jitter_form` is "torchvision" (its four
+    steps in random order, clipped after each) or "affine" (one colour matrix a view, cheaper; `kernels.colour_matrix` says what
+    differs). `blur_sigma` is in pixels of the rendered view. `rand_augment` is the number of RandAugment's operations, whose
+    magnitude is the run's, 0..30 and clipped there. With `centre_crop` > 0 nothing is random: the largest centred square is taken,
+    and of it that fraction of the side.
     """
 
     centre_crop: float = 0.0
@@ -52,6 +56,7 @@ class ViewPolicy:
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarise: float = 0.0
     jitter_form: str = "torchvision"
+    rand_augment: int = 0
 
     def __post_init__(self):
         for name in ("flip", "jitter", "grey", "blur", "solarise", "centre_crop"):
@@ -68,6 +73,8 @@ class ViewPolicy:
             raise UserError(f"view policy: crop_scale goes up to {self.crop_scale[1]}, must not exceed 1")
         if self.jitter_form not in JITTER_FORMS:
             raise UserError(f"view policy: jitter_form is {self.jitter_form!r}, must be one of {', '.join(JITTER_FORMS)}")
+        if self.rand_augment not in range(MOST_OPERATIONS + 1):
+            raise UserError(f"view policy: rand_augment is {self.rand_augment}, must be a whole number of operations, 0..{MOST_OPERATIONS}")
 
     def row(self, magnitude: float = STANDARD_MAGNITUDE) -> np.ndarray:
         """This policy at a magnitude, as the compiled code reads it: float64 (POLICY_COLUMNS,)."""
@@ -76,6 +83,7 @@ class ViewPolicy:
             self.centre_crop, *self.crop_scale, math.log(self.crop_ratio[0]), math.log(self.crop_ratio[1]), self.flip, self.jitter,
             self.brightness * strength, self.contrast * strength, self.saturation * strength, min(self.hue * strength, 0.5),
             self.grey, self.blur, *self.blur_sigma, self.solarise, self.jitter_form == "affine",
+            self.rand_augment, min(max(magnitude, 0), MOST_MAGNITUDE),
         ])  # fmt: skip
 
 
@@ -88,6 +96,7 @@ POLICIES = {
     "simsiam": (_SIMSIAM,),
     "simclr": (replace(_SIMSIAM, crop_scale=(0.08, 1.0), brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2),),
     "byol": (replace(_BYOL, blur=1.0), replace(_BYOL, blur=0.1, solarise=0.2)),
+    "randaugment": (replace(_SIMSIAM, jitter=0, grey=0, blur=0, rand_augment=2),),
     "evaluation": (EVALUATION,),
 }
 
@@ -182,3 +191,7 @@ def draw(key, height, width, policy, out):
     out[P_GREY] = uniform(key, 7) < policy[GREY]
     out[P_SIGMA] = _between(key, 9, policy[SIGMA_LOW], policy[SIGMA_HIGH]) if uniform(key, 8) < policy[BLUR] else 0.0
     out[P_SOLARISE] = uniform(key, 10) < policy[SOLARISE]
+    for i in range(MOST_OPERATIONS):
+        operation = int(_between(key, 200 + 2 * i, 0, OPERATIONS)) if i < policy[RAND_AUGMENT] else IDENTITY
+        out[P_OPERATION + 2 * i] = operation
+        out[P_STRENGTH + 2 * i] = operation_strength(operation, policy[RAND_MAGNITUDE], uniform(key, 201 + 2 * i) < 0.5)

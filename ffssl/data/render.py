@@ -1,7 +1,7 @@
 """One view of a decoded image: the kernels in the order of a policy.
 
 Between the stages a view is float32 planes, which fit into a core's second-level cache; within a stage all steps are done to a row
-or a few while these are in the first. Only the last stage rounds.
+or a few while these are in the first. The last stage rounds to uint8, on which RandAugment's operations work.
 """
 
 import math
@@ -12,9 +12,10 @@ from ffssl.data import kernels
 from ffssl.data.compiled import compiled
 from ffssl.data.lanes import LANES, weighted_sum
 from ffssl.data.policy import (
-    P_BRIGHTNESS, P_CONTRAST, P_FLIP, P_GREY, P_HEIGHT, P_HUE, P_JITTER, P_LEFT, P_ORDER, P_SATURATION, P_SIGMA,
-    P_SOLARISE, P_TOP, P_WIDTH,
+    MOST_OPERATIONS, P_BRIGHTNESS, P_CONTRAST, P_FLIP, P_GREY, P_HEIGHT, P_HUE, P_JITTER, P_LEFT, P_OPERATION, P_ORDER,
+    P_SATURATION, P_SIGMA, P_SOLARISE, P_STRENGTH, P_TOP, P_WIDTH,
 )  # fmt: skip
+from ffssl.data.rand_augment import augment
 
 SOLARISE_THRESHOLD = np.float32(128)
 _IDENTITY_SIGMA = 0.2  # a narrower Gaussian leaves every pixel within 0.001/255
@@ -61,6 +62,8 @@ def render(image, drawn, affine, out):
                 _store(planes[c, y], drawn, out[c, y])
     for c in range(channels, 3):
         out[c] = out[0]
+    for i in range(MOST_OPERATIONS):
+        augment(out, int(drawn[P_OPERATION + 2 * i]), drawn[P_STRENGTH + 2 * i])
 
 
 @compiled

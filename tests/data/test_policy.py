@@ -11,8 +11,10 @@ from torchvision import transforms
 
 from ffssl.data import policy as columns
 from ffssl.data.policy import EVALUATION, PARAMETER_COLUMNS, POLICIES, ViewPolicy, choose_policies, draw, view_key
+from ffssl.data.rand_augment import BRIGHTNESS, COLOUR, CONTRAST, ROTATE, SHARPNESS, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y
 from ffssl.errors import UserError
 
+SIGNED = (SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, ROTATE, BRIGHTNESS, COLOUR, CONTRAST, SHARPNESS)
 DRAWS = 4000
 
 
@@ -116,6 +118,38 @@ def test_magnitude_scales_the_jitter_in_proportion_to_5_and_nothing_else():
     assert np.abs(drawn(replace(policy, hue=0.4), magnitude=10)["hue"]).max() <= 0.5  # where torchvision's hue ends
 
 
+def rand_augment_steps(**options):
+    """Operation and strength of each of the two steps of RandAugment: (DRAWS, 2) each."""
+    rows, policy = np.empty((DRAWS, PARAMETER_COLUMNS)), POLICIES["randaugment"][0].row(**options)
+    for sample in range(DRAWS):
+        draw(np.uint64(view_key(1, 0, sample, 0)), 300, 400, policy, rows[sample])
+    return rows[:, columns.P_OPERATION :: 2][:, :2].astype(int), rows[:, columns.P_STRENGTH :: 2][:, :2]
+
+
+def test_every_pair_of_operations_and_both_signs_are_as_likely():
+    operations, strengths = rand_augment_steps()
+    pairs = np.bincount(operations[:, 0] * 14 + operations[:, 1], minlength=196)
+    assert len(pairs) == 196
+    assert ((pairs - DRAWS / 196) ** 2 / (DRAWS / 196)).sum() < 261.7  # chi-squared, 195 degrees of freedom, 0.001
+    for step in range(2):
+        counts = np.bincount(operations[:, step], minlength=14)
+        assert ((counts - DRAWS / 14) ** 2 / (DRAWS / 14)).sum() < 34.6  # 13 degrees of freedom
+        for operation in range(14):
+            negative = strengths[operations[:, step] == operation, step] < 0
+            if operation in SIGNED:
+                assert abs(negative.mean() - 0.5) < 2 / np.sqrt(len(negative))
+            else:
+                assert not negative.any()
+
+
+def test_the_magnitude_of_rand_augment_is_a_number_of_torchvisions_bins():
+    operations, _ = rand_augment_steps()
+    for magnitude, share in ((0, 0), (9, 0.3), (7.5, 0.25), (30, 1), (45, 1), (-1, 0)):
+        same, strengths = rand_augment_steps(magnitude=magnitude)
+        np.testing.assert_array_equal(same, operations)
+        np.testing.assert_allclose(np.abs(strengths[operations == ROTATE]), 30 * share, atol=1e-12)
+
+
 def test_a_view_follows_from_seed_epoch_sample_and_view_alone():
     keys = {(s, e, i, v): view_key(s, e, i, v) for s, e, i, v in itertools.product(range(4), range(5), range(6), range(7))}
     assert keys == {key: view_key(*key) for key in keys}
@@ -145,6 +179,7 @@ def test_consecutive_samples_are_unrelated():
         ({"jitter": 0.0}, {"jitter"}),
         ({"hue": 0.0}, {"hue"}),
         ({"solarise": 0.5}, {"solarise"}),
+        ({"rand_augment": 1}, {"operation", "strength"}),
         ({"crop_scale": (0.05, 0.1)}, {"top", "left", "height", "width"}),
     ],
 )
@@ -171,6 +206,7 @@ def test_centre_crop_is_torchvisions_and_nothing_else_happens(height, width, fra
         ("crop_scale", (0.5, 0.2)), ("crop_scale", (0.0, 1.0)), ("crop_scale", (0.2, 1.5)), ("crop_ratio", (0.0, 1.0)),
         ("crop_ratio", (2.0, 1.0)), ("blur_sigma", (-0.1, 2.0)), ("blur_sigma", (2.0, 0.1)), ("jitter_form", "dali"),
         ("brightness", -0.4), ("saturation", -0.1), ("hue", 0.6),
+        ("rand_augment", -1), ("rand_augment", 5), ("rand_augment", 1.5),
     ],
 )  # fmt: skip
 def test_bad_policies_are_refused_by_the_name_of_the_field(field, value):
