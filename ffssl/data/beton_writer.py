@@ -5,6 +5,7 @@ import hashlib
 import os
 import shutil
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -122,8 +123,12 @@ class BetonWriter:
         """
         if self._sha256 is None:
             self._write_tables()
-            with self._reporting_failures(), open(self._partial, "rb") as file:
-                self._sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            # Neither the disk nor the hash need wait for the other.
+            with self._reporting_failures(), open(self._partial, "rb") as file, ThreadPoolExecutor(1) as pool:
+                synced = pool.submit(os.fsync, self._file.fileno())
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                synced.result()
+            self._sha256 = sha256
         return self._sha256
 
     def _write_tables(self) -> None:
@@ -141,7 +146,6 @@ class BetonWriter:
             for part in (header, descriptors, self._rows[: self._count]):
                 self._file.write(part.tobytes())
             self._file.flush()
-            os.fsync(self._file.fileno())
 
     @contextmanager
     def _reporting_failures(self):
