@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+_FAULT_AROUND = np.uint64(1 << 16)  # what Linux maps of cached pages around one that is read
+
 
 class ImageFile:
     """A file mapped for reading in random order. data: uint8, the whole file.
@@ -20,11 +22,19 @@ class ImageFile:
         self.data = np.frombuffer(self._map, np.uint8)
 
     def prefetch(self, begins: np.ndarray, sizes: np.ndarray) -> None:
-        """Start reading these ranges into the page cache, without waiting for them."""
-        pages = begins & ~np.uint64(mmap.PAGESIZE - 1)
-        for page, length in zip(pages.tolist(), (begins - pages + sizes).tolist()):
-            self._map.madvise(mmap.MADV_WILLNEED, page, length)
+        """Start reading these ranges (uint64) into the page cache, without waiting for them."""
+        self._advise(mmap.MADV_WILLNEED, begins, sizes)
 
-    def release(self) -> None:
-        """Take the pages read so far out of this process's memory. They stay in the page cache, from where they come back at once."""
-        self._map.madvise(mmap.MADV_DONTNEED)
+    def release(self, begins: np.ndarray, sizes: np.ndarray) -> None:
+        """Take these ranges out of this process's memory. They stay in the page cache, and come back from there when read again."""
+        margin = np.minimum(begins, _FAULT_AROUND)
+        self._advise(mmap.MADV_DONTNEED, begins - margin, sizes + margin + _FAULT_AROUND)
+
+    def close(self) -> None:
+        self.data = np.empty(0, np.uint8)
+        self._map.close()
+
+    def _advise(self, advice: int, begins: np.ndarray, sizes: np.ndarray) -> None:
+        in_page = begins % np.uint64(mmap.PAGESIZE)
+        for page, length in zip((begins - in_page).tolist(), (sizes + in_page).tolist()):
+            self._map.madvise(advice, page, length)

@@ -156,9 +156,10 @@ class ViewLoader:
         return iteration
 
     def close(self) -> None:
-        """End the threads and free the buffers."""
+        """End the threads, free the buffers and close the file."""
         self._stop()
         self._pool.shutdown()
+        self._file.close()
         self._buffer = None
 
     def __enter__(self) -> "ViewLoader":
@@ -205,7 +206,7 @@ class ViewLoader:
                 return
             indices = order[start : start + self.batch_size]
             views = slot[: len(indices)]
-            self._file.prefetch(self.beton.images["data_ptr"][indices], self.beton.image_sizes[indices])
+            self._file.prefetch(*self._ranges(indices))
             tasks = [
                 self._pool.submit(self._render, indices[i : i + SAMPLES_PER_TASK], views.numpy()[i : i + SAMPLES_PER_TASK], self._consumed)
                 for i in range(0, len(indices), SAMPLES_PER_TASK)
@@ -222,7 +223,6 @@ class ViewLoader:
                 for task in tasks:
                     task.result()
                 under_way.popleft()
-                self._file.release()
                 labels = np.full(len(indices), -1) if self.beton.labels is None else self.beton.labels[indices]
                 try:
                     yield Batch(views, torch.from_numpy(labels), torch.from_numpy(indices))
@@ -260,8 +260,12 @@ class ViewLoader:
             raise UserError(
                 f"{self.beton.path}: image {error.args[-1]} does not decode; write the file again, with --skip-broken to leave it out"
             ) from error
+        self._file.release(*self._ranges(indices))
         if self._kernel is not None:
             self._kernel(self._settings.counters, indices, views)
+
+    def _ranges(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.beton.images["data_ptr"][indices], self.beton.image_sizes[indices]
 
 
 class _Iteration:
@@ -287,5 +291,5 @@ class _Iteration:
         self._batches.close()
 
     def end(self) -> None:
-        self._ended = self._batches.gi_frame is not None
+        self._ended = self._ended or self._batches.gi_frame is not None
         self.close()
