@@ -80,7 +80,7 @@ def declare() -> Config:
         train=Param(str, "beton file to train on", required=True),
         validation=Param(str, "beton file with labels for the online kNN; none: no evaluation"),
         workers=Param(_integer(0), "threads that render views; 0: one per core", 0),
-        batches_ahead=Param(_integer(1), "batches rendered ahead of the step; each costs memory", 3),
+        batches_ahead=Param(_integer(1), "batches in memory: the one trained on, and those rendered meanwhile", 3),
         scaled_decoding=Param(Switch(), "decode JPEGs that are large beside their views at 1/2, 1/4 or 1/8 of their size", True),
     )  # fmt: skip
     section(

@@ -87,6 +87,7 @@ def train(options: SimpleNamespace) -> None:
     method = build(options, device)
     with contextlib.ExitStack() as stack:
         loader = stack.enter_context(open_loader(options, method))
+        print(loader.describe_memory(), flush=True)
         knn = stack.enter_context(contextlib.closing(OnlineKnn(options, device))) if options.data.validation else None
         amp, scaler = mixed_precision(options.training.amp, device)
         optimizer = optimizer_of(method, options, device)

@@ -8,6 +8,9 @@ from numba import njit
 _MODULES = ("compiled.py", "lanes.py", "kernels.py", "rand_augment.py", "policy.py", "render.py", "decoder.py")
 
 
+compiled = njit(cache=True, nogil=True, fastmath=True, error_model="numpy")
+
+
 def _drop_stale_cache() -> None:
     """Delete the compiled files if any kernel module has changed.
 
@@ -15,7 +18,7 @@ def _drop_stale_cache() -> None:
     in its old form. Caches that a concurrent process loses this way are compiled again.
     """
     folder = Path(__file__).parent
-    cache = folder / "__pycache__"
+    cache = Path(compiled(lambda: None).stats.cache_path)  # beside the sources, in NUMBA_CACHE_DIR, or the user's if those can't be written
     digest = hashlib.sha256(b"".join((folder / name).read_bytes() for name in _MODULES)).hexdigest()
     stamp = cache / "kernels.sha256"
     try:
@@ -24,12 +27,10 @@ def _drop_stale_cache() -> None:
         for name in _MODULES:
             for file in cache.glob(f"{Path(name).stem}.*.nb[ci]"):
                 file.unlink(missing_ok=True)
-        cache.mkdir(exist_ok=True)
+        cache.mkdir(parents=True, exist_ok=True)
         stamp.write_text(digest)
     except OSError:
-        pass  # a read-only installation: Numba then caches elsewhere, and nobody edits the sources
+        pass  # the caches are another user's, who drops them
 
 
 _drop_stale_cache()
-
-compiled = njit(cache=True, nogil=True, fastmath=True, error_model="numpy")

@@ -7,10 +7,12 @@
             ...
 """
 
+import itertools
+import math
 import os
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -20,8 +22,11 @@ import torch
 
 from ffssl.data.beton import read_beton
 from ffssl.data.decoder import ViewSettings, render_samples
+from ffssl.data.image_file import ImageFile
+from ffssl.data.memory import available_memory
 from ffssl.data.order import epoch_order
 from ffssl.data.policy import STANDARD_MAGNITUDE, ViewPolicy
+from ffssl.data.view_kernel import compile_view_kernel
 from ffssl.errors import UserError
 
 SAMPLES_PER_TASK = 4  # small enough that the threads finish a batch together, large enough that starting a task costs nothing
@@ -42,12 +47,14 @@ class ViewLoader:
     batch_size: samples of this rank in a batch. views, resolution, policy, scaled_decoding: see `ViewSettings`.
     indices: the samples to visit, all by default. shuffle: a new order every epoch, by `seed` and epoch, the same on all ranks.
     drop_last: leave out the incomplete last batch. workers: threads, 0 for one per core.
-    batches_ahead: batches being rendered while one is consumed; memory is (batches_ahead + 1) batches at `max_resolution`.
+    batches_ahead: batches in memory, each at `max_resolution`: the one being consumed and those rendered meanwhile. With 1, none is.
+    kernel: a function (view, key) that Numba compiles, applied in place to every finished view, see `compile_view_kernel`.
     rank, world_size: this process's share of every epoch.
 
     A batch's views are a window on a buffer that is reused: they hold until the next batch is asked for (on CUDA, until the work
-    queued by then has read them). What goes wrong in a thread is raised in the loop; leaving the loop early stops the threads'
-    work. Raises UserError for a file that can't be trained on and for an image that does not decode.
+    queued by then has read them). A loader serves one loop at a time: an iteration that another has ended raises UserError when it is
+    asked for a batch. What goes wrong in a thread is raised in the loop; leaving the loop early stops the threads' work. Raises
+    UserError for a file that can't be trained on, for an image that does not decode, and for more memory than there is.
     """
 
     def __init__(
@@ -66,21 +73,22 @@ class ViewLoader:
         workers: int = 0,
         batches_ahead: int = 3,
         scaled_decoding: bool = True,
+        kernel: Callable | None = None,
         rank: int = 0,
         world_size: int = 1,
     ):
         self.beton = read_beton(path)
-        self.samples = np.arange(len(self.beton)) if indices is None else np.asarray(indices, np.int64)
-        for name, value in (("batch_size", batch_size), ("batches_ahead", batches_ahead)):
-            if value < 1:
-                raise UserError(f"{path}: {name} is {value}, must be at least 1")
-        if workers < 0 or (max_resolution or resolution) < resolution:
-            raise UserError(f"{path}: {workers} workers, resolution {resolution} of at most {max_resolution}: out of range")
-        if len(self.samples) and not 0 <= self.samples.min() <= self.samples.max() < len(self.beton):
-            raise UserError(f"{path}: indices from {self.samples.min()} to {self.samples.max()}, but it holds {len(self.beton)} samples")
+        self.samples = np.arange(len(self.beton)) if indices is None else self._checked_indices(indices)
+        for name, value, least in (("batch_size", batch_size, 1), ("batches_ahead", batches_ahead, 1), ("workers", workers, 0)):
+            if value < least:
+                raise UserError(f"{path}: {name} is {value}, must be at least {least}")
+        if max_resolution is not None and max_resolution < resolution:
+            raise UserError(f"{path}: resolution {resolution} is more than max_resolution {max_resolution}")
+        if not 0 <= rank < world_size:
+            raise UserError(f"{path}: rank {rank} of {world_size}: must lie in 0..{world_size - 1}")
         if drop_last and len(self.samples) // world_size < batch_size:
             each = f" on each of {world_size} processes" if world_size > 1 else ""
-            raise UserError(f"{path}: {len(self.samples)} samples are fewer than one batch of {batch_size}{each}")
+            raise UserError(f"{path}: {len(self.samples)} samples are fewer than one batch of {batch_size}{each}; lower batch_size")
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.drop_last = drop_last
@@ -88,13 +96,15 @@ class ViewLoader:
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
         self.workers = workers or len(os.sched_getaffinity(0))
-        self._slots = batches_ahead + 1
+        self.batches_ahead = batches_ahead
         self._max_resolution = max_resolution or resolution
         self._settings = ViewSettings(views, resolution, policy, seed, scaled_decoding)
-        self._file = np.memmap(self.beton.path, np.uint8, "r")
-        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="ffssl-views")
+        self._kernel = compile_view_kernel(kernel) if kernel is not None else None
         self._buffer: torch.Tensor | None = None
-        self._running: weakref.ref[Iterator[Batch]] | None = None  # weak: a loop left by break then ends its iteration at once
+        self._require_memory()
+        self._file = ImageFile(self.beton.path)
+        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="ffssl-views")
+        self._running: weakref.ref[_Iteration] | None = None  # weak: a loop left by break then ends its iteration at once
         self._consumed: torch.cuda.Event | None = None  # the consumer's work on the last batch served has read its views
 
     @property
@@ -104,7 +114,22 @@ class ViewLoader:
     @property
     def buffer_bytes(self) -> int:
         """Bytes of all view buffers, which are taken when the first epoch starts and held until `close`."""
-        return self._slots * self.batch_size * self._settings.views * 3 * self._max_resolution**2
+        return self.batches_ahead * self.batch_size * self._settings.views * 3 * self._max_resolution**2
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that the loader holds at most: the view buffers, and in each thread the largest image and a view's planes of floats."""
+        images = self.beton.images
+        largest = int((images["height"].astype(np.int64) * images["width"]).max())
+        return self.buffer_bytes + self.workers * 3 * (largest + 4 * self._max_resolution**2)
+
+    def describe_memory(self) -> str:
+        """What the loader will hold, in a line."""
+        return (
+            f"the loader will hold {self.memory_bytes / 1e9:.2f} GB: {self.batches_ahead} batches of {self.batch_size} x "
+            f"{self._settings.views} views at {self._max_resolution} px, and {(self.memory_bytes - self.buffer_bytes) / 1e6:.0f} MB for "
+            f"{self.workers} threads"
+        )
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -121,20 +146,21 @@ class ViewLoader:
         self._stop()
         resolution = resolution or self.resolution
         if resolution > self._max_resolution:
-            self._max_resolution, self._buffer = resolution, None
+            self._max_resolution = resolution
         self.epoch = epoch
         self._settings.set_epoch(epoch, resolution, magnitude)
 
     def __iter__(self) -> Iterator[Batch]:
         self._stop()
-        batches = self._batches()
-        self._running = weakref.ref(batches)
-        return batches
+        iteration = _Iteration(self._batches())
+        self._running = weakref.ref(iteration)
+        return iteration
 
     def close(self) -> None:
-        """End the threads and free the buffers."""
+        """End the threads, free the buffers and close the file."""
         self._stop()
         self._pool.shutdown()
+        self._file.close()
         self._buffer = None
 
     def __enter__(self) -> "ViewLoader":
@@ -146,21 +172,42 @@ class ViewLoader:
     def _stop(self) -> None:
         running = self._running() if self._running is not None else None
         if running is not None:
-            running.close()
+            running.end()
+
+    def _checked_indices(self, indices: Sequence[int]) -> np.ndarray:
+        chosen, path, total = np.asarray(indices), self.beton.path, len(self.beton)
+        if len(chosen) == 0:
+            raise UserError(f"{path}: no indices given; leave them out to visit all {total} samples")
+        if chosen.ndim != 1 or chosen.dtype.kind not in "iu":
+            raise UserError(f"{path}: indices must be a list of integers, not of {chosen.dtype}; of a mask, take numpy.flatnonzero")
+        if not 0 <= chosen.min() <= chosen.max() < total:
+            raise UserError(f"{path}: indices from {chosen.min()} to {chosen.max()}, but it holds {total} samples")
+        return chosen.astype(np.int64)
+
+    def _require_memory(self) -> None:
+        available = available_memory()
+        if available is not None and self.memory_bytes > available:
+            raise UserError(
+                f"{self.beton.path}: {self.describe_memory()}; {available / 1e9:.2f} GB are available: "
+                "lower batch_size, views, batches_ahead or the largest resolution"
+            )
 
     def _batches(self) -> Iterator[Batch]:
         order = epoch_order(
             len(self.samples), seed=self.seed, epoch=self.epoch, shuffle=self.shuffle, rank=self.rank, world_size=self.world_size
         )
         order = self.samples[order]
-        starts = deque(range(0, len(self) * self.batch_size, self.batch_size))
         slots = self._take_slots()
+        starts = iter(range(0, len(self) * self.batch_size, self.batch_size))
         under_way: deque[tuple[torch.Tensor, np.ndarray, list[Future]]] = deque()
 
-        def start_batch(slot: int) -> None:
-            indices = order[starts[0] : starts[0] + self.batch_size]
-            starts.popleft()
-            views = slots[slot][: len(indices)]
+        def start_batch(slot: torch.Tensor) -> None:
+            start = next(starts, None)
+            if start is None:
+                return
+            indices = order[start : start + self.batch_size]
+            views = slot[: len(indices)]
+            self._file.prefetch(*self._ranges(indices))
             tasks = [
                 self._pool.submit(self._render, indices[i : i + SAMPLES_PER_TASK], views.numpy()[i : i + SAMPLES_PER_TASK], self._consumed)
                 for i in range(0, len(indices), SAMPLES_PER_TASK)
@@ -168,13 +215,11 @@ class ViewLoader:
             under_way.append((views, indices, tasks))
 
         try:
-            for slot in range(min(len(slots) - 1, len(starts))):
+            for slot in slots:
                 start_batch(slot)
-            slot = len(slots) - 1
-            while under_way:
-                if starts:
-                    start_batch(slot)
-                    slot = (slot + 1) % len(slots)
+            for slot in itertools.cycle(slots):
+                if not under_way:
+                    break
                 views, indices, tasks = under_way[0]
                 for task in tasks:
                     task.result()
@@ -186,6 +231,7 @@ class ViewLoader:
                     if torch.cuda.is_initialized():
                         self._consumed = torch.cuda.Event()
                         self._consumed.record()
+                start_batch(slot)
         finally:
             for _, _, tasks in under_way:
                 for task in tasks:
@@ -196,20 +242,55 @@ class ViewLoader:
                         task.exception()  # waits: nobody may write into the buffers any more
 
     def _take_slots(self) -> torch.Tensor:
-        if self._buffer is None:
+        if self._buffer is None or len(self._buffer) < self.buffer_bytes:
+            self._buffer = None  # before a larger one is taken
+            self._require_memory()
             self._buffer = torch.empty(self.buffer_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        shape = (self._slots, self.batch_size, self._settings.views, 3, self.resolution, self.resolution)
-        return self._buffer[: int(np.prod(shape))].view(shape)
+        shape = (self.batches_ahead, self.batch_size, self._settings.views, 3, self.resolution, self.resolution)
+        return self._buffer[: math.prod(shape)].view(shape)
 
     def _render(self, indices: np.ndarray, views: np.ndarray, after: "torch.cuda.Event | None") -> None:
         if after is not None:
             after.synchronize()
         try:
             render_samples(
-                self._file, self.beton.pointers, self.beton.sizes, self.beton.images, indices,
+                self._file.data, self.beton.pointers, self.beton.sizes, self.beton.images, indices,
                 self._settings.counters, self._settings.policy_rows, self._settings.scaled_decoding, views,
             )  # fmt: skip
         except ValueError as error:
             raise UserError(
                 f"{self.beton.path}: image {error.args[-1]} does not decode; write the file again, with --skip-broken to leave it out"
             ) from error
+        self._file.release(*self._ranges(indices))
+        if self._kernel is not None:
+            self._kernel(self._settings.counters, indices, views)
+
+    def _ranges(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.beton.images["data_ptr"][indices], self.beton.image_sizes[indices]
+
+
+class _Iteration:
+    """An epoch under way. Once the loader has ended it, it raises: to stop would pass for the end of the epoch."""
+
+    def __init__(self, batches: Generator[Batch]):
+        self._batches = batches
+        self._ended = False
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._ended:
+            raise UserError(
+                "this iteration of a ViewLoader was ended by another one, by set_epoch or by close; "
+                "a loader serves one loop at a time: open a second loader for a second loop"
+            )
+        return next(self._batches)
+
+    def close(self) -> None:
+        """Leave the epoch early."""
+        self._batches.close()
+
+    def end(self) -> None:
+        self._ended = self._ended or self._batches.gi_frame is not None
+        self.close()

@@ -36,7 +36,7 @@ class OnlineKnn:
         self._options, self._device = options.evaluate, device
         common = {
             "batch_size": 256, "views": 1, "resolution": options.resolution.max, "policy": EVALUATION, "shuffle": False,
-            "drop_last": False, "workers": options.data.workers, "batches_ahead": 1, "scaled_decoding": options.data.scaled_decoding,
+            "drop_last": False, "workers": options.data.workers, "batches_ahead": 2, "scaled_decoding": options.data.scaled_decoding,
         }  # fmt: skip
         self._queries = ViewLoader(options.data.validation, **common)
         self._bank = ViewLoader(options.data.train, **common)

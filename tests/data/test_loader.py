@@ -1,6 +1,6 @@
-import threading
 import time
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -8,6 +8,8 @@ import torch
 from ffssl.data.beton import read_beton
 from ffssl.data.loader import ViewLoader
 from ffssl.data.order import epoch_order
+from ffssl.data.policy import uniform, view_key
+from ffssl.data.view_kernel import compile_view_kernel
 from ffssl.errors import UserError
 from sample_images import write_beton
 
@@ -38,7 +40,7 @@ def assert_same(a, b):
 def test_views_do_not_depend_on_workers_batch_size_or_batches_ahead(beton):
     with open_loader(beton, workers=1, drop_last=False) as loader:
         expected = epoch_of(loader, 5, 24, 6.0)
-    for options in ({"workers": 2}, {"workers": 4, "batches_ahead": 1}, {"batch_size": 7, "workers": 3}):
+    for options in ({"workers": 2}, {"workers": 4, "batches_ahead": 1}, {"workers": 2, "batches_ahead": 9}, {"batch_size": 7, "workers": 3}):
         with open_loader(beton, drop_last=False, **options) as loader:
             assert_same(epoch_of(loader, 5, 24, 6.0), expected)
 
@@ -109,6 +111,64 @@ def test_orders_are_uniform():
     assert np.abs(np.bincount(first, minlength=5) - 400).max() < 4 * np.sqrt(2000 * 0.2 * 0.8)
 
 
+# A kernel of the user's own
+
+
+def blank_some(view, key):
+    """Blanks a view with probability 0.5, and marks the others with a random number."""
+    if uniform(key, 0) < 0.5:
+        view[:] = 0
+    else:
+        view[:, 0, 0] = 1 + np.uint8(254 * uniform(key, 1))
+
+
+def test_a_kernel_changes_every_view_alike_whatever_the_workers_and_nothing_else(beton):
+    with open_loader(beton, drop_last=False) as loader:
+        plain = epoch_of(loader, 3)
+    with open_loader(beton, drop_last=False, kernel=blank_some, workers=1) as loader:
+        changed = epoch_of(loader, 3)
+    with open_loader(beton, drop_last=False, kernel=numba.njit(blank_some), workers=3, batch_size=5) as loader:
+        assert_same(epoch_of(loader, 3), changed)
+        assert not torch.equal(epoch_of(loader, 4)[0], changed[0])
+    blank = (changed[0] == 0).flatten(2).all(2)
+    assert 8 < blank.sum() < 38  # of 46
+    marked, before = changed[0][~blank], plain[0][~blank]
+    assert torch.equal(marked[..., 1:, :], before[..., 1:, :]) and torch.equal(marked[..., 0, 1:], before[..., 0, 1:])
+    assert len(marked[:, 0, 0, 0].unique()) > len(marked) / 2
+
+
+def test_a_kernels_random_numbers_are_none_of_the_policys():
+    counters = np.array([3, 0])  # seed, epoch
+    apply = compile_view_kernel(write_first_numbers)
+    view = np.zeros((1, 1, 3, 1, 200), np.uint8)
+    apply(counters, np.zeros(1, np.int64), view)
+    key = np.uint64(view_key(counters[0], counters[1], 0, 0))
+    of_policy = [np.uint8(256 * uniform(key, k)) for k in range(200)]
+    assert (view[0, 0, 0, 0] == of_policy).mean() < 0.05
+
+
+def write_first_numbers(view, key):
+    for k in range(view.shape[2]):
+        view[0, 0, k] = np.uint8(256 * uniform(key, k))
+
+
+def takes_one(view):
+    view[:] = 0
+
+
+def uses_the_unknown(view, key):
+    view[:] = undefined_anywhere  # noqa: F821
+
+
+@pytest.mark.parametrize(
+    "kernel, message", [(takes_one, "takes_one.*takes 1 arg"), (uses_the_unknown, "uses_the_unknown.*undefined_anywhere"), (3, "must be a function")]
+)
+def test_a_kernel_that_does_not_compile_is_refused_at_once_in_a_line_that_names_it(beton, kernel, message):
+    with pytest.raises(UserError, match=message) as raised:
+        open_loader(beton, kernel=kernel)
+    assert "\n" not in str(raised.value)
+
+
 # What goes wrong
 
 
@@ -164,13 +224,42 @@ def test_missing_labels_are_minus_one_and_can_be_required(images, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"views": 0}, {"resolution": 0}, {"batches_ahead": 0}, {"batch_size": 0}, {"max_resolution": 8}, {"indices": range(20, 24)},
-        {"indices": [-1, 0, 1, 2]}, {"policy": ()},
+        {"views": 0}, {"resolution": 0}, {"batches_ahead": 0}, {"batch_size": 0}, {"batch_size": -4}, {"max_resolution": 8},
+        {"workers": -1}, {"indices": range(20, 24)}, {"indices": [-1, 0, 1, 2]}, {"indices": []}, {"policy": ()}, {"rank": 1},
     ],
 )  # fmt: skip
-def test_senseless_settings_are_refused(beton, options):
-    with pytest.raises(UserError):
+def test_senseless_settings_are_refused_in_a_line_that_names_them(beton, options):
+    with pytest.raises(UserError, match=next(iter(options))) as raised:
         open_loader(beton, **options)
+    assert "\n" not in str(raised.value)
+
+
+def test_indices_that_are_a_mask_or_fractions_are_refused(beton):
+    for indices in ([True] * 23, [0.0, 1.0, 2.0, 3.0], [[0, 1], [2, 3]]):
+        with pytest.raises(UserError, match="indices must be a list of integers"):
+            open_loader(beton, indices=indices)
+
+
+@pytest.mark.parametrize(
+    "content, message", [(None, "no such file"), (b"", "is empty"), (b"\xff\xd8 a photograph" * 99, "not a beton file"), ("folder", "is a folder")]
+)
+def test_what_is_no_beton_file_is_refused_in_a_line_that_names_it(tmp_path, content, message):
+    path = tmp_path / "some.beton"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as raised:
+        open_loader(path)
+    assert str(path) in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("views", [1, 32])
+def test_one_view_and_many_are_served(beton, views):
+    with open_loader(beton, views=views, resolution=16) as loader:
+        batch = next(iter(loader)).views
+        assert batch.shape == (4, views, 3, 16, 16)
+        assert len({view.numpy().tobytes() for view in batch[0]}) == views
 
 
 # Leaving early
@@ -208,8 +297,17 @@ def test_set_epoch_ends_the_iteration_under_way(beton):
         iteration = iter(loader)
         next(iteration)
         assert_same(epoch_of(loader, 1, 16), expected)
-        with pytest.raises(StopIteration):
+        with pytest.raises(UserError, match="one loop at a time"):
             next(iteration)
+
+
+def test_two_loops_over_one_loader_at_once_are_refused_and_one_after_the_other_are_not(beton):
+    with open_loader(beton) as loader:
+        with pytest.raises(UserError, match="second loader"):
+            list(zip(loader, loader))
+        finished = iter(loader)
+        assert len(list(finished)) == len(list(loader)) == 5
+        assert list(finished) == []
 
 
 def test_an_exception_in_the_loop_leaves_a_loader_that_works(beton):
@@ -227,28 +325,3 @@ def test_two_loaders_at_once_do_not_disturb_each_other(beton):
         pairs = [(x.views.clone(), y.views.clone()) for x, y in zip(a, b)]
     for views, alone in zip(zip(*pairs), expected):
         assert torch.equal(torch.cat(views), alone[0])
-
-
-def resident_bytes():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096
-
-
-def test_thirty_early_exits_leave_neither_threads_nor_memory_behind(beton):
-    def leave_early(loader):
-        for _ in loader:
-            break
-
-    options = {"batch_size": 8, "views": 4, "resolution": 128, "workers": 2}
-    with open_loader(beton, **options) as loader:
-        assert loader.buffer_bytes > 6e6
-        leave_early(loader)
-        threads, memory = threading.active_count(), resident_bytes()
-        for _ in range(30):
-            leave_early(loader)
-        assert threading.active_count() == threads
-    for _ in range(30):
-        with open_loader(beton, **options) as loader:
-            leave_early(loader)
-    assert threading.active_count() == threads - 2
-    assert resident_bytes() - memory < 30e6  # 30 leaked loaders would hold 190 MB

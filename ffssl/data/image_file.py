@@ -1,0 +1,40 @@
+"""The images' bytes, read at the disk's speed in any order, without holding more memory than is being read."""
+
+import mmap
+from pathlib import Path
+
+import numpy as np
+
+_FAULT_AROUND = np.uint64(1 << 16)  # what Linux maps of cached pages around one that is read
+
+
+class ImageFile:
+    """A file mapped for reading in random order. data: uint8, the whole file.
+
+    Left alone, the kernel answers every miss in the page cache with its whole read-ahead, up to megabytes around an image of 50 kB.
+    So it is told to read nothing beyond what is asked for, and, by `prefetch`, what will be asked for.
+    """
+
+    def __init__(self, path: Path):
+        with open(path, "rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._map.madvise(mmap.MADV_RANDOM)
+        self.data = np.frombuffer(self._map, np.uint8)
+
+    def prefetch(self, begins: np.ndarray, sizes: np.ndarray) -> None:
+        """Start reading these ranges (uint64) into the page cache, without waiting for them."""
+        self._advise(mmap.MADV_WILLNEED, begins, sizes)
+
+    def release(self, begins: np.ndarray, sizes: np.ndarray) -> None:
+        """Take these ranges out of this process's memory. They stay in the page cache, and come back from there when read again."""
+        margin = np.minimum(begins, _FAULT_AROUND)
+        self._advise(mmap.MADV_DONTNEED, begins - margin, sizes + margin + _FAULT_AROUND)
+
+    def close(self) -> None:
+        self.data = np.empty(0, np.uint8)
+        self._map.close()
+
+    def _advise(self, advice: int, begins: np.ndarray, sizes: np.ndarray) -> None:
+        in_page = begins % np.uint64(mmap.PAGESIZE)
+        for page, length in zip((begins - in_page).tolist(), (sizes + in_page).tolist()):
+            self._map.madvise(advice, page, length)

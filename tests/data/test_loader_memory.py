@@ -1,0 +1,255 @@
+"""What the loader takes of the machine: memory, threads, file descriptors, the disk, start-up time. Each in a process of its own."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ffssl.data import loader as loader_module
+from ffssl.data.beton import MODE_RAW
+from ffssl.data.beton_writer import BetonWriter
+from ffssl.data.image_file import ImageFile
+from ffssl.data.loader import ViewLoader
+from ffssl.data.memory import available_memory
+from ffssl.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+PREAMBLE = """
+import itertools, os, sys, threading, time
+from ffssl.data import ViewLoader
+
+path = sys.argv[1]
+
+def resident(kind):  # of VmRSS, VmHWM, RssAnon, RssFile
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith(kind + ":"))
+"""
+
+
+def run_alone(code, *arguments):
+    """What `code` prints, run by a fresh interpreter."""
+    command = [sys.executable, "-c", PREAMBLE + textwrap.dedent(code), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def large_beton(tmp_path_factory):
+    """2000 raw images of 300 kB, 600 MB in all: far more than the buffers of the loaders below."""
+    path = tmp_path_factory.mktemp("large") / "large.beton"
+    pixels = np.random.default_rng(0).integers(0, 256, 2000 + 320 * 320 * 3, np.uint8)
+    with BetonWriter(path, 2000) as writer:
+        for i in range(2000):
+            writer.add(pixels[i : i + 320 * 320 * 3].tobytes(), MODE_RAW, 320, 320, i)
+    yield path
+    path.unlink()
+
+
+def test_memory_at_its_peak_is_what_was_announced(large_beton):
+    run_alone(
+        """
+        with ViewLoader(path, batch_size=8, views=2, resolution=32, workers=2) as warm_up:
+            next(iter(warm_up))
+        before = resident("VmRSS")
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the peak is counted anew
+        with ViewLoader(path, batch_size=128, views=4, resolution=160, workers=2) as loader:
+            assert loader.buffer_bytes == 3 * 128 * 4 * 3 * 160 * 160
+            assert loader.buffer_bytes < loader.memory_bytes < 1.1 * loader.buffer_bytes
+            for _ in loader:
+                pass
+            grown = resident("VmHWM") - before
+            assert 0.9 * loader.buffer_bytes < grown < 1.3 * loader.buffer_bytes, (grown, loader.buffer_bytes)
+            del _  # a window on the buffers
+        assert resident("VmRSS") - before < 0.2 * grown
+        """,
+        large_beton,
+    )
+
+
+def test_a_file_larger_than_the_buffers_is_served_without_holding_its_pages(large_beton):
+    run_alone(
+        """
+        with ViewLoader(path, batch_size=16, views=1, resolution=64, workers=2) as loader:
+            next(iter(loader))
+            before = {kind: resident(kind) for kind in ("RssAnon", "RssFile")}
+            for _ in range(2):
+                for i, _ in enumerate(loader):
+                    if i % 10 == 0:
+                        for kind, at_first in before.items():
+                            assert resident(kind) - at_first < 60e6, kind  # of 600 MB that are read
+        """,
+        large_beton,
+    )
+
+
+def test_prefetched_ranges_and_no_others_are_read_from_the_disk(large_beton):
+    run_alone(
+        """
+        import numpy as np
+        from ffssl.data import read_beton
+        from ffssl.data.image_file import ImageFile
+
+        def bytes_read():
+            with open("/proc/self/io") as file:
+                return next(int(line.split()[1]) for line in file if line.startswith("read_bytes"))
+
+        beton, file = read_beton(path), ImageFile(path)
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        chosen = np.random.default_rng(0).permutation(len(beton))[:40]
+        begins, sizes = beton.images["data_ptr"][chosen], beton.image_sizes[chosen]
+        before = bytes_read()
+        file.prefetch(begins, sizes)
+        total = sum(int(file.data[b : b + s].any()) for b, s in zip(begins.tolist(), sizes.tolist()))
+        assert total == 40
+        assert bytes_read() - before < 1.2 * sizes.sum()
+        """,
+        large_beton,
+    )
+
+
+def test_fifty_epochs_left_early_at_changing_resolutions_leave_memory_threads_and_descriptors_flat(beton):
+    run_alone(
+        """
+        def state():
+            return resident("VmRSS"), threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+        def epochs(loader, first, last):
+            for epoch in range(first, last):
+                loader.set_epoch(epoch, resolution=(96, 64, 128)[epoch % 3])
+                for batch in itertools.islice(loader, epoch % 4):
+                    pass
+
+        def loaders(first, last):
+            for epoch in range(first, last):
+                with ViewLoader(path, **options) as loader:
+                    epochs(loader, epoch, epoch + 1)
+
+        options = {"batch_size": 8, "views": 4, "resolution": 128, "workers": 2}
+        with ViewLoader(path, **options) as loader:
+            epochs(loader, 0, 20)
+            memory, threads, files = state()
+            epochs(loader, 20, 70)
+            assert state()[1:] == (threads, files)
+            assert state()[0] - memory < 4e6, state()[0] - memory  # a batch lost an epoch would be 80 MB
+        loaders(0, 40)
+        memory = state()[0]
+        loaders(40, 90)
+        assert state()[1:] == (threads - 2, files - 1)
+        assert state()[0] - memory < 8e6, state()[0] - memory  # their buffers are 240 MB
+        """,
+        beton,
+    )
+
+
+def test_the_first_batch_comes_within_seconds_when_the_kernels_are_compiled(beton):
+    with ViewLoader(beton, batch_size=4, views=2, resolution=32) as loader:
+        next(iter(loader))
+    run_alone(
+        """
+        import ffssl.data.loader
+        started = time.perf_counter()
+        next(iter(ViewLoader(path, batch_size=4, views=2, resolution=32)))
+        assert time.perf_counter() - started < 5
+        """,
+        beton,
+    )
+
+
+@pytest.mark.parametrize("statement", ["import ffssl", "import ffssl.data", "import ffssl.data.memory, ffssl.data.beton"])
+def test_light_imports_bring_neither_torch_nor_ffcv_nor_numba(statement):
+    code = f"import sys; {statement}; assert not {{'torch', 'ffcv', 'numba', 'torchvision'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("program", ["ffssl/train.py", "write_datasets.py"])
+def test_help_is_printed_before_anything_slow_is_imported(program):
+    code = (
+        "import runpy, sys; sys.argv = sys.argv[1:]\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as left:\n    assert not left.code\n"
+        "assert not {'torch', 'ffcv', 'numba'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, program, "--help"], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def test_names_of_the_package_are_those_of_its_modules_and_others_are_refused():
+    import ffssl.data
+
+    assert ffssl.data.ViewLoader is ViewLoader
+    for name in ffssl.data.__all__:
+        assert getattr(ffssl.data, name) is not None
+    with pytest.raises(AttributeError, match="nonsense"):
+        ffssl.data.nonsense
+
+
+# How much memory there is
+
+
+def test_more_memory_than_the_machine_has_is_refused_before_it_is_taken(beton):
+    with pytest.raises(UserError, match=r"images\.beton.*will hold [\d.]+ GB.*lower batch_size, views, batches_ahead"):
+        ViewLoader(beton, batch_size=10**7, views=32, resolution=1024, drop_last=False)
+
+
+def test_a_resolution_that_grows_beyond_the_memory_is_refused_when_its_epoch_begins(beton, monkeypatch):
+    monkeypatch.setattr(loader_module, "available_memory", lambda: 10**7)
+    with ViewLoader(beton, batch_size=8, views=2, resolution=64) as loader:
+        loader.set_epoch(0, resolution=512)
+        with pytest.raises(UserError, match="0.01 GB are available"):
+            next(iter(loader))
+        monkeypatch.setattr(loader_module, "available_memory", lambda: None)
+        assert next(iter(loader)).views.shape[-1] == 512
+
+
+def machine(root, **files):
+    for name, text in files.items():
+        path = root / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+MEMINFO = {"proc__meminfo": "MemTotal: 2000 kB\nMemAvailable: 1000 kB\nHugePages_Total: 0\n"}
+VERSION_2 = {"proc__self__cgroup": "0::/jobs/mine\n"}
+
+
+def test_available_memory_is_the_least_of_the_machines_and_of_every_control_group(tmp_path):
+    assert available_memory(tmp_path / "elsewhere") is None
+    assert available_memory(machine(tmp_path, **MEMINFO)) == 1_024_000
+    group = {"sys__fs__cgroup__jobs__mine__memory.max": "max\n", "sys__fs__cgroup__jobs__mine__memory.current": "5\n"}
+    assert available_memory(machine(tmp_path, **VERSION_2, **group)) == 1_024_000
+    parent = {
+        "sys__fs__cgroup__jobs__memory.max": "900000\n", "sys__fs__cgroup__jobs__memory.current": "400000\n",
+        "sys__fs__cgroup__jobs__memory.stat": "anon 300000\nactive_file 60000\ninactive_file 40000\n",
+    }  # fmt: skip
+    assert available_memory(machine(tmp_path, **parent)) == 600_000
+
+
+def test_available_memory_inside_a_container_of_control_groups_1(tmp_path):
+    files = {
+        "proc__self__cgroup": "5:cpu,cpuacct:/a\n4:memory:/docker/of-the-host\n",
+        "sys__fs__cgroup__memory__memory.limit_in_bytes": "500000\n", "sys__fs__cgroup__memory__memory.usage_in_bytes": "600000\n",
+    }  # fmt: skip
+    assert available_memory(machine(tmp_path, **MEMINFO, **files)) == 0
+
+
+def test_released_ranges_leave_the_process_and_come_back(large_beton):
+    def resident_of_files():
+        with open("/proc/self/status") as status:
+            return next(1024 * int(line.split()[1]) for line in status if line.startswith("RssFile"))
+
+    file = ImageFile(large_beton)
+    begins = np.arange(10_000, 60_000_000, 300_000, dtype=np.uint64)
+    sizes = np.full(len(begins), 300_000, np.uint64)
+    before = resident_of_files()
+    total = file.data[10_000:60_000_000].sum()
+    assert resident_of_files() - before > 55e6
+    file.release(begins, sizes)
+    assert resident_of_files() - before < 2e6
+    assert file.data[10_000:60_000_000].sum() == total
