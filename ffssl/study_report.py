@@ -1,0 +1,236 @@
+"""What a study found: a table, the same as JSON, and a picture of accuracy over cost."""
+
+import datetime
+import json
+import os
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.transforms import Bbox
+
+from ffssl.data.convert import description_path
+from ffssl.run_log import read_log
+from ffssl.study_file import Run, Study
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#8c6d31")  # Okabe and Ito's, and a brown for yellow
+MARKERS = "osD^vP*X"
+COSTS = ("flops", "seconds")
+
+
+def write_report(study: Study, folder: Path, records: dict[tuple[str, int], dict], failed: dict[tuple[str, int], int], *, command: str) -> str:
+    """Write table.md, table.json and picture.png to `folder`, each whole or not at all. Returns the table.
+
+    records: of the runs that finished, by name and seed (`ffssl.study.train`). failed: the exit status of those that did not.
+    """
+    logs = {
+        run.name: {seed: read_log(run.folder(folder, seed)) for seed in study.seeds if (run.name, seed) in records} for run in study.runs
+    }
+    rows = summarise(study.runs, logs)
+    for row in rows:
+        row["failed"] = {seed: status for (name, seed), status in failed.items() if name == row["run"]}
+    settings = sorted({(record["options"]["evaluate"]["k"], record["options"]["evaluate"]["temperature"]) for record in records.values()})
+    header = {
+        "title": study.title,
+        "command": command,
+        "machines": sorted({record["machine"] for record in records.values()}),
+        "date": datetime.date.today().isoformat(),
+        "seeds": study.seeds,
+        "data": {split: _describe_data(path) for split, path in study.data.items()},
+        "knn": [f"k = {k}, T = {temperature:g}" for k, temperature in settings],
+    }
+    table = format_table(rows, len(study.seeds))
+    _replace(folder / "table.md", lambda path: path.write_text(f"{_format_header(header)}\n{table}\n{NOTES}"))
+    _replace(folder / "table.json", lambda path: path.write_text(json.dumps(header | {"runs": rows}, indent=2) + "\n"))
+    _replace(folder / "picture.png", lambda path: draw(study, rows, logs, path))
+    return table
+
+
+def summarise(runs: list[Run], logs: dict[str, dict[int, list[dict]]]) -> list[dict]:
+    """One row a run: means over its seeds, sample standard deviations (None for one seed), and ratios to the run it is compared with.
+
+    logs: by run and seed, of finished runs. knn is a share (0..1). What is not known yet, or was never reached, is None.
+    """
+    finals = {name: [rows[-1] for rows in by_seed.values()] for name, by_seed in logs.items()}
+    summary = []
+    for run in runs:
+        row = {"run": run.name, "against": run.against, "seeds": list(logs[run.name])}
+        base = finals[run.against or run.name]
+        for key in ("knn", *COSTS):
+            values = [final[key] for final in finals[run.name]]
+            row[key] = statistics.fmean(values) if values else None
+            row[f"{key}_sd"] = statistics.stdev(values) if len(values) > 1 else None
+            row[f"{key}_by_seed"] = values
+        for cost in COSTS:
+            base_cost = statistics.fmean(final[cost] for final in base) if base else None
+            row[f"speed_up_{cost}"] = base_cost / row[cost] if base and row["seeds"] else None
+            reached = first_reached(mean_curve(logs[run.name]), statistics.fmean(final["knn"] for final in base)) if base else None
+            row[f"speed_up_to_accuracy_{cost}"] = base_cost / reached[cost] if reached else None
+        summary.append(row)
+    return summary
+
+
+def mean_curve(by_seed: dict[int, list[dict]]) -> list[dict[str, float]]:
+    """Accuracy and costs at each evaluation after the training's start, averaged over the seeds."""
+    evaluations = zip(*([row for row in rows if "knn" in row and row["epoch"] > 0] for rows in by_seed.values()))
+    return [{key: statistics.fmean(row[key] for row in rows) for key in ("knn", *COSTS)} for rows in evaluations]
+
+
+def first_reached(curve: list[dict[str, float]], accuracy: float) -> dict[str, float] | None:
+    """The first point of a curve with at least this accuracy, else None."""
+    return next((point for point in curve if point["knn"] >= accuracy), None)
+
+
+def format_table(rows: list[dict], seeds: int) -> str:
+    """The rows of `summarise`, with `failed` (exit status by seed), as a Markdown table."""
+    unit, scale = _flop_unit(rows)
+    titles = ("run", "seeds", "kNN (%)", unit, "speed-up", "seconds", "speed-up", f"to baseline's accuracy, {unit}", "and seconds")
+    cells = [
+        (
+            row["run"],
+            _format_seeds(row, seeds),
+            _format_mean(row["knn"], row["knn_sd"], 100),
+            _format_mean(row["flops"], None, scale),
+            _format_ratio(row["speed_up_flops"]),
+            _format_mean(row["seconds"], row["seconds_sd"], 1),
+            _format_ratio(row["speed_up_seconds"]),
+            _format_ratio(row["speed_up_to_accuracy_flops"]),
+            _format_ratio(row["speed_up_to_accuracy_seconds"]),
+        )
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(titles, *cells)]
+    lines = [
+        "| " + " | ".join(f"{cell:<{width}}" if i == 0 else f"{cell:>{width}}" for i, (cell, width) in enumerate(zip(line, widths))) + " |"
+        for line in (titles, *cells)
+    ]
+    rule = "|" + "|".join("-" * (width + 2) if i == 0 else "-" * (width + 1) + ":" for i, width in enumerate(widths)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+NOTES = """
+Means over the seeds, ± the sample standard deviation. kNN accuracy on the validation images after the last epoch, never the best. FLOPs
+in the standard count (backward = 2 forward); seconds of training, without the evaluations. Speed-ups are ratios of mean costs: that of
+the run that the study compares it with, the baseline, over this run's whole cost, and, "to baseline's accuracy", over what this run had
+cost at the first evaluation at which its accuracy was the baseline's final one or more (means over the seeds; - where it never was).
+"""
+
+
+def _format_header(header: dict) -> str:
+    lines = [f"# {header['title']}", "", f"`{header['command']}`", ""]
+    lines += [f"- machine: {machine}" for machine in header["machines"]]
+    lines += [f"- date: {header['date']}", f"- seeds: {', '.join(map(str, header['seeds']))}"]
+    lines += [f"- {split} images: {description}" for split, description in header["data"].items()]
+    lines += [f"- kNN: {'; '.join(header['knn'])}", ""]
+    return "\n".join(lines)
+
+
+def _describe_data(path: Path) -> str:
+    """The file, and what its description beside it says, where there is one."""
+    beside = description_path(path)
+    if not beside.exists():
+        return str(path)
+    description = json.loads(beside.read_text())
+    return f"{path} ({description['samples']} from {description['source']['kind']}, sha256 {description['sha256'][:12]})"
+
+
+def _format_seeds(row: dict, seeds: int) -> str:
+    done = len(row["seeds"])
+    parts = [str(done) if done == seeds else f"{done} of {seeds}"]
+    return ", ".join(parts + [f"seed {seed} failed (status {status})" for seed, status in row["failed"].items()])
+
+
+def _format_mean(mean: float | None, deviation: float | None, scale: float) -> str:
+    if mean is None:
+        return "-"
+    return f"{mean * scale:.1f}" + (f" ± {deviation * scale:.1f}" if deviation is not None else "")
+
+
+def _format_ratio(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def _flop_unit(rows: list[dict]) -> tuple[str, float]:
+    largest = max((row["flops"] or 0 for row in rows), default=0)
+    return next((unit, 1 / size) for unit, size in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)) if largest >= size or size == 1e9)
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".partial-{path.name}")
+    write(partial)
+    os.replace(partial, path)
+
+
+def draw(study: Study, rows: list[dict], logs: dict[str, dict[int, list[dict]]], path: Path) -> None:
+    """Mean kNN accuracy over FLOPs and over seconds: a curve a run, a mark with its spread at the end. A group, else a run, has a colour."""
+    figure, axes = plt.subplots(1, 2, figsize=(14, 6.5), sharey=True, layout="constrained")
+    unit, scale = _flop_unit(rows)
+    shown = [(run, row) for run, row in zip(study.runs, rows) if row["seeds"]]
+    families = list(dict.fromkeys(run.group or run.name for run in study.runs))
+    recipes = list(dict.fromkeys(run.name.rpartition("/")[2] for run in study.runs))
+    for axis, cost, label, factor in zip(axes, COSTS, (unit, "seconds of training"), (scale, 1)):
+        labels = []
+        for run, row in shown:
+            colour = COLOURS[families.index(run.group or run.name) % len(COLOURS)]
+            marker = MARKERS[recipes.index(run.name.rpartition("/")[2]) % len(MARKERS)]
+            curve = mean_curve(logs[run.name])
+            axis.plot([point[cost] * factor for point in curve], [100 * point["knn"] for point in curve], color=colour, lw=1.2, alpha=0.35)
+            end = (row[cost] * factor, 100 * row["knn"])
+            axis.errorbar(
+                *end, xerr=(row[f"{cost}_sd"] or 0) * factor, yerr=100 * (row["knn_sd"] or 0), color=colour, marker=marker, ms=8,
+                mfc=colour if run.against else "white", mew=1.6, elinewidth=1.2,
+            )  # fmt: skip
+            labels.append((run.name.replace("/", " "), end, colour))
+        axis.set(xlabel=label, xlim=(0, None))
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="0.92")
+        axis.set_axisbelow(True)
+        axis.margins(x=0.12)
+        axis.labels = labels
+    axes[0].set_ylabel("kNN accuracy (%)")
+    if shown:
+        finals = [100 * row["knn"] for _, row in shown]
+        room = max(1.5 * (max(finals) - min(finals)), 5)
+        axes[0].set_ylim(max(min(finals) - room, 0), min(max(finals) + 0.25 * room, 101))
+    figure.suptitle(study.title)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # the labels are placed for the layout as it is now
+    for axis in axes:
+        _label(axis, axis.labels)
+    figure.savefig(path, dpi=110, format="png")
+    plt.close(figure)
+
+
+def _label(axis: Axes, labels: list[tuple[str, tuple[float, float], str]]) -> None:
+    """Write each label beside its point, where it covers no other label and no other point."""
+    renderer = axis.figure.canvas.get_renderer()
+    points = [axis.transData.transform(point) for _, point, _ in labels]
+    taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in points]
+    inside = axis.get_window_extent(renderer)
+    for (text, point, colour), (x, y) in zip(labels, points):
+        for distance in (11, 22, 36, 54, 76, 100):
+            for dx, dy, ha, va in _DIRECTIONS:
+                note = axis.annotate(
+                    text, point, (dx * distance, dy * distance), textcoords="offset pixels", ha=ha, va=va, color=colour, fontsize=9,
+                    arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "shrinkA": 0, "shrinkB": 6} if distance > 22 else None,
+                )  # fmt: skip
+                box = super(type(note), note).get_window_extent(renderer)
+                if not box.count_overlaps(taken) and box.x0 > inside.x0 and box.y1 < inside.y1 and box.y0 > inside.y0:
+                    break
+                note.remove()
+            else:
+                continue
+            taken.append(box)
+            break
+
+
+_DIRECTIONS = (
+    (1, 0, "left", "center"), (0, 1, "center", "bottom"), (0, -1, "center", "top"), (-1, 0, "right", "center"), (0.7, 0.7, "left", "bottom"),
+    (0.7, -0.7, "left", "top"), (-0.7, 0.7, "right", "bottom"), (-0.7, -0.7, "right", "top"),
+)  # fmt: skip
