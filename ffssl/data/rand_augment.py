@@ -34,11 +34,11 @@ _RED, _GREEN, _BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)
 @compiled
 def operation_strength(operation, magnitude, negative):
     """torchvision's magnitude number `magnitude` (0..30; linear between its 31 bins) of an operation, negated where it has a sign."""
-    weakest, strongest, signed = _STRENGTHS[operation]
+    weakest, strongest = _STRENGTHS[operation, 0], _STRENGTHS[operation, 1]
     value = weakest + (strongest - weakest) * (magnitude / MOST_MAGNITUDE)
     if operation == POSTERISE:
         value = float(round(value))
-    return -value if negative and signed != 0 else value
+    return -value if negative and _STRENGTHS[operation, 2] != 0 else value
 
 
 # Warps
@@ -129,7 +129,7 @@ def adjust_colour(red, green, blue, factor):
 
 @compiled
 def posterise(channel, bits):
-    mask = np.uint8(256 - 2 ** (8 - bits))
+    mask = np.uint8(256 - (1 << (8 - bits)))
     for i in range(channel.shape[0]):
         channel[i] &= mask
 
@@ -172,7 +172,18 @@ def adjust_sharpness(plane, factor):
         _sharpen_row(sums[:-2], sums[1:-1], sums[2:], factor, plane[y, 1:-1])
 
 
-# Levels by table
+# Stretching the levels
+
+
+@compiled
+def autocontrast(channel):
+    """Stretch the levels in use to 0..255, rounded down exactly; torchvision's float32 quotient often falls just short of an integer."""
+    low = high = channel[0]
+    for i in range(channel.shape[0]):
+        low, high = min(low, channel[i]), max(high, channel[i])
+    if low < high:
+        width = np.float32(high) - np.float32(low)
+        scale(channel, _WHITE / width, (_HALF - _WHITE * np.float32(low)) / width)  # the half keeps integers clear of rounding down
 
 
 @compiled
@@ -185,18 +196,13 @@ def histograms(red, green, blue, counts):
 
 
 @compiled
-def autocontrast_table(counts, table):
-    """The table (uint8, (256,)) that stretches the levels in use, by their `counts` (int64, (256,)), to 0..255."""
-    used = np.nonzero(counts)[0]
-    low, high = used[0], used[-1]
-    for level in range(256):
-        table[level] = level if low == high else 255 * min(max(level - low, 0), high - low) // (high - low)
-
-
-@compiled
 def equalise_table(counts, table):
     """Pillow's table (uint8, (256,)) that makes all levels about as frequent; `counts`: int64 (256,)."""
-    step = (counts.sum() - counts[np.nonzero(counts)[0][-1]]) // 255
+    pixels = last = 0
+    for level in range(256):
+        pixels += counts[level]
+        last = counts[level] if counts[level] > 0 else last
+    step = (pixels - last) // 255
     below = step // 2
     for level in range(256):
         table[level] = min(below // step, 255) if step > 0 else level
@@ -210,15 +216,12 @@ def look_up(channel, table):
 
 
 @compiled
-def _stretch(channels, operation):
+def _equalise(red, green, blue):
     counts, table = np.zeros((3, 256), np.int64), np.empty(256, np.uint8)
-    histograms(channels[0], channels[1], channels[2], counts)
-    for c in range(3):
-        if operation == AUTOCONTRAST:
-            autocontrast_table(counts[c], table)
-        else:
-            equalise_table(counts[c], table)
-        look_up(channels[c], table)
+    histograms(red, green, blue, counts)
+    for channel, levels in ((red, counts[0]), (green, counts[1]), (blue, counts[2])):
+        equalise_table(levels, table)
+        look_up(channel, table)
 
 
 @compiled
@@ -229,19 +232,20 @@ def augment(view, operation, strength):
     factor = np.float32(1 + strength)
     if SHEAR_X <= operation <= ROTATE:
         _warp(view, operation, strength)
-    elif operation == BRIGHTNESS:
-        scale(channels.reshape(-1), factor, np.float32(0))
     elif operation == COLOUR:
         adjust_colour(red, green, blue, factor)
-    elif operation == CONTRAST:
-        mean = luma_sum(red, green, blue) / red.shape[0]
-        scale(channels.reshape(-1), factor, np.float32(-strength * mean))
-    elif operation == SHARPNESS:
+    elif operation == EQUALISE:
+        _equalise(red, green, blue)
+    elif operation != IDENTITY:
+        mean = luma_sum(red, green, blue) / red.shape[0] if operation == CONTRAST else 0.0
         for c in range(3):
-            adjust_sharpness(view[c], factor)
-    elif operation == POSTERISE:
-        posterise(channels.reshape(-1), int(strength))
-    elif operation == SOLARISE:
-        solarise(channels.reshape(-1), np.uint8(math.ceil(np.float32(strength))))
-    elif operation == AUTOCONTRAST or operation == EQUALISE:
-        _stretch(channels, operation)
+            if operation == BRIGHTNESS or operation == CONTRAST:
+                scale(channels[c], factor, np.float32(-strength * mean))
+            elif operation == SHARPNESS:
+                adjust_sharpness(view[c], factor)
+            elif operation == POSTERISE:
+                posterise(channels[c], int(strength))
+            elif operation == AUTOCONTRAST:
+                autocontrast(channels[c])
+            else:
+                solarise(channels[c], np.uint8(math.ceil(np.float32(strength))))
