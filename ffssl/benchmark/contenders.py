@@ -6,7 +6,7 @@ are imported where they are used: one that is not installed raises ImportError, 
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +31,6 @@ class Workload:
 
 def ours(workload: Workload, jitter_form: str) -> Epoch:
     """ViewLoader with one of the two forms of colour jitter."""
-    from dataclasses import replace
-
     from ffssl.data.loader import ViewLoader
 
     loader = ViewLoader(
@@ -192,6 +190,7 @@ def dali(workload: Workload) -> Epoch:
 
 CONTENDERS: dict[str, Callable[[Workload], Epoch]] = {
     "ffssl": lambda workload: ours(workload, "torchvision"),
+    "ffssl, one worker": lambda workload: ours(replace(workload, workers=1), "torchvision"),
     "ffssl, affine jitter": lambda workload: ours(workload, "affine"),
     "decode only": decode_only,
     "ffcv, crop and flip only": stock_ffcv,

@@ -17,6 +17,7 @@ import tempfile
 import time
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from ffssl.data.sources.folder import ImageFolder
 from ffssl.errors import UserError
 
 PACKAGES = ("ffssl", "numba", "numpy", "torch", "torchvision", "ffcv", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "pillow")
-START_LIMIT_S = 300  # a contender that has not served its first epoch by then counts as failed
+LIMIT_S = 300  # a contender that has not served an epoch by then counts as failed
 
 
 def main(arguments: list[str]) -> None:
@@ -127,53 +128,55 @@ def describe_images(path: Path) -> str:
 def measure(workload: Workload, rounds: int) -> dict[str, list[float] | str]:
     """Images/s of each contender in each round; for one that is not installed or fails, why."""
     context = multiprocessing.get_context("spawn")
-    connections: dict[str, Connection] = {}
-    results: dict[str, list[float] | str] = {}
-    processes = []
-    for name in CONTENDERS:
-        connection, other_end = context.Pipe()
-        process = context.Process(target=_serve, args=(name, workload, other_end))
-        process.start()
-        other_end.close()
-        processes.append(process)
-        answer = _ask(connection, START_LIMIT_S)  # one at a time, so that none compiles while another warms up
-        if isinstance(answer, str):
-            results[name] = answer
-        else:
-            connections[name], results[name] = connection, []
+    running: dict[str, tuple[BaseProcess, Connection]] = {}
+    results: dict[str, list[float] | str] = {name: [] for name in CONTENDERS}
+
+    def serve_epoch(name: str) -> float | None:
+        process, connection = running[name]
+        answer = _ask(connection)
+        if isinstance(answer, float):
+            return answer
+        results[name] = answer
+        process.kill()  # one that only hangs would go on to disturb the others
+        del running[name]
+
     try:
+        for name in CONTENDERS:  # one at a time, so that none compiles while another warms up
+            connection, other_end = context.Pipe()
+            process = context.Process(target=_serve, args=(name, workload, other_end))
+            process.start()
+            other_end.close()
+            running[name] = process, connection
+            serve_epoch(name)
         for _ in range(rounds):
-            for name, connection in list(connections.items()):
-                connection.send("epoch")
-                answer = _ask(connection, START_LIMIT_S)
-                if isinstance(answer, str):
-                    results[name] = answer
-                    del connections[name]
-                else:
-                    results[name].append(answer)
+            for name in list(running):
+                rate = serve_epoch(name)
+                if rate is not None:
+                    results[name].append(rate)
     finally:
-        for process in processes:
+        for process, _ in running.values():
             process.kill()
     return results
 
 
-def _ask(connection: Connection, limit: float) -> float | str:
-    """A contender's answer: images/s, or what went wrong."""
+def _ask(connection: Connection) -> float | str:
+    """A contender's images/s in one more epoch, or what went wrong."""
     try:
-        return connection.recv() if connection.poll(limit) else f"no answer within {limit} s"
+        connection.send("epoch")
+        return connection.recv() if connection.poll(LIMIT_S) else f"no answer within {LIMIT_S} s"
     except (EOFError, ConnectionError):
         return "its process ended"
 
 
 def _serve(name: str, workload: Workload, connection: Connection) -> None:
-    """One contender's process: an epoch to warm up, then one for every message."""
+    """One contender's process: an epoch for every message."""
     try:
         epoch = CONTENDERS[name](workload)
         while True:
+            connection.recv()
             started = time.perf_counter()
             images = epoch()
             connection.send(images / (time.perf_counter() - started))
-            connection.recv()
     except EOFError:
         pass
     except ImportError as error:

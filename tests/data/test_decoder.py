@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -159,6 +160,30 @@ def test_compiled_files_are_dropped_when_any_kernel_module_has_changed(tmp_path)
             file.write("# changed\n")
         import_compiled(folder)
         assert kept.exists() and not any(file.exists() for file in stale), name
+
+
+def test_compiled_files_that_lie_elsewhere_are_dropped_too(tmp_path):
+    folder, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    shutil.copytree(Path(ffssl.data.__path__[0]), folder, ignore=shutil.ignore_patterns("__pycache__"))
+    code = (
+        "import importlib.util as u; s = u.spec_from_file_location('compiled', 'compiled.py'); m = u.module_from_spec(s)\n"
+        "s.loader.exec_module(m)"
+    )
+
+    def import_elsewhere():
+        environment = os.environ | {"NUMBA_CACHE_DIR": str(elsewhere)}
+        subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, check=True)
+
+    import_elsewhere()
+    (stamp,) = elsewhere.rglob("kernels.sha256")
+    stale = stamp.parent / "render.render-1.py311.1.nbc"
+    stale.touch()
+    import_elsewhere()
+    assert stale.exists()
+    with open(folder / "kernels.py", "a") as file:
+        file.write("# changed\n")
+    import_elsewhere()
+    assert not stale.exists()
 
 
 def test_importing_the_ffcv_decoder_leaves_torchs_and_numbas_threads_alone():
