@@ -106,7 +106,7 @@ def _load(path: Path) -> object:
 
 def _keys(value: object, where: str, known: tuple[str, ...] | None = None) -> dict:
     """`value` if it is a mapping, of `known` keys where these are given; nothing counts as an empty one."""
-    value = {} if value in ("", None) else value
+    value = {} if value in ("", "~", "null", None) else value
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected names with values, as in name: value; got {value!r}")
     for key in value:
