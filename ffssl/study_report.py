@@ -24,6 +24,12 @@ from ffssl.study_file import Run, Study
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#8c6d31")  # Okabe and Ito's, and a brown for yellow
 MARKERS = "osD^vP*X"
 COSTS = ("flops", "seconds")
+NOTES = """
+Means over the seeds, ± the sample standard deviation. kNN accuracy on the validation images after the last epoch, never the best. FLOPs
+in the standard count (backward = 2 forward); seconds of training, without the evaluations. Speed-ups are ratios of mean costs: that of
+the run that the study compares it with, the baseline, over this run's whole cost, and, "to baseline's accuracy", over what this run had
+cost at the first evaluation at which its accuracy was the baseline's final one or more (means over the seeds; - where it never was).
+"""
 
 
 def write_report(study: Study, folder: Path, records: dict[tuple[str, int], dict], failed: dict[tuple[str, int], int], *, command: str) -> str:
@@ -114,14 +120,6 @@ def format_table(rows: list[dict], seeds: int) -> str:
     ]
     rule = "|" + "|".join("-" * (width + 2) if i == 0 else "-" * (width + 1) + ":" for i, width in enumerate(widths)) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
-
-
-NOTES = """
-Means over the seeds, ± the sample standard deviation. kNN accuracy on the validation images after the last epoch, never the best. FLOPs
-in the standard count (backward = 2 forward); seconds of training, without the evaluations. Speed-ups are ratios of mean costs: that of
-the run that the study compares it with, the baseline, over this run's whole cost, and, "to baseline's accuracy", over what this run had
-cost at the first evaluation at which its accuracy was the baseline's final one or more (means over the seeds; - where it never was).
-"""
 
 
 def _format_header(header: dict) -> str:

@@ -186,6 +186,9 @@ def test_a_second_study_in_the_same_folder_is_refused(tmp_path):
         ({"embedded": None, "data": {"train": "a.beton", "validation": "b.beton"}}, "data.train: a.beton not found; make it with"),
         ({"embedded": {"train": 100}}, "no validation images"),
         ({"embedded": {"train": "all", "validation": 20}}, "train must be a number of images, got 'all'"),
+        ({"embedded": None, "data": {"train": ["a.beton"]}}, "data.train: expected one value"),
+        ({"config": {"training": {}}}, "run baseline: config: expected one value"),
+        ({"runs": {"a": {"against": ["b"]}}}, "run a: against must name another run"),
         ({"data": {"train": "a.beton"}}, "give either data or embedded"),
     ],
 )
