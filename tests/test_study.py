@@ -7,14 +7,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import PIL.Image
 import pytest
 import yaml
 
-from ffssl import run_log
 from ffssl.config import read_options
 from ffssl.errors import UserError
+from ffssl.run_log import NAME as LOG_NAME
+from ffssl.run_log import read_log
 from ffssl.study import check_unchanged, comparable, finished, only_one_in, write_record
 from ffssl.study_file import Run, read_study
 from ffssl.study_report import draw, first_reached, format_table, mean_curve, summarise
@@ -54,102 +56,92 @@ def conduct(path: Path, folder: Path, *words: str) -> tuple[int, str, str]:
 
 
 def changed_at(folder: Path) -> dict[Path, int]:
-    return {log: log.stat().st_mtime_ns for log in sorted(folder.rglob(run_log.NAME))}
+    return {log: log.stat().st_mtime_ns for log in sorted(folder.rglob(LOG_NAME))}
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory) -> tuple[Path, Path, str]:
+def toy(tmp_path_factory) -> SimpleNamespace:
+    """A study that has been conducted once. Other tests go on in its folder, so its table is kept here."""
     folder = tmp_path_factory.mktemp("toy")
     path = write(folder)
     status, out, err = conduct(path, folder / "study")
     assert status == 0, err
-    return path, folder / "study", out
+    tables = {name: (folder / "study" / name).read_text() for name in ("table.md", "table.json")}
+    return SimpleNamespace(path=path, folder=folder / "study", out=out, tables=tables)
 
 
 def test_study_trains_every_run_with_every_seed_and_shows_the_commands(toy):
-    path, folder, out = toy
-    study = read_study(path, folder, [])
-    for seed, run in ((seed, run) for seed in (0, 1) for run in study.runs):
-        assert [row["epoch"] for row in run_log.read_log(run.folder(folder, seed))] == [0, 1, 2]
-        assert f"--run.folder={run.folder(folder, seed)} --run.seed={seed}" in out
-        assert finished(run.folder(folder, seed))
-    assert out.count("$ python ffssl/train.py") == 4 and out.count("$ python write_datasets.py") == 2
+    for seed, run in ((seed, run) for seed in (0, 1) for run in read_study(toy.path, toy.folder, []).runs):
+        assert [row["epoch"] for row in read_log(run.folder(toy.folder, seed))] == [0, 1, 2]
+        assert f"--run.folder={run.folder(toy.folder, seed)} --run.seed={seed}" in toy.out
+        assert finished(run.folder(toy.folder, seed))
+    assert toy.out.count("$ python ffssl/train.py") == 4 and toy.out.count("$ python write_datasets.py") == 2
 
 
 def test_table_states_the_results_and_their_provenance(toy):
-    path, folder, out = toy
-    written = json.loads((folder / "table.json").read_text())
-    finals = {name: [run_log.read_log(folder / f"seed{seed}" / name)[-1] for seed in (0, 1)] for name in ("baseline", "small")}
-    for row in written["runs"]:
+    finals = {name: [read_log(toy.folder / f"seed{seed}" / name)[-1] for seed in (0, 1)] for name in ("baseline", "small")}
+    rows = json.loads(toy.tables["table.json"])["runs"]
+    for row in rows:
         for key in ("knn", "flops", "seconds"):
             a, b = (final[key] for final in finals[row["run"]])
             assert row[key] == pytest.approx((a + b) / 2)
             assert row[f"{key}_sd"] == pytest.approx(abs(a - b) / math.sqrt(2), abs=1e-12)  # of a sample of two
-    small = written["runs"][1]
-    assert small["speed_up_flops"] == pytest.approx(finals["baseline"][0]["flops"] / finals["small"][0]["flops"])
-    assert small["speed_up_flops"] > 1.3
-    table = (folder / "table.md").read_text()
-    assert table.startswith("# Toy\n") and f"python -m ffssl.study {path} --folder {folder}" in table
+    assert rows[1]["speed_up_flops"] == pytest.approx(finals["baseline"][0]["flops"] / finals["small"][0]["flops"])
+    assert rows[1]["speed_up_flops"] > 1.3
+    table = toy.tables["table.md"]
+    assert table.startswith("# Toy\n") and f"python -m ffssl.study {toy.path} --folder {toy.folder}" in table
     for part in ("cores; Python", "torch", "seeds: 0, 1", "100 from Embedded, sha256", "k = 5, T = 0.1"):
         assert part in table
-    assert all(line in table for line in out.splitlines() if line.startswith("|"))
-    with PIL.Image.open(folder / "picture.png") as picture:
+    assert all(line in table for line in toy.out.splitlines() if line.startswith("|"))
+    with PIL.Image.open(toy.folder / "picture.png") as picture:
         assert min(picture.size) > 600
-    assert not list(folder.rglob("*partial*"))
+    assert not list(toy.folder.rglob("*partial*"))
 
 
 def test_what_has_finished_is_not_run_again(toy):
-    path, folder, _ = toy
-    before = changed_at(folder)
-    status, out, _ = conduct(path, folder)
-    assert status == 0 and len(before) == 4
-    assert changed_at(folder) == before and "train.py" not in out
+    before = changed_at(toy.folder)
+    status, out, _ = conduct(toy.path, toy.folder)
+    assert (status, changed_at(toy.folder)) == (0, before) and "train.py" not in out
 
 
 def test_changed_options_of_a_started_run_are_refused_by_name_before_anything_runs(toy):
-    path, folder, _ = toy
-    before = changed_at(folder)
-    status, out, err = conduct(path, folder, "--training.epochs=3")
+    before = changed_at(toy.folder)
+    status, out, err = conduct(toy.path, toy.folder, "--training.epochs=3")
     assert (status, out) == (2, "")
     assert re.search(r"^error: .*toy.yaml: run baseline: training.epochs is 3, .* started with 2; .*delete .*/seed\*/baseline", err)
-    assert err.count("\n") == 1 and changed_at(folder) == before
+    assert err.count("\n") == 1 and changed_at(toy.folder) == before
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_ended_study_goes_on_where_it_stopped(tmp_path, toy, number, status):
-    path = write(tmp_path, embedded=None, seeds=[0])
-    data = [f"--data.{split}={toy[1]}/data/{split}-{count}.beton" for split, count in TOY["embedded"].items()]
-    folder = tmp_path / "study"
-    log = folder / "seed0" / "small" / run_log.NAME
-    process = start(path, folder, *data, "--training.epochs=12")
-    while not (log.exists() and len(run_log.read_log(log.parent)) > 3):  # in the middle of the second run
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == status and "Traceback" not in err
-    if number == signal.SIGINT:
-        assert err.endswith("interrupted; the same command goes on after the last whole epoch\n")
-    first, done = folder / "seed0" / "baseline" / run_log.NAME, run_log.read_log(log.parent)[:3]
-    changed = first.stat().st_mtime_ns
-    assert conduct(path, folder, *data, "--training.epochs=12")[0] == 0
-    assert first.stat().st_mtime_ns == changed
-    rows = run_log.read_log(log.parent)
-    assert rows[:3] == done and [row["epoch"] for row in rows] == list(range(13))  # seconds too: these epochs were not run again
+def test_an_ended_study_goes_on_where_it_stopped(toy, tmp_path):
+    long = {"against": "baseline", "options": {"training": {"epochs": 16}}}
+    path, before = write(tmp_path, runs=TOY["runs"] | {"long": long}, seeds=[0]), changed_at(toy.folder)
+    folder = toy.folder / "seed0" / "long"
+    done: list[dict] = []
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        process = start(path, toy.folder)
+        while len(read_log(folder)) < len(done) + 4:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == status and "Traceback" not in err
+        assert ("the same command goes on after the last whole epoch" in err) == (number == signal.SIGINT)
+        assert read_log(folder)[: len(done)] == done  # seconds too: these epochs were not run again
+        done = read_log(folder)[:-1]  # the checkpoint of the last may not have been written
+    assert conduct(path, toy.folder)[0] == 0
+    assert read_log(folder)[: len(done)] == done and [row["epoch"] for row in read_log(folder)] == list(range(17))
+    assert {log: time for log, time in changed_at(toy.folder).items() if log in before} == before
 
 
-def test_a_failed_run_is_marked_the_others_go_on_and_it_is_tried_again(tmp_path, toy):
+def test_a_failed_run_is_marked_the_others_go_on_and_it_is_tried_again(toy, tmp_path):
     diverging = {"options": {"training": {"learning_rate": 1e30, "momentum": 0}}}
-    path = write(tmp_path, embedded=None, seeds=[0], runs={"diverging": diverging, "sound": {"against": "diverging"}})
-    data = [f"--data.{split}={toy[1]}/data/{split}-{count}.beton" for split, count in TOY["embedded"].items()]
-    status, out, err = conduct(path, tmp_path / "study", *data)
-    assert status == 1
-    assert "not finite" in err and "diverging, seed 0: failed with status 1; the others go on" in err
-    table = (tmp_path / "study" / "table.md").read_text()
-    assert re.search(r"\| diverging +\| 0 of 1, seed 0 failed \(status 1\) +\| +- ", table)
-    assert re.search(r"\| sound +\| +1 \| +\d+\.\d \|", table)
-    status, out, _ = conduct(path, tmp_path / "study", *data)
-    assert status == 1 and out.count("$ python ffssl/train.py") == 1 and "[1 of 2] diverging" in out
+    path = write(tmp_path, seeds=[0], runs={"diverging": diverging, "baseline": {"against": "diverging"}})
+    for _ in range(2):
+        status, out, err = conduct(path, toy.folder)
+        assert status == 1 and out.count("$ python ffssl/train.py") == 1 and "[1 of 2] diverging" in out
+        assert "not finite" in err and "diverging, seed 0: failed with status 1; the others go on" in err
+    assert re.search(r"\| diverging +\| +0 of 1, seed 0 failed \(status 1\) +\| +- ", out)
+    assert re.search(r"\| baseline +\| +1 +\| +\d+\.\d +\|", out)
 
 
 def test_a_second_study_in_the_same_folder_is_refused(tmp_path):
