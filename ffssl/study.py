@@ -95,8 +95,11 @@ def conduct(study: Study, folder: Path) -> int:
 def train(run: Run, seed: int, study_folder: Path, lock: int) -> int:
     """Train one run to its end, continuing it where it has begun. Returns the exit status."""
     folder, arguments = run.folder(study_folder, seed), run.command(study_folder, seed)
-    record = {"command": shlex.join(["python", "ffssl/train.py", *arguments]), "machine": describe_machine(PACKAGES)}
-    record["options"] = comparable(read_options(arguments))
+    record = {
+        "command": shlex.join(["python", "ffssl/train.py", *arguments]),
+        "machine": describe_machine(PACKAGES),
+        "options": comparable(read_options(arguments)),
+    }
     write_record(folder, record)
     status = execute("ffssl/train.py", arguments, lock)
     if status == 0:
@@ -116,6 +119,7 @@ def execute(program: str, arguments: list[str], lock: int) -> int:
             return process.wait()
         except BaseException:
             process.terminate()
+            process.wait()
             raise
 
 

@@ -56,11 +56,7 @@ def read_study(path: Path, folder: Path, overrides: list[str]) -> Study:
     given = _overrides(overrides)
     data, embedded = _data(content, path, folder, given)
     seeds = _seeds(content.get("seeds", ["0"]), path)
-    data_words = [f"--data.{split}={file}" for split, file in data.items()]
-    runs = [
-        Run(name, group, against, [*config, *data_words, *(f"--{option}={value}" for option, value in (options | given).items())])
-        for name, group, against, config, options in _grid(content, path)
-    ]
+    runs = list(_grid(content, path, {f"data.{split}": str(file) for split, file in data.items()} | given))
     seen: dict[str, str] = {}
     for run in runs:
         try:
@@ -106,7 +102,7 @@ def _load(path: Path) -> object:
 
 def _keys(value: object, where: str, known: tuple[str, ...] | None = None) -> dict:
     """`value` if it is a mapping, of `known` keys where these are given; nothing counts as an empty one."""
-    value = {} if value in ("", None) else value
+    value = {} if value in ("", "~", "null", None) else value
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected names with values, as in name: value; got {value!r}")
     for key in value:
@@ -121,10 +117,14 @@ def _options(sections: object, where: str) -> dict[str, str]:
     options = {}
     for section, values in _keys(sections, where).items():
         for option, value in _keys(values, f"{where}: {section}").items():
-            if not isinstance(value, str):
-                raise UserError(f"{where}: {section}.{option}: expected one value, got {value!r}")
-            options[_not_own(f"{section}.{option}", where)] = value
+            options[_not_own(f"{section}.{option}", where)] = _word(value, f"{where}: {section}.{option}")
     return options
+
+
+def _word(value: object, where: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{where}: expected one value, got {value!r}")
+    return value
 
 
 def _not_own(option: str, where: str) -> str:
@@ -145,8 +145,9 @@ def _overrides(words: list[str]) -> dict[str, str]:
 
 def _data(content: dict, path: Path, folder: Path, given: dict[str, str]) -> tuple[dict[str, Path], dict[str, int]]:
     """The beton files, and how many images are to be drawn for which. Takes the data options out of `given`."""
-    files = {split: Path(file) for split, file in _keys(content.get("data"), f"{path}: data", tuple(SPLITS)).items()}
-    counts = _keys(content.get("embedded"), f"{path}: embedded", tuple(SPLITS))
+    where = f"{path}: data"
+    files = {split: Path(_word(file, f"{where}.{split}")) for split, file in _keys(content.get("data"), where, SPLITS).items()}
+    counts = _keys(content.get("embedded"), f"{path}: embedded", SPLITS)
     if files and counts:
         raise UserError(f"{path}: give either data or embedded")
     for split, count in counts.items():
@@ -175,8 +176,8 @@ def _seeds(words: object, path: Path) -> list[int]:
     return seeds
 
 
-def _grid(content: dict, path: Path) -> Iterator[tuple[str, str | None, str | None, list[str], dict[str, str]]]:
-    """Name, group, against, words for the config, and options of every run, group by group."""
+def _grid(content: dict, path: Path, given: dict[str, str]) -> Iterator[Run]:
+    """Every run of every group; the options `given` come before all others."""
     common = _options(content.get("options"), f"{path}: options")
     runs = {
         name: _keys(run, f"{path}: run {name}", ("against", "config", "options"))
@@ -184,8 +185,7 @@ def _grid(content: dict, path: Path) -> Iterator[tuple[str, str | None, str | No
     }
     if not runs:
         raise UserError(f"{path}: the study holds no runs; give at least one under runs")
-    groups = _named(content.get("groups"), f"{path}: groups") or {None: {}}
-    for group, group_content in groups.items():
+    for group, group_content in (_named(content.get("groups"), f"{path}: groups") or {None: {}}).items():
         where = f"{path}: group {group}"
         group_content = _keys(group_content, where, ("options", "runs"))
         of_group = _options(group_content.get("options"), where)
@@ -193,14 +193,14 @@ def _grid(content: dict, path: Path) -> Iterator[tuple[str, str | None, str | No
         prefix = f"{group}/" if group else ""
         for name, run in runs.items():
             against = run.get("against")
-            if against is not None and (against not in runs or against == name):
+            if against is not None and (against == name or against not in list(runs)):
                 raise UserError(f"{path}: run {name}: against must name another run of the study, got {against!r}; there are {', '.join(runs)}")
             config = run.get("config", content.get("config"))
-            yield (
-                prefix + name, group, against and prefix + against,
-                ["--config", str(path.parent / config)] if config else [],
-                common | _options(run.get("options"), f"{path}: run {name}") | of_group | _options(of_runs.get(name), f"{where}: run {name}"),
-            )  # fmt: skip
+            options = common | _options(run.get("options"), f"{path}: run {name}") | of_group | _options(of_runs.get(name), f"{where}: run {name}")
+            arguments = [f"--{option}={value}" for option, value in (options | given).items()]
+            if config:
+                arguments = ["--config", str(path.parent / _word(config, f"{path}: run {name}: config")), *arguments]
+            yield Run(prefix + name, group, against and prefix + against, arguments)
 
 
 def _named(value: object, where: str) -> dict:

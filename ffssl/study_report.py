@@ -11,7 +11,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
 from ffssl.data.convert import description_path
@@ -21,6 +24,12 @@ from ffssl.study_file import Run, Study
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#8c6d31")  # Okabe and Ito's, and a brown for yellow
 MARKERS = "osD^vP*X"
 COSTS = ("flops", "seconds")
+NOTES = """
+Means over the seeds, ± the sample standard deviation. kNN accuracy on the validation images after the last epoch, never the best. FLOPs
+in the standard count (backward = 2 forward); seconds of training, without the evaluations. Speed-ups are ratios of mean costs: that of
+the run that the study compares it with, the baseline, over this run's whole cost, and, "to baseline's accuracy", over what this run had
+cost at the first evaluation at which its accuracy was the baseline's final one or more (means over the seeds; - where it never was).
+"""
 
 
 def write_report(study: Study, folder: Path, records: dict[tuple[str, int], dict], failed: dict[tuple[str, int], int], *, command: str) -> str:
@@ -113,14 +122,6 @@ def format_table(rows: list[dict], seeds: int) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-NOTES = """
-Means over the seeds, ± the sample standard deviation. kNN accuracy on the validation images after the last epoch, never the best. FLOPs
-in the standard count (backward = 2 forward); seconds of training, without the evaluations. Speed-ups are ratios of mean costs: that of
-the run that the study compares it with, the baseline, over this run's whole cost, and, "to baseline's accuracy", over what this run had
-cost at the first evaluation at which its accuracy was the baseline's final one or more (means over the seeds; - where it never was).
-"""
-
-
 def _format_header(header: dict) -> str:
     lines = [f"# {header['title']}", "", f"`{header['command']}`", ""]
     lines += [f"- machine: {machine}" for machine in header["machines"]]
@@ -168,69 +169,80 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def draw(study: Study, rows: list[dict], logs: dict[str, dict[int, list[dict]]], path: Path) -> None:
-    """Mean kNN accuracy over FLOPs and over seconds: a curve a run, a mark with its spread at the end. A group, else a run, has a colour."""
-    figure, axes = plt.subplots(1, 2, figsize=(14, 6.5), sharey=True, layout="constrained")
+    """Write the picture: mean kNN accuracy over FLOPs and over seconds, a curve a run, with a mark and its spread at the end.
+
+    Runs of a group share a colour, and runs of the same name a mark, which is hollow where they are compared with no other.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(15, 7), dpi=110, sharey=True, layout="constrained")
     unit, scale = _flop_unit(rows)
     shown = [(run, row) for run, row in zip(study.runs, rows) if row["seeds"]]
     families = list(dict.fromkeys(run.group or run.name for run in study.runs))
     recipes = list(dict.fromkeys(run.name.rpartition("/")[2] for run in study.runs))
+    colours = {run.name: COLOURS[families.index(run.group or run.name) % len(COLOURS)] for run in study.runs}
     for axis, cost, label, factor in zip(axes, COSTS, (unit, "seconds of training"), (scale, 1)):
-        labels = []
         for run, row in shown:
-            colour = COLOURS[families.index(run.group or run.name) % len(COLOURS)]
-            marker = MARKERS[recipes.index(run.name.rpartition("/")[2]) % len(MARKERS)]
-            curve = mean_curve(logs[run.name])
-            axis.plot([point[cost] * factor for point in curve], [100 * point["knn"] for point in curve], color=colour, lw=1.2, alpha=0.35)
-            end = (row[cost] * factor, 100 * row["knn"])
+            colour, curve = colours[run.name], mean_curve(logs[run.name])
+            axis.plot([point[cost] * factor for point in curve], [100 * point["knn"] for point in curve], color=colour, lw=1.4, alpha=0.4)
             axis.errorbar(
-                *end, xerr=(row[f"{cost}_sd"] or 0) * factor, yerr=100 * (row["knn_sd"] or 0), color=colour, marker=marker, ms=8,
-                mfc=colour if run.against else "white", mew=1.6, elinewidth=1.2,
+                row[cost] * factor, 100 * row["knn"], xerr=(row[f"{cost}_sd"] or 0) * factor, yerr=100 * (row["knn_sd"] or 0), color=colour,
+                marker=MARKERS[recipes.index(run.name.rpartition("/")[2]) % len(MARKERS)], ms=8, mfc=colour if run.against else "white",
+                mew=1.6, elinewidth=1.2,
             )  # fmt: skip
-            labels.append((run.name.replace("/", " "), end, colour))
-        axis.set(xlabel=label, xlim=(0, None))
+        axis.margins(x=0.12)
+        axis.set_xlim(left=0)
+        axis.set_xlabel(label)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="0.92")
         axis.set_axisbelow(True)
-        axis.margins(x=0.12)
-        axis.labels = labels
     axes[0].set_ylabel("kNN accuracy (%)")
     if shown:
         finals = [100 * row["knn"] for _, row in shown]
-        room = max(1.5 * (max(finals) - min(finals)), 5)
-        axes[0].set_ylim(max(min(finals) - room, 0), min(max(finals) + 0.25 * room, 101))
-    figure.suptitle(study.title)
+        room = max(max(finals) - min(finals), 4)
+        axes[0].set_ylim(max(min(finals) - room, 0), min(max(finals) + 0.3 * room, 101))  # the ends, where the runs differ
+    figure.suptitle(study.title, fontsize=14)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # the labels are placed for the layout as it is now
-    for axis in axes:
-        _label(axis, axis.labels)
-    figure.savefig(path, dpi=110, format="png")
+    for axis, cost, factor in zip(axes, COSTS, (scale, 1)):
+        _label(axis, [(run.name.replace("/", " "), (row[cost] * factor, 100 * row["knn"]), colours[run.name]) for run, row in shown])
+    figure.savefig(path, format="png")
     plt.close(figure)
 
 
 def _label(axis: Axes, labels: list[tuple[str, tuple[float, float], str]]) -> None:
-    """Write each label beside its point, where it covers no other label and no other point."""
-    renderer = axis.figure.canvas.get_renderer()
-    points = [axis.transData.transform(point) for _, point, _ in labels]
-    taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in points]
-    inside = axis.get_window_extent(renderer)
-    for (text, point, colour), (x, y) in zip(labels, points):
-        for distance in (11, 22, 36, 54, 76, 100):
-            for dx, dy, ha, va in _DIRECTIONS:
-                note = axis.annotate(
-                    text, point, (dx * distance, dy * distance), textcoords="offset pixels", ha=ha, va=va, color=colour, fontsize=9,
-                    arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "shrinkA": 0, "shrinkB": 6} if distance > 22 else None,
-                )  # fmt: skip
-                box = super(type(note), note).get_window_extent(renderer)
-                if not box.count_overlaps(taken) and box.x0 > inside.x0 and box.y1 < inside.y1 and box.y0 > inside.y0:
-                    break
-                note.remove()
-            else:
-                continue
-            taken.append(box)
-            break
+    """Write each text beside its point, in its colour: near, but clear of the marks, the other texts and, if it can be, the lines."""
+    ends = axis.transData.transform([point for _, point, _ in labels] or np.empty((0, 2)))
+    boxes = [Bbox.from_extents(x - 8, y - 8, x + 8, y + 8) for x, y in ends]
+    lines = [line.get_xydata() for line in axis.lines] + [bar for bars in axis.collections for bar in bars.get_segments()]
+    drawn = np.concatenate([_along(axis.transData.transform(line)) for line in lines] or [np.empty((0, 2))])
+    inside = axis.get_window_extent()
+    for (text, point, colour), end in zip(labels, ends):
+        ink = 0.75 * np.array(to_rgb(colour))  # darker than the curve, or the lighter ones would be hard to read
+        note = axis.annotate(text, point, (0, 0), textcoords="offset pixels", color=ink, fontsize=10, ha="center", va="center")
+        note.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+        size = np.array(note.get_window_extent().size)
+
+        def box_at(offset: np.ndarray) -> Bbox:
+            return Bbox.from_bounds(*(end + offset - size / 2), *size)
+
+        def cost(offset: np.ndarray) -> float:
+            box = box_at(offset)
+            outside = box.x0 < inside.x0 or box.x1 > inside.x1 or box.y0 < inside.y0 or box.y1 > inside.y1
+            crossed = ((drawn > box.min) & (drawn < box.max)).all(1).sum()
+            return 1000 * outside + 300 * box.count_overlaps(boxes) + crossed + np.hypot(*(np.abs(offset) - size / 2).clip(0))
+
+        angles = np.arange(16) * np.pi / 8
+        places = [np.array([np.cos(a), np.sin(a)]) * (size / 2 + gap) for gap in range(12, 130, 6) for a in angles]
+        best = min(places, key=cost)
+        boxes.append(box_at(best))
+        note.set_position(best)
+        if np.hypot(*(np.abs(best) - size / 2).clip(0)) > 24:
+            axis.annotate(
+                "", point, best, textcoords="offset pixels",
+                arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.7, "shrinkA": size[1] / 2, "shrinkB": 6},
+            )  # fmt: skip
 
 
-_DIRECTIONS = (
-    (1, 0, "left", "center"), (0, 1, "center", "bottom"), (0, -1, "center", "top"), (-1, 0, "right", "center"), (0.7, 0.7, "left", "bottom"),
-    (0.7, -0.7, "left", "top"), (-0.7, 0.7, "right", "bottom"), (-0.7, -0.7, "right", "top"),
-)  # fmt: skip
+def _along(corners: np.ndarray) -> np.ndarray:
+    """Points (n, 2) on a polyline, about 4 pixels apart."""
+    pieces = [np.linspace(a, b, int(np.hypot(*(b - a)) // 4) + 1, endpoint=False) for a, b in zip(corners, corners[1:])]
+    return np.concatenate([*pieces, corners[-1:]])

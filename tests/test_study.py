@@ -1,0 +1,301 @@
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import PIL.Image
+import pytest
+import yaml
+
+from ffssl.config import read_options
+from ffssl.errors import UserError
+from ffssl.run_log import NAME as LOG_NAME
+from ffssl.run_log import read_log
+from ffssl.study import check_unchanged, comparable, finished, only_one_in, write_record
+from ffssl.study_file import Run, read_study
+from ffssl.study_report import draw, first_reached, format_table, mean_curve, summarise
+
+ROOT = Path(__file__).resolve().parent.parent
+TOY = {
+    "title": "Toy",
+    "embedded": {"train": 100, "validation": 20},
+    "seeds": [0, 1],
+    "options": {
+        "model": {"backbone": "resnet-small"},
+        "method": {"name": "simclr", "hidden": 32, "projection": 16},
+        "resolution": {"max": 32, "min": 16, "step": 16},
+        "training": {"epochs": 2, "batch_size": 32},
+        "evaluate": {"k": 5, "every": 1},
+        "run": {"tensorboard": False, "device": "cpu"},
+    },
+    "runs": {"baseline": None, "small": {"against": "baseline", "options": {"resolution": {"schedule": "progressive"}}}},
+}
+
+
+def write(folder: Path, **changes) -> Path:
+    path = folder / "toy.yaml"
+    path.write_text(yaml.safe_dump(TOY | changes, sort_keys=False))
+    return path
+
+
+def start(path: Path, folder: Path, *words: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "ffssl.study", str(path), "--folder", str(folder), *words]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def conduct(path: Path, folder: Path, *words: str) -> tuple[int, str, str]:
+    process = start(path, folder, *words)
+    out, err = process.communicate(timeout=280)
+    return process.returncode, out, err
+
+
+def changed_at(folder: Path) -> dict[Path, int]:
+    return {log: log.stat().st_mtime_ns for log in sorted(folder.rglob(LOG_NAME))}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> SimpleNamespace:
+    """A study that has been conducted once. Other tests go on in its folder, so its table is kept here."""
+    folder = tmp_path_factory.mktemp("toy")
+    path = write(folder)
+    status, out, err = conduct(path, folder / "study")
+    assert status == 0, err
+    tables = {name: (folder / "study" / name).read_text() for name in ("table.md", "table.json")}
+    return SimpleNamespace(path=path, folder=folder / "study", out=out, tables=tables)
+
+
+def test_study_trains_every_run_with_every_seed_and_shows_the_commands(toy):
+    for seed, run in ((seed, run) for seed in (0, 1) for run in read_study(toy.path, toy.folder, []).runs):
+        assert [row["epoch"] for row in read_log(run.folder(toy.folder, seed))] == [0, 1, 2]
+        assert f"--run.folder={run.folder(toy.folder, seed)} --run.seed={seed}" in toy.out
+        assert finished(run.folder(toy.folder, seed))
+    assert toy.out.count("$ python ffssl/train.py") == 4 and toy.out.count("$ python write_datasets.py") == 2
+
+
+def test_table_states_the_results_and_their_provenance(toy):
+    finals = {name: [read_log(toy.folder / f"seed{seed}" / name)[-1] for seed in (0, 1)] for name in ("baseline", "small")}
+    rows = json.loads(toy.tables["table.json"])["runs"]
+    for row in rows:
+        for key in ("knn", "flops", "seconds"):
+            a, b = (final[key] for final in finals[row["run"]])
+            assert row[key] == pytest.approx((a + b) / 2)
+            assert row[f"{key}_sd"] == pytest.approx(abs(a - b) / math.sqrt(2), abs=1e-12)  # of a sample of two
+    assert rows[1]["speed_up_flops"] == pytest.approx(finals["baseline"][0]["flops"] / finals["small"][0]["flops"])
+    assert rows[1]["speed_up_flops"] > 1.3
+    table = toy.tables["table.md"]
+    assert table.startswith("# Toy\n") and f"python -m ffssl.study {toy.path} --folder {toy.folder}" in table
+    for part in ("cores; Python", "torch", "seeds: 0, 1", "100 from Embedded, sha256", "k = 5, T = 0.1"):
+        assert part in table
+    assert all(line in table for line in toy.out.splitlines() if line.startswith("|"))
+    with PIL.Image.open(toy.folder / "picture.png") as picture:
+        assert min(picture.size) > 600
+    assert not list(toy.folder.rglob("*partial*"))
+
+
+def test_what_has_finished_is_not_run_again(toy):
+    before = changed_at(toy.folder)
+    status, out, _ = conduct(toy.path, toy.folder)
+    assert (status, changed_at(toy.folder)) == (0, before) and "train.py" not in out
+
+
+def test_changed_options_of_a_started_run_are_refused_by_name_before_anything_runs(toy):
+    before = changed_at(toy.folder)
+    status, out, err = conduct(toy.path, toy.folder, "--training.epochs=3")
+    assert (status, out) == (2, "")
+    assert re.search(r"^error: .*toy.yaml: run baseline: training.epochs is 3, .* started with 2; .*delete .*/seed\*/baseline", err)
+    assert err.count("\n") == 1 and changed_at(toy.folder) == before
+
+
+def test_an_ended_study_goes_on_where_it_stopped(toy, tmp_path):
+    long = {"against": "baseline", "options": {"training": {"epochs": 16}}}
+    path, before = write(tmp_path, runs=TOY["runs"] | {"long": long}, seeds=[0]), changed_at(toy.folder)
+    folder = toy.folder / "seed0" / "long"
+    done: list[dict] = []
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        process = start(path, toy.folder)
+        while len(read_log(folder)) < len(done) + 4:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == status and "Traceback" not in err
+        assert ("the same command goes on after the last whole epoch" in err) == (number == signal.SIGINT)
+        assert read_log(folder)[: len(done)] == done  # seconds too: these epochs were not run again
+        done = read_log(folder)[:-1]  # the checkpoint of the last may not have been written
+    assert conduct(path, toy.folder)[0] == 0
+    assert read_log(folder)[: len(done)] == done and [row["epoch"] for row in read_log(folder)] == list(range(17))
+    assert {log: time for log, time in changed_at(toy.folder).items() if log in before} == before
+
+
+def test_a_failed_run_is_marked_the_others_go_on_and_it_is_tried_again(toy, tmp_path):
+    diverging = {"options": {"training": {"learning_rate": 1e30, "momentum": 0}}}
+    path = write(tmp_path, seeds=[0], runs={"diverging": diverging, "baseline": {"against": "diverging"}})
+    for _ in range(2):
+        status, out, err = conduct(path, toy.folder)
+        assert status == 1 and out.count("$ python ffssl/train.py") == 1 and "[1 of 2] diverging" in out
+        assert "not finite" in err and "diverging, seed 0: failed with status 1; the others go on" in err
+    assert re.search(r"\| diverging +\| +0 of 1, seed 0 failed \(status 1\) +\| +- ", out)
+    assert re.search(r"\| baseline +\| +1 +\| +\d+\.\d +\|", out)
+
+
+def test_a_second_study_in_the_same_folder_is_refused(tmp_path):
+    with only_one_in(tmp_path / "study"):
+        with pytest.raises(UserError, match="running in .*study already"), only_one_in(tmp_path / "study"):
+            pass
+    with only_one_in(tmp_path / "study"):
+        pass
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"runs": {"a": {"options": {"training": {"epoch": 3}}}}}, "run a: --training.epoch: unknown option; did you mean training.epochs?"),
+        ({"runs": {"a": {"options": {"training": {"epochs": "many"}}}}}, "run a: --training.epochs: expected an integer"),
+        ({"runs": {"a": {"options": {"training": 3}}}}, "run a: training: expected names with values"),
+        ({"runs": {"a": {"options": {"training": {"epochs": [3, 4]}}}}}, "run a: training.epochs: expected one value"),
+        ({"runs": {"a": {"config": "missing.yaml"}}}, "run a: .*missing.yaml: the config can't be read"),
+        ({"runs": {"a": {"option": {}}}}, "run a: unknown key 'option'; did you mean options?"),
+        ({"runs": {"a": {"options": {"run": {"seed": 3}}}}}, "run a: run.seed is set by the study"),
+        ({"runs": {"a": None, "b": {"options": {"training": {"epochs": "2"}}}}}, "run b has the same options as run a"),
+        ({"runs": {"a": None, "b": {"against": "c"}}}, "run b: against must name another run of the study, got 'c'; there are a, b"),
+        ({"runs": {"a": {"against": "a"}}}, "run a: against must name another run"),
+        ({"runs": {"../a": None}}, "'../a' can't name a folder"),
+        ({"runs": None}, "the study holds no runs"),
+        ({"runs": ["a", "b"]}, "runs: expected names with values"),
+        ({"groups": {"g": {"runs": {"small-er": {}}}}}, "group g: runs: unknown key 'small-er'; did you mean small?"),
+        ({"groups": {"g": {"options": {"method": {"names": "byol"}}}}}, "run g/baseline: --method.names: unknown option"),
+        ({"run": {}}, "unknown key 'run'; did you mean runs?"),
+        ({"seeds": []}, "seeds must be a list"),
+        ({"seeds": [0, -1]}, "seeds must be a list of integers of 0 or more"),
+        ({"seeds": [0, 1, 0]}, "seeds: one is there twice"),
+        ({"embedded": None}, "no train images; give data"),
+        ({"embedded": None, "data": {"train": "a.beton", "validation": "b.beton"}}, "data.train: a.beton not found; make it with"),
+        ({"embedded": {"train": 100}}, "no validation images"),
+        ({"embedded": {"train": "all", "validation": 20}}, "train must be a number of images, got 'all'"),
+        ({"embedded": None, "data": {"train": ["a.beton"]}}, "data.train: expected one value"),
+        ({"config": {"training": {}}}, "run baseline: config: expected one value"),
+        ({"runs": {"a": {"against": ["b"]}}}, "run a: against must name another run"),
+        ({"data": {"train": "a.beton"}}, "give either data or embedded"),
+    ],
+)
+def test_mistakes_in_a_study_are_named(tmp_path, changes, message):
+    with pytest.raises(UserError, match=f"toy.yaml: .*{message}"):
+        read_study(write(tmp_path, **changes), tmp_path / "study", [])
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("runs: {a: , b: }\nseeds: [0]\nruns: {c: }", "toy.yaml, line 3: runs is there already"),
+        ("runs:\n  a: {options: {training: {epochs: 1}}}\n  a: {options: {training: {epochs: 2}}}", "line 3: a is there already"),
+        ("runs: [", "not a YAML file"),
+        ("", "holds no runs|no train images"),
+        ("- runs", "expected names with values"),
+    ],
+)
+def test_a_file_that_is_no_study_is_named(tmp_path, text, message):
+    (tmp_path / "toy.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_study(tmp_path / "toy.yaml", tmp_path / "study", [])
+    with pytest.raises(UserError, match="gone.yaml: the study can't be read"):
+        read_study(tmp_path / "gone.yaml", tmp_path / "study", [])
+
+
+@pytest.mark.parametrize("word, message", [
+    ("--training.epoch=3", "run baseline: --training.epoch: unknown option"), ("training.epochs=3", "expected --section.option=value"),
+    ("--training.epochs", "expected --section.option=value"), ("--run.seed=3", "run.seed is set by the study"),
+    ("--data.train=gone.beton", "gone.beton not found"),
+])  # fmt: skip
+def test_mistyped_overrides_are_named(tmp_path, word, message):
+    with pytest.raises(UserError, match=message):
+        read_study(write(tmp_path), tmp_path / "study", [word])
+
+
+def test_options_come_from_the_nearest_place(tmp_path):
+    (tmp_path / "common.yaml").write_text("training: {epochs: 1, learning_rate: 1, momentum: 0.1, weight_decay: 0.1, batch_size: 16, amp: off}")
+    path = write(
+        tmp_path, config="common.yaml", options={"training": {"epochs": 2, "learning_rate": 2, "momentum": 0.2, "weight_decay": 0.2}},
+        runs={"a": {"options": {"training": {"epochs": 3, "learning_rate": 3, "momentum": 0.3}}}, "b": {"against": "a"}},
+        groups={"g": {"options": {"training": {"epochs": 4, "learning_rate": 4}}, "runs": {"a": {"training": {"epochs": 5}}}}, "h": None},
+    )  # fmt: skip
+    runs = {run.name: run for run in read_study(path, tmp_path, ["--model.backbone=resnet18"]).runs}
+    assert {name: (run.group, run.against) for name, run in runs.items()} == {
+        "g/a": ("g", None), "g/b": ("g", "g/a"), "h/a": ("h", None), "h/b": ("h", "h/a"),
+    }  # fmt: skip
+    options = read_options(runs["g/a"].command(tmp_path, 7))
+    t = options.training
+    assert (t.epochs, t.learning_rate, t.momentum, t.weight_decay, t.batch_size, t.amp) == (5, 4, 0.3, 0.2, 16, "off")
+    assert (options.model.backbone, options.run.seed, options.run.folder) == ("resnet18", 7, str(tmp_path / "seed7" / "g" / "a"))
+    assert read_options(runs["h/b"].command(tmp_path, 0)).training.epochs == 2
+    assert {read_options(run.command(tmp_path, 0)).data.train for run in runs.values()} == {str(tmp_path / "data" / "train-100.beton")}
+
+
+def test_threads_and_places_may_change_between_two_calls(tmp_path):
+    study = read_study(write(tmp_path), tmp_path, [])
+    run = study.runs[0]
+    write_record(run.folder(tmp_path, 0), {"options": comparable(read_options(run.command(tmp_path, 0)))})
+    for word in ("--data.workers=1", "--run.device=cuda"):
+        changed = read_study(study.path, tmp_path, [word])
+        check_unchanged(changed, changed.runs[0], 0, tmp_path)
+    changed = read_study(study.path, tmp_path, ["--evaluate.k=6"])
+    with pytest.raises(UserError, match="evaluate.k is 6, .* started with 5"):
+        check_unchanged(changed, changed.runs[0], 0, tmp_path)
+
+
+def log(*accuracies: float, cost: float) -> list[dict]:
+    """The log of a run that is evaluated after each epoch, each of `cost` FLOPs and of twice as many seconds."""
+    return [{"epoch": e, "flops": e * cost, "seconds": 2 * e * cost, "knn": accuracy} for e, accuracy in enumerate(accuracies)]
+
+
+RUNS = [Run("base", None, None, []), Run("quick", None, "base", []), Run("poor", None, "base", []), Run("absent", None, "base", [])]
+LOGS = {
+    "base": {0: log(0.9, 0.2, 0.5, 0.6, 0.8, cost=10), 1: log(0.1, 0.2, 0.3, 0.7, 0.6, cost=10)},  # 0.7 on average in the end
+    "quick": {0: log(0.9, 0.5, 0.9, 0.6, cost=5), 1: log(0.9, 0.8, 0.6, 0.6, cost=5)},  # 0.65, then 0.75, then 0.6
+    "poor": {0: log(0.1, 0.2, 0.3, cost=5)},
+    "absent": {},
+}
+
+
+def test_speed_up_to_the_baselines_accuracy_is_read_off_the_mean_curve():
+    base, quick, poor, absent = summarise(RUNS, LOGS)
+    assert base["knn"] == pytest.approx(0.7) and base["knn_sd"] == pytest.approx(0.1 * math.sqrt(2))
+    assert quick["speed_up_flops"] == quick["speed_up_seconds"] == pytest.approx(40 / 15)
+    assert quick["speed_up_to_accuracy_flops"] == quick["speed_up_to_accuracy_seconds"] == pytest.approx(40 / 10)
+    assert base["speed_up_to_accuracy_flops"] == 1
+    assert poor["speed_up_to_accuracy_flops"] is None and poor["knn_sd"] is None and poor["speed_up_flops"] == 4
+    assert absent["knn"] is None and absent["speed_up_flops"] is None
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in format_table([r | {"failed": {}} for r in (quick, poor, absent)], 2).splitlines()[2:]]
+    assert lines[0][:3] == ["quick", "2", "60.0 ± 0.0"] and lines[0][-2:] == ["4.00x", "4.00x"]
+    assert lines[1][:3] == ["poor", "1 of 2", "30.0"] and lines[1][-2:] == ["-", "-"]
+    assert lines[2] == ["absent", "0 of 2", *["-"] * 7]
+
+
+def test_an_untrained_network_reaches_nothing():
+    assert first_reached(mean_curve({0: log(0.9, 0.1, cost=1)}), 0.5) is None
+    assert mean_curve({}) == []
+
+
+def test_picture_of_an_unfinished_study_is_drawn(tmp_path):
+    study = read_study(write(tmp_path), tmp_path, [])
+    for logs in (LOGS, dict.fromkeys(LOGS, {})):
+        study.runs[:] = RUNS
+        draw(study, summarise(RUNS, logs), logs, tmp_path / "picture.png")
+        with PIL.Image.open(tmp_path / "picture.png") as picture:
+            colours = picture.convert("RGB").getcolors(1 << 24)
+        drawn = {(0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73)} & {colour for _, colour in colours}
+        assert len(drawn) == (2 if logs is LOGS else 0)  # the marks of quick and poor, in their colours
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "rn50_configs" / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_study_reads(path, tmp_path):
+    data = [tmp_path / f"{split}.beton" for split in ("train", "validation")]
+    for file in data:
+        file.touch()
+    study = read_study(path, tmp_path, [f"--data.{file.stem}={file}" for file in data])
+    assert {run.against for run in study.runs} - {None} <= {run.name for run in study.runs}
