@@ -51,7 +51,7 @@ def start(path: Path, folder: Path, *words: str) -> subprocess.Popen:
 
 def conduct(path: Path, folder: Path, *words: str) -> tuple[int, str, str]:
     process = start(path, folder, *words)
-    out, err = process.communicate(timeout=280)
+    out, err = process.communicate(timeout=560)
     return process.returncode, out, err
 
 
