@@ -142,8 +142,13 @@ def _describe_data(path: Path) -> str:
 
 def _format_seeds(row: dict, seeds: int) -> str:
     done = len(row["seeds"])
-    parts = [str(done) if done == seeds else f"{done} of {seeds}"]
-    return ", ".join(parts + [f"seed {seed} failed (status {status})" for seed, status in row["failed"].items()])
+    failures = [f"seed {seed} failed ({_describe_status(status)})" for seed, status in row["failed"].items()]
+    return ", ".join([str(done) if done == seeds else f"{done} of {seeds}", *failures])
+
+
+def _describe_status(status: int) -> str:
+    """An exit status as `subprocess` gives it."""
+    return f"status {status}" if status >= 0 else f"signal {-status}"
 
 
 def _format_mean(mean: float | None, deviation: float | None, scale: float) -> str:
