@@ -73,8 +73,9 @@ def test_efficient_run_follows_its_schedules_and_logs_them(betons, tmp_path):
     ],
 )  # fmt: skip
 def test_every_method_trains_and_goes_on_from_its_checkpoint_with_the_same_weights(betons, tmp_path, method):
-    options = [f"--method.name={method.split()[0]}", *method.split()[1:], "--hard_augment.select=hard", "--hard_augment.resolution=16", "--augment.views=3"]
-    if method.split()[0] not in ("barlow_twins", "vicreg"):
+    name, *heads = method.split()
+    options = [f"--method.name={name}", *heads, "--hard_augment.select=hard", "--hard_augment.resolution=16", "--augment.views=3"]
+    if name not in ("barlow_twins", "vicreg"):
         options += ["--hard_augment.loss=method", "--hard_augment.extra_targets=true"]
     unbroken = arguments(betons, tmp_path / "unbroken", *options, "--training.epochs=2")
     train(read_options(unbroken))

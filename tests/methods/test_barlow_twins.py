@@ -60,6 +60,7 @@ def test_defaults_and_projector_are_the_official_codes():
     assert [(x.in_features, x.out_features, x.bias) for x in method.projector if isinstance(x, nn.Linear)] == [
         (2048, 8192, None), (8192, 8192, None), (8192, 8192, None),
     ]  # fmt: skip
-    ours, theirs = build_method("barlow_twins", WideBackbone(), {"hidden": 64, "projection": 32}).projector, heads.BarlowTwinsProjectionHead(2048, 64, 32)
+    ours = build_method("barlow_twins", WideBackbone(), {"hidden": 64, "projection": 32}).projector
+    theirs = heads.BarlowTwinsProjectionHead(2048, 64, 32)
     theirs.layers.load_state_dict(ours.state_dict() | {"6.bias": torch.zeros(32)})  # lightly's last layer has a bias
     torch.testing.assert_close(ours(randoms(4, 2048)), theirs(randoms(4, 2048)))
