@@ -7,6 +7,7 @@ A row of the document's tables is about the command whose --run.folder is runs/ 
 
 import re
 import subprocess
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,18 +36,25 @@ class Costs:
     """PFLOP of runs. What was counted for one is not counted again for another."""
 
     def __init__(self):
-        self._flops: dict[str, dict[int, int]] = {}
+        self._flops: dict[str, int] = {}
 
     def petaflop(self, options: SimpleNamespace, backward: int) -> float:
         """Of all images in every epoch, as the paper counts; a run leaves out the last batch of an epoch if it is not full."""
         plan = Plan(options, steps_per_epoch=1)
-        sides = [plan.resolution(epoch) for epoch in range(options.training.epochs)]
-        sections = [options.model, options.method, options.hard_augment, options.augment.views, options.training.batch_size]
-        key = repr((sections, sorted(set(sides)), backward))
-        if key not in self._flops:
-            self._flops[key] = count_flops(plan, build(options, torch.device("cpu")), backward)
         steps_per_epoch = IMAGES[options.data.train] / options.training.batch_size
-        return sum(self._flops[key][side] for side in sides) * steps_per_epoch / 1e15
+        sides = Counter(plan.resolution(epoch) for epoch in range(options.training.epochs))
+        return sum(epochs * self._step(options, side, backward) for side, epochs in sides.items()) * steps_per_epoch / 1e15
+
+    def _step(self, options: SimpleNamespace, side: int, backward: int) -> int:
+        at_side = SimpleNamespace(**vars(options) | {"resolution": SimpleNamespace(schedule="constant", max=side)})
+        at_side.resolution.min = at_side.resolution.step = side
+        hard_augment = options.hard_augment if options.hard_augment.select != "off" else None
+        key = repr((options.model, options.method, hard_augment, options.augment.views, options.training.batch_size, side, backward))
+        if key not in self._flops:
+            with torch.device("meta"):  # no weights
+                method = build(at_side, torch.device("meta"))
+            [self._flops[key]] = count_flops(Plan(at_side, steps_per_epoch=1), method, backward).values()
+        return self._flops[key]
 
     def cells(self, options: SimpleNamespace) -> tuple[str, str, str, str]:
         """What stands in a row: PFLOP by the standard count and by the paper's, hours on a V100 and on an H200."""

@@ -84,7 +84,7 @@ def resample_positions(embedding: Tensor, old: tuple[int, int], new: tuple[int, 
     if old == new:
         return embedding
     prefix = embedding.shape[1] - old[0] * old[1]
-    with torch.autocast("cuda" if embedding.is_cuda else "cpu", enabled=False):  # in half precision they would be off by 1 %
+    with torch.autocast("cuda" if embedding.is_cuda else "cpu", enabled=False):  # which would round them
         patches = _resampling_matrix(old, new, embedding.device) @ embedding[:, prefix:].float()
     return torch.cat([embedding[:, :prefix], patches.to(embedding.dtype)], dim=1)
 
