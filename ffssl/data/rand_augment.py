@@ -76,17 +76,22 @@ def take(plane, places, out):
 
 
 @compiled
-def _warp(view, operation, strength):
-    side = view.shape[1]
+def _copy(row, out):
+    for i in range(row.shape[0]):
+        out[i] = row[i]
+
+
+@compiled
+def _warp(channels, side, operation, strength):
     source = np.zeros((3, side * side + 1), np.uint8)  # the last value of each channel is what lies outside
     for c in range(3):
-        source[c, : side * side] = view[c].reshape(side * side)
+        _copy(channels[c], source[c])
     xx, xy, x0, yx, yy, y0 = inverse_map(operation, strength, side)
     places = np.empty(side, np.int32)
     for y in range(side):
         nearest_pixels(np.float32(xy * y + x0), np.float32(xx), np.float32(yy * y + y0), np.float32(yx), side, places)
         for c in range(3):
-            take(source[c], places, view[c, y])
+            take(source[c], places, channels[c, y * side : (y + 1) * side])
 
 
 # Colour
@@ -231,7 +236,7 @@ def augment(view, operation, strength):
     red, green, blue = channels[0], channels[1], channels[2]
     factor = np.float32(1 + strength)
     if SHEAR_X <= operation <= ROTATE:
-        _warp(view, operation, strength)
+        _warp(channels, view.shape[1], operation, strength)
     elif operation == COLOUR:
         adjust_colour(red, green, blue, factor)
     elif operation == EQUALISE:
