@@ -208,7 +208,7 @@ def test_interrupt_leaves_with_status_130_and_a_checkpoint(betons, tmp_path):
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, stderr
     assert "Traceback" not in stderr and "the same command continues" in stderr
     assert checkpoint.load(tmp_path) is not None
 

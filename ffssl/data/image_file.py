@@ -1,5 +1,6 @@
 """The images' bytes, read at the disk's speed in any order, without holding more memory than is being read."""
 
+import contextlib
 import mmap
 from pathlib import Path
 
@@ -32,7 +33,8 @@ class ImageFile:
 
     def close(self) -> None:
         self.data = np.empty(0, np.uint8)
-        self._map.close()
+        with contextlib.suppress(BufferError):  # somebody, a traceback say, still holds the data, and the file is closed with that
+            self._map.close()
 
     def _advise(self, advice: int, begins: np.ndarray, sizes: np.ndarray) -> None:
         in_page = begins % np.uint64(mmap.PAGESIZE)
