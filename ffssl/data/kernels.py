@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from ffssl.data.compiled import compiled
-from ffssl.data.lanes import LANES, sum_24, transpose, weighted_sum
+from ffssl.data.lanes import BLOCK, LANES, sum_pixel, transpose, weighted_sum
 
 _ZERO, _ONE, _WHITE, _HALF = np.float32(0), np.float32(1), np.float32(255), np.float32(0.5)
 _RED, _GREEN, _BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)  # ITU-R 601-2 luma, as torchvision rounds it
@@ -25,11 +25,12 @@ def triangle_weights(origin, length, target, first, count, weights):
     """Taps of the antialiased triangle filter (Pillow's and torchvision's "bilinear") from `length` source pixels to `target`.
 
     The source extends from `origin` (in 0..1) to origin + length, which may both be fractions; a pixel cut by an edge counts whole.
-    Writes for each output pixel its `first` source pixel (uint64), the `count` of its taps (int64), and its row of `weights`
+    Writes for each output pixel its `first` source pixel and the `count` of its taps (both uint64), and its row of `weights`
     (float32, (target, `most_taps(length, target)` or more)), which sums to one.
     """
     scale = length / target
     support = max(scale, 1.0)
+    narrow = 1.0 / support
     end = int(math.ceil(origin + length))
     for i in range(target):
         centre = origin + (i + 0.5) * scale
@@ -37,9 +38,10 @@ def triangle_weights(origin, length, target, first, count, weights):
         high = min(int(centre + support + 0.5), end)
         total = 0.0
         for k in range(high - low):
-            total += max(0.0, 1.0 - abs((low + k - centre + 0.5) / support))
+            total += max(0.0, 1.0 - abs(low + k - centre + 0.5) * narrow)
+        share = 1.0 / total
         for k in range(high - low):
-            weights[i, k] = max(0.0, 1.0 - abs((low + k - centre + 0.5) / support)) / total
+            weights[i, k] = max(0.0, 1.0 - abs(low + k - centre + 0.5) * narrow) * share
         first[i] = low
         count[i] = high - low
 
@@ -51,31 +53,32 @@ def most_taps(length, target):
 
 
 @compiled
-def shrink_rows(rows, first, count, weights, flip, columns, shrunk, planes, y):
-    """Horizontal pass over LANES interleaved RGB rows into rows y, y + 1, ... of the planes, mirrored if `flip`.
+def shrink_rows(rows, n, first, count, weights, flip, columns, shrunk, planes, y):
+    """Horizontal pass over BLOCK interleaved RGB rows into rows y, y + 1, ... of the planes, mirrored if `flip`.
 
-    rows: float32 (LANES, n), n a multiple of LANES and at least 3 values for each source pixel. first, count, weights: see
-    `triangle_weights`. columns: scratch of LANES * n float32. shrunk: scratch of 3 * LANES * R. planes: float32 (3, R, R).
+    rows: float32 (BLOCK * n,), n a multiple of LANES and at least 3 values for each source pixel. first, count, weights: see
+    `triangle_weights`. columns: scratch of BLOCK * n float32. shrunk: scratch of 3 * BLOCK * R. planes: float32 (3, R, R).
 
-    The sums run over pixels whose LANES rows lie side by side, so the block is transposed before and after.
+    The sums run over pixels whose BLOCK rows lie side by side, so the block is transposed before and after.
     """
-    lanes_, pixel = np.uint64(LANES), np.uint64(3 * LANES)
-    flat, n = rows.reshape(-1), np.uint64(rows.shape[1])
-    for i in range(0, rows.shape[1], LANES):
-        transpose(flat, np.uint64(i), n, columns, np.uint64(i) * lanes_, lanes_)
-    resolution = count.shape[0]
+    block, pixel = np.uint64(BLOCK), np.uint64(3 * BLOCK)
+    for i in range(0, n, LANES):
+        for part in range(0, BLOCK, LANES):
+            transpose(rows, np.uint64(part * n + i), np.uint64(n), columns, np.uint64(i) * block + np.uint64(part), block)
+    resolution, taps, all_weights = count.shape[0], np.uint64(weights.shape[1]), weights.reshape(-1)
     for x in range(resolution):
         to = np.uint64(resolution - 1 - x if flip else x)
-        sum_24(columns, pixel * first[x], pixel, weights[x, : count[x]], shrunk, pixel * to)
-    whole = resolution // LANES * LANES if y + LANES <= resolution else 0
+        sum_pixel(columns, pixel * first[x], pixel, all_weights, taps * np.uint64(x), count[x], shrunk, pixel * to)
+    whole = resolution // LANES * LANES if y + BLOCK <= resolution else 0
     out = planes.reshape(-1)
     for c in range(3):
-        for x in range(0, whole, LANES):
-            transpose(shrunk, pixel * np.uint64(x) + lanes_ * np.uint64(c), pixel, out, np.uint64((c * resolution + y) * resolution + x),
-                      np.uint64(resolution))
-        for i in range(min(LANES, resolution - y)):
+        for part in range(0, BLOCK, LANES):
+            for x in range(0, whole, LANES):
+                transpose(shrunk, pixel * np.uint64(x) + np.uint64(c * BLOCK + part), pixel,
+                          out, np.uint64((c * resolution + y + part) * resolution + x), np.uint64(resolution))
+        for i in range(min(BLOCK, resolution - y)):
             for x in range(whole, resolution):
-                planes[c, y + i, x] = shrunk[(3 * x + c) * LANES + i]
+                planes[c, y + i, x] = shrunk[(3 * x + c) * BLOCK + i]
 
 
 # Colour
@@ -211,31 +214,35 @@ def gaussian_taps(sigma, radius, taps):
 
 
 @compiled
-def mirror(i, n):
+def _mirror(i, n):
     """Index of pixel i of a row of n that is continued by reflection without repeating the border pixel."""
     if n == 1:
         return 0
-    i = abs(i) % (2 * n - 2)
-    return i if i < n else 2 * n - 2 - i
+    while not 0 <= i < n:  # a division would take longer than the rest of a short blur
+        i = -i if i < 0 else 2 * n - 2 - i
+    return i
 
 
 @compiled
-def blur_rows(plane, taps, padded, blurred):
-    """Horizontal pass over `plane` (float32, (n, n)) into `blurred` (n + 2 * radius, n), continued above and below by reflection.
+def blur_rows(plane, n, taps, padded, blurred):
+    """Horizontal pass over `plane` (float32, (n * n,)) into `blurred` ((n + 2 * radius) * n,), continued above and below by reflection.
 
     taps: see `gaussian_taps`. padded: scratch of n + 2 * radius.
     """
-    n, radius = plane.shape[0], taps.shape[0] // 2
+    side, radius = np.uint64(n), taps.shape[0] // 2
     for y in range(n):
-        row = plane[y]
-        padded[radius : radius + n] = row
+        row = np.uint64(y) * side
+        for x in range(n):
+            padded[np.uint64(radius + x)] = plane[row + np.uint64(x)]
         for k in range(1, radius + 1):
-            padded[radius - k] = row[mirror(-k, n)]
-            padded[radius + n - 1 + k] = row[mirror(n - 1 + k, n)]
-        weighted_sum(padded, np.uint64(0), np.uint64(1), taps, blurred[radius + y])
+            padded[radius - k] = plane[row + np.uint64(_mirror(-k, n))]
+            padded[radius + n - 1 + k] = plane[row + np.uint64(_mirror(n - 1 + k, n))]
+        weighted_sum(padded, np.uint64(0), np.uint64(1), taps, np.uint64(0), np.uint64(taps.shape[0]), blurred,
+                     np.uint64(radius + y) * side, side)
+    rows = blurred.reshape(n + 2 * radius, n)
     for k in range(1, radius + 1):
-        blurred[radius - k] = blurred[radius + mirror(-k, n)]
-        blurred[radius + n - 1 + k] = blurred[radius + mirror(n - 1 + k, n)]
+        rows[radius - k] = rows[radius + _mirror(-k, n)]
+        rows[radius + n - 1 + k] = rows[radius + _mirror(n - 1 + k, n)]
 
 
 @compiled

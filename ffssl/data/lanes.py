@@ -14,60 +14,61 @@ from numba.extending import intrinsic
 from ffssl.data.compiled import compiled
 
 LANES = 8
+BLOCK = 16  # rows that are resized together
 _INDEX, _VECTOR = ir.IntType(64), ir.VectorType(ir.FloatType(), LANES)
 _MASK = ir.VectorType(ir.IntType(32), LANES)
 
 
 @compiled
-def weighted_sum(source, start, step, weights, out):
-    """out[i] = the sum over k of weights[k] * source[start + k * step + i].
+def weighted_sum(source, start, step, weights, first, taps, out, at, length):
+    """out[at + i] = the sum over k < taps of weights[first + k] * source[start + k * step + i], for i < length.
 
-    source: uint8 or float32, out and weights: float32, all contiguous and 1-D; start, step: uint64. Reads nothing else.
+    source: uint8 or float32, out and weights: float32, all contiguous and 1-D; the numbers are uint64. Takes whole arrays and
+    positions because a slice costs Numba two atomic operations.
     """
-    i, n = np.uint64(0), np.uint64(out.shape[0])
-    while i + np.uint64(4 * LANES) <= n:
-        _sum_32(source, start + i, step, weights, out, i)
+    i = np.uint64(0)
+    while i + np.uint64(4 * LANES) <= length:
+        _sum_32(source, start + i, step, weights, first, taps, out, at + i)
         i += np.uint64(4 * LANES)
-    while i + np.uint64(LANES) <= n:
-        _sum_8(source, start + i, step, weights, out, i)
+    while i + np.uint64(LANES) <= length:
+        _sum_8(source, start + i, step, weights, first, taps, out, at + i)
         i += np.uint64(LANES)
-    while i < n:
-        total, j = np.float32(0), start + i
-        for k in range(weights.shape[0]):
-            total += weights[k] * np.float32(source[j])
-            j += step
-        out[i] = total
+    while i < length:
+        total = np.float32(0)
+        for k in range(taps):
+            total += weights[first + k] * np.float32(source[start + i + k * step])
+        out[at + i] = total
         i += np.uint64(1)
 
 
 def _fixed_weighted_sum(width: int):
-    """An intrinsic like `weighted_sum` for `width` elements, a multiple of LANES, from out[at] on."""
+    """An intrinsic like `weighted_sum` for the length `width`, a multiple of LANES."""
 
-    def build(typing_context, source, start, step, weights, out, at):
+    def build(typing_context, source, start, step, weights, first, taps, out, at):
         def generate(context, builder, signature, arguments):
-            source, weights, out = (_data(context, builder, signature, arguments, i) for i in (0, 3, 4))
-            start, step, at = (arguments[i] for i in (1, 2, 5))
-            taps = context.make_array(signature.args[3])(context, builder, arguments[3]).nitems
+            source, weights, out = (_data(context, builder, signature, arguments, i) for i in (0, 3, 6))
+            start, step, first, taps, at = (arguments[i] for i in (1, 2, 4, 5, 7))
             zero = ir.Constant(_VECTOR, [0.0] * LANES)
             totals = [cgutils.alloca_once(builder, _VECTOR) for _ in range(width // LANES)]
             for total in totals:
                 builder.store(zero, total)
             with cgutils.for_range(builder, taps) as loop:
-                weight = _broadcast(builder, builder.load(builder.gep(weights, [loop.index])))
-                first = builder.add(start, builder.mul(loop.index, step))
+                weight = _broadcast(builder, builder.load(builder.gep(weights, [builder.add(first, loop.index)])))
+                position = builder.add(start, builder.mul(loop.index, step))
                 for i, total in enumerate(totals):
-                    term = builder.fmul(weight, _load(builder, source, _plus(builder, first, LANES * i)), flags=["fast"])
+                    term = builder.fmul(weight, _load(builder, source, _plus(builder, position, LANES * i)), flags=["fast"])
                     builder.store(builder.fadd(builder.load(total), term, flags=["fast"]), total)
             for i, total in enumerate(totals):
                 _store(builder, builder.load(total), out, _plus(builder, at, LANES * i))
             return context.get_dummy_value()
 
-        return types.void(source, types.uint64, types.uint64, weights, out, types.uint64), generate
+        number = types.uint64
+        return types.void(source, number, number, weights, number, number, out, number), generate
 
     return intrinsic(build)
 
 
-_sum_8, sum_24, _sum_32 = (_fixed_weighted_sum(width) for width in (LANES, 3 * LANES, 4 * LANES))
+_sum_8, _sum_32, sum_pixel = (_fixed_weighted_sum(width) for width in (LANES, 4 * LANES, 3 * BLOCK))
 
 
 @intrinsic

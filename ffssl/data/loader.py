@@ -207,7 +207,8 @@ class ViewLoader:
                 return
             indices = order[start : start + self.batch_size]
             views = slot[: len(indices)]
-            self._file.prefetch(*self._ranges(indices))
+            self._file.release()
+            self._file.prefetch(self.beton.images["data_ptr"][indices], self.beton.image_sizes[indices])
             tasks = [
                 self._pool.submit(self._render, indices[i : i + SAMPLES_PER_TASK], views.numpy()[i : i + SAMPLES_PER_TASK], self._consumed)
                 for i in range(0, len(indices), SAMPLES_PER_TASK)
@@ -261,12 +262,8 @@ class ViewLoader:
             raise UserError(
                 f"{self.beton.path}: image {error.args[-1]} does not decode; write the file again, with --skip-broken to leave it out"
             ) from error
-        self._file.release(*self._ranges(indices))
         if self._kernel is not None:
             self._kernel(self._settings.counters, indices, views)
-
-    def _ranges(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self.beton.images["data_ptr"][indices], self.beton.image_sizes[indices]
 
 
 class _Iteration:

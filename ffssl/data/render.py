@@ -1,7 +1,7 @@
 """One view of a decoded image: the kernels in the order of a policy.
 
-Between the stages a view is float32 planes, which fit into a core's second-level cache; within a stage all steps are done to a row
-or a few while these are in the first. The last stage rounds to uint8, on which RandAugment's operations work.
+Between the stages a view is float32 planes, which fit into a core's second-level cache; the steps of the colour jitter are done to a
+chunk of them while it is in the first. The last stage rounds to uint8, on which RandAugment's operations work.
 """
 
 import math
@@ -10,7 +10,7 @@ import numpy as np
 
 from ffssl.data import kernels
 from ffssl.data.compiled import compiled
-from ffssl.data.lanes import LANES, weighted_sum
+from ffssl.data.lanes import BLOCK, LANES, weighted_sum
 from ffssl.data.policy import (
     MOST_OPERATIONS, P_BRIGHTNESS, P_CONTRAST, P_FLIP, P_GREY, P_HEIGHT, P_HUE, P_JITTER, P_LEFT, P_OPERATION, P_ORDER,
     P_SATURATION, P_SIGMA, P_SOLARISE, P_STRENGTH, P_TOP, P_WIDTH,
@@ -20,6 +20,7 @@ from ffssl.data.rand_augment import augment
 SOLARISE_THRESHOLD = np.float32(128)
 _IDENTITY_SIGMA = 0.2  # a narrower Gaussian leaves every pixel within 0.001/255
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
+CHUNK = 2048  # pixels; of three channels 24 kB
 
 
 @compiled
@@ -42,8 +43,10 @@ def render(image, drawn, affine, out):
     may have fractions. affine: which form of colour jitter.
     out: uint8 (3, R, R), written. Allocates about 4 R^2 floats of scratch.
     """
-    planes = np.empty((3, out.shape[1], out.shape[1]), np.float32)
-    resized_crop(image, drawn, planes)
+    resolution = out.shape[1]
+    square = np.empty((3, resolution, resolution), np.float32)
+    resized_crop(image, drawn, square)
+    planes, stored = square.reshape(3, resolution * resolution), out.reshape(3, resolution * resolution)
     if drawn[P_JITTER] != 0:
         if affine:
             jitter_by_matrix(planes, drawn)
@@ -51,17 +54,16 @@ def render(image, drawn, affine, out):
             jitter_by_steps(planes, drawn)
     channels = 3
     if drawn[P_GREY] != 0:
+        kernels.to_grey(planes[0], planes[1], planes[2])
         channels = 1  # they are equal from here on
-        for y in range(planes.shape[1]):
-            kernels.to_grey(planes[0, y], planes[1, y], planes[2, y])
     for c in range(channels):
         if drawn[P_SIGMA] > _IDENTITY_SIGMA:
-            blur_and_store(planes[c], drawn, out[c])
-        else:
-            for y in range(planes.shape[1]):
-                _store(planes[c, y], drawn, out[c, y])
+            blur(planes[c], resolution, drawn[P_SIGMA])
+        if drawn[P_SOLARISE] != 0:
+            kernels.solarise(planes[c], SOLARISE_THRESHOLD)
+        kernels.store(planes[c], stored[c])
     for c in range(channels, 3):
-        out[c] = out[0]
+        stored[c] = stored[0]
     for i in range(MOST_OPERATIONS):
         augment(out, int(drawn[P_OPERATION + 2 * i]), drawn[P_STRENGTH + 2 * i])
 
@@ -73,51 +75,53 @@ def resized_crop(image, drawn, planes):
     top, left, height, width = drawn[P_TOP], drawn[P_LEFT], drawn[P_HEIGHT], drawn[P_WIDTH]
     first_row, first_column = np.uint64(top), np.uint64(left)
     row_length = 3 * (np.int64(math.ceil(left + width)) - np.int64(left))
-    first_y, count_y = np.empty(resolution, np.uint64), np.empty(resolution, np.int64)
-    first_x, count_x = np.empty(resolution, np.uint64), np.empty(resolution, np.int64)
+    first_y, count_y = np.empty(resolution, np.uint64), np.empty(resolution, np.uint64)
+    first_x, count_x = np.empty(resolution, np.uint64), np.empty(resolution, np.uint64)
     weights_y = np.empty((resolution, kernels.most_taps(height, resolution)), np.float32)
     weights_x = np.empty((resolution, kernels.most_taps(width, resolution)), np.float32)
     kernels.triangle_weights(top % 1, height, resolution, first_y, count_y, weights_y)
     kernels.triangle_weights(left % 1, width, resolution, first_x, count_x, weights_x)
     pixels, step = image.reshape(-1), np.uint64(3 * image.shape[1])
-    rows = np.zeros((LANES, (row_length + LANES - 1) // LANES * LANES), np.float32)
-    columns, shrunk = np.empty(rows.size, np.float32), np.empty(3 * LANES * resolution, np.float32)
-    for y in range(0, resolution, LANES):
-        for i in range(min(LANES, resolution - y)):
+    row_stride = (row_length + LANES - 1) // LANES * LANES
+    rows, columns = np.zeros(BLOCK * row_stride, np.float32), np.empty(BLOCK * row_stride, np.float32)
+    shrunk = np.empty(3 * BLOCK * resolution, np.float32)
+    all_weights_y, taps = weights_y.reshape(-1), np.uint64(weights_y.shape[1])
+    for y in range(0, resolution, BLOCK):
+        for i in range(min(BLOCK, resolution - y)):
             start = (first_row + first_y[y + i]) * step + np.uint64(3) * first_column
-            weighted_sum(pixels, start, step, weights_y[y + i, : count_y[y + i]], rows[i, :row_length])
-        kernels.shrink_rows(rows, first_x, count_x, weights_x, drawn[P_FLIP] != 0, columns, shrunk, planes, y)
+            weighted_sum(pixels, start, step, all_weights_y, taps * np.uint64(y + i), count_y[y + i], rows,
+                         np.uint64(i * row_stride), np.uint64(row_length))
+        kernels.shrink_rows(rows, row_stride, first_x, count_x, weights_x, drawn[P_FLIP] != 0, columns, shrunk, planes, y)
 
 
 @compiled
 def jitter_by_matrix(planes, drawn):
     matrix = np.empty((3, 4), np.float32)
     kernels.colour_matrix(drawn[P_BRIGHTNESS], drawn[P_CONTRAST], drawn[P_SATURATION], drawn[P_HUE], matrix)
-    for y in range(planes.shape[1]):
-        kernels.apply_colour_matrix(planes[0, y], planes[1, y], planes[2, y], matrix)
+    kernels.apply_colour_matrix(planes[0], planes[1], planes[2], matrix)
 
 
 @compiled
 def jitter_by_steps(planes, drawn):
-    """torchvision's four steps in the drawn order: a row at a time up to contrast, which needs the mean of the view, and from there."""
+    """torchvision's four steps in the drawn order: up to contrast, which needs the mean of the view, and from there."""
     order = np.empty(4, np.int64)
     colour_order(np.int64(drawn[P_ORDER]), order)
     pivot = 0
     while order[pivot] != _CONTRAST:
         pivot += 1
-    total = 0.0
-    for y in range(planes.shape[1]):
-        red, green, blue = planes[0, y], planes[1, y], planes[2, y]
+    total, n = 0.0, planes.shape[1]
+    for i in range(0, n, CHUNK):
+        red, green, blue = planes[0, i : i + CHUNK], planes[1, i : i + CHUNK], planes[2, i : i + CHUNK]
         _steps(order[:pivot], red, green, blue, drawn, np.float32(0))
         total += kernels.grey_sum(red, green, blue)
-    mean = np.float32(total / planes[0].size)
-    for y in range(planes.shape[1]):
-        _steps(order[pivot:], planes[0, y], planes[1, y], planes[2, y], drawn, mean)
+    mean = np.float32(total / n)
+    for i in range(0, n, CHUNK):
+        _steps(order[pivot:], planes[0, i : i + CHUNK], planes[1, i : i + CHUNK], planes[2, i : i + CHUNK], drawn, mean)
 
 
 @compiled
 def _steps(steps, red, green, blue, drawn, mean):
-    """Apply colour steps (indices into brightness, contrast, saturation, hue) to one row."""
+    """Apply colour steps (indices into brightness, contrast, saturation, hue) to a chunk."""
     for step in steps:
         if step == _BRIGHTNESS:
             kernels.adjust_brightness(red, green, blue, np.float32(drawn[P_BRIGHTNESS]))
@@ -130,20 +134,13 @@ def _steps(steps, red, green, blue, drawn, mean):
 
 
 @compiled
-def blur_and_store(plane, drawn, out):
-    """Blur `plane` (float32, (R, R)) by the drawn sigma into `out` (uint8, (R, R))."""
-    n, radius = plane.shape[0], kernels.blur_radius(drawn[P_SIGMA])
+def blur(plane, n, sigma):
+    """Blur `plane` (float32, (n * n,)) in place."""
+    radius, side = kernels.blur_radius(sigma), np.uint64(n)
     taps, padded = np.empty(2 * radius + 1, np.float32), np.empty(n + 2 * radius, np.float32)
-    kernels.gaussian_taps(drawn[P_SIGMA], radius, taps)
-    blurred, row = np.empty((n + 2 * radius, n), np.float32), np.empty(n, np.float32)
-    kernels.blur_rows(plane, taps, padded, blurred)
+    blurred = np.empty((n + 2 * radius) * n, np.float32)
+    kernels.gaussian_taps(sigma, radius, taps)
+    kernels.blur_rows(plane, n, taps, padded, blurred)
     for y in range(n):
-        weighted_sum(blurred.reshape(-1), np.uint64(y * n), np.uint64(n), taps, row)
-        _store(row, drawn, out[y])
-
-
-@compiled
-def _store(row, drawn, out):
-    if drawn[P_SOLARISE] != 0:
-        kernels.solarise(row, SOLARISE_THRESHOLD)
-    kernels.store(row, out)
+        row = np.uint64(y) * side
+        weighted_sum(blurred, row, side, taps, np.uint64(0), np.uint64(taps.shape[0]), plane, row, side)

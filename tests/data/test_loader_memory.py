@@ -63,7 +63,8 @@ def test_memory_at_its_peak_is_what_was_announced(large_beton):
             for _ in loader:
                 pass
             grown = resident("VmHWM") - before
-            assert 0.9 * loader.buffer_bytes < grown < 1.3 * loader.buffer_bytes, (grown, loader.buffer_bytes)
+            mapped = 3 * 128 * 320 * 320 * 3  # of the file, for as long as its batch is in memory; of photographs it would be a tenth
+            assert 0.9 * loader.buffer_bytes < grown < 1.3 * loader.buffer_bytes + mapped, (grown, loader.buffer_bytes)
             del _  # a window on the buffers
         assert resident("VmRSS") - before < 0.2 * grown
         """,
@@ -239,17 +240,15 @@ def test_available_memory_inside_a_container_of_control_groups_1(tmp_path):
     assert available_memory(machine(tmp_path, **MEMINFO, **files)) == 0
 
 
-def test_released_ranges_leave_the_process_and_come_back(large_beton):
+def test_what_was_read_leaves_the_process_and_comes_back(large_beton):
     def resident_of_files():
         with open("/proc/self/status") as status:
             return next(1024 * int(line.split()[1]) for line in status if line.startswith("RssFile"))
 
     file = ImageFile(large_beton)
-    begins = np.arange(10_000, 60_000_000, 300_000, dtype=np.uint64)
-    sizes = np.full(len(begins), 300_000, np.uint64)
     before = resident_of_files()
     total = file.data[10_000:60_000_000].sum()
     assert resident_of_files() - before > 55e6
-    file.release(begins, sizes)
+    file.release()
     assert resident_of_files() - before < 2e6
     assert file.data[10_000:60_000_000].sum() == total
