@@ -8,6 +8,8 @@ from fastargs.validation import Checker
 
 from ffssl.errors import UserError
 
+NETWORKS = ("student", "teacher")  # of a run, to choose from
+
 
 class Parser(argparse.ArgumentParser):
     """Raises UserError where argparse would print the usage and leave."""

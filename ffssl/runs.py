@@ -16,8 +16,6 @@ from ffssl.errors import UserError
 from ffssl.methods import Method
 from ffssl.train import build
 
-NETWORKS = ("student", "teacher")
-
 
 class LoadedRun(NamedTuple):
     """options: all sections. method: with the trained weights, in evaluation mode. state: the checkpoint, as `ffssl.train.Run.state`."""
@@ -63,7 +61,7 @@ def load_run(run: str | Path, device: torch.device | str = "cpu") -> LoadedRun:
 
 
 def backbone_of(method: Method, network: str) -> nn.Module:
-    """The backbone of one of NETWORKS. Raises UserError for the teacher of a method that has none."""
+    """The backbone of the "student" or of the "teacher". Raises UserError for the teacher of a method that has none."""
     if network == "student":
         return method.backbone
     if not hasattr(method, "teacher"):

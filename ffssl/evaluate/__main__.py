@@ -2,7 +2,7 @@
 
     python -m ffssl.evaluate knn runs/baseline runs/efficient
     python -m ffssl.evaluate linear runs/efficient                 # 90 epochs; the same command continues a probe that was interrupted
-    python -m ffssl.evaluate linear runs/efficient --cached        # minutes: on features of centre crops, without augmentation
+    python -m ffssl.evaluate linear runs/efficient --cached        # on features of centre crops, computed once: no augmentation
 
 A run is its folder, or a checkpoint file. Results are added to evaluation.json beside the checkpoint.
 """
@@ -10,7 +10,7 @@ A run is its folder, or a checkpoint file. Results are added to evaluation.json 
 import sys
 from pathlib import Path
 
-from ffssl.command_line import Parser, checked, exit_status
+from ffssl.command_line import NETWORKS, Parser, checked, exit_status
 from ffssl.config import Number
 
 
@@ -38,7 +38,7 @@ def parser() -> Parser:
     integer, positive = Number(int, 1), Number(float, 1e-6)
     common = Parser(add_help=False)
     common.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a checkpoint file")
-    common.add_argument("--network", default="student", choices=("student", "teacher"), help="whose backbone (default: %(default)s)")
+    common.add_argument("--network", default="student", choices=NETWORKS, help="whose backbone (default: %(default)s)")
     common.add_argument("--train", type=Path, metavar="FILE", help="beton file with labels; default: the run's own, as the following")
     common.add_argument("--validation", type=Path, metavar="FILE", help="beton file with labels")
     common.add_argument("--resolution", type=checked(integer), metavar="SIDE", help="side of the views in pixels; default: the run's largest")
