@@ -86,7 +86,7 @@ class FrozenRun:
             "evaluation": evaluation,
             "checkpoint": self.checkpoint.name, "epoch": self.epoch, "network": self.network, "weights": fingerprint(self.backbone),
             "settings": settings | {"resolution": self.resolution, "classes": self.classes, "precision": precision(self.amp, self.device)},
-            "data": {name: {"file": path.name, "images": len(read_beton(path))} for name, path in data.items()},
+            "data": {name: describe(path) for name, path in data.items()},
             "machine": describe_machine(PACKAGES),
             "scores": scores,
         }  # fmt: skip
@@ -140,3 +140,10 @@ def precision(amp: torch.autocast, device: torch.device) -> str:
     """The type in which a backbone computes under `amp`."""
     with amp:
         return str(torch.get_autocast_dtype(device.type)).removeprefix("torch.") if torch.is_autocast_enabled(device.type) else "float32"
+
+
+def describe(path: Path) -> dict:
+    """A beton file's name and number of images, and a digest of its labels and its images' sizes, which tells it from others of its name."""
+    beton = read_beton(path)
+    digest = hashlib.sha256(beton.labels.tobytes() + beton.image_sizes.tobytes()).hexdigest()
+    return {"file": path.name, "images": len(beton), "digest": digest[:16]}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from small_runs import save_run
+from torch.nn import functional as F
 
 from ffssl import checkpoint
 from ffssl.command_line import exit_status
@@ -49,7 +50,8 @@ def centre_crops(network, path, resolution=32):
 @torch.no_grad()
 def knn_by_definition(network, betons, k, temperature, resolution):
     (bank, bank_labels), (queries, labels) = (centre_crops(network, betons[split], resolution) for split in ("train", "val"))
-    cosines = torch.nn.functional.cosine_similarity(queries[:, None], bank[None], dim=2)
+    bank, queries = (F.normalize(features, dim=1).half().double() for features in (bank, queries))  # as they are kept
+    cosines = F.cosine_similarity(queries[:, None], bank[None], dim=2)
     kept = torch.where(cosines >= cosines.sort(1).values[:, -k, None], (cosines / temperature).exp(), 0)
     votes = torch.stack([kept[:, bank_labels == c].sum(1) for c in range(8)], 1)
     return (votes.argmax(1) == labels).double().mean().item()
@@ -67,7 +69,8 @@ def test_knn_of_several_runs_is_compared_in_a_table_and_recorded(tmp_path, beton
         (record,) = read_results(tmp_path / str(seed))
         assert record["scores"] == {"top1": pytest.approx(accuracies[seed])}
         assert record["settings"] == {"k": 7, "temperature": 0.2, "resolution": 48, "classes": 8, "precision": "float32"}
-        assert record["data"] == {"train": {"file": "train.beton", "images": 96}, "validation": {"file": "val.beton", "images": 40}}
+        told = {name: (data["file"], data["images"]) for name, data in record["data"].items()}
+        assert told == {"train": ("train.beton", 96), "validation": ("val.beton", 40)}
         assert (record["epoch"], record["network"], record["weights"]) == (3, "student", fingerprint(methods[seed].backbone))
 
 
@@ -106,17 +109,20 @@ def test_a_frozen_backbone_keeps_its_weights_and_statistics(run):
     assert all(not p.requires_grad and p.grad is None for p in frozen.backbone.parameters())
 
 
-def test_probes_of_other_settings_have_other_checkpoints(run):
+def test_probes_of_other_settings_have_other_checkpoints(run, betons):
     for recipe in (Recipe(1, batch_size=40, cached=True), Recipe(1, 0.4, 40, cached=True)):
         freeze(run, device="cpu").linear(recipe)
-    save_run(run, *(f"--data.{name}={path}" for name, path in zip(("train", "validation"), data_files(run))), seed=1)
+    save_run(run, *data_of(betons), seed=1)
     freeze(run, device="cpu").linear(Recipe(1, batch_size=40, cached=True))
     assert len(list(run.glob("linear-*.pt"))) == 3
 
 
-def data_files(run):
-    options = freeze(run).options
-    return options.data.train, options.data.validation
+def test_files_of_one_name_are_told_apart(tmp_path, betons, run):
+    """Else a probe would be taken for one that was trained on other images."""
+    (tmp_path / "other").mkdir()
+    convert(Embedded("val", 96), tmp_path / "other" / "train.beton")
+    probes = [freeze(run, train=path, device="cpu").linear(Recipe(1, cached=True)) for path in (betons["train"], tmp_path / "other" / "train.beton")]
+    assert probes[0]["data"]["train"]["file"] == probes[1]["data"]["train"]["file"] and probes[0]["probe"] != probes[1]["probe"]
 
 
 def test_an_interrupted_probe_with_augmentation_ends_in_the_same_weights(run, monkeypatch):
