@@ -213,6 +213,15 @@ def as_dict(options: SimpleNamespace) -> dict[str, dict]:
     return {section: dict(vars(values)) for section, values in vars(options).items()}
 
 
+def from_dict(sections: dict[str, dict]) -> SimpleNamespace:
+    """The options that `as_dict` made plain; those that are not among them have their defaults. Raises UserError as `read_options` does."""
+    config = declare()
+    settings = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items() if value is not None}
+    for name in settings:
+        _check_name(name, name, config)
+    return _validated(config, settings)
+
+
 def help_text(usage: str) -> str:
     """The program's usage, then each option with its check, default and meaning, by section."""
     config = declare()

@@ -7,15 +7,15 @@ import torch
 from ffssl.errors import UserError
 
 
-def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the GPU where there is one. Raises UserError where it can't be had."""
+def choose_device(name: str, option: str = "--run.device") -> torch.device:
+    """The device called `name`; "auto" is the GPU where there is one. Raises UserError, naming the `option`, where it can't be had."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--run.device: {name} can't be used here: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{option}: {name} can't be used here: {str(error).splitlines()[0]}") from error
     return device
 
 

@@ -4,26 +4,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ffssl.data.loader import ViewLoader
 from ffssl.data.policy import EVALUATION
+from ffssl.evaluate.features import extract_features
 from ffssl.evaluate.knn import knn_accuracy
-from ffssl.images import to_input
-
-
-@torch.no_grad()
-def extract_features(backbone: nn.Module, loader: ViewLoader, device: torch.device, amp: torch.autocast) -> tuple[Tensor, Tensor]:
-    """Pooled features (N, d) float32 and labels (N,) of all images of `loader`, in evaluation mode."""
-    training = backbone.training
-    backbone.eval()
-    features, labels = [], []
-    for views, batch_labels, _ in loader:
-        with amp:
-            features.append(backbone(to_input(views[:, 0], device)).float())
-        labels.append(batch_labels.to(device))
-    backbone.train(training)
-    return torch.cat(features), torch.cat(labels)
 
 
 class OnlineKnn:

@@ -1,0 +1,149 @@
+"""What a run's frozen backbone is worth: its kNN accuracy, its linear probe."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from ffssl.backbones import check_resolutions
+from ffssl.benchmark.machine import describe_machine
+from ffssl.data.beton import read_beton
+from ffssl.data.loader import ViewLoader
+from ffssl.data.policy import EVALUATION, ViewPolicy
+from ffssl.device import choose_device, mixed_precision
+from ffssl.errors import UserError
+from ffssl.evaluate.features import extract_features
+from ffssl.evaluate.knn import knn_accuracy
+from ffssl.evaluate.linear import AUGMENTATION, Recipe, augmented_batches, cached_batches, top_accuracies, train_probe
+from ffssl.runs import backbone_of, checkpoint_path, fingerprint, load_run, read_description
+
+HOST = torch.device("cpu")
+PACKAGES = ("ffssl", "torch", "torchvision", "timm", "torchmetrics", "ffcv")
+
+
+@dataclass(frozen=True)
+class FrozenRun:
+    """A run's backbone, in evaluation mode and without gradient, and the labelled images to judge it by."""
+
+    checkpoint: Path
+    options: SimpleNamespace
+    epoch: int
+    network: str
+    backbone: nn.Module
+    train: Path
+    validation: Path
+    classes: int
+    resolution: int
+    workers: int
+    device: torch.device
+    amp: torch.autocast
+
+    def knn(self, *, k: int, temperature: float) -> dict:
+        """Accuracy of the weighted kNN vote of all training images: a record, see `ffssl.evaluate.results`. k is cut to their number."""
+        bank, bank_labels = self.centre_crops(self.train, unit_length=True)
+        queries, labels = self.centre_crops(self.validation, unit_length=True)
+        k = min(k, len(bank))
+        accuracy = knn_accuracy(
+            bank, bank_labels, queries, labels, k=k, temperature=temperature, classes=self.classes, device=self.device
+        )  # fmt: skip
+        return self.record("knn", {"k": k, "temperature": temperature}, {"top1": accuracy})
+
+    def linear(self, recipe: Recipe) -> dict:
+        """Accuracy of a linear probe: a record, see `ffssl.evaluate.results`.
+
+        What is trained so far is kept beside the run's checkpoint, under a name that holds a hash of all that decides the result.
+        """
+        record = self.record("linear", asdict(recipe) | {"training": recipe.training}, {})
+        decisive = {name: value for name, value in record.items() if name != "machine"}
+        name = f"linear-{hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:8]}.pt"
+        sizes = {"images": len(read_beton(self.train)), "features": self.backbone.features, "classes": self.classes}
+        common = {**sizes, "device": self.device, "folder": self.checkpoint.parent, "name": name}
+        if recipe.cached:
+            classifier = train_probe(cached_batches(*self.centre_crops(self.train), recipe), recipe, **common)
+        else:
+            with self.open(self.train, AUGMENTATION, batch_size=recipe.batch_size, shuffle=True, seed=recipe.seed) as loader:
+                classifier = train_probe(augmented_batches(self.backbone, loader, self.device, self.amp), recipe, **common)
+        return record | {"scores": top_accuracies(classifier, *self.centre_crops(self.validation)), "probe": name}
+
+    def centre_crops(self, path: Path, *, unit_length: bool = False) -> tuple[Tensor, Tensor]:
+        """Features (N, d) and labels (N,) of a file's centre crops, in the host's memory; see `extract_features`."""
+        with self.open(path, EVALUATION, batch_size=256, shuffle=False) as loader:
+            return extract_features(self.backbone, loader, self.device, self.amp, store=HOST, unit_length=unit_length)
+
+    def open(self, path: Path, policy: ViewPolicy, **settings) -> ViewLoader:
+        return ViewLoader(
+            path, views=1, resolution=self.resolution, policy=policy, drop_last=False, workers=self.workers, batches_ahead=2,
+            scaled_decoding=self.options.data.scaled_decoding, **settings,
+        )  # fmt: skip
+
+    def record(self, evaluation: str, settings: dict, scores: dict) -> dict:
+        data = {"train": self.train, "validation": self.validation}
+        return {
+            "evaluation": evaluation,
+            "checkpoint": self.checkpoint.name, "epoch": self.epoch, "network": self.network, "weights": fingerprint(self.backbone),
+            "settings": settings | {"resolution": self.resolution, "classes": self.classes, "precision": precision(self.amp, self.device)},
+            "data": {name: describe(path) for name, path in data.items()},
+            "machine": describe_machine(PACKAGES),
+            "scores": scores,
+        }  # fmt: skip
+
+
+def freeze(
+    run: Path, *, network: str = "student", train: Path | None = None, validation: Path | None = None, resolution: int | None = None,
+    workers: int | None = None, device: str = "auto", amp: str = "auto",
+) -> FrozenRun:  # fmt: skip
+    """A run, from its folder or a checkpoint, ready to be evaluated. What is left out is as the run had it: files, resolution, workers.
+
+    Raises UserError where the run can't be loaded, or the images have no labels, or not the same classes.
+    """
+    place = choose_device(device, "--device")
+    autocast, _ = mixed_precision(amp, place)
+    path = checkpoint_path(run)
+    options, method, state = load_run(path)
+    if not validation and not options.data.validation:
+        raise UserError(f"{path}: the run had no validation images; name a beton file with --validation")
+    train, validation = Path(train or options.data.train), Path(validation or options.data.validation)
+    classes = count_classes(train, validation)
+    backbone = backbone_of(method, network).requires_grad_(False).eval()
+    resolution = resolution or options.resolution.max
+    check_resolutions(options.model.backbone, backbone, {resolution})
+    return FrozenRun(
+        path, options, state["epoch"], network, backbone.to(place, memory_format=torch.channels_last), train, validation, classes, resolution,
+        options.data.workers if workers is None else workers, place, autocast,
+    )  # fmt: skip
+
+
+def count_classes(train: Path, validation: Path) -> int:
+    """Classes of the training images. Raises UserError where one of the files lacks labels, or the validation has other classes."""
+    labels = {path: read_beton(path).labels for path in (train, validation)}
+    for path, found in labels.items():
+        if found is None or (found < 0).any():
+            raise UserError(f"{path}: an evaluation needs labels, and this file lacks some; convert class folders, or name another file")
+    names = [(read_description(path) or {}).get("class_names") for path in (train, validation)]
+    if None not in names and names[0] != names[1]:
+        alone = sorted(set(names[0]) ^ set(names[1]))
+        what = f"{alone[0]!r} is in one of them only" if alone else "the order is another"
+        raise UserError(f"{validation}: its classes are not those of {train}: {what}")
+    unknown = set(labels[validation].tolist()) - set(labels[train].tolist())
+    if unknown:
+        raise UserError(f"{validation}: its classes are not those of {train}: label {min(unknown)} has no training image")
+    if len(set(labels[train].tolist())) < 2:
+        raise UserError(f"{train}: all images have one label; an evaluation needs two classes or more")
+    return int(labels[train].max()) + 1
+
+
+def precision(amp: torch.autocast, device: torch.device) -> str:
+    """The type in which a backbone computes under `amp`."""
+    with amp:
+        return str(torch.get_autocast_dtype(device.type)).removeprefix("torch.") if torch.is_autocast_enabled(device.type) else "float32"
+
+
+def describe(path: Path) -> dict:
+    """A beton file's name and number of images, and a digest of its labels and its images' sizes, which tells it from others of its name."""
+    beton = read_beton(path)
+    digest = hashlib.sha256(beton.labels.tobytes() + beton.image_sizes.tobytes()).hexdigest()
+    return {"file": path.name, "images": len(beton), "digest": digest[:16]}

@@ -1,0 +1,64 @@
+"""The results of evaluations: `evaluation.json` beside a run's checkpoint, and tables.
+
+The file is a list of records. A record holds
+
+    evaluation  "knn" or "linear"
+    checkpoint, epoch, network, weights     what was evaluated; weights is `ffssl.runs.fingerprint`
+    settings, data, machine                 how, on which files, on what
+    scores      top1, and top5 of a probe: shares in 0..1, or null
+
+and of a probe its checkpoint, "probe".
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from ffssl.errors import UserError
+
+NAME = "evaluation.json"
+_SCORED = ("evaluation", "checkpoint", "epoch", "network", "weights", "settings", "data")  # what tells records apart
+
+
+def read_results(folder: Path) -> list[dict]:
+    """The records of a folder, oldest first. Raises UserError for a damaged file."""
+    path = Path(folder) / NAME
+    try:
+        return json.loads(path.read_text()) if path.exists() else []
+    except ValueError as error:
+        raise UserError(f"{path}: not readable ({error}); delete it and evaluate again") from error
+
+
+def add_result(folder: Path, record: dict) -> None:
+    """Add a record to the folder's, in place of an earlier one of the same evaluation. The file is replaced whole."""
+    others = [other for other in read_results(folder) if any(other[key] != record[key] for key in _SCORED)]
+    partial = folder / f".{NAME}.partial"
+    try:
+        partial.write_text(json.dumps([*others, record], indent=2) + "\n")
+        os.replace(partial, folder / NAME)
+    except OSError as error:
+        raise UserError(f"{folder / NAME}: can't be written: {error.strerror}") from error
+
+
+def describe_settings(record: dict) -> str:
+    """How a record's scores came about, in a line."""
+    settings = record["settings"]
+    if record["evaluation"] == "knn":
+        how = f"k = {settings['k']}, T = {settings['temperature']:g}"
+    else:
+        how = f"{settings['epochs']} epochs {settings['training']}, learning rate {settings['learning_rate']:g}, batch {settings['batch_size']}"
+    return f"{how}; {settings['resolution']} px, {settings['precision']}"
+
+
+def markdown_table(results: Iterable[tuple[str, dict]]) -> str:
+    """A table of named records, a row each."""
+    lines = ["| run | network | epoch | evaluation | settings | images | top-1 | top-5 |", "|---|---|--:|---|---|--:|--:|--:|"]
+    for name, record in results:
+        scores = record["scores"]
+        top1, top5 = (f"{score:.2%}" if score is not None else "-" for score in (scores["top1"], scores.get("top5")))
+        lines.append(
+            f"| {name} | {record['network']} | {record['epoch']} | {record['evaluation']} | {describe_settings(record)} "
+            f"| {record['data']['validation']['images']} | {top1} | {top5} |"
+        )
+    return "\n".join(lines)

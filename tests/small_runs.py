@@ -1,0 +1,30 @@
+"""Runs as training leaves them, in no time."""
+
+from pathlib import Path
+
+import torch
+
+from ffssl import checkpoint
+from ffssl.config import as_dict, read_options
+from ffssl.methods import Method
+from ffssl.train import build
+
+SMALL = (
+    "--model.backbone=resnet-small", "--method.name=simclr", "--method.hidden=16", "--method.projection=8", "--resolution.max=32",
+    "--training.epochs=3", "--training.batch_size=32", "--run.device=cpu",
+)  # fmt: skip
+
+
+def save_run(folder: Path, *options: str, epoch: int = 3, seed: int = 0) -> Method:
+    """A folder with the checkpoint of an untrained run, whose BatchNorm layers have statistics unlike those of any batch."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parsed = read_options([*SMALL, "--data.train=train.beton", f"--run.folder={folder}", *options])
+    torch.manual_seed(seed)
+    method = build(parsed, torch.device("cpu"))
+    for module in method.modules():
+        if getattr(module, "running_mean", None) is not None:
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 2)
+    spent = {"seconds": 12.0, "flops": 3.5e12}
+    checkpoint.save(folder, {"epoch": epoch, "spent": spent, "options": as_dict(parsed), "method": method.state_dict()})
+    return method.eval()

@@ -1,0 +1,128 @@
+import json
+import re
+import sys
+
+import pytest
+import torch
+from small_runs import save_run
+
+from ffssl.command_line import exit_status
+from ffssl.evaluate.results import add_result
+from ffssl.export import main
+from ffssl.runs import fingerprint
+
+
+def export(monkeypatch, *words) -> int:
+    monkeypatch.setattr(sys, "argv", ["export", *map(str, words)])
+    return exit_status(main)
+
+
+def loaded_by_the_cards_code(path, monkeypatch):
+    """The backbone that the model card's Python makes of the file, run as it stands."""
+    (code,) = re.findall(r"^```python\n(.*?)^```$", path.with_name(path.name + ".md").read_text(), re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(path.parent)
+    scope = {}
+    exec(code, scope)
+    return scope["backbone"]
+
+
+@pytest.mark.parametrize(
+    "backbone, stem, to",
+    [
+        ("resnet18", "imagenet", "torchvision"), ("resnet18", "imagenet", "timm"), ("resnet18", "imagenet", "safetensors"),
+        ("resnet50", "imagenet", "torchvision"), ("resnet50", "imagenet", "timm"), ("vit_small_patch16_224", "imagenet", "timm"),
+        ("vit_small_patch16_224", "imagenet", "safetensors"), ("resnet18", "cifar", "safetensors"), ("resnet-small", "imagenet", "safetensors"),
+    ],
+)  # fmt: skip
+@torch.no_grad()
+def test_the_file_gives_the_features_of_the_run(tmp_path, monkeypatch, backbone, stem, to):
+    side = 224 if backbone.startswith("vit") else 64
+    method = save_run(tmp_path / "run", f"--model.backbone={backbone}", f"--model.stem={stem}", f"--resolution.max={side}")
+    path = tmp_path / ("weights.safetensors" if to == "safetensors" else "weights.pth")
+    assert export(monkeypatch, tmp_path / "run", "--to", to, "--output", path) == 0
+    images = torch.randn(2, 3, side, side)
+    network = loaded_by_the_cards_code(path, monkeypatch).eval()
+    assert torch.equal(network(images), method.backbone.to(memory_format=torch.contiguous_format)(images))
+    if to != "safetensors":
+        assert all(isinstance(tensor, torch.Tensor) for tensor in torch.load(path, weights_only=True).values())
+
+
+def test_torchvisions_network_lacks_only_its_classifier(tmp_path, monkeypatch):
+    import torchvision
+
+    save_run(tmp_path / "run", "--model.backbone=resnet18", "--resolution.max=64")
+    assert export(monkeypatch, tmp_path / "run", "--to", "torchvision", "--output", tmp_path / "weights.pth") == 0
+    left = torchvision.models.resnet18().load_state_dict(torch.load(tmp_path / "weights.pth", weights_only=True), strict=False)
+    assert left.missing_keys == ["fc.weight", "fc.bias"] and not left.unexpected_keys
+
+
+@torch.no_grad()
+def test_the_teacher_by_option(tmp_path, monkeypatch):
+    method = save_run(tmp_path / "run", "--method.name=byol", "--method.predictor=8")
+    path, images = tmp_path / "teacher.safetensors", torch.randn(2, 3, 32, 32)
+    assert export(monkeypatch, tmp_path / "run", "--to", "safetensors", "--output", path, "--network", "teacher") == 0
+    features = loaded_by_the_cards_code(path, monkeypatch).eval()(images)
+    assert torch.equal(features, method.teacher.layers[0].to(memory_format=torch.contiguous_format)(images))
+    assert not torch.equal(features, method.backbone(images))
+
+
+def record(weights, top1):
+    data = {name: {"file": f"{name}.beton", "images": 40} for name in ("train", "validation")}
+    settings = {"k": 20, "temperature": 0.07, "resolution": 32, "classes": 8, "precision": "float32"}
+    return {
+        "evaluation": "knn", "checkpoint": "checkpoint.pt", "epoch": 2, "network": "student", "weights": weights, "settings": settings,
+        "data": data, "machine": "", "scores": {"top1": top1},
+    }  # fmt: skip
+
+
+def test_the_card_has_what_was_recorded_of_these_weights_and_nothing_else(tmp_path, monkeypatch):
+    method = save_run(
+        tmp_path / "run", "--data.train=/home/someone/photos.beton", "--data.validation=/home/someone/labelled.beton", "--run.seed=41",
+        "--training.schedule=f1-clr", "--training.warmup_epochs=1", epoch=2,
+    )  # fmt: skip
+    (tmp_path / "run" / "log.jsonl").write_text("".join(json.dumps({"epoch": e, "knn": 0.1 * e + 0.0123}) + "\n" for e in (1, 2, 3)))
+    add_result(tmp_path / "run", record(fingerprint(method.backbone), 0.8765))
+    add_result(tmp_path / "run", record("of others", 0.4321))
+    for network in ("student", "teacher"):
+        path = tmp_path / f"{network}.safetensors"
+        status = export(monkeypatch, tmp_path / "run", "--to", "safetensors", "--output", path, "--network", network)
+        assert status == (0 if network == "student" else 2)
+    card = (tmp_path / "student.safetensors.md").read_text()
+    for fact in (
+        "# resnet-small, pre-trained without labels by simclr", "2 of 3 epochs: the run had not finished", "images: photos.beton\n", "seed 41",
+        "3.5e+12 FLOPs", "12 s of training", "schedule: f1-clr", "Online kNN after epoch 2: 21.23% (k = 200, T = 0.1", "87.65%", "k = 20, T = 0.07",
+    ):  # fmt: skip
+        assert fact in card, fact
+    for claim in ("43.21%", "11.23%", "31.23%", "/home/someone", str(tmp_path)):
+        assert claim not in card, claim
+
+
+def test_a_card_without_scores_says_so(tmp_path, monkeypatch):
+    save_run(tmp_path / "run")
+    assert export(monkeypatch, tmp_path / "run", "--to", "safetensors", "--output", tmp_path / "a.safetensors") == 0
+    card = (tmp_path / "a.safetensors.md").read_text()
+    assert "Nothing was recorded of these weights." in card and "%" not in card and "- 3 epochs\n" in card
+
+
+@pytest.mark.parametrize(
+    "options, words, message",
+    [
+        ("", "--to onnx --output a.pth", "argument --to: invalid choice: 'onnx'"),
+        ("", "--to torchvision --output a.pth", "--to: torchvision has no resnet-small; choose safetensors, which FFSSL loads"),
+        ("", "--to timm --output a.pth", "--to: timm has no resnet-small"),
+        ("--model.backbone=resnet18 --model.stem=cifar", "--to torchvision --output a.pth", "torchvision's resnet18 has no cifar stem .3x3, no pooling"),
+        ("--model.backbone=vit_small_patch16_224", "--to torchvision --output a.pth", "FFSSL has vit_small_patch16_224 from timm, not from torchvision; choose timm or"),
+        ("", "--to safetensors --output a.pth", "a.pth: a file for safetensors must end in .safetensors"),
+        ("", "--to timm --output a.safetensors", "a.safetensors: a file for timm must not end in .safetensors"),
+        ("", "--to safetensors --output absent/a.safetensors", "absent/a.safetensors can't be written: No such file"),
+        ("", "--to safetensors --output a.safetensors --network teacher", "--network: simclr has no teacher; choose student"),
+        ("", "--to safetensors", "the following arguments are required: --output"),
+    ],
+)
+def test_mistakes_cost_a_line_and_status_2(tmp_path, monkeypatch, capsys, options, words, message):
+    save_run(tmp_path / "run", *options.split())
+    monkeypatch.chdir(tmp_path)
+    assert export(monkeypatch, "run", *words.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and re.search(message, error), error
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
