@@ -203,8 +203,8 @@ def draw(rows: list[dict[str, float]], limits: Limits | None, path: Path) -> Non
         for limit in (limits.low, limits.high) if limits else ():
             axis.axvline(limit, color="tab:red", linestyle="--", linewidth=1, label=f"{limit:.2g}")
         if limits and name != "embedding_std":  # a divergence would flatten all else
-            before = smoothed[: smoothed.argmin() + 1]
-            axis.set_ylim(before.min() - 0.2 * np.ptp(before), before.max() + 0.5 * np.ptp(before))
+            low, high = np.percentile(smoothed, (0, 75))
+            axis.set_ylim(low - 0.3 * (high - low), high + 0.6 * (high - low))
         axis.set(xscale="log", xlabel="learning rate", title=title)
         axis.spines[["top", "right"]].set_visible(False)
     axes[2].set_ylim(bottom=0)
