@@ -6,8 +6,9 @@ wins. A file may name another as its `base`, relative to itself, or a list of fi
 
 import difflib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import yaml
 from fastargs import Param, Section
@@ -164,17 +165,19 @@ def declare() -> Config:
         device=Param(str, "cuda, cuda:N or cpu; auto: a GPU where there is one", "auto"),
         seed=Param(_integer(0), "of the initial weights, the order and the views", 0),
         tensorboard=Param(Switch(), "write TensorBoard files beside the log", True),
+        wandb=Param(str, "Weights & Biases project to log to as well; needs pip install 'ffssl[wandb]'"),
     )  # fmt: skip
     return config
 
 
-def read_options(arguments: list[str]) -> SimpleNamespace:
+def read_options(arguments: list[str], defaults: Mapping[str, object] = MappingProxyType({})) -> SimpleNamespace:
     """The options of a run, a namespace of sections, from command-line arguments.
 
+    defaults: by dotted name, for a program that can do without an option that training requires.
     Raises UserError, naming the option: unknown (with the nearest known one), of a wrong type, missing, or at odds with another.
     """
     config = declare()
-    settings: dict[str, object] = {}
+    settings: dict[str, object] = {**defaults}
     overrides: dict[str, object] = {}
     words = iter(arguments)
     for word in words:

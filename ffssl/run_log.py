@@ -1,8 +1,12 @@
-"""The log of a run: one JSON line an epoch, and the same numbers for TensorBoard."""
+"""The log of a run: one JSON line an epoch, and the same numbers live, with those of steps, for TensorBoard and Weights & Biases."""
 
 import json
 import os
+import uuid
 from pathlib import Path
+from types import ModuleType
+
+from ffssl.errors import UserError
 
 NAME = "log.jsonl"
 
@@ -13,34 +17,106 @@ def read_log(folder: str | Path) -> list[dict]:
 
 
 class RunLog:
-    """Appends rows to `log.jsonl` in a folder. Rows after `last_epoch`, of a run killed before its checkpoint, are dropped."""
+    """Appends rows to `log.jsonl` in a folder. Rows after `last_epoch`, of a run killed before its checkpoint, are dropped.
 
-    def __init__(self, folder: Path, *, last_epoch: int, tensorboard: bool):
+    tensorboard: also write TensorBoard files to the folder. wandb: also log to this project of Weights & Biases, which shows `options`.
+    """
+
+    def __init__(self, folder: Path, *, last_epoch: int, tensorboard: bool, wandb: str | None = None, options: dict | None = None):
+        self._viewers = [WandbViewer(folder, wandb, options, resumed=last_epoch >= 0)] if wandb else []
         kept = [row for row in _whole_rows(folder / NAME) if row["epoch"] <= last_epoch]
         temporary = folder / f".{NAME}.partial"
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(temporary, folder / NAME)
         self._file = open(folder / NAME, "a")
-        self._writer = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
-            self._writer = SummaryWriter(str(folder), purge_step=last_epoch + 1)
+            self._viewers.append(TensorBoardViewer(folder, last_epoch))
 
     def write(self, row: dict) -> None:
         """Add one row; `row["epoch"]` counts finished epochs."""
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        if self._writer is not None:
-            for name, value in row.items():
-                if name != "epoch":
-                    self._writer.add_scalar(name, value, row["epoch"])
-            self._writer.flush()
+        for viewer in self._viewers:
+            viewer.epoch(row)
+
+    def write_step(self, step: int, values: dict[str, float]) -> None:
+        """Show values at an optimiser step, counted from the start of the run. They are not in `log.jsonl`."""
+        for viewer in self._viewers:
+            viewer.step(step, values)
 
     def close(self) -> None:
         self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        for viewer in self._viewers:
+            viewer.close()
+
+
+class TensorBoardViewer:
+    """Epochs in the folder itself, steps in its subfolder `steps`: resuming drops what is beyond an epoch, or a step, of all tags in a folder."""
+
+    def __init__(self, folder: Path, last_epoch: int):
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+        self._new_writer = SummaryWriter
+        self._folder = folder
+        self._epochs = SummaryWriter(str(folder), purge_step=last_epoch + 1)
+        self._steps = None
+
+    def epoch(self, row: dict) -> None:
+        for name, value in row.items():
+            if name != "epoch":
+                self._epochs.add_scalar(name, value, row["epoch"])
+        self._epochs.flush()
+
+    def step(self, step: int, values: dict[str, float]) -> None:
+        if self._steps is None:
+            self._steps = self._new_writer(str(self._folder / "steps"), purge_step=step, flush_secs=30)
+        for name, value in values.items():
+            self._steps.add_scalar(f"step/{name}", value, step)
+
+    def close(self) -> None:
+        for writer in filter(None, (self._epochs, self._steps)):
+            writer.close()
+
+
+class WandbViewer:
+    """A run of Weights & Biases, called like the folder. A file in the folder keeps its id, so that a resumed run goes on in the same one."""
+
+    def __init__(self, folder: Path, project: str, options: dict | None, *, resumed: bool):
+        wandb = require_wandb()
+        id_file = folder / "wandb-id"
+        if not (resumed and id_file.exists()):
+            id_file.write_text(uuid.uuid4().hex[:12])
+        try:
+            self._run = wandb.init(
+                project=project, name=folder.resolve().name, dir=str(folder), id=id_file.read_text(), resume="allow",
+                config=options, allow_val_change=True,
+            )  # fmt: skip
+        except wandb.Error as error:
+            raise UserError(f"--run.wandb: {' '.join(str(error).split())}") from error
+        for axis in ("epoch", "step"):
+            self._run.define_metric(axis)
+            self._run.define_metric(f"{axis}/*", step_metric=axis)
+
+    def epoch(self, row: dict) -> None:
+        self._log("epoch", row["epoch"], {name: value for name, value in row.items() if name != "epoch"})
+
+    def step(self, step: int, values: dict[str, float]) -> None:
+        self._log("step", step, values)
+
+    def _log(self, axis: str, position: int, values: dict[str, float]) -> None:
+        self._run.log({axis: position} | {f"{axis}/{name}": value for name, value in values.items()})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def require_wandb() -> ModuleType:
+    """The package wandb. Raises UserError where it is not installed."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("--run.wandb: the package wandb is not installed; pip install 'ffssl[wandb]', or leave the option out") from error
+    return wandb
 
 
 def _whole_rows(path: Path) -> list[dict]:

@@ -36,6 +36,11 @@ def cosine_with_warmup(step: int, *, total: int, warmup: int, peak: float) -> fl
     return cosine(step - warmup, total=total - warmup, peak=peak)
 
 
+def exponential(step: int, *, total: int, low: float, high: float) -> float:
+    """Learning rate of the range test (section C): from `low` at the first of `total` steps to `high` at the last."""
+    return low * (high / low) ** (step / (total - 1))
+
+
 def learning_rate_and_momentum(
     step: int, *, schedule: str, total: int, warmup: int, peak: float, momentum: float, momentum_low: float, momentum_high: float
 ) -> tuple[float, float]:

@@ -7,16 +7,14 @@
 The same command again continues a run that was interrupted, from the start of the epoch.
 """
 
-import os
 import sys
 
 from ffssl.config import as_dict, command_line_options
+from ffssl.openmp import share_cores
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds: --help and a mistyped option are answered at once
     OPTIONS = command_line_options(__doc__)
-    # OpenMP's threads spin while they wait, for so long that on a CPU they starve the threads that render views; not at all costs
-    # as much in the many small operations of low resolutions.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    share_cores()
 
 import contextlib
 import time
@@ -31,7 +29,7 @@ from tqdm import tqdm
 
 from ffssl import checkpoint, hard_augment
 from ffssl.backbones import build_backbone, check_resolutions
-from ffssl.cost import step_flops
+from ffssl.cost import count_flops
 from ffssl.data.loader import ViewLoader
 from ffssl.data.policy import choose_policies
 from ffssl.device import choose_device, mixed_precision
@@ -42,7 +40,7 @@ from ffssl.methods import Method, build_method
 from ffssl.methods.base import Progress
 from ffssl.optimizers import build_optimizer, set_learning_rate_and_momentum
 from ffssl.plan import Plan, input_sides
-from ffssl.run_log import RunLog
+from ffssl.run_log import RunLog, require_wandb
 
 STEPS_BETWEEN_CHECKS = 50  # on a GPU reading the loss waits for the step; this often costs nothing and loses little
 
@@ -82,6 +80,8 @@ class Run:
 def train(options: SimpleNamespace) -> None:
     """Train to the end, from the folder's checkpoint where there is one. Raises UserError, and FloatingPointError if the loss diverges."""
     folder = Path(options.run.folder)
+    if options.run.wandb:
+        require_wandb()  # before anything takes time
     device = choose_device(options.run.device)
     torch.manual_seed(options.run.seed)
     method = build(options, device)
@@ -94,7 +94,7 @@ def train(options: SimpleNamespace) -> None:
         plan = Plan(options, len(loader))
         run = Run(options, plan, device, amp, method, optimizer, scaler, count_flops(plan, method))
         resumed = resume(run, folder)
-        log = stack.enter_context(contextlib.closing(RunLog(folder, last_epoch=run.epoch if resumed else -1, tensorboard=options.run.tensorboard)))
+        log = stack.enter_context(contextlib.closing(open_log(run, folder, resumed)))
         if not resumed:
             if knn:
                 row = {"epoch": 0, **run.spent, "knn": knn.accuracy(method.backbone, amp)}
@@ -104,7 +104,7 @@ def train(options: SimpleNamespace) -> None:
 
         epochs = options.training.epochs
         while run.epoch < epochs:
-            row = train_epoch(run, loader)
+            row = train_epoch(run, loader, log)
             if knn and (run.epoch == epochs or (options.evaluate.every and run.epoch % options.evaluate.every == 0)):
                 row["knn"] = knn.accuracy(method.backbone, amp)
             log.write(row)
@@ -112,8 +112,8 @@ def train(options: SimpleNamespace) -> None:
             print(summary(row, epochs), flush=True)
 
 
-def train_epoch(run: Run, loader: ViewLoader) -> dict[str, float]:
-    """One pass over the training images. Returns the log's row."""
+def train_epoch(run: Run, loader: ViewLoader, log: RunLog) -> dict[str, float]:
+    """One pass over the training images. Shows its steps in the log, and returns the log's row."""
     options, plan, epoch = run.options, run.plan, run.epoch
     resolution, magnitude = plan.resolution(epoch), plan.magnitude(epoch)
     torch.manual_seed(options.run.seed + epoch)  # so that an epoch's random numbers don't depend on where a run was resumed
@@ -136,10 +136,9 @@ def train_epoch(run: Run, loader: ViewLoader) -> dict[str, float]:
                 last = torch.stack(losses[-check_every:]).mean().item()
                 if not torch.isfinite(torch.tensor(last)):
                     raise FloatingPointError(diverged(run, step + i))
-                elapsed = time.perf_counter() - started
-                bar.set_postfix(
-                    loss=f"{last:.3f}", lr=f"{plan.learning_rate_and_momentum(step + i)[0]:.3g}", res=resolution, wait=f"{waited / elapsed:.0%}"
-                )
+                elapsed, learning_rate = time.perf_counter() - started, plan.learning_rate_and_momentum(step + i)[0]
+                log.write_step(step + i + 1, {"loss": last, "learning_rate": learning_rate})
+                bar.set_postfix(loss=f"{last:.3f}", lr=f"{learning_rate:.3g}", res=resolution, wait=f"{waited / elapsed:.0%}")
             bar.update(len(views))
         batches.close()
 
@@ -211,16 +210,11 @@ def open_loader(options: SimpleNamespace, method: Method) -> ViewLoader:
     )  # fmt: skip
 
 
-def count_flops(plan: Plan, method: Method, backward: int = 2) -> dict[int, int]:
-    """FLOPs of a step at each resolution of the schedule. backward: see `step_flops`."""
-    options = plan.options
-    return {
-        resolution: step_flops(
-            method, batch_size=options.training.batch_size, resolution=resolution, views=options.augment.views,
-            hard_augment=vars(options.hard_augment), backward=backward,
-        )  # fmt: skip
-        for resolution in {plan.resolution(epoch) for epoch in range(options.training.epochs)}
-    }
+def open_log(run: Run, folder: Path, resumed: bool) -> RunLog:
+    options = run.options
+    return RunLog(
+        folder, last_epoch=run.epoch if resumed else -1, tensorboard=options.run.tensorboard, wandb=options.run.wandb, options=as_dict(options)
+    )
 
 
 def resume(run: Run, folder: Path) -> bool:

@@ -213,3 +213,11 @@ def test_the_program_answers_help_with_0_and_a_mistake_with_2_and_one_line():
     answer = run("--training.epoch=3")
     assert (answer.returncode, answer.stdout) == (2, "")
     assert answer.stderr == "error: --training.epoch: unknown option; did you mean training.epochs?\n"
+
+
+def test_a_program_that_needs_no_data_gives_defaults_which_anything_overrides(tmp_path):
+    defaults = {"data.train": "none", "run.folder": "somewhere"}
+    (tmp_path / "config.yaml").write_text("run: {folder: here}")
+    options = read_options([f"--config={tmp_path / 'config.yaml'}"], defaults=defaults)
+    assert (options.data.train, options.run.folder) == ("none", "here")
+    assert read_options(["--data.train=mine"], defaults=defaults).data.train == "mine"

@@ -1,5 +1,10 @@
 import json
+import sys
+from types import SimpleNamespace
 
+import pytest
+
+from ffssl.errors import UserError
 from ffssl.run_log import NAME, RunLog, read_log
 
 
@@ -64,8 +69,75 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     for row in rows(0, 1, 2):
         log.write(row)
     log.close()
+    assert scalars(tmp_path) == {"loss": [(0, 0.0), (1, -0.33333), (2, -0.66667)]}
+
+
+def scalars(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(tmp_path)).Reload()
-    assert events.Tags()["scalars"] == ["loss"]
-    assert [(event.step, round(event.value, 5)) for event in events.Scalars("loss")] == [(0, 0.0), (1, -0.33333), (2, -0.66667)]
+    events = EventAccumulator(str(folder)).Reload()
+    return {tag: [(event.step, round(event.value, 5)) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def log_steps(folder, steps, *, last_epoch, value, **options):
+    log = RunLog(folder, last_epoch=last_epoch, **options)
+    for step in steps:
+        log.write_step(step, {"loss": value})
+    log.write({"epoch": last_epoch + 1, "loss": value})
+    log.close()
+
+
+def test_tensorboard_shows_steps_and_a_resumed_run_replaces_those_after_its_checkpoint(tmp_path):
+    log_steps(tmp_path, [50, 100, 150, 200], last_epoch=-1, value=1.0, tensorboard=True)
+    log_steps(tmp_path, [150], last_epoch=0, value=2.0, tensorboard=True)  # the one before was killed beyond step 150, its checkpoint is of 100
+    assert scalars(tmp_path / "steps") == {"step/loss": [(50, 1.0), (100, 1.0), (150, 2.0)]}
+    assert scalars(tmp_path) == {"loss": [(0, 1.0), (1, 2.0)]}
+    assert [row["epoch"] for row in read_log(tmp_path)] == [0, 1]
+
+
+class StandIn:
+    """What RunLog calls of the package wandb, written down."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self, error=None):
+        self.error, self.inits, self.axes, self.rows, self.finished = error, [], {}, [], 0
+
+    def init(self, **arguments):
+        if self.error:
+            raise self.Error(self.error)
+        self.inits.append(SimpleNamespace(**arguments))
+        return self
+
+    def define_metric(self, name, step_metric=None):
+        self.axes[name] = step_metric
+
+    def log(self, row):
+        self.rows.append(row)
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_wandb_gets_the_options_epochs_and_steps_and_a_resumed_run_goes_on(tmp_path, monkeypatch):
+    wandb = StandIn()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    options = {"training": {"epochs": 2}}
+    for last_epoch in (-1, 0, -1):
+        log_steps(tmp_path, [50 * (last_epoch + 2)], last_epoch=last_epoch, value=1.0, tensorboard=False, wandb="mine", options=options)
+    first, resumed, anew = wandb.inits
+    assert (first.project, first.name, first.dir, first.config) == ("mine", tmp_path.name, str(tmp_path), options)
+    assert first.id == resumed.id != anew.id and resumed.resume == "allow"
+    assert wandb.rows[:2] == [{"step": 50, "step/loss": 1.0}, {"epoch": 0, "epoch/loss": 1.0}]
+    assert wandb.rows[2:4] == [{"step": 100, "step/loss": 1.0}, {"epoch": 1, "epoch/loss": 1.0}]
+    assert wandb.axes == {"epoch": None, "epoch/*": "epoch", "step": None, "step/*": "step"} and wandb.finished == 3
+
+
+def test_wandbs_own_errors_and_a_missing_package_are_told_in_a_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", StandIn(error="api_key not configured.\nRun wandb login"))
+    with pytest.raises(UserError, match="--run.wandb: api_key not configured. Run wandb login"):
+        RunLog(tmp_path, last_epoch=-1, tensorboard=False, wandb="mine")
+    monkeypatch.setitem(sys.modules, "wandb", None)  # import raises ImportError
+    with pytest.raises(UserError, match="--run.wandb: the package wandb is not installed; pip install"):
+        RunLog(tmp_path, last_epoch=-1, tensorboard=False, wandb="mine")

@@ -56,6 +56,12 @@ def test_the_one_cycle_starts_and_ends_at_0_and_meets_its_limits_at_the_end_of_t
     assert pair(TOTAL, "f1-clr") == pytest.approx((0, HIGH))
 
 
+def test_the_range_test_rises_exponentially_between_its_limits():
+    rates = [schedules.exponential(step, total=200, low=1e-3, high=1.0) for step in range(200)]
+    assert (rates[0], rates[-1]) == pytest.approx((1e-3, 1))
+    assert [b / a for a, b in zip(rates, rates[1:])] == pytest.approx([1000 ** (1 / 199)] * 199)
+
+
 def test_noise_scale():
     assert schedules.noise_scale(learning_rate=0.1, momentum=0.9, samples=9469, batch_size=128) == pytest.approx(0.1 * 9469 / (128 * 0.1))
 

@@ -15,7 +15,8 @@ from ffssl.config import read_options
 from ffssl.data.convert import convert
 from ffssl.data.sources.embedded import Embedded
 from ffssl.errors import UserError
-from ffssl.run_log import read_log
+from ffssl.plan import Plan
+from ffssl.run_log import RunLog, read_log
 from ffssl.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,6 +64,25 @@ def test_efficient_run_follows_its_schedules_and_logs_them(betons, tmp_path):
     assert flops[1] == flops[2] < flops[0] == flops[3] == flops[4]
     assert rows[-1]["loss"] < rows[1]["loss"]
     assert all(0 <= row["data_wait"] <= 1 and row["embedding_std"] > 0 for row in rows[1:])
+
+
+def test_steps_are_shown_live(betons, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(RunLog, "write_step", lambda log, step, values: shown.append((step, values)))
+    options = read_options(arguments(betons, tmp_path, "--training.epochs=2"))
+    train(options)
+    plan = Plan(options, steps_per_epoch=5)
+    assert [step for step, _ in shown] == list(range(1, 11))  # on a CPU each of them, since there is nothing to wait for
+    assert [values["learning_rate"] for _, values in shown] == [plan.learning_rate_and_momentum(step)[0] for step in range(10)]
+    for epoch, row in enumerate(read_log(tmp_path)):
+        assert sum(values["loss"] for _, values in shown[5 * epoch : 5 * epoch + 5]) / 5 == pytest.approx(row["loss"])
+
+
+def test_a_missing_wandb_is_told_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="wandb is not installed"):
+        train(read_options([*SMALL, "--data.train=missing.beton", f"--run.folder={tmp_path / 'run'}", "--run.wandb=mine"]))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

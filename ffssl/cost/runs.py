@@ -1,0 +1,45 @@
+"""What runs cost, by their options alone: without weights, data or training."""
+
+import functools
+from types import SimpleNamespace
+
+import torch
+
+from ffssl.cost import STANDARD, Flops, Stage, count_step, stages, step_options
+from ffssl.methods import Method
+from ffssl.plan import Plan
+from ffssl.train import build
+
+IMAGES = {"imagenet": 1_281_167, "imagenette": 9_469}  # that their training sets hold
+
+
+class RunCosts:
+    """Counts the steps of runs. What was counted for one is not counted again for another."""
+
+    def __init__(self):
+        self._flops: dict[str, Flops] = {}
+
+    def stages(self, options: SimpleNamespace) -> list[Stage]:
+        """The stages of a run. Raises UserError for options that no run can have."""
+        plan = Plan(options, steps_per_epoch=1)
+        step = step_options(plan)
+        if options.hard_augment.select == "off":
+            step["hard_augment"] = {}
+
+        @functools.cache
+        def method() -> Method:
+            with torch.device("meta"):
+                return build(options, torch.device("meta"))
+
+        def image_flops(side: int) -> Flops:
+            key = repr((options.model, options.method, step, side))
+            if key not in self._flops:
+                self._flops[key] = count_step(method(), resolution=side, **step) / options.training.batch_size
+            return self._flops[key]
+
+        return stages(plan, image_flops)
+
+
+def petaflop(stages: list[Stage], images: int, backward: int = STANDARD) -> float:
+    """Of all images in every epoch, as the paper counts; a run leaves out the last batch of an epoch if it is not full."""
+    return images * sum(stage.epochs * stage.flops.total(backward) for stage in stages) / 1e15

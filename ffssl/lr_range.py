@@ -1,0 +1,272 @@
+"""Find the limits of the learning rate in a few hundred steps: the range test of the paper's section C.
+
+    python -m ffssl.lr_range --config rn50_configs/imagenette_efficient.yaml --data.train=train.beton --data.validation=val.beton
+    python -m ffssl.lr_range --config ... --data.train=train.beton --low=1e-4 --high=10 --steps=100 --run.folder=runs/range
+
+Trains with the config's method, views and optimiser while the learning rate rises exponentially, at the momentum `training.momentum`.
+After every step it takes the loss on the same validation views: of --data.validation, or of images held out from --data.train.
+Leaves `lr_range.json` and `lr_range.png` in the run's folder (runs/lr_range unless given), and no checkpoint.
+
+The limits are those at which the smoothed validation loss has come down, for good, by a tenth of its fall, and by nine tenths: where it
+starts to decrease, and where it has reached the floor from which it diverges. The upper one is a --training.learning_rate.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+from ffssl.config import as_dict, read_options
+from ffssl.openmp import share_cores
+
+if __name__ == "__main__":
+    share_cores()
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from tqdm import tqdm
+
+from ffssl import checkpoint, run_log, schedules
+from ffssl.data.loader import ViewLoader
+from ffssl.device import choose_device, mixed_precision
+from ffssl.errors import UserError
+from ffssl.hard_augment import choose_views, without_trace
+from ffssl.images import to_input
+from ffssl.methods import Method
+from ffssl.plan import Plan
+from ffssl.train import Run, build, open_loader, optimizer_of, train_step
+
+CURVE, PICTURE = "lr_range.json", "lr_range.png"
+FALL_STARTS, FALL_ENDS = 0.1, 0.9  # shares of the fall of the validation loss, at the lower limit and at the upper
+SMOOTHING = 0.05  # over which share of the sweep
+NOISE = 3  # a fall of fewer standard deviations of what the smoothing takes away may be none
+
+
+@dataclass(frozen=True)
+class Sweep(Plan):
+    """A run's plan, but for a learning rate that rises from `low` to `high` in `steps` steps, at a constant momentum."""
+
+    low: float
+    high: float
+    steps: int
+
+    @property
+    def total_steps(self) -> int:
+        return max(super().total_steps, self.steps)  # what a method schedules goes as at the start of the run
+
+    def learning_rate_and_momentum(self, step: int) -> tuple[float, float]:
+        return schedules.exponential(step, total=self.steps, low=self.low, high=self.high), self.options.training.momentum
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Learning rates between which the validation loss falls; whether it rises again within the sweep."""
+
+    low: float
+    high: float
+    rises: bool
+
+
+def range_test(options: SimpleNamespace, *, low: float, high: float, steps: int, images: int) -> list[dict[str, float]]:
+    """Train while the learning rate rises. Returns a row a step, up to the first loss that is not finite.
+
+    images: in the validation batch, in whole batches of the training's size and one at least. Raises UserError.
+    """
+    device = choose_device(options.run.device)
+    torch.manual_seed(options.run.seed)
+    method = build(options, device)
+    amp, scaler = mixed_precision(options.training.amp, device)
+    with open_loader(options, method) as loader:
+        validation = validation_views(options, method, loader, images)
+        optimizer = optimizer_of(method, options, device)
+        for group in optimizer.param_groups:
+            group.pop("constant_lr", None)  # the peak at which it would stay is what is sought
+        plan = Sweep(options, len(loader), low, high, steps)
+        run = Run(options, plan, device, amp, method.train(), optimizer, scaler, flops_per_step={})
+        return sweep(run, loader, validation)
+
+
+def sweep(run: Run, loader: ViewLoader, validation: list[Tensor]) -> list[dict[str, float]]:
+    rows = []
+    steps = range(run.plan.steps)
+    for step, views in zip(tqdm(steps, unit="step", leave=False, disable=None), batches(run, loader)):
+        learning_rate, _ = run.plan.learning_rate_and_momentum(step)
+        loss, spread = train_step(run, views, step)
+        losses = {"training_loss": loss.item(), "validation_loss": validation_loss(run, validation)}
+        if not np.isfinite([*losses.values()]).all():
+            break
+        rows.append({"step": step, "learning_rate": learning_rate, **losses, "embedding_std": spread.item()})
+    return rows
+
+
+def batches(run: Run, loader: ViewLoader) -> Iterator[Tensor]:
+    """Views of one epoch after the other, all at the resolution and magnitude of the run's first."""
+    while True:
+        loader.set_epoch(run.epoch, run.plan.resolution(0), run.plan.magnitude(0))
+        for views, _, _ in loader:
+            yield views
+        run.epoch += 1
+
+
+def validation_views(options: SimpleNamespace, method: Method, loader: ViewLoader, images: int) -> list[Tensor]:
+    """Two views of each validation image, in uint8 batches (B, 2, 3, R, R) of the training's size: a loss may depend on it.
+
+    Without data.validation the images are taken from those that `loader` serves.
+    """
+    size = options.training.batch_size
+    count = max(images // size, 1)
+    changed = {"augment": SimpleNamespace(**vars(options.augment) | {"views": 2})}
+    if options.data.validation:
+        changed["data"] = SimpleNamespace(**vars(options.data) | {"train": options.data.validation})
+    with open_loader(SimpleNamespace(**vars(options) | changed), method) as source:
+        if not options.data.validation:
+            source.samples, loader.samples = held_out(loader, count * size, options.run.seed)
+        plan = Plan(options, len(source))
+        source.set_epoch(0, plan.resolution(0), plan.magnitude(0))
+        return [views.clone() for _, (views, _, _) in zip(range(count), source)]
+
+
+def held_out(loader: ViewLoader, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """`count` of the loader's samples, drawn at random, and the others. Raises UserError where these make no batch."""
+    total = len(loader.samples)
+    if total < count + loader.batch_size:
+        raise UserError(
+            f"{loader.beton.path}: of {total} images, {count} can't be held out and batches of {loader.batch_size} be trained on; "
+            "give --data.validation, or fewer --validation-images, or a smaller --training.batch_size"
+        )
+    shuffled = np.random.Generator(np.random.Philox(seed)).permutation(loader.samples)
+    return np.sort(shuffled[:count]), np.sort(shuffled[count:])
+
+
+def validation_loss(run: Run, validation: list[Tensor]) -> float:
+    """The method's loss on the views, with BatchNorm by the batch as in training. Changes nothing of the run."""
+    losses = []
+    with without_trace(run.method, run.device), run.amp:
+        torch.manual_seed(run.options.run.seed)  # dropout, if there is any, drops the same every time
+        for views in validation:
+            buffers = {name: buffer.clone() for name, buffer in run.method.named_buffers()}  # among them a queue, a centre
+            loss, _ = functional_call(run.method, buffers, choose_views(run.method, to_input(views, run.device)))
+            losses.append(loss)
+    return torch.stack(losses).mean().item()
+
+
+def suggest_limits(learning_rates: np.ndarray, losses: np.ndarray, *, complete: bool = True) -> Limits | None:
+    """The limits by the validation losses (n,) at rising learning rates (n,), or None where the loss does not fall.
+
+    The fall is that of the smoothed loss, from its highest point before its lowest to that. complete: False where the sweep ended
+    in a loss that is not finite.
+    """
+    if len(losses) < 3:
+        return None
+    smoothed = smooth(losses)
+    lowest = int(smoothed.argmin())
+    highest = int(smoothed[: lowest + 1].argmax())
+    fall = smoothed[highest] - smoothed[lowest]
+    noise = 1.4826 * np.median(np.abs(losses - smoothed))  # a standard deviation, whatever a few outliers are
+    if fall <= NOISE * noise:
+        return None
+    done = (smoothed[highest] - smoothed[highest : lowest + 1]) / fall
+    starts = np.flatnonzero(done < FALL_STARTS)[-1] + 1  # for good: noise before the fall may reach as far
+    ends = starts + (done[starts:] >= FALL_ENDS).argmax()
+    low, high = (float(learning_rates[highest + at]) for at in (starts, ends))
+    rises = not complete or bool(smoothed[lowest:].max() - smoothed[lowest] > FALL_STARTS * fall)
+    return Limits(low, high, rises)
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """The running mean of the running median, over neighbourhoods that are smaller at the ends: a single outlier leaves no trace in it."""
+    half = max(round(SMOOTHING * len(values) / 2), 1)
+    for middle in (np.median, np.mean):
+        values = np.array([middle(values[max(i - half, 0) : i + half + 1]) for i in range(len(values))])
+    return values
+
+
+def draw(rows: list[dict[str, float]], limits: Limits | None, path: Path) -> None:
+    """The paper's Figure 4: both losses over the learning rate; and the spread of the embeddings, which is 0 after a collapse."""
+    panels = {"training_loss": "training loss", "validation_loss": "validation loss", "embedding_std": "spread of the embeddings"}
+    rates = [row["learning_rate"] for row in rows]
+    figure, axes = plt.subplots(1, len(panels), figsize=(15, 4), layout="constrained")
+    for axis, (name, title) in zip(axes, panels.items()):
+        values = np.array([row[name] for row in rows])
+        smoothed = smooth(values)
+        axis.plot(rates, values, color="tab:blue", alpha=0.35, linewidth=1)
+        axis.plot(rates, smoothed, color="tab:blue")
+        for limit in (limits.low, limits.high) if limits else ():
+            axis.axvline(limit, color="tab:red", linestyle="--", linewidth=1, label=f"{limit:.2g}")
+        if limits and name != "embedding_std":  # a divergence would flatten all else
+            low, high = np.percentile(smoothed, (0, 75))
+            axis.set_ylim(low - 0.3 * (high - low), high + 0.6 * (high - low))
+        axis.set(xscale="log", xlabel="learning rate", title=title)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[2].set_ylim(bottom=0)
+    if limits:
+        axes[1].legend(title="limits")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def describe(limits: Limits | None, rows: list[dict[str, float]], *, low: float, high: float, steps: int) -> str:
+    ended = f"the loss was not finite at step {len(rows)} of {steps}; the sweep ends there\n" if len(rows) < steps else ""
+    if limits is None:
+        return f"{ended}the validation loss does not fall between {low:g} and {high:g}: no limits; try others (--low, --high)"
+    more = "" if limits.rises else f"\nit does not rise again: a --high of more than {high:g} may show a larger limit"
+    return f"{ended}the validation loss falls from a learning rate of {limits.low:.2g} to one of {limits.high:.2g}{more}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m ffssl.lr_range", usage="%(prog)s --config FILE --data.train=FILE [options] [--section.option=value ...]",
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("--low", type=float, default=1e-3, help="learning rate of the first step (default: %(default)g)")
+    parser.add_argument("--high", type=float, default=1.0, help="learning rate of the last step (default: %(default)g)")
+    parser.add_argument("--steps", type=int, default=200, help="optimiser steps between them (default: %(default)s)")
+    parser.add_argument(
+        "--validation-images", type=int, default=1, metavar="N", help="in whole batches (default: one batch; the paper has 4096 images)"
+    )
+    arguments, words = parser.parse_known_args()
+    test = {"low": arguments.low, "high": arguments.high, "steps": arguments.steps}
+    try:
+        if not 0 < arguments.low < arguments.high < float("inf"):
+            raise UserError(f"--low, --high: expected 0 < low < high, got {arguments.low:g} and {arguments.high:g}")
+        if arguments.steps < 10:
+            raise UserError(f"--steps: {arguments.steps} are too few to find limits among; give 10 or more")
+        options = read_options(words, defaults={"run.folder": "runs/lr_range"})
+        folder = Path(options.run.folder)
+        claim(folder)
+        rows = range_test(options, **test, images=arguments.validation_images)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    rates, losses = (np.array([row[name] for row in rows]) for name in ("learning_rate", "validation_loss"))
+    limits = suggest_limits(rates, losses, complete=len(rows) == arguments.steps)
+    found = {**test, "limits": limits and asdict(limits), "options": as_dict(options), "curve": rows}
+    (folder / CURVE).write_text(json.dumps(found, indent=1) + "\n")
+    draw(rows, limits, folder / PICTURE)
+    print(f"{describe(limits, rows, **test)}\ncurve: {folder / CURVE}, picture: {folder / PICTURE}")
+    return 0
+
+
+def claim(folder: Path) -> None:
+    """Make the folder. Raises UserError if it can't be, or holds a run."""
+    if (folder / checkpoint.NAME).exists() or (folder / run_log.NAME).exists():
+        raise UserError(f"--run.folder: {folder} holds a run; choose another folder for the range test")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--run.folder: {folder} can't be made: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

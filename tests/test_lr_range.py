@@ -1,0 +1,185 @@
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ffssl import lr_range
+from ffssl.config import read_options
+from ffssl.data.convert import convert
+from ffssl.data.sources.embedded import Embedded
+from ffssl.device import mixed_precision
+from ffssl.errors import UserError
+from ffssl.lr_range import Sweep, held_out, range_test, suggest_limits, validation_loss, validation_views
+from ffssl.train import Run, build, open_loader, optimizer_of, train_step
+
+TOY = [
+    "--model.backbone=resnet-small", "--method.hidden=16", "--method.projection=8", "--resolution.max=16", "--resolution.step=16",
+    "--training.batch_size=16", "--run.device=cpu",
+]  # fmt: skip
+RATES = np.geomspace(1e-3, 1, 200)
+
+
+@pytest.fixture(scope="module")
+def beton(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("beton") / "train.beton"
+    convert(Embedded("train", 80), path)
+    return path
+
+
+def options_of(beton, *words):
+    return read_options([*TOY, f"--data.train={beton}", *words], defaults={"run.folder": "unused"})
+
+
+def curve(*, falls=(0.01, 0.1), rises=0.5, depth=1.0, noise=0.0, seed=0):
+    """A loss that falls linearly in the logarithm of the rate between two rates, stays, and rises steeply from a third."""
+    x = np.log10(RATES)
+    start, end = np.log10(falls)
+    loss = 5 - depth * np.clip((x - start) / (end - start), 0, 1) + np.clip(30 * (x - np.log10(rises)), 0, None)
+    return loss + noise * np.random.default_rng(seed).standard_normal(len(x))
+
+
+def test_limits_are_a_tenth_and_nine_tenths_of_the_fall():
+    limits = suggest_limits(RATES, curve())
+    assert limits.low == pytest.approx(10**-1.9, rel=0.04) and limits.high == pytest.approx(10**-1.1, rel=0.04)
+    assert limits.rises
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("depth, noise", [(1, 0.05), (1, 0.1), (0.02, 0.001)])
+def test_noise_moves_the_limits_little(depth, noise, seed):
+    limits = suggest_limits(RATES, curve(depth=depth, noise=noise, seed=seed))
+    assert abs(math.log10(limits.low) + 1.9) < 0.2 and abs(math.log10(limits.high) + 1.1) < 0.2
+
+
+def test_outliers_and_a_divergence_do_not_move_the_limits():
+    losses = curve()
+    losses[[20, 60, 110, 150]] += [-3, 4, -5, 1e6]
+    losses[-10:] = 1e12
+    assert suggest_limits(RATES, losses) == suggest_limits(RATES, curve())
+
+
+def test_a_rise_before_the_fall_does_not_count():
+    losses = curve() - 0.5 * np.clip(1 - np.arange(200) / 30, 0, 1)
+    assert suggest_limits(RATES, losses) == suggest_limits(RATES, curve())
+
+
+def test_whether_the_loss_rises_again_is_said():
+    assert not suggest_limits(RATES, curve(rises=10)).rises
+    assert suggest_limits(RATES, curve(rises=10), complete=False).rises
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_noise_alone_gives_no_limits(seed):
+    noise = np.random.default_rng(seed).standard_normal(200)
+    assert suggest_limits(RATES, noise) is None
+    assert suggest_limits(RATES, np.linspace(0, 5, 200) + noise) is None
+
+
+def test_constant_or_hardly_any_losses_give_no_limits():
+    assert suggest_limits(RATES, np.ones(200)) is None
+    assert suggest_limits(RATES[:2], np.array([2.0, 1.0])) is None
+    assert suggest_limits(RATES[:0], np.array([])) is None
+
+
+def test_the_learning_rate_rises_exponentially_at_the_configs_momentum(beton):
+    plan = Sweep(options_of(beton, "--training.momentum=0.8", "--training.schedule=f1-clr", "--training.epochs=1"), 5, 1e-3, 1.0, 200)
+    rates, momenta = zip(*(plan.learning_rate_and_momentum(step) for step in range(200)))
+    assert rates == pytest.approx(RATES) and set(momenta) == {0.8}
+    assert rates[135] == pytest.approx(0.1, rel=0.1)  # the paper: "close to step 135 and learning rate .1"
+    assert plan.total_steps == 200
+
+
+def start(options, loader):
+    device = torch.device("cpu")
+    torch.manual_seed(0)
+    method = build(options, device)
+    amp, scaler = mixed_precision("off", device)
+    return Run(options, Sweep(options, len(loader), 1e-3, 1.0, 10), device, amp, method.train(), optimizer_of(method, options, device), scaler, {})
+
+
+@pytest.mark.parametrize("method", ["simsiam", "byol", "mocov2plus --method.queue=64", "dino --method.prototypes=32", "barlow_twins"])
+def test_validating_leaves_no_trace_and_always_finds_the_same(beton, method):
+    name, *more = method.split()
+    options = options_of(beton, f"--method.name={name}", *more, "--hard_augment.select=hard", "--augment.views=3")
+    with open_loader(options, build(options, torch.device("cpu"))) as loader:
+        run = start(options, loader)
+        validation = validation_views(options, run.method, loader, 32)
+        assert [tuple(views.shape) for views in validation] == [(16, 2, 3, 16, 16)] * 2
+        before, random_state = {key: value.clone() for key, value in run.method.state_dict().items()}, torch.get_rng_state()
+        losses = [validation_loss(run, validation) for _ in range(2)]
+        assert losses[0] == losses[1] and math.isfinite(losses[0])
+        assert torch.equal(torch.get_rng_state(), random_state) and run.method.training
+        assert all(torch.equal(before[key], value) for key, value in run.method.state_dict().items())
+        assert all(parameter.grad is None for parameter in run.method.parameters())
+        for step, (views, _, _) in enumerate(loader):
+            train_step(run, views, step)
+        assert validation_loss(run, validation) != losses[0]
+
+
+def test_validation_images_are_not_trained_on(beton):
+    options = options_of(beton)
+    with open_loader(options, build(options, torch.device("cpu"))) as loader:
+        validation, training = held_out(loader, 32, seed=0)
+        assert len(validation) == 32 and sorted([*validation, *training]) == list(range(80))
+        validation_views(options, build(options, torch.device("cpu")), loader, 32)
+        assert list(loader.samples) == list(training)
+        assert {int(i) for _, _, indices in loader for i in indices} <= {*training}
+        with pytest.raises(UserError, match="of 48 images, 48 can't be held out and batches of 16 be trained on"):
+            held_out(loader, 48, seed=0)
+
+
+def test_training_is_that_of_a_run_at_those_learning_rates(beton):
+    """Neither the validation nor the sweep changes what the steps do: the same steps by hand give the same losses."""
+    options = options_of(beton, "--method.name=simsiam", "--method.predictor=8", f"--data.validation={beton}", "--method.constant_predictor_lr=true")
+    rows = range_test(options, low=1e-3, high=1.0, steps=12, images=1)
+    with open_loader(options, build(options, torch.device("cpu"))) as loader:
+        run = start(options, loader)
+        losses = []
+        for epoch in range(3):
+            loader.set_epoch(epoch)
+            for views, _, _ in loader:
+                if len(losses) < 12:
+                    for group in run.optimizer.param_groups:
+                        group["constant_lr"] = False
+                    run.plan = Sweep(options, len(loader), 1e-3, 1.0, 12)
+                    losses.append(train_step(run, views, len(losses))[0].item())
+    assert [row["training_loss"] for row in rows] == losses
+    assert [row["learning_rate"] for row in rows] == pytest.approx(np.geomspace(1e-3, 1, 12))
+
+
+def program(monkeypatch, beton, folder, *words):
+    monkeypatch.setattr("sys.argv", ["lr_range", *TOY, f"--data.train={beton}", f"--run.folder={folder}", *words])
+    return lr_range.main()
+
+
+def test_a_loss_that_is_not_finite_ends_the_sweep(beton, tmp_path, monkeypatch, capsys):
+    status = program(monkeypatch, beton, tmp_path, "--high=1e30", "--steps=20", "--training.momentum=0")
+    found = json.loads((tmp_path / lr_range.CURVE).read_text())
+    assert status == 0 and 1 < len(found["curve"]) < 20
+    assert all(math.isfinite(row["training_loss"]) and math.isfinite(row["validation_loss"]) for row in found["curve"])
+    assert f"the loss was not finite at step {len(found['curve'])} of 20" in capsys.readouterr().out
+
+
+def test_the_program_leaves_a_curve_and_a_picture_and_no_run(beton, tmp_path, monkeypatch, capsys):
+    assert program(monkeypatch, beton, tmp_path / "range", "--steps=20") == 0
+    assert sorted(path.name for path in (tmp_path / "range").iterdir()) == [lr_range.CURVE, lr_range.PICTURE]
+    found = json.loads((tmp_path / "range" / lr_range.CURVE).read_text())
+    assert len(found["curve"]) == 20 and found["options"]["training"]["batch_size"] == 16
+    assert (tmp_path / "range" / lr_range.PICTURE).stat().st_size > 10_000
+    assert "the validation loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "log.jsonl"])
+def test_a_runs_folder_is_left_alone(beton, tmp_path, monkeypatch, capsys, name):
+    (tmp_path / name).write_text("")
+    assert program(monkeypatch, beton, tmp_path) == 2
+    assert "holds a run" in capsys.readouterr().err and [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("words, message", [(["--low=2"], "0 < low < high, got 2 and 1"), (["--steps=3"], "--steps: 3"), (["--hihg=3"], "--hihg: unknown option")])
+def test_mistakes_cost_one_line(beton, tmp_path, monkeypatch, capsys, words, message):
+    assert program(monkeypatch, beton, tmp_path / "range", *words) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "range").exists()
