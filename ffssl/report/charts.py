@@ -64,27 +64,29 @@ def accuracy_charts(runs: list[ReportedRun]) -> list[Chart]:
 def schedule_charts(runs: list[ReportedRun]) -> list[Chart]:
     """What changes by the step or by the epoch (Figs. 2 and 3): the whole schedule, dashed where it is still to come."""
 
-    def by_step(value: Callable, name: str, title: str) -> Chart:
+    known = [(i, run) for i, run in enumerate(runs) if run.options is not None]
+
+    def by_step(value: Callable, name: str, title: str, which: list[tuple[int, ReportedRun]] = known) -> Chart:
         curves = []
-        for i, run in enumerate(runs):
-            if run.options is not None and run.samples:
-                plan, done = run.plan, run.epoch * run.plan.steps_per_epoch
-                y = np.array([value(run, plan, step) for step in range(plan.total_steps)])
-                curves.append(_split(i, np.arange(plan.total_steps) / plan.steps_per_epoch, y, done))
+        for i, run in which:
+            plan = run.plan
+            y = np.array([value(run, plan, step) for step in range(plan.total_steps)])
+            curves.append(_split(i, np.arange(plan.total_steps) / plan.steps_per_epoch, y, run.epoch * plan.steps_per_epoch))
         return Chart(name, title, "epoch", curves)
 
     def by_epoch(value: Callable, name: str, title: str) -> Chart:
         curves = []
-        for i, run in enumerate(runs):
-            if run.options is not None:
-                y = np.array([value(run.plan, epoch) for epoch in range(run.options.training.epochs)])
-                curves.append(_split(i, np.arange(len(y) + 1), np.append(y, y[-1:]), run.epoch))
+        for i, run in known:
+            y = np.array([value(run.plan, epoch) for epoch in range(run.options.training.epochs)])
+            curves.append(_split(i, np.arange(len(y) + 1), np.append(y, y[-1:]), run.epoch))
         return Chart(name, title, "epoch", curves, steps=True)
+
+    counted = [(i, run) for i, run in known if run.samples]
 
     charts = [
         by_step(lambda run, plan, step: plan.learning_rate_and_momentum(step)[0], "learning-rate", "learning rate"),
         by_step(lambda run, plan, step: plan.learning_rate_and_momentum(step)[1], "momentum", "momentum"),
-        by_step(lambda run, plan, step: plan.noise_scale(step, run.samples), "noise-scale", "noise scale of the gradient"),
+        by_step(lambda run, plan, step: plan.noise_scale(step, run.samples), "noise-scale", "noise scale of the gradient", counted),
         by_epoch(lambda plan, epoch: plan.resolution(epoch), "resolution", "resolution (pixels)"),
         by_epoch(lambda plan, epoch: plan.magnitude(epoch), "magnitude", "augmentation magnitude"),
     ]

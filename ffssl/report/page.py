@@ -2,6 +2,7 @@
 
 import datetime
 import io
+import math
 import re
 from collections.abc import Callable
 from html import escape
@@ -216,7 +217,7 @@ VIEWS = (
 def _views(run: ReportedRun, method: Method, place: int, gallery: Gallery) -> str:
     epochs = samples.views_by_epoch(run, method)
     count, largest = epochs[0].views.shape[1], max(one.resolution for one in epochs)
-    across = next(n for n in (2, 3, 4, count) if count % n == 0 or n * n >= count)
+    across = math.ceil(count**0.5)
     zoom = max(1, SHOWN_SIDE // largest)
     rows, sheet = [], []
     for one in epochs:

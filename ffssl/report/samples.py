@@ -25,10 +25,10 @@ from ffssl.report.runs import ReportedRun, describe_data
 from ffssl.train import open_loader
 
 BATCH = 64  # images in a selection pass: BatchNorm normalises by them
-SHOWN_IMAGES, SHOWN_EPOCHS = 6, 5
-COMPARED_IMAGES = 512
+SHOWN_IMAGES, SHOWN_EPOCHS = 4, 5
+COMPARED_IMAGES = 256
 EMBEDDED_IMAGES, EMBEDDED_CLASSES = 800, 8
-QUERIES, NEIGHBOURS, BANK = 6, 6, 2000
+QUERIES, NEIGHBOURS, BANK = 6, 6, 1500
 THUMBNAIL = 112  # pixels at most
 
 

@@ -60,7 +60,7 @@ img { display: block; border-radius: 2px; }
 .epoch { display: grid; grid-template-columns: 118px 1fr; gap: 12px; padding: 14px 0; border-bottom: 1px solid var(--rule); }
 .epoch:last-child { border-bottom: 0; }
 .epoch small { display: block; color: var(--muted); line-height: 1.4; }
-.images { --full: min(var(--side), 20vw); display: flex; flex-wrap: wrap; gap: 14px 22px; align-items: flex-start; }
+.images { --full: min(var(--side), 18vw); display: flex; flex-wrap: wrap; gap: 14px; align-items: flex-start; }
 .views { display: grid; gap: 6px; grid-template-columns: repeat(var(--across), calc(var(--full) * var(--share))); width: calc((var(--full) + 6px) * var(--across)); }
 .views img { width: 100%; }
 img.chosen { outline: 3px solid var(--frame); outline-offset: 0; box-shadow: 0 0 0 4px var(--card); }
