@@ -9,7 +9,8 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#8c6d31")  # Okabe and Ito's, and a brown for yellow
+# Okabe and Ito's; a brown for their yellow, and not quite their black, which SVG takes for granted and a page could not change.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#101010", "#8c6d31")
 MARKERS = "osD^vP*X"
 
 

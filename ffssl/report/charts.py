@@ -18,14 +18,15 @@ from ffssl.report.runs import ReportedRun
 INK, MUTED, RULE, PAPER = "#1f2328", "#59636e", "#d9dee3", "#ffffff"
 VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", PAPER: "--card"} | {
     tone: name for i, colour in enumerate(COLOURS) for tone, name in ((ink(colour), f"--ink{i}"), (colour, f"--run{i}"))
-}  # the colours of the drawings by the page's names for them; black is both a curve and its text
+}  # the colours of the drawings, and the page's names for them
 LOOK = {
     "font.size": 10, "text.color": INK, "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED, "axes.edgecolor": MUTED,
     "axes.titlelocation": "left", "axes.titlesize": 11, "axes.titlecolor": INK, "axes.titlepad": 10, "axes.linewidth": 0.8,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "grid.color": RULE, "grid.linewidth": 0.8,
-    "axes.axisbelow": True, "axes.xmargin": 0.03, "ytick.major.size": 0, "lines.linewidth": 1.8, "lines.markersize": 5,
+    "axes.axisbelow": True, "axes.xmargin": 0.03, "axes.ymargin": 0.1, "ytick.major.size": 0, "lines.linewidth": 1.8, "lines.markersize": 5,
     "svg.fonttype": "none", "svg.hashsalt": "ffssl",
 }  # fmt: skip
+MOST_TICKS = 8
 MOST_LABELLED = 6  # runs; the page's list of runs has the colours of the others
 
 
@@ -156,6 +157,10 @@ def draw_chart(chart: Chart, names: list[str], unfinished: set[int]) -> Figure:
             axis.set_ylim(bottom=0, top=axis.get_ylim()[1] * 1.05 or 1)
         if chart.x_label == "epoch":
             axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.set_xlim(left=min(axis.get_xlim()[0], -0.03 * axis.get_xlim()[1]))
+        values = np.unique(np.concatenate([curve.y for curve in chart.curves]))
+        if chart.steps and len(values) <= MOST_TICKS and (values == values.round()).all():
+            axis.set_yticks(values)
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # the labels are placed for the layout as it is now
         if len(names) <= MOST_LABELLED:

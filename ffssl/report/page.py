@@ -49,7 +49,7 @@ def compose(runs: list[ReportedRun], device: torch.device) -> tuple[str, dict[st
     hard = [i for i, run in enumerate(runs) if run.options is not None and run.options.hard_augment.select == "hard"]
 
     def of_each(show: Callable[[ReportedRun, Method, int, Gallery], str], places: list[int]) -> str:
-        return "".join(_run_heading(runs, i) + _shown(show, runs[i], methods[i], i, gallery) for i in places)
+        return "".join(f"<div>{_run_heading(runs, i)}{_shown(show, runs[i], methods[i], i, gallery)}</div>" for i in places)
 
     everyone = list(range(len(runs)))
     sections = [
@@ -58,7 +58,7 @@ def compose(runs: list[ReportedRun], device: torch.device) -> tuple[str, dict[st
         ("training", "Training", _training(runs, gallery)),
         ("views", "Views", VIEWS + of_each(_views, everyone)),
         ("choice", "What Hard Augment chooses", of_each(_choice, hard) or _note("None of these runs chooses its views by their loss.")),
-        ("embeddings", "Embeddings", of_each(_embedding, everyone)),
+        ("embeddings", "Embeddings", f'<div class="charts middle">{of_each(_embedding, everyone)}</div>'),
         ("neighbours", "Nearest neighbours", NEIGHBOURS + of_each(_neighbours, everyone)),
         ("config", "Configuration", _config(runs)),
         ("started", "How it was run", "".join(_run_heading(runs, i) + _starts(run) for i, run in enumerate(runs))),
@@ -161,7 +161,7 @@ def _table(runs: list[ReportedRun], comparable: bool) -> str:
             (f"{row['flops'] * flop_scale:.1f}", ratio["flops"]), (f"{row['seconds'] * time_scale:.1f}", ratio["seconds"]),
             *([(f"{row['kwh']:.2f}" if "kwh" in row else "–", ratio["kwh"])] if energy else []),
         ]  # fmt: skip
-        chip = "" if run.finished else ' <span class="chip unfinished">unfinished</span>'
+        chip = "" if run.finished else ' <span class="unfinished">unfinished</span>'
         cells = [
             f'<td data-label="{title}"{"" if j == 0 else NUMBER}>{text}{f"<small>{more}</small>" if more else ""}</td>'
             for j, (title, (text, more)) in enumerate(zip(titles[1:], cells))
@@ -294,7 +294,7 @@ def _embedding(run: ReportedRun, method: Method, place: int, gallery: Gallery) -
             f", whose two directions hold {embedding.explained:.0%} of the variance: classes that lie on one another here may be apart in "
             "others. With umap-learn installed, this is a UMAP"
         )
-    return f'<div class="charts">{card}<div class="words">{words}.</div></div>'
+    return f'{card}<p class="caption">{words}.</p>'
 
 
 NEIGHBOURS = (

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ffssl.data.beton import read_beton
+from ffssl.data.beton import Beton, read_beton
 from ffssl.data.loader import ViewLoader
 from ffssl.data.policy import EVALUATION
 from ffssl.evaluate.online import extract_features
@@ -28,7 +28,7 @@ BATCH = 64  # images in a selection pass: BatchNorm normalises by them
 SHOWN_IMAGES, SHOWN_EPOCHS = 4, 5
 COMPARED_IMAGES = 256
 EMBEDDED_IMAGES, EMBEDDED_CLASSES = 800, 8
-QUERIES, NEIGHBOURS, BANK = 6, 6, 1500
+QUERIES, NEIGHBOURS, BANK = 6, 8, 1500
 THUMBNAIL = 112  # pixels at most
 
 
@@ -215,10 +215,19 @@ def project(features: Tensor) -> tuple[Tensor, float | None]:
     return centred @ (directions[:2] * signs).T, (variances[:2].sum() / variances.sum().clamp(min=1e-12)).item()
 
 
+def _examples(beton: Beton, count: int) -> np.ndarray:
+    """Images of different classes, where there are labels."""
+    classes = np.unique(beton.labels[beton.labels >= 0]) if beton.labels is not None else []
+    if not len(classes):
+        return spread(len(beton), count)
+    firsts = [np.flatnonzero(beton.labels == one)[0] for one in classes[spread(len(classes), count)]]
+    return np.array(firsts, np.int64)
+
+
 def nearest_neighbours(run: ReportedRun, method: Method) -> Neighbours:
     """The training images, of at most BANK, whose features are closest to those of a few validation images, by the cosine."""
     path, bank_path = evaluation_path(run), run.options.data.train
-    queries = spread(len(read_beton(path)), QUERIES)
+    queries = _examples(read_beton(path), QUERIES)
     bank = spread(len(read_beton(bank_path)), BANK)
     if path == bank_path:
         bank = np.setdiff1d(bank, queries)

@@ -31,17 +31,18 @@ p { margin: 4px 0 12px; max-width: 76ch; }
 nav { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 14px 0 22px; font-size: 14px; }
 a { color: var(--ink0); text-decoration: none; } a:hover { text-decoration: underline; }
 .swatch { flex: none; display: inline-block; width: 12px; height: 12px; border-radius: 3px; background: var(--tone); }
-.chip { display: inline-block; font-size: 12px; font-weight: 600; line-height: 1.5; padding: 0 8px; border-radius: 99px; white-space: nowrap; }
-.chip { border: 1px solid var(--rule); color: var(--muted); font-weight: 500; }
-.chip.unfinished { background: var(--mark); color: var(--ink); border-color: var(--frame); }
+.unfinished { display: inline-block; font-size: 12px; font-weight: 500; line-height: 1.5; padding: 0 8px; border-radius: 99px; white-space: nowrap; }
+.unfinished { background: var(--mark); border: 1px solid var(--frame); }
 .charts { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); margin-top: 12px; }
 .charts.large { grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
-.charts > .card { padding: 12px 12px 8px; min-width: 0; }
+.charts.middle { grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); margin-top: 0; }
+.charts .card { padding: 12px 12px 8px; min-width: 0; }
+.caption { font-size: 13.5px; color: var(--muted); margin: 8px 2px; }
 .charts svg { display: block; width: 100%; height: auto; }
 .charts .words { padding: 14px 18px; font-size: 14px; color: var(--muted); align-self: start; }
 svg text { font-family: system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif !important;
-  paint-order: stroke; stroke: var(--card); stroke-width: 2.5px; stroke-linejoin: round; }
-.scroll { overflow-x: auto; }
+  paint-order: stroke; stroke: var(--card); stroke-width: 3px; stroke-linejoin: round; }
+.scroll { overflow-x: auto; } .scroll + p { margin-top: 10px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 8px 12px; border-bottom: 1px solid var(--rule); vertical-align: top; }
 thead th { font-weight: 500; color: var(--muted); font-size: 13px; white-space: nowrap; }
@@ -51,6 +52,7 @@ td small { display: block; color: var(--muted); font-size: 12.5px; }
 .number { text-align: right; white-space: nowrap; }
 .run { display: inline-flex; align-items: center; gap: 8px; }
 .config td, .config tbody th { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; padding: 5px 12px; overflow-wrap: anywhere; }
+.config tbody th { min-width: 150px; } .config td { min-width: 84px; }
 .config tr.differs { background: var(--mark); }
 details { margin-top: 10px; } summary { cursor: pointer; color: var(--muted); padding: 4px 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; margin: 0; padding: 12px 16px; font-size: 14px; }
@@ -88,7 +90,7 @@ footer { margin-top: 48px; color: var(--muted); font-size: 13px; }
   .epoch small { display: inline; margin-left: 8px; }
   dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: 8px; }
   .row { gap: 5px; } .row figure:first-child { margin-right: 5px; }
-  .row figcaption { font-size: 10px; }
+  .row figcaption { font-size: 10.5px; } .row figure:nth-child(n+6) { display: none; }
 }
 @media print { body { background: none; } .card { break-inside: avoid; } nav { display: none; } }
 """

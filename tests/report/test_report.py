@@ -89,7 +89,7 @@ def test_every_section_is_there_and_shows_its_pictures(folder, page):
     assert page.count("svg") == 2 + 5 + 6 + 2 + 2
     views = 2 * 4 * 2 + 2 * 4 * 3  # epochs, images, views, of both runs
     assert page.count("img", **{"class": "chosen"}) == 2 * 4 * 2
-    assert page.count("img") == views + 2 * 6 * (1 + 6)
+    assert page.count("img") == views + 2 * 6 * (1 + 8)
     pngs = sorted((folder / "report_pictures").iterdir())
     assert len(pngs) == page.count("svg") + 4
     for png in pngs:
@@ -148,7 +148,7 @@ def unfinished(folder, tmp_path):
 def test_an_unfinished_run_is_marked(folder, unfinished):
     write_report([folder / "<b>", unfinished], unfinished / "report.html", "cpu")
     page = Page((unfinished / "report.html").read_text())
-    assert page.count("span", **{"class": "chip unfinished"}) == 1 and "1 of 2" in page.text["cost"]
+    assert page.count("span", **{"class": "unfinished"}) == 1 and "1 of 2" in page.text["cost"]
     assert "less than" not in page.text["cost"] and "still to come" in page.text["schedules"] and "to come" in page.text["views"]
 
 
