@@ -233,7 +233,7 @@ def _views(run: ReportedRun, method: Method, place: int, gallery: Gallery) -> st
             f'<div class="epoch"><div><b>epoch {one.epoch + 1}</b><small>{one.resolution} px</small><small>magnitude {one.magnitude:.3g}</small>'
             f'{to_come}</div><div class="images" style="--share: {one.resolution / largest:.4f}">{cells}</div></div>'
         )
-        sheet.append([(view, v in pair) for views, pair in zip(one.views, chosen) for v, view in enumerate(views)])
+        sheet.append([cell for views, pair in zip(one.views, chosen) for cell in [*((view, v in pair) for v, view in enumerate(views)), None]][:-1])
     gallery.add(contact_sheet(sheet), f"views-{place + 1}-{_slug(run.name)}")
     enlarged = f" Enlarged {zoom} times." if zoom > 1 else ""
     select = run.options.hard_augment.select

@@ -94,7 +94,7 @@ def test_every_section_is_there_and_shows_its_pictures(folder, page):
     assert len(pngs) == page.count("svg") + 4
     for png in pngs:
         with PIL.Image.open(png) as picture:
-            assert min(picture.size) > 90 and len(picture.convert("RGB").getcolors(1 << 24)) > 20
+            assert min(picture.size) > 60 and len(picture.convert("RGB").getcolors(1 << 24)) > 20
 
 
 def test_the_page_loads_nothing(folder, page):
