@@ -122,7 +122,9 @@ def _epoch_costs(runs: list[ReportedRun]) -> Chart:
     costs = [np.diff([row["flops"] for row in run.rows], prepend=[] if run.rows[0]["epoch"] == 0 else 0) for run in runs]
     unit, scale = flop_unit(max((cost.max() for cost in costs if len(cost)), default=0))
     curves = [
-        Curve(i, np.array([row["epoch"] for row in run.rows])[-len(cost) :], scale * cost) for i, (run, cost) in enumerate(zip(runs, costs)) if len(cost)
+        Curve(i, np.array([row["epoch"] for row in run.rows[-len(cost) :]]), scale * cost)
+        for i, (run, cost) in enumerate(zip(runs, costs))
+        if len(cost)
     ]
     return Chart("epoch-cost", f"{unit} of each epoch", "epoch", curves, from_zero=True)
 
@@ -228,6 +230,7 @@ def draw_points(points: np.ndarray, labels: np.ndarray, names: dict[int, str], t
         axis.set_title(title, parse_math=False)
         for i, (value, name) in enumerate(names.items()):
             middle = np.median(points[labels == value], axis=0)
-            text = axis.text(*middle, _shortened(name), color=ink(COLOURS[i % len(COLOURS)]), ha="center", va="center", weight="bold", parse_math=False)
+            tone = ink(COLOURS[i % len(COLOURS)])
+            text = axis.text(*middle, _shortened(name), color=tone, ha="center", va="center", weight="bold", parse_math=False)
             text.set_path_effects([withStroke(linewidth=2.5, foreground=PAPER)])
     return figure

@@ -1,45 +1,19 @@
-"""The report's page: its sections as HTML, and the pictures that lie beside it."""
+"""The report's page, section by section."""
 
 import datetime
-import io
-import math
-import re
 from collections.abc import Callable
 from html import escape
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
-from PIL import Image
 
 from ffssl.errors import UserError
 from ffssl.figures import COLOURS, flop_unit, time_unit
-from ffssl.hard_augment import pairs
 from ffssl.methods import Method
-from ffssl.report import samples
-from ffssl.report.charts import Chart, accuracy_charts, draw_chart, draw_points, draw_shares, render, schedule_charts, training_charts
-from ffssl.report.images import contact_sheet, data_uri
+from ffssl.report.charts import Chart, accuracy_charts, draw_chart, schedule_charts, training_charts
+from ffssl.report.gallery import Gallery
+from ffssl.report.pictures import NEIGHBOURS, VIEWS, show_choice, show_embedding, show_neighbours, show_views
 from ffssl.report.runs import ReportedRun, compare_options
 from ffssl.report.style import CSS
-
-SHOWN_SIDE = 104  # CSS pixels that the largest views may take; where they are smaller, they are enlarged a whole number of times
-
-
-class Gallery:
-    """The pictures of a report, drawn once: as SVG for the page, and in `pngs`, by file name, to lie beside it."""
-
-    def __init__(self):
-        self.pngs: dict[str, bytes] = {}
-
-    def draw(self, figure: Figure, name: str, title: str) -> str:
-        """The figure as a card of the page. name: unique, of letters, digits and hyphens."""
-        svg, self.pngs[f"{name}.png"] = render(figure, name, title)
-        return f'<div class="card">{svg}</div>'
-
-    def add(self, image: Image.Image, name: str) -> None:
-        file = io.BytesIO()
-        image.save(file, "PNG", optimize=True)
-        self.pngs[f"{name}.png"] = file.getvalue()
 
 
 def compose(runs: list[ReportedRun], device: torch.device) -> tuple[str, dict[str, bytes]]:
@@ -49,19 +23,19 @@ def compose(runs: list[ReportedRun], device: torch.device) -> tuple[str, dict[st
     hard = [i for i, run in enumerate(runs) if run.options is not None and run.options.hard_augment.select == "hard"]
 
     def of_each(show: Callable[[ReportedRun, Method, int, Gallery], str], places: list[int]) -> str:
-        return "".join(f"<div>{_run_heading(runs, i)}{_shown(show, runs[i], methods[i], i, gallery)}</div>" for i in places)
+        return "".join(f"<div>{_heading(runs, i)}{_shown(show, runs[i], methods[i], i, gallery)}</div>" for i in places)
 
     everyone = list(range(len(runs)))
     sections = [
         ("cost", "Accuracy and cost", _cost(runs, gallery)),
         ("schedules", "Schedules", _schedules(runs, gallery)),
         ("training", "Training", _training(runs, gallery)),
-        ("views", "Views", VIEWS + of_each(_views, everyone)),
-        ("choice", "What Hard Augment chooses", of_each(_choice, hard) or _note("None of these runs chooses its views by their loss.")),
-        ("embeddings", "Embeddings", f'<div class="charts middle">{of_each(_embedding, everyone)}</div>'),
-        ("neighbours", "Nearest neighbours", NEIGHBOURS + of_each(_neighbours, everyone)),
+        ("views", "Views", _lead(VIEWS) + of_each(show_views, everyone)),
+        ("choice", "What Hard Augment chooses", of_each(show_choice, hard) or _note("None of these runs chooses its views by their loss.")),
+        ("embeddings", "Embeddings", f'<div class="charts middle">{of_each(show_embedding, everyone)}</div>'),
+        ("neighbours", "Nearest neighbours", _lead(NEIGHBOURS) + of_each(show_neighbours, everyone)),
         ("config", "Configuration", _config(runs)),
-        ("started", "How it was run", "".join(_run_heading(runs, i) + _starts(run) for i, run in enumerate(runs))),
+        ("started", "How it was run", "".join(_heading(runs, i) + _starts(run) for i, run in enumerate(runs))),
     ]
     links = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title, _ in sections)
     bodies = "".join(f'<section id="{anchor}"><h2>{title}</h2>{body}</section>' for anchor, title, body in sections)
@@ -104,6 +78,10 @@ def _subject(runs: list[ReportedRun]) -> str:
     return " · ".join(", ".join(part) for part in parts if part)
 
 
+def _lead(text: str) -> str:
+    return f'<p class="muted">{text}</p>'
+
+
 def _note(text: str, kind: str = "") -> str:
     return f'<p class="note {kind}">{escape(text)}</p>'
 
@@ -112,7 +90,7 @@ def _run_name(runs: list[ReportedRun], place: int) -> str:
     return f'<span class="run"><span class="swatch" style="--tone: var(--run{place % len(COLOURS)})"></span>{escape(runs[place].name)}</span>'
 
 
-def _run_heading(runs: list[ReportedRun], place: int) -> str:
+def _heading(runs: list[ReportedRun], place: int) -> str:
     return f"<h3>{_run_name(runs, place)}</h3>"
 
 
@@ -205,124 +183,7 @@ def _training(runs: list[ReportedRun], gallery: Gallery) -> str:
         "Averages over each epoch. The spread is the standard deviation of the normalised embeddings times √d: 1 for directions at "
         "random, 0 after a collapse."
     )
-    return f'<p class="muted">{words}</p><div class="charts">{_charts(charts, runs, gallery)}</div>' if charts else _note("No epoch has finished yet.")
-
-
-VIEWS = (
-    '<p class="muted">The views of a few images, as the training sees them in a few of its epochs, as large beside each other as they are '
-    "in pixels. Framed: the pair that Hard Augment chooses, with the weights of the checkpoint.</p>"
-)
-
-
-def _views(run: ReportedRun, method: Method, place: int, gallery: Gallery) -> str:
-    epochs = samples.views_by_epoch(run, method)
-    count, largest = epochs[0].views.shape[1], max(one.resolution for one in epochs)
-    across = math.ceil(count**0.5)
-    zoom = max(1, SHOWN_SIDE // largest)
-    rows, sheet = [], []
-    for one in epochs:
-        chosen = [set(pair) for pair in one.chosen.tolist()] if one.chosen is not None else [set()] * len(one.views)
-        cells = ""
-        for views, pair in zip(one.views, chosen):
-            images = "".join(
-                f'<img src="{data_uri(view)}" alt="{"chosen view" if v in pair else "view"}"{CHOSEN if v in pair else ""}>' for v, view in enumerate(views)
-            )
-            cells += f'<div class="views">{images}</div>'
-        to_come = "<small>to come</small>" if one.epoch >= run.epoch else ""
-        rows.append(
-            f'<div class="epoch"><div><b>epoch {one.epoch + 1}</b><small>{one.resolution} px</small><small>magnitude {one.magnitude:.3g}</small>'
-            f'{to_come}</div><div class="images" style="--share: {one.resolution / largest:.4f}">{cells}</div></div>'
-        )
-        sheet.append([cell for views, pair in zip(one.views, chosen) for cell in [*((view, v in pair) for v, view in enumerate(views)), None]][:-1])
-    gallery.add(contact_sheet(sheet), f"views-{place + 1}-{_slug(run.name)}")
-    enlarged = f" Enlarged {zoom} times." if zoom > 1 else ""
-    select = run.options.hard_augment.select
-    words = {
-        "hard": f"{count} views of each image; the pair is chosen at {run.options.hard_augment.resolution} px.",
-        "random": f"{count} views of each image, of which a pair is drawn at random in every step.",
-        "off": f"{count} views of each image.",
-    }[select]
-    return (
-        f'<p class="muted">{words}{enlarged}</p><div class="card epochs{" pixels" if zoom > 1 else ""}" '
-        f'style="--side: {zoom * largest}px; --across: {across}">{"".join(rows)}</div>'
-    )
-
-
-CHOSEN = ' class="chosen"'
-
-
-def _choice(run: ReportedRun, method: Method, place: int, gallery: Gallery) -> str:
-    """How good the cheap choice is, and whether it prefers views by their place."""
-    choice = samples.examine_choice(run, method)
-    candidates = pairs(choice.views).tolist()
-    ranks = torch.bincount(choice.ranks, minlength=len(candidates)).numpy() / len(choice.ranks)
-    positions = torch.bincount(choice.positions, minlength=len(candidates)).numpy() / len(choice.positions)
-    colour = COLOURS[place % len(COLOURS)]
-    same = choice.selection_resolution == choice.resolution
-    words = (
-        f"Of {len(candidates)} pairs, the pass at {choice.selection_resolution} px chooses the one that is the hardest at {choice.resolution} px, "
-        f"where it is trained on, for {ranks[0]:.0%} of the images; at random it would be {1 / len(candidates):.0%}. Mean loss at "
-        f"{choice.resolution} px: {choice.losses['chosen']:.3f} of the chosen pairs, {choice.losses['hardest']:.3f} of the hardest, "
-        f"{choice.losses['random']:.3f} of all."
-        + (" Both resolutions are the same in this epoch." if same else "")
-    )
-    drawn = [
-        (ranks, [str(rank + 1) for rank in range(len(ranks))], "rank", f"rank of the chosen pair at {choice.resolution} px (1: hardest)"),
-        (positions, [f"{a + 1}, {b + 1}" for a, b in candidates], "position", "which views are chosen"),
-    ]
-    cards = "".join(
-        gallery.draw(draw_shares(shares, names, f"chosen pairs (%) by {what}", x_label, colour), f"choice-{what}-{place + 1}-{_slug(run.name)}", what)
-        for shares, names, what, x_label in drawn
-    )
-    return (
-        f'<div class="charts">{cards}<div class="words">{words}<br><br>{len(choice.ranks)} images with the views of epoch {max(run.epoch, 1)} and '
-        "the weights of the checkpoint. The dashed line is a choice at random.</div></div>"
-    )
-
-
-def _embedding(run: ReportedRun, method: Method, place: int, gallery: Gallery) -> str:
-    embedding = samples.embed(run, method)
-    labels = embedding.labels.numpy()
-    names = {label: samples.class_name(embedding.class_names, label) for label in np.unique(labels[labels >= 0]).tolist()}
-    by = "UMAP" if embedding.explained is None else "PCA"
-    figure = draw_points(embedding.points.numpy(), labels, names, f"features by {by}")
-    card = gallery.draw(figure, f"embeddings-{place + 1}-{_slug(run.name)}", f"features by {by}")
-    of_classes = f" of {len(names)} of {embedding.classes} classes" if len(names) < embedding.classes else ""
-    words = f"Normalised features of {len(labels)} images{of_classes} of {escape(samples.evaluation_path(run))}, in the plane by {by}"
-    if embedding.explained is not None:
-        words += (
-            f", whose two directions hold {embedding.explained:.0%} of the variance: classes that lie on one another here may be apart in "
-            "others. With umap-learn installed, this is a UMAP"
-        )
-    return f'{card}<p class="caption">{words}.</p>'
-
-
-NEIGHBOURS = (
-    '<p class="muted">Images, and the training images whose features are nearest to theirs by the cosine, nearest first. Dashed: those of '
-    "another class.</p>"
-)
-
-
-def _neighbours(run: ReportedRun, method: Method, place: int, gallery: Gallery) -> str:
-    near = samples.nearest_neighbours(run, method)
-    rows, sheet = [], []
-    for i, query_label in enumerate(near.query_labels.tolist()):
-        figures = [_thumbnail(near.queries[i], _class(near, query_label) or "image", "")]
-        for image, label, cosine in zip(near.found[i], near.found_labels[i].tolist(), near.cosines[i].tolist()):
-            other = query_label >= 0 and label != query_label
-            figures.append(_thumbnail(image, f"{_class(near, label)} {cosine:.2f}", ' class="other"' if other else ""))
-        rows.append(f'<div class="row">{"".join(figures)}</div>')
-        sheet.append([(near.queries[i], False), None, *((image, False) for image in near.found[i])])
-    gallery.add(contact_sheet(sheet), f"neighbours-{place + 1}-{_slug(run.name)}")
-    return f'<div class="card neighbours">{"".join(rows)}</div>'
-
-
-def _class(near: samples.Neighbours, label: int) -> str:
-    return samples.class_name(near.class_names, label) if label >= 0 else ""
-
-
-def _thumbnail(image: torch.Tensor, caption: str, attributes: str) -> str:
-    return f'<figure{attributes}><img src="{data_uri(image)}" alt=""><figcaption>{escape(caption)}</figcaption></figure>'
+    return f'{_lead(words)}<div class="charts">{_charts(charts, runs, gallery)}</div>' if charts else _note("No epoch has finished yet.")
 
 
 def _config(runs: list[ReportedRun]) -> str:
@@ -360,8 +221,3 @@ def _starts(run: ReportedRun) -> str:
         }  # fmt: skip
         lists.append("".join(f"<dt>{name}</dt><dd>{escape(str(value))}</dd>" for name, value in fields.items()))
     return "".join(f'<dl class="card">{entries}</dl>' for entries in lists)
-
-
-def _slug(name: str) -> str:
-    """A part of a file name and of an id."""
-    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:40] or "run"

@@ -63,7 +63,8 @@ img { display: block; border-radius: 2px; }
 .epoch:last-child { border-bottom: 0; }
 .epoch small { display: block; color: var(--muted); line-height: 1.4; }
 .images { --full: min(var(--side), 18vw); display: flex; flex-wrap: wrap; gap: 14px; align-items: flex-start; }
-.views { display: grid; gap: 6px; grid-template-columns: repeat(var(--across), calc(var(--full) * var(--share))); width: calc((var(--full) + 6px) * var(--across)); }
+.views { display: grid; gap: 6px; width: calc((var(--full) + 6px) * var(--across)); }
+.views { grid-template-columns: repeat(var(--across), calc(var(--full) * var(--share))); }
 .views img { width: 100%; }
 img.chosen { outline: 3px solid var(--frame); outline-offset: 0; box-shadow: 0 0 0 4px var(--card); }
 .pixels img { image-rendering: pixelated; }
