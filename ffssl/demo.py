@@ -1,4 +1,4 @@
-"""The whole of FFSSL on two CPU cores, in minutes: images -> beton files -> a baseline and an efficient run -> what each cost.
+"""The whole of FFSSL on two CPU cores, in minutes: images -> beton files -> a baseline and an efficient run -> a report of both.
 
     python -m ffssl.demo [--folder runs/demo]
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from ffssl.config import read_options
 from ffssl.run_log import read_log
@@ -36,22 +37,40 @@ def main() -> int:
     for name in CONFIGS:
         run("ffssl/train.py", *arguments[name])
 
-    from ffssl.demo_report import draw_report, raw_pixel_accuracy  # imports torch and matplotlib, which take seconds
-
-    options = {name: read_options(words) for name, words in arguments.items()}
-    logs = {name: read_log(folder / name) for name in CONFIGS}
-    print_table(logs, raw_pixel_accuracy(options["baseline"]))
-    draw_report(options, logs, folder / "demo.png")
-    print(f"\nPicture: {folder / 'demo.png'}. In all {time.perf_counter() - started:.0f} s. The runs are kept in {folder}; delete it to start anew.")
+    print_table({name: read_log(folder / name) for name in CONFIGS}, raw_pixel_accuracy(read_options(arguments["baseline"])))
+    run("-m", "ffssl.report", *(str(folder / name) for name in CONFIGS), "--output", str(folder / "report.html"))
+    print(f"\nOpen {folder / 'report.html'}. In all {time.perf_counter() - started:.0f} s. The runs are kept in {folder}; delete it to start anew.")
     return 0
 
 
 def run(program: str, *arguments: str) -> None:
     """Run one of the project's programs, showing its command; leave with its status if it fails."""
     print(f"\n$ python {program} {' '.join(arguments)}", flush=True)
-    status = subprocess.run([sys.executable, str(ROOT / program), *arguments]).returncode
+    words = [program] if program == "-m" else [str(ROOT / program)]
+    status = subprocess.run([sys.executable, *words, *arguments]).returncode
     if status:
         sys.exit(status)
+
+
+def raw_pixel_accuracy(options: SimpleNamespace) -> float:
+    """kNN accuracy (0..1) on centred pixels instead of features: what the data gives away without any network."""
+    import torch  # takes seconds
+
+    from ffssl.data.loader import ViewLoader
+    from ffssl.data.policy import EVALUATION
+    from ffssl.evaluate.knn import knn_accuracy
+
+    pixels, labels = {}, {}
+    for name in ("train", "validation"):
+        settings = {"batch_size": 256, "views": 1, "resolution": options.resolution.max, "policy": EVALUATION, "drop_last": False}
+        with ViewLoader(getattr(options.data, name), **settings) as loader:
+            batches = [(views.flatten(1).float(), batch_labels) for views, batch_labels, _ in loader]
+        pixels[name], labels[name] = (torch.cat(part) for part in zip(*batches))
+    mean = pixels["train"].mean(0)
+    return knn_accuracy(
+        pixels["train"] - mean, labels["train"], pixels["validation"] - mean, labels["validation"],
+        k=options.evaluate.k, temperature=options.evaluate.temperature,
+    )  # fmt: skip
 
 
 def print_table(logs: dict[str, list[dict]], raw_accuracy: float) -> None:

@@ -96,13 +96,7 @@ def select_hardest(
     batch = views.shape[:2]
     with without_trace(method, views.device):
         images = downsample(views.flatten(0, 1), resolution)
-        projections = method.project(images).unflatten(0, batch)
-        targets = None
-        if loss == "cosine":
-            losses = -cosines(projections, projections)
-        else:
-            targets = method.targets(images, projections.flatten(0, 1)).unflatten(0, batch)
-            losses = method.pair_losses(projections, targets)
+        losses, projections, targets = _compare(method, images, batch, loss)
         chosen = hardest_pair(losses)
         if not extra_targets:
             return chosen, None
@@ -110,6 +104,21 @@ def select_hardest(
             return chosen, take_rest(targets, chosen)
         others, projections = take_rest(images.unflatten(0, batch), chosen), take_rest(projections, chosen)
         return chosen, targets_of(method, others, resolution, projections)
+
+
+def losses_of_pairs(method: Method, views: Tensor, resolution: int, *, loss: str = "cosine") -> Tensor:
+    """What the selection pass compares: (B, m, m), symmetric, of views (B, m, 3, R, R), normalised."""
+    with without_trace(method, views.device):
+        return _compare(method, downsample(views.flatten(0, 1), resolution), views.shape[:2], loss)[0]
+
+
+def _compare(method: Method, images: Tensor, batch: tuple[int, int], loss: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of images (B m, 3, R, R) the pairs' losses (B, m, m), the projections (B, m, d) and, where the loss takes them, the targets."""
+    projections = method.project(images).unflatten(0, batch)
+    if loss == "cosine":
+        return -cosines(projections, projections), projections, None
+    targets = method.targets(images, projections.flatten(0, 1)).unflatten(0, batch)
+    return method.pair_losses(projections, targets), projections, targets
 
 
 def targets_of(method: Method, views: Tensor, resolution: int, projections: Tensor | None = None) -> Tensor:

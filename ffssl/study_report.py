@@ -7,22 +7,13 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
-from matplotlib.patheffects import withStroke
-from matplotlib.transforms import Bbox
 
 from ffssl.data.convert import description_path
+from ffssl.figures import COLOURS, MARKERS, flop_unit, label
 from ffssl.run_log import read_log
 from ffssl.study_file import Run, Study
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#8c6d31")  # Okabe and Ito's, and a brown for yellow
-MARKERS = "osD^vP*X"
 COSTS = ("flops", "seconds")
 NOTES = """
 Means over the seeds, ± the sample standard deviation. kNN accuracy on the validation images after the last epoch, never the best. FLOPs
@@ -97,7 +88,7 @@ def first_reached(curve: list[dict[str, float]], accuracy: float) -> dict[str, f
 
 def format_table(rows: list[dict], seeds: int) -> str:
     """The rows of `summarise`, with `failed` (exit status by seed), as a Markdown table."""
-    unit, scale = _flop_unit(rows)
+    unit, scale = flop_unit(max((row["flops"] or 0 for row in rows), default=0))
     titles = ("run", "seeds", "kNN (%)", unit, "speed-up", "seconds", "speed-up", f"to baseline's accuracy, {unit}", "and seconds")
     cells = [
         (
@@ -161,11 +152,6 @@ def _format_ratio(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
 
 
-def _flop_unit(rows: list[dict]) -> tuple[str, float]:
-    largest = max((row["flops"] or 0 for row in rows), default=0)
-    return next((unit, 1 / size) for unit, size in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)) if largest >= size or size == 1e9)
-
-
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file whole or not at all."""
     partial = path.with_name(f".partial-{path.name}")
@@ -179,12 +165,12 @@ def draw(study: Study, rows: list[dict], logs: dict[str, dict[int, list[dict]]],
     Runs of a group share a colour, and runs of the same name a mark, which is hollow where they are compared with no other.
     """
     figure, axes = plt.subplots(1, 2, figsize=(15, 7), dpi=110, sharey=True, layout="constrained")
-    unit, scale = _flop_unit(rows)
+    unit, scale = flop_unit(max((row["flops"] or 0 for row in rows), default=0))
     shown = [(run, row) for run, row in zip(study.runs, rows) if row["seeds"]]
     families = list(dict.fromkeys(run.group or run.name for run in study.runs))
     recipes = list(dict.fromkeys(run.name.rpartition("/")[2] for run in study.runs))
     colours = {run.name: COLOURS[families.index(run.group or run.name) % len(COLOURS)] for run in study.runs}
-    for axis, cost, label, factor in zip(axes, COSTS, (unit, "seconds of training"), (scale, 1)):
+    for axis, cost, title, factor in zip(axes, COSTS, (unit, "seconds of training"), (scale, 1)):
         for run, row in shown:
             colour, curve = colours[run.name], mean_curve(logs[run.name])
             axis.plot([point[cost] * factor for point in curve], [100 * point["knn"] for point in curve], color=colour, lw=1.4, alpha=0.4)
@@ -195,7 +181,7 @@ def draw(study: Study, rows: list[dict], logs: dict[str, dict[int, list[dict]]],
             )  # fmt: skip
         axis.margins(x=0.12)
         axis.set_xlim(left=0)
-        axis.set_xlabel(label)
+        axis.set_xlabel(title)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="0.92")
         axis.set_axisbelow(True)
@@ -208,46 +194,6 @@ def draw(study: Study, rows: list[dict], logs: dict[str, dict[int, list[dict]]],
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # the labels are placed for the layout as it is now
     for axis, cost, factor in zip(axes, COSTS, (scale, 1)):
-        _label(axis, [(run.name.replace("/", " "), (row[cost] * factor, 100 * row["knn"]), colours[run.name]) for run, row in shown])
+        label(axis, [(run.name.replace("/", " "), (row[cost] * factor, 100 * row["knn"]), colours[run.name]) for run, row in shown])
     figure.savefig(path, format="png")
     plt.close(figure)
-
-
-def _label(axis: Axes, labels: list[tuple[str, tuple[float, float], str]]) -> None:
-    """Write each text beside its point, in its colour: near, but clear of the marks, the other texts and, if it can be, the lines."""
-    ends = axis.transData.transform([point for _, point, _ in labels] or np.empty((0, 2)))
-    boxes = [Bbox.from_extents(x - 8, y - 8, x + 8, y + 8) for x, y in ends]
-    lines = [line.get_xydata() for line in axis.lines] + [bar for bars in axis.collections for bar in bars.get_segments()]
-    drawn = np.concatenate([_along(axis.transData.transform(line)) for line in lines] or [np.empty((0, 2))])
-    inside = axis.get_window_extent()
-    for (text, point, colour), end in zip(labels, ends):
-        ink = 0.75 * np.array(to_rgb(colour))  # darker than the curve, or the lighter ones would be hard to read
-        note = axis.annotate(text, point, (0, 0), textcoords="offset pixels", color=ink, fontsize=10, ha="center", va="center")
-        note.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
-        size = np.array(note.get_window_extent().size)
-
-        def box_at(offset: np.ndarray) -> Bbox:
-            return Bbox.from_bounds(*(end + offset - size / 2), *size)
-
-        def cost(offset: np.ndarray) -> float:
-            box = box_at(offset)
-            outside = box.x0 < inside.x0 or box.x1 > inside.x1 or box.y0 < inside.y0 or box.y1 > inside.y1
-            crossed = ((drawn > box.min) & (drawn < box.max)).all(1).sum()
-            return 1000 * outside + 300 * box.count_overlaps(boxes) + crossed + np.hypot(*(np.abs(offset) - size / 2).clip(0))
-
-        angles = np.arange(16) * np.pi / 8
-        places = [np.array([np.cos(a), np.sin(a)]) * (size / 2 + gap) for gap in range(12, 130, 6) for a in angles]
-        best = min(places, key=cost)
-        boxes.append(box_at(best))
-        note.set_position(best)
-        if np.hypot(*(np.abs(best) - size / 2).clip(0)) > 24:
-            axis.annotate(
-                "", point, best, textcoords="offset pixels",
-                arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.7, "shrinkA": size[1] / 2, "shrinkB": 6},
-            )  # fmt: skip
-
-
-def _along(corners: np.ndarray) -> np.ndarray:
-    """Points (n, 2) on a polyline, about 4 pixels apart."""
-    pieces = [np.linspace(a, b, int(np.hypot(*(b - a)) // 4) + 1, endpoint=False) for a, b in zip(corners, corners[1:])]
-    return np.concatenate([*pieces, corners[-1:]])

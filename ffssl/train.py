@@ -41,6 +41,7 @@ from ffssl.methods.base import Progress
 from ffssl.optimizers import build_optimizer, set_learning_rate_and_momentum
 from ffssl.plan import Plan, input_sides
 from ffssl.run_log import RunLog, require_wandb
+from ffssl.run_record import record_start
 
 STEPS_BETWEEN_CHECKS = 50  # on a GPU reading the loss waits for the step; this often costs nothing and loses little
 
@@ -94,6 +95,7 @@ def train(options: SimpleNamespace) -> None:
         plan = Plan(options, len(loader))
         run = Run(options, plan, device, amp, method, optimizer, scaler, count_flops(plan, method))
         resumed = resume(run, folder)
+        record_start(folder, device)
         log = stack.enter_context(contextlib.closing(open_log(run, folder, resumed)))
         if not resumed:
             if knn:

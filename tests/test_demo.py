@@ -1,11 +1,9 @@
-import PIL.Image
 import pytest
 
 from ffssl.config import read_options
 from ffssl.data.convert import convert
 from ffssl.data.sources.embedded import Embedded
-from ffssl.demo import print_table
-from ffssl.demo_report import draw_report, raw_pixel_accuracy
+from ffssl.demo import print_table, raw_pixel_accuracy
 from ffssl.run_log import read_log
 from ffssl.train import train
 
@@ -40,13 +38,6 @@ def test_table_states_accuracy_cost_and_speed_up_of_both_runs(runs, capsys):
     assert efficient[4] == f"{last['baseline']['flops'] / last['efficient']['flops']:.2f}x"
     assert float(efficient[4][:-1]) > 1.3  # half of its epochs at half the side
     assert efficient[6] == f"{last['baseline']['seconds'] / last['efficient']['seconds']:.2f}x"
-
-
-def test_picture_is_drawn(runs, tmp_path):
-    draw_report(*runs, tmp_path / "demo.png")
-    with PIL.Image.open(tmp_path / "demo.png") as picture:
-        assert min(picture.size) > 800
-        assert len(picture.convert("RGB").getcolors(1 << 24)) > 10_000  # photographs among the curves
 
 
 def test_raw_pixels_are_classified_as_the_definition_says(runs):

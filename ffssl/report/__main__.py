@@ -1,0 +1,34 @@
+"""Write what training runs did, and what it cost, as one HTML page that needs nothing else, with PNGs of its pictures beside it.
+
+    python -m ffssl.report runs/baseline runs/efficient --output report.html
+
+Takes the folders of runs, finished or not. Costs are compared with the first run's. What is drawn of a run's data is computed anew,
+from its checkpoint and its beton files; where they are gone, the page says so.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ffssl.errors import UserError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m ffssl.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help="the page; PNGs go to a folder beside it (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="where the networks run: cuda, cuda:N or cpu; auto: a GPU where there is one")
+    arguments = parser.parse_args()
+    try:
+        from ffssl.report.write import write_report  # imports torch and matplotlib, which take seconds
+
+        pictures = write_report(arguments.runs, arguments.output, arguments.device)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{arguments.output}, and its pictures as PNG in {pictures}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

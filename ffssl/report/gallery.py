@@ -1,0 +1,25 @@
+"""The pictures of a report, in both of their forms."""
+
+import io
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+from ffssl.report.charts import render
+
+
+class Gallery:
+    """The pictures of a report, drawn once: as SVG for the page, and in `pngs`, by file name, to lie beside it."""
+
+    def __init__(self):
+        self.pngs: dict[str, bytes] = {}
+
+    def draw(self, figure: Figure, name: str, title: str) -> str:
+        """The figure as a card of the page. name: unique, of letters, digits and hyphens."""
+        svg, self.pngs[f"{name}.png"] = render(figure, name, title)
+        return f'<div class="card">{svg}</div>'
+
+    def add(self, image: Image.Image, name: str) -> None:
+        file = io.BytesIO()
+        image.save(file, "PNG", optimize=True)
+        self.pngs[f"{name}.png"] = file.getvalue()

@@ -1,0 +1,124 @@
+"""What the report knows of a run: its folder's log, options and record."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from ffssl import checkpoint
+from ffssl.config import as_dict
+from ffssl.data.convert import description_path
+from ffssl.errors import UserError
+from ffssl.methods import Method
+from ffssl.plan import Plan
+from ffssl.run_log import NAME, read_log
+from ffssl.run_record import read_starts
+from ffssl.schedules import noise_scale
+from ffssl.train import build
+
+POINTS = 400  # in a schedule's curve, at least
+
+
+@dataclass(frozen=True)
+class ReportedRun:
+    """A run as its folder has it. rows: its log, never empty. options: None where there is no checkpoint. starts: see `run_record`."""
+
+    folder: Path
+    name: str
+    rows: list[dict]
+    options: SimpleNamespace | None
+    starts: list[dict]
+
+    @property
+    def epoch(self) -> int:
+        """Epochs finished."""
+        return self.rows[-1]["epoch"]
+
+    @property
+    def finished(self) -> bool:
+        return self.options is not None and self.epoch >= self.options.training.epochs
+
+    @property
+    def plan(self) -> Plan:
+        """Its schedules, as fine as a curve needs them. For runs with options."""
+        return Plan(self.options, steps_per_epoch=-(-POINTS // self.options.training.epochs) + 1)
+
+    @cached_property
+    def last_evaluation(self) -> dict | None:
+        return next((row for row in reversed(self.rows) if "knn" in row), None)
+
+    @cached_property
+    def samples(self) -> int | None:
+        """Training images, from the noise scale that the log states, which is proportional to their number; None where it has none."""
+        for row in self.rows:
+            if row.get("learning_rate"):
+                one = noise_scale(
+                    learning_rate=row["learning_rate"], momentum=row["momentum"], samples=1, batch_size=self.options.training.batch_size
+                )
+                return round(row["noise_scale"] / one)
+        return None
+
+    @property
+    def evaluation(self) -> tuple | None:
+        """What must be equal for two accuracies to be comparable; None where it is not known."""
+        if self.options is None:
+            return None
+        data, evaluate = self.options.data, self.options.evaluate
+        return describe_data(data.train).identity, describe_data(data.validation).identity, evaluate.k, evaluate.temperature
+
+    def method(self, device: torch.device) -> Method:
+        """The method with the checkpoint's weights. For runs with options."""
+        method = build(self.options, device)
+        method.load_state_dict(checkpoint.load(self.folder, device)["method"])
+        return method
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the description beside a beton file says of it."""
+
+    path: str
+    identity: str
+    class_names: list[str]
+
+
+def describe_data(path: str | None) -> Data:
+    """identity: equal for copies of a file where the description is there, else the path."""
+    beside = description_path(Path(path or ""))
+    description = json.loads(beside.read_text()) if path and beside.exists() else {}
+    return Data(path or "none", description.get("sha256") or str(Path(path or "none").resolve()), description.get("class_names") or [])
+
+
+def read_runs(folders: list[Path]) -> list[ReportedRun]:
+    """The runs in these folders. Raises UserError for a folder without a log."""
+    tails = [folder.resolve().name for folder in folders]
+    names = tails if len(set(tails)) == len(tails) else [str(folder) for folder in folders]
+    return [_read_run(folder, name) for folder, name in zip(folders, names)]
+
+
+def _read_run(folder: Path, name: str) -> ReportedRun:
+    rows = read_log(folder)
+    if not rows:
+        raise UserError(f"{folder}: has no {NAME} with an epoch in it; name the run.folder of a run of ffssl/train.py")
+    state = checkpoint.load(folder)
+    options = state and SimpleNamespace(**{section: SimpleNamespace(**values) for section, values in state["options"].items()})
+    return ReportedRun(folder, name, rows, options, read_starts(folder))
+
+
+def compare_options(runs: list[ReportedRun]) -> tuple[dict[str, list], dict[str, object]]:
+    """The options, by dotted name, that differ between the runs, as a list of each run's value, and those that do not.
+
+    Runs without options are left out. An option that a run of another version does not have is None.
+    """
+    tables = [
+        {f"{section}.{name}": value for section, values in as_dict(run.options).items() for name, value in values.items()}
+        for run in runs
+        if run.options is not None
+    ]
+    names = list(dict.fromkeys(name for table in tables for name in table))
+    values = {name: [table.get(name) for table in tables] for name in names}
+    differing = {name: each for name, each in values.items() if any(value != each[0] for value in each)}
+    return differing, {name: each[0] for name, each in values.items() if name not in differing}

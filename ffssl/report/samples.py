@@ -1,0 +1,240 @@
+"""What the report shows of a run's data: views and the pair that Hard Augment chooses, embeddings, nearest neighbours.
+
+All of it is computed anew from the run's checkpoint and beton files, and raises UserError where a file is gone.
+"""
+
+import contextlib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ffssl.data.beton import Beton, read_beton
+from ffssl.data.loader import ViewLoader
+from ffssl.data.policy import EVALUATION
+from ffssl.evaluate.online import extract_features
+from ffssl.hard_augment import losses_of_pairs, pairs
+from ffssl.images import to_input
+from ffssl.methods import Method
+from ffssl.report.runs import ReportedRun, describe_data
+from ffssl.train import open_loader
+
+BATCH = 64  # images in a selection pass: BatchNorm normalises by them
+SHOWN_IMAGES, SHOWN_EPOCHS = 4, 5
+COMPARED_IMAGES = 256
+EMBEDDED_IMAGES, EMBEDDED_CLASSES = 800, 8
+QUERIES, NEIGHBOURS, BANK = 6, 8, 1500
+THUMBNAIL = 112  # pixels at most
+
+
+@dataclass(frozen=True)
+class EpochViews:
+    """views: uint8 (n, m, 3, R, R). chosen: int64 (n, 2), the views trained on; None where the run does not choose by the loss."""
+
+    epoch: int
+    resolution: int
+    magnitude: float
+    views: Tensor
+    chosen: Tensor | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Of each image's pairs, which one the selection pass chose.
+
+    positions: int64 (n,), its place among `hard_augment.pairs`. ranks: int64 (n,), at the resolution of the training: 0 where the
+    chosen pair has the largest loss there too. losses: mean loss there, of the chosen, the hardest and a random pair.
+    """
+
+    views: int
+    selection_resolution: int
+    resolution: int
+    positions: Tensor
+    ranks: Tensor
+    losses: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """points: float32 (n, 2). labels: int64 (n,), -1 where there are none. explained: PCA's share of the variance, None for UMAP."""
+
+    points: Tensor
+    labels: Tensor
+    class_names: list[str]
+    classes: int
+    explained: float | None
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Query images and for each, nearest first, training images: uint8 (q, 3, R, R) and (q, k, 3, R, R), labels, and cosines (q, k)."""
+
+    queries: Tensor
+    query_labels: Tensor
+    found: Tensor
+    found_labels: Tensor
+    cosines: Tensor
+    class_names: list[str]
+
+
+def spread(total: int, count: int) -> np.ndarray:
+    """At most `count` of `total` places, evenly spread from the first to the last: int64."""
+    return np.linspace(0, total - 1, min(total, count)).round().astype(np.int64)
+
+
+def class_name(names: Sequence[str], label: int) -> str:
+    return names[label] if label < len(names) else f"class {label}"
+
+
+@contextlib.contextmanager
+def _fixed_views(run: ReportedRun, method: Method, count: int):
+    """The run's training loader, over `count` images at most, always the same ones. Its views are those that the training sees."""
+    options = run.options
+    total = len(read_beton(options.data.train))
+    small = SimpleNamespace(**vars(options.training) | {"batch_size": min(BATCH, total)})
+    with open_loader(SimpleNamespace(**vars(options) | {"training": small}), method) as loader:
+        loader.shuffle, loader.drop_last = False, False
+        loader.samples = spread(total, count)
+        yield loader
+
+
+def views_by_epoch(run: ReportedRun, method: Method) -> list[EpochViews]:
+    """The views of a few images in a few epochs, from the first to the last. The choice is that of the checkpoint's weights."""
+    settings, plan, shown = run.options.hard_augment, run.plan, []
+    device = next(method.parameters()).device
+    method.train()  # as the selection pass sees it: BatchNorm takes the batch's statistics
+    with _fixed_views(run, method, BATCH) as loader:
+        kept = spread(len(loader.samples), SHOWN_IMAGES)
+        for epoch in spread(run.options.training.epochs, SHOWN_EPOCHS).tolist():
+            resolution, magnitude = plan.resolution(epoch), plan.magnitude(epoch)
+            loader.set_epoch(epoch, resolution, magnitude)
+            for views, _, _ in loader:
+                chosen = None
+                if settings.select == "hard":
+                    losses = losses_of_pairs(method, to_input(views, device), settings.resolution, loss=settings.loss)
+                    candidates = pairs(views.shape[1])
+                    chosen = candidates[chosen_pairs(losses.cpu())][kept]
+                shown.append(EpochViews(epoch, resolution, magnitude, views[kept].clone(), chosen))
+    return shown
+
+
+def examine_choice(run: ReportedRun, method: Method) -> Choice:
+    """How the pair that the cheap pass chooses ranks at the resolution trained on, with the checkpoint's weights and its epoch's views."""
+    settings = run.options.hard_augment
+    device = next(method.parameters()).device
+    method.train()
+    epoch = max(run.epoch - 1, 0)
+    small, large = [], []
+    with _fixed_views(run, method, COMPARED_IMAGES) as loader:
+        loader.set_epoch(epoch, run.plan.resolution(epoch), run.plan.magnitude(epoch))
+        for views, _, _ in loader:
+            images = to_input(views, device)
+            for losses, resolution in ((small, settings.resolution), (large, loader.resolution)):
+                losses.append(losses_of_pairs(method, images, resolution, loss=settings.loss).float().cpu())
+        resolution = loader.resolution
+    chosen, ranks = chosen_pairs(torch.cat(small)), rank_of(torch.cat(large), chosen_pairs(torch.cat(small)))
+    of_pairs = _by_pair(torch.cat(large))
+    means = {"chosen": of_pairs.gather(1, chosen[:, None]), "hardest": of_pairs.max(1).values, "random": of_pairs}
+    return Choice(
+        views.shape[1], min(settings.resolution, resolution), resolution, chosen, ranks, {name: value.mean().item() for name, value in means.items()}
+    )
+
+
+def _by_pair(losses: Tensor) -> Tensor:
+    """(B, m, m) to (B, pairs)."""
+    candidates = pairs(losses.shape[1])
+    return losses[:, candidates[:, 0], candidates[:, 1]]
+
+
+def chosen_pairs(losses: Tensor) -> Tensor:
+    """The place among `hard_augment.pairs` of each image's pair with the largest loss: int64 (B,). losses: (B, m, m)."""
+    return _by_pair(losses).argmax(1)
+
+
+def rank_of(losses: Tensor, chosen: Tensor) -> Tensor:
+    """How many pairs of the image have a larger loss than the chosen: int64 (B,). losses: (B, m, m), chosen: places (B,)."""
+    of_pairs = _by_pair(losses)
+    return (of_pairs > of_pairs.gather(1, chosen[:, None])).sum(1)
+
+
+def _centre_views(run: ReportedRun, path: str, indices: np.ndarray, resolution: int) -> ViewLoader:
+    return ViewLoader(
+        path, batch_size=min(256, len(indices)), views=1, resolution=resolution, policy=EVALUATION, indices=indices, shuffle=False,
+        drop_last=False, workers=run.options.data.workers, batches_ahead=2, scaled_decoding=run.options.data.scaled_decoding,
+    )  # fmt: skip
+
+
+def _features(run: ReportedRun, method: Method, path: str, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+    """L2-normalised features (n, d) and labels (n,), on the CPU."""
+    device = next(method.parameters()).device
+    with _centre_views(run, path, indices, run.options.resolution.max) as loader:
+        features, labels = extract_features(method.backbone, loader, device, contextlib.nullcontext())
+    return F.normalize(features, dim=1).cpu(), labels.cpu()
+
+
+def _thumbnails(run: ReportedRun, path: str, indices: np.ndarray) -> Tensor:
+    with _centre_views(run, path, indices, min(run.options.resolution.max, THUMBNAIL)) as loader:
+        return torch.cat([views[:, 0].clone() for views, _, _ in loader])
+
+
+def evaluation_path(run: ReportedRun) -> str:
+    """The validation images, or the training images where there are none."""
+    return run.options.data.validation or run.options.data.train
+
+
+def embed(run: ReportedRun, method: Method) -> Embedding:
+    """The features of a few hundred images in the plane; of a few classes, where there are many."""
+    path = evaluation_path(run)
+    beton = read_beton(path)
+    labels = np.full(len(beton), -1) if beton.labels is None else beton.labels
+    classes = np.unique(labels[labels >= 0])
+    indices = np.arange(len(beton))
+    if len(classes):
+        indices = np.flatnonzero(np.isin(labels, classes[spread(len(classes), EMBEDDED_CLASSES)]))
+    indices = indices[spread(len(indices), EMBEDDED_IMAGES)]
+    features, labels = _features(run, method, path, indices)
+    points, explained = project(features)
+    return Embedding(points, labels, describe_data(path).class_names, len(classes), explained)
+
+
+def project(features: Tensor) -> tuple[Tensor, float | None]:
+    """Features (n, d) as points (n, 2): by UMAP where umap-learn is installed, else by PCA, with the share of variance that they keep."""
+    if importlib.util.find_spec("umap") and len(features) > 15:
+        import umap
+
+        return torch.from_numpy(umap.UMAP(metric="cosine", random_state=0, n_jobs=1).fit_transform(features.numpy())), None
+    centred = features - features.mean(0)
+    _, values, directions = torch.linalg.svd(centred, full_matrices=False)
+    signs = directions[:2].gather(1, directions[:2].abs().argmax(1, keepdim=True)).sign()  # else arbitrary
+    variances = values.square()
+    return centred @ (directions[:2] * signs).T, (variances[:2].sum() / variances.sum().clamp(min=1e-12)).item()
+
+
+def _examples(beton: Beton, count: int) -> np.ndarray:
+    """Images of different classes, where there are labels."""
+    classes = np.unique(beton.labels[beton.labels >= 0]) if beton.labels is not None else []
+    if not len(classes):
+        return spread(len(beton), count)
+    firsts = [np.flatnonzero(beton.labels == one)[0] for one in classes[spread(len(classes), count)]]
+    return np.array(firsts, np.int64)
+
+
+def nearest_neighbours(run: ReportedRun, method: Method) -> Neighbours:
+    """The training images, of at most BANK, whose features are closest to those of a few validation images, by the cosine."""
+    path, bank_path = evaluation_path(run), run.options.data.train
+    queries = _examples(read_beton(path), QUERIES)
+    bank = spread(len(read_beton(bank_path)), BANK)
+    if path == bank_path:
+        bank = np.setdiff1d(bank, queries)
+    features, query_labels = _features(run, method, path, queries)
+    bank_features, bank_labels = _features(run, method, bank_path, bank)
+    cosines, found = (features @ bank_features.T).topk(min(NEIGHBOURS, len(bank)), dim=1)
+    thumbnails = _thumbnails(run, bank_path, bank[found.flatten().numpy()]).unflatten(0, found.shape)
+    return Neighbours(
+        _thumbnails(run, path, queries), query_labels, thumbnails, bank_labels[found], cosines, describe_data(bank_path).class_names
+    )

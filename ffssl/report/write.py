@@ -1,0 +1,25 @@
+"""From runs' folders to files."""
+
+from pathlib import Path
+
+from ffssl.device import choose_device
+from ffssl.errors import UserError
+from ffssl.report.page import compose
+from ffssl.report.runs import read_runs
+
+
+def write_report(folders: list[Path], output: Path, device: str = "auto") -> Path:
+    """Write the page of the runs in `folders`, and PNGs of its pictures to a folder beside it. Returns that folder.
+
+    Raises UserError for a folder that holds no run, and where nothing can be written.
+    """
+    page, pictures = compose(read_runs(folders), choose_device(device))
+    beside = output.with_name(f"{output.stem}_pictures")
+    try:
+        beside.mkdir(parents=True, exist_ok=True)
+        for name, png in pictures.items():
+            (beside / name).write_bytes(png)
+        output.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output: {error.filename or output} can't be written: {error.strerror}") from error
+    return beside

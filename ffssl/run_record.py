@@ -1,0 +1,48 @@
+"""How a run was started, and on what: `run.json` in its folder, one entry for each time that it was started or continued."""
+
+import datetime
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from ffssl.benchmark.machine import describe_machine
+
+NAME = "run.json"
+PACKAGES = ("ffssl", "torch", "torchvision", "timm", "numba", "numpy", "ffcv")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def record_start(folder: Path, device: torch.device) -> None:
+    """Add this process's start to the folder's record."""
+    start = {
+        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.argv]),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "machine": describe_machine(PACKAGES),
+        "git": git_revision(),
+    }
+    partial = folder / f".{NAME}.partial"
+    partial.write_text(json.dumps([*read_starts(folder), start], indent=2) + "\n")
+    os.replace(partial, folder / NAME)
+
+
+def read_starts(folder: Path) -> list[dict]:
+    """The starts of a run, oldest first; none of a run of a version that kept no record."""
+    path = folder / NAME
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def git_revision(root: Path = ROOT) -> str | None:
+    """The commit that `root` is a checkout of, with -dirty after it if files have changed since; None if it is no checkout."""
+    if not (root / ".git").exists():  # asked of git, an installed package would be taken for a part of the repository around it
+        return None
+    try:
+        words = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(words, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,222 @@
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import PIL.Image
+import pytest
+
+from ffssl.config import read_options
+from ffssl.data.convert import convert
+from ffssl.data.sources.embedded import Embedded
+from ffssl.errors import UserError
+from ffssl.report.write import write_report
+from ffssl.run_log import NAME as LOG_NAME
+from ffssl.train import train
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "--model.backbone=resnet-small", "--method.name=simclr", "--method.hidden=32", "--method.projection=16", "--resolution.max=32",
+    "--resolution.min=16", "--resolution.step=16", "--hard_augment.resolution=16", "--training.batch_size=16", "--evaluate.k=5",
+    "--training.epochs=2", "--run.tensorboard=false", "--run.device=cpu", "--data.workers=1",
+]  # fmt: skip
+HARD = ["--augment.views=3", "--hard_augment.select=hard", "--resolution.schedule=progressive"]
+SECTIONS = ("cost", "schedules", "training", "views", "choice", "embeddings", "neighbours", "config", "started")
+VOID = {"meta", "img", "br", "path", "use"}
+
+
+class Page(HTMLParser):
+    """A page's elements as (tag, attributes), its text by section, and the elements that are not closed in their order."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.elements, self.misnested, self.text = [], [], {}
+        self._open, self._section = [], ""
+        self.feed(html)
+        self.close()
+        self.misnested += self._open
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag == "section":
+            self._section = dict(attributes)["id"]
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in VOID and (not self._open or self._open.pop() != tag):
+            self.misnested.append(tag)
+
+    def handle_data(self, data):
+        self.text[self._section] = self.text.get(self._section, "") + data
+
+    def count(self, tag: str, **attributes) -> int:
+        return sum(name == tag and attributes.items() <= own.items() for name, own in self.elements)
+
+
+def options_of(folder: Path, run: str, *words: str):
+    data = [f"--data.train={folder / 'train.beton'}", f"--data.validation={folder / 'val.beton'}"]
+    return read_options([*SMALL, *data, f"--run.folder={folder / run}", *words])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two runs, one with a name that would be markup, and their images."""
+    folder = tmp_path_factory.mktemp("report")
+    convert(Embedded("train", 48), folder / "train.beton")
+    convert(Embedded("val", 20), folder / "val.beton")
+    train(options_of(folder, "<b>"))
+    train(options_of(folder, "hard", *HARD))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    write_report([folder / "<b>", folder / "hard"], folder / "report.html", "cpu")
+    return Page((folder / "report.html").read_text())
+
+
+def test_every_section_is_there_and_shows_its_pictures(folder, page):
+    assert [own["id"] for tag, own in page.elements if tag == "section"] == list(SECTIONS)
+    assert page.misnested == []
+    assert "Not shown" not in "".join(page.text.values())
+    assert page.count("svg") == 2 + 5 + 6 + 2 + 2
+    views = 2 * 4 * 2 + 2 * 4 * 3  # epochs, images, views, of both runs
+    assert page.count("img", **{"class": "chosen"}) == 2 * 4 * 2
+    assert page.count("img") == views + 2 * 6 * (1 + 8)
+    pngs = sorted((folder / "report_pictures").iterdir())
+    assert len(pngs) == page.count("svg") + 4
+    for png in pngs:
+        with PIL.Image.open(png) as picture:
+            assert min(picture.size) > 60 and len(picture.convert("RGB").getcolors(1 << 24)) > 20
+
+
+def test_the_page_loads_nothing(folder, page):
+    assert not [tag for tag, _ in page.elements if tag in ("script", "link", "iframe", "object", "embed")]
+    addresses = [value for _, own in page.elements for name, value in own.items() if name in ("src", "href", "xlink:href", "srcset")]
+    assert all(address.startswith(("#", "data:image/jpeg;base64,")) for address in addresses)
+    html = (folder / "report.html").read_text()
+    assert "://" not in html and "@import" not in html
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", html))
+
+
+def test_ids_are_unique_and_what_refers_to_them_finds_them(folder, page):
+    ids = [own["id"] for _, own in page.elements if "id" in own]
+    assert len(ids) == len(set(ids))
+    html = (folder / "report.html").read_text()
+    assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', html)) <= set(ids)
+
+
+def test_names_and_values_are_text_not_markup(page):
+    assert page.count("b") == 2 * 2  # the epochs of the views
+    assert "<b>" in page.text["cost"] and "<b>" in page.text["config"]
+
+
+def test_the_config_shows_what_differs_apart_from_what_does_not(folder, page):
+    differing = re.findall(r'<tr class="differs"><th scope="row">([^<]*)<', (folder / "report.html").read_text())
+    assert set(differing) == {"hard_augment.select", "resolution.schedule", "augment.views", "run.folder"}
+    assert "training.epochs2" in page.text["config"]
+
+
+def test_the_record_of_the_start_is_shown(folder, page):
+    (start,) = json.loads((folder / "hard" / "run.json").read_text())
+    assert all(start[name] in page.text["started"] for name in ("started", "command", "machine", "device"))
+
+
+def test_costs_are_stated_as_the_logs_have_them(folder, page):
+    last = {run: json.loads((folder / run / LOG_NAME).read_text().splitlines()[-1]) for run in ("<b>", "hard")}
+    assert f"{last['hard']['knn']:.1%}" in page.text["cost"]
+    assert f"{last['<b>']['flops'] / last['hard']['flops']:.2f}× less than <b>" in page.text["cost"]
+    assert "unfinished" not in page.text["cost"]
+
+
+@pytest.fixture
+def unfinished(folder, tmp_path):
+    """The hard run as it was after its first epoch."""
+    shutil.copytree(folder / "hard", tmp_path / "hard")
+    log = tmp_path / "hard" / LOG_NAME
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:2]))
+    return tmp_path / "hard"
+
+
+def test_an_unfinished_run_is_marked(folder, unfinished):
+    write_report([folder / "<b>", unfinished], unfinished / "report.html", "cpu")
+    page = Page((unfinished / "report.html").read_text())
+    assert page.count("span", **{"class": "unfinished"}) == 1 and "1 of 2" in page.text["cost"]
+    assert "less than" not in page.text["cost"] and "still to come" in page.text["schedules"] and "to come" in page.text["views"]
+
+
+def test_what_can_not_be_computed_says_why_and_the_rest_is_there(folder, unfinished, tmp_path):
+    log = unfinished / LOG_NAME
+    log.write_text(log.read_text().splitlines(keepends=True)[0])  # only the accuracy of the untrained network
+    (unfinished / "checkpoint.pt").unlink()
+    (unfinished / "run.json").unlink()
+    write_report([unfinished], tmp_path / "report.html", "cpu")
+    page = Page((tmp_path / "report.html").read_text())
+    for section in ("views", "embeddings", "neighbours"):
+        assert "holds no checkpoint" in page.text[section]
+    assert "kept no record" in page.text["started"]
+
+
+def test_without_its_images_a_run_is_still_reported(folder, tmp_path):
+    hidden = folder / "hidden.beton"
+    (folder / "train.beton").rename(hidden)
+    try:
+        write_report([folder / "hard"], tmp_path / "report.html", "cpu")
+    finally:
+        hidden.rename(folder / "train.beton")
+    page = Page((tmp_path / "report.html").read_text())
+    assert all("train.beton: no such file" in page.text[section] for section in ("views", "choice", "neighbours"))
+    assert "Not shown" not in page.text["embeddings"]
+
+
+def test_accuracies_of_different_data_are_said_to_be_different(folder, tmp_path):
+    convert(Embedded("val", 16, seed=1), folder / "other.beton")
+    train(options_of(folder, "other", "--training.epochs=1", f"--data.validation={folder / 'other.beton'}"))
+    write_report([folder / "<b>", folder / "other"], tmp_path / "report.html", "cpu")
+    text = Page((tmp_path / "report.html").read_text()).text["cost"]
+    assert "of different data" in text and str(folder / "other.beton") in text and "less than" not in text
+
+
+def test_a_folder_without_a_run_is_refused_in_a_line(tmp_path):
+    with pytest.raises(UserError, match=f"has no {re.escape(LOG_NAME)}"):
+        write_report([tmp_path], tmp_path / "report.html")
+    command = [sys.executable, "-m", "ffssl.report", str(tmp_path / "nothing"), "--output", str(tmp_path / "report.html")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_page_that_can_not_be_written_is_an_error(folder, tmp_path):
+    with pytest.raises(UserError, match="--output: .*can't be written"):
+        (tmp_path / "file").write_text("")
+        write_report([folder / "hard"], tmp_path / "file" / "report.html", "cpu")
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_shows_it_without_complaint(folder, page, tmp_path, width):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("no chromium on this machine")
+    # A page of this width in a frame, since a window is never narrower than 500 pixels; its title tells what overflows.
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        f'<iframe src="file://{folder}/report.html" style="width: {width}px; height: 4000px; border: 0"></iframe>'
+        "<script>onload = () => { const page = document.querySelector('iframe').contentDocument.documentElement;"
+        "document.title = `overflow ${page.scrollWidth - page.clientWidth}, height ${page.scrollHeight}` }</script>"
+    )
+    result = subprocess.run(
+        [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}",
+         "--enable-logging=stderr", f"--window-size={width},4000", "--dump-dom", f"file://{frame}"],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert "CONSOLE" not in result.stderr, result.stderr
+    overflow, height = map(int, re.search(r"<title>overflow (-?\d+), height (\d+)", result.stdout).groups())
+    assert overflow == 0 and height > 4000

@@ -1,0 +1,38 @@
+import torch
+
+from ffssl.hard_augment import hardest_pair, pairs
+from ffssl.report.samples import chosen_pairs, project, rank_of, spread
+
+
+def test_spread_goes_from_end_to_end():
+    assert spread(9, 5).tolist() == [0, 2, 4, 6, 8]
+    assert spread(3, 5).tolist() == [0, 1, 2]
+    assert spread(1, 5).tolist() == [0]
+
+
+def losses(images, views, seed=0):
+    values = torch.rand(images, views, views, generator=torch.Generator().manual_seed(seed))
+    return values + values.mT
+
+
+def test_the_chosen_pair_is_that_of_the_selection():
+    values = losses(50, 4)
+    assert torch.equal(pairs(4)[chosen_pairs(values)], hardest_pair(values))
+
+
+def test_the_rank_counts_the_harder_pairs():
+    low, high = losses(50, 4), losses(50, 4, seed=1)
+    chosen = chosen_pairs(low)
+    for image, rank in enumerate(rank_of(high, chosen).tolist()):
+        ordered = sorted(((high[image, a, b].item(), (a, b)) for a, b in pairs(4).tolist()), reverse=True)
+        assert ordered[rank][1] == tuple(pairs(4)[chosen[image]].tolist())
+    assert rank_of(low, chosen).sum() == 0
+
+
+def test_pca_keeps_the_distances_of_what_lies_in_a_plane():
+    generator = torch.Generator().manual_seed(0)
+    plane = torch.linalg.qr(torch.randn(10, 2, generator=generator))[0]
+    flat = torch.randn(12, 2, generator=generator)  # fewer than UMAP is asked for
+    points, explained = project(flat @ plane.T + 3)
+    torch.testing.assert_close(torch.cdist(points, points), torch.cdist(flat, flat), atol=1e-4, rtol=1e-4)
+    assert explained > 0.9999

@@ -1,0 +1,46 @@
+import json
+import subprocess
+
+import torch
+
+from ffssl.benchmark import machine
+from ffssl.run_record import NAME, git_revision, read_starts, record_start
+
+
+def test_every_start_is_kept(tmp_path):
+    assert read_starts(tmp_path) == []
+    for _ in range(2):
+        record_start(tmp_path, torch.device("cpu"))
+    first, second = read_starts(tmp_path)
+    assert first["started"] <= second["started"] and first["device"] == "cpu"
+    assert torch.__version__.split("+")[0] in first["machine"]
+    assert json.loads((tmp_path / NAME).read_text()) == [first, second]
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+
+
+def git(folder, *words):
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    return subprocess.run(["git", "-C", str(folder), *identity, *words], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_the_git_revision_is_that_of_the_checkout_and_says_whether_files_have_changed(tmp_path):
+    git(tmp_path, "init")
+    (tmp_path / "a").write_text("1")
+    git(tmp_path, "add", "a")
+    git(tmp_path, "commit", "-m", "a")
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    assert git_revision(tmp_path) == commit[:12]
+    (tmp_path / "a").write_text("2")
+    assert git_revision(tmp_path) == f"{commit[:12]}-dirty"
+    (tmp_path / "installed").mkdir()
+    assert git_revision(tmp_path / "installed") is None
+
+
+def test_the_machine_names_its_gpus(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\n[ "$*" = "--query-gpu=name --format=csv,noheader" ] && printf "NVIDIA A100\\nNVIDIA A100\\nTesla T4\\n"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert "cores, 2 x NVIDIA A100, 1 x Tesla T4; Python" in machine.describe_machine(())
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert "cores; Python" in machine.describe_machine(())
