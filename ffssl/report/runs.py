@@ -16,8 +16,8 @@ from ffssl.methods import Method
 from ffssl.plan import Plan
 from ffssl.run_log import NAME, read_log
 from ffssl.run_record import read_starts
+from ffssl.runs import load_run
 from ffssl.schedules import noise_scale
-from ffssl.train import build
 
 POINTS = 400  # in a schedule's curve, at least
 
@@ -71,9 +71,7 @@ class ReportedRun:
 
     def method(self, device: torch.device) -> Method:
         """The method with the checkpoint's weights. For runs with options."""
-        method = build(self.options, device)
-        method.load_state_dict(checkpoint.load(self.folder, device)["method"])
-        return method
+        return load_run(self.folder, device).method
 
 
 @dataclass(frozen=True)
