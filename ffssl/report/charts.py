@@ -58,7 +58,7 @@ def accuracy_charts(runs: list[ReportedRun]) -> list[Chart]:
     for key, title, unit_of in (("flops", "FLOPs", flop_unit), ("seconds", "time", time_unit), ("kwh", "energy", lambda _: ("kWh", 1))):
         unit, scale = unit_of(max((row.get(key, 0) for run in runs for row in run.rows), default=0))
         chart = _logged(runs, "knn", f"accuracy-{title}".lower(), f"kNN accuracy (%) over {title}", x=key, scale=100, x_scale=scale)
-        charts.append(replace(chart, x_label=f"{unit} of training", marks=True, size=(5.8, 3.7)))
+        charts.append(replace(chart, x_label=f"{unit} of training", marks=True, size=(5.3, 3.4)))
     return [chart for chart in charts if chart.curves]
 
 
