@@ -23,8 +23,8 @@ _MASK = ir.VectorType(ir.IntType(32), LANES)
 def weighted_sum(source, start, step, weights, first, taps, out, at, length):
     """out[at + i] = the sum over k < taps of weights[first + k] * source[start + k * step + i], for i < length.
 
-    source: uint8 or float32, out and weights: float32, all contiguous and 1-D; the numbers are uint64. Takes whole arrays and
-    positions because a slice costs Numba two atomic operations.
+    source: uint8 or float32, out and weights: float32, all contiguous and 1-D, out another array than source; the numbers are uint64.
+    Takes whole arrays and positions because a slice costs Numba two atomic operations.
     """
     i = np.uint64(0)
     while i + np.uint64(4 * LANES) <= length:
@@ -33,6 +33,9 @@ def weighted_sum(source, start, step, weights, first, taps, out, at, length):
     while i + np.uint64(LANES) <= length:
         _sum_8(source, start + i, step, weights, first, taps, out, at + i)
         i += np.uint64(LANES)
+    if i < length and np.uint64(LANES) <= length:  # the last lanes once more, some of them for the second time
+        _sum_8(source, start + length - np.uint64(LANES), step, weights, first, taps, out, at + length - np.uint64(LANES))
+        return
     while i < length:
         total = np.float32(0)
         for k in range(taps):

@@ -29,7 +29,7 @@ from ffssl.data.policy import STANDARD_MAGNITUDE, ViewPolicy
 from ffssl.data.view_kernel import compile_view_kernel
 from ffssl.errors import UserError
 
-SAMPLES_PER_TASK = 4  # small enough that the threads finish a batch together, large enough that starting a task costs nothing
+SAMPLES_PER_TASK = 8  # small enough that the threads finish a batch together, large enough that starting a task costs nothing
 
 
 class Batch(NamedTuple):

@@ -82,8 +82,8 @@ def resized_crop(image, drawn, planes):
     kernels.triangle_weights(top % 1, height, resolution, first_y, count_y, weights_y)
     kernels.triangle_weights(left % 1, width, resolution, first_x, count_x, weights_x)
     pixels, step = image.reshape(-1), np.uint64(3 * image.shape[1])
-    row_stride = (row_length + LANES - 1) // LANES * LANES
-    rows, columns = np.zeros(BLOCK * row_stride, np.float32), np.empty(BLOCK * row_stride, np.float32)
+    row_stride = (row_length + LANES - 1) // LANES * LANES  # what fills a row up is transposed with it, and in no sum
+    rows, columns = np.empty(BLOCK * row_stride, np.float32), np.empty(BLOCK * row_stride, np.float32)
     shrunk = np.empty(3 * BLOCK * resolution, np.float32)
     all_weights_y, taps = weights_y.reshape(-1), np.uint64(weights_y.shape[1])
     for y in range(0, resolution, BLOCK):
