@@ -62,17 +62,16 @@ class ResizableViT(TimmModel):
 
     def __init__(self, network: nn.Module):
         super().__init__(network)
-        self._grid = network.patch_embed.grid_size  # the one that its embeddings are of
+        network.patch_embed.strict_img_size = False
 
     def forward(self, images: Tensor) -> Tensor:
-        size, patch = tuple(images.shape[-2:]), self.network.patch_embed.patch_size
-        if size[0] % patch[0] or size[1] % patch[1]:
-            raise ValueError(f"its patches of {patch[0]} px do not divide {size[0]} px")
-        self.network.patch_embed.set_input_size(size)  # no parameter depends on it
+        (height, width), patch = images.shape[-2:], self.network.patch_embed.patch_size
+        if height % patch[0] or width % patch[1]:
+            raise ValueError(f"its patches of {patch[0]} px do not divide {height} px")
         embedding = self.network.pos_embed
         if embedding is None:
             return super().forward(images)
-        resampled = resample_positions(embedding, self._grid, self.network.patch_embed.grid_size)
+        resampled = resample_positions(embedding, self.network.patch_embed.grid_size, (height // patch[0], width // patch[1]))
         return functional_call(self.network, {"pos_embed": resampled}, (images,))
 
 

@@ -149,6 +149,9 @@ def declare() -> Config:
         momentum_high=Param(_number(0, 0.9999), "of the one-cycle schedules, at their ends", 0.95),
         weight_decay=Param(_number(0), "L2 penalty; of adamw, decoupled", 1e-4),
         decay_norm_and_bias=Param(Switch(), "decay biases and the parameters of normalisation too; default: the method's own"),
+        accumulate=Param(_integer(1), "parts of a batch that are computed one after the other, to save memory; BatchNorm and loss see one at a time", 1),
+        joint_views=Param(Switch(), "pass both views as one batch, which BatchNorm normalises together; default: as the method's authors do"),
+        compile=Param(Choice("auto", "off", "default", "reduce-overhead", "max-autotune"), "torch.compile's mode; auto: default on a GPU, off on CPU", "auto"),
         amp=Param(Choice("auto", "bf16", "fp16", "off"), "mixed precision; auto: bf16 where the GPU has it, else fp16, off on CPU", "auto"),
     )  # fmt: skip
     section(
@@ -297,7 +300,7 @@ def _validated(config: Config, settings: dict[str, object]) -> SimpleNamespace:
     return SimpleNamespace(**sections)
 
 
-_WORDS_LIKE_FALSE = ("training.amp", "hard_augment.select")  # YAML reads a bare off as false
+_WORDS_LIKE_FALSE = ("training.amp", "training.compile", "hard_augment.select")  # YAML reads a bare off as false
 
 
 def _check_together(options: SimpleNamespace) -> None:
@@ -312,6 +315,9 @@ def _check_together(options: SimpleNamespace) -> None:
         raise UserError(f"--resolution.min: {resolution.min} is larger than --resolution.max={resolution.max}")
     if training.warmup_epochs >= training.epochs:
         raise UserError(f"--training.warmup_epochs: {training.warmup_epochs:g} of {training.epochs} epochs leave none after the warm-up")
+    part, rest = divmod(training.batch_size, training.accumulate)
+    if rest or part < 2:
+        raise UserError(f"--training.accumulate: {training.accumulate} equal parts of 2 images or more can't be made of --training.batch_size={training.batch_size}")
     if training.momentum_low > training.momentum_high:
         raise UserError(f"--training.momentum_low: {training.momentum_low} is larger than --training.momentum_high={training.momentum_high}")
     if options.hard_augment.select == "off" and augment.views > 2:

@@ -19,13 +19,25 @@ def choose_device(name: str, option: str = "--run.device") -> torch.device:
     return device
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype:
+    """What autocast, as it is now, computes convolutions in on `device`; float32 where it is off."""
+    on = device.type in ("cuda", "cpu") and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else torch.float32
+
+
+def precision(amp: str, device: torch.device) -> str:
+    """"bf16", "fp16" or "off", float32. amp: one of these, or "auto": bf16 where the GPU has it, else fp16; on CPU, off."""
+    if amp != "auto":
+        return amp
+    return "off" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
 def mixed_precision(amp: str, device: torch.device) -> tuple[contextlib.AbstractContextManager, torch.amp.GradScaler]:
     """The autocast context, which may be entered again and again, and the gradient scaler, which does nothing but for fp16.
 
-    amp: "auto" (bf16 where the GPU has it, else fp16, float32 on CPU), "bf16", "fp16" or "off".
+    amp: as `precision` takes it.
     """
-    if amp == "auto":
-        amp = "off" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    amp = precision(amp, device)
     if amp == "fp16" and device.type == "cpu":
         raise UserError("--training.amp: fp16 needs a GPU; use bf16 or off")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]

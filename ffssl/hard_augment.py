@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ffssl.device import autocast_dtype
 from ffssl.errors import UserError
+from ffssl.images import to_input
 from ffssl.methods.base import Method, cosines
 from ffssl.methods.prediction import PredictionMethod
 
@@ -28,8 +30,8 @@ def check(method: Method, *, loss: str, extra_targets: bool, **_) -> None:
 def choose_views(
     method: Method, views: Tensor, *, select: str = "off", resolution: int = 64, loss: str = "cosine", extra_targets: bool = False, seed: int = 0
 ) -> tuple[Tensor, ...]:
-    """What `method.loss` takes of views (B, m, 3, R, R), normalised: two views of each image, (B, 3, R, R) and channels_last, and the
-    extra targets (B, m - 2, d) if there are to be any.
+    """What `method.loss` takes of uint8 views (B, m, 3, R, R): two views of each image, normalised, in autocast's dtype, (B, 3, R, R)
+    and channels_last, and the extra targets (B, m - 2, d) if there are to be any.
 
     select: "off" (the first two views), "hard", or "random", drawn by `seed`. resolution: of the selection pass and the extra
     targets. loss: by which pairs are compared, "cosine" (negative cosine of the projections) or "method" (the method's own).
@@ -37,13 +39,14 @@ def choose_views(
     """
     pair, targets = (views[:, 0], views[:, 1]), None
     if select == "hard":
-        chosen, targets = select_hardest(method, views, resolution, loss=loss, extra_targets=extra_targets)
+        chosen, targets = select_hardest(method, normalised(views), resolution, loss=loss, extra_targets=extra_targets)
         pair = take_pair(views, chosen)
     elif select == "random":
-        chosen = random_pair(len(views), views.shape[1], torch.Generator().manual_seed(seed)).to(views.device)
+        device = views.device if views.device.type == "cuda" else "cpu"  # numbers drawn on the GPU need not wait to get there
+        chosen = random_pair(len(views), views.shape[1], torch.Generator(device).manual_seed(seed)).to(views.device)
         pair = take_pair(views, chosen)
-        targets = targets_of(method, take_rest(views, chosen), resolution) if extra_targets else None
-    pair = tuple(view.contiguous(memory_format=torch.channels_last) for view in pair)
+        targets = targets_of(method, normalised(take_rest(views, chosen)), resolution) if extra_targets else None
+    pair = tuple(to_input(view, autocast_dtype(views.device)) for view in pair)
     return pair if targets is None else (*pair, targets)
 
 
@@ -60,8 +63,8 @@ def hardest_pair(losses: Tensor) -> Tensor:
 
 def random_pair(batch: int, views: int, generator: torch.Generator) -> Tensor:
     """A random pair of views of each image, the comparison to `hardest_pair`: int64 (batch, 2)."""
-    candidates = pairs(views)
-    return candidates[torch.randint(len(candidates), (batch,), generator=generator)]
+    candidates = pairs(views, generator.device)
+    return candidates[torch.randint(len(candidates), (batch,), generator=generator, device=generator.device)]
 
 
 @contextmanager
@@ -127,6 +130,11 @@ def targets_of(method: Method, views: Tensor, resolution: int, projections: Tens
         images = downsample(views.flatten(0, 1), resolution)
         targets = method.targets(images, None if projections is None else projections.flatten(0, 1))
     return targets.unflatten(0, views.shape[:2])
+
+
+def normalised(views: Tensor) -> Tensor:
+    """uint8 views (B, n, 3, R, R) in float32."""
+    return to_input(views.flatten(0, 1)).unflatten(0, views.shape[:2])
 
 
 def downsample(images: Tensor, resolution: int) -> Tensor:

@@ -37,13 +37,13 @@ from tqdm import tqdm
 
 from ffssl import checkpoint, run_log, schedules
 from ffssl.data.loader import ViewLoader
-from ffssl.device import choose_device, mixed_precision
+from ffssl.device import choose_device
 from ffssl.errors import UserError
 from ffssl.hard_augment import choose_views, without_trace
-from ffssl.images import to_input
 from ffssl.methods import Method
 from ffssl.plan import Plan
-from ffssl.train import Run, build, open_loader, optimizer_of, train_step
+from ffssl.step import Run, build, start_run, train_step
+from ffssl.train import open_loader
 
 CURVE, PICTURE = "lr_range.json", "lr_range.png"
 FALL_STARTS, FALL_ENDS = 0.1, 0.9  # shares of the fall of the validation loss, at the lower limit and at the upper
@@ -84,14 +84,11 @@ def range_test(options: SimpleNamespace, *, low: float, high: float, steps: int,
     device = choose_device(options.run.device)
     torch.manual_seed(options.run.seed)
     method = build(options, device)
-    amp, scaler = mixed_precision(options.training.amp, device)
     with open_loader(options, method) as loader:
         validation = validation_views(options, method, loader, images)
-        optimizer = optimizer_of(method, options, device)
-        for group in optimizer.param_groups:
+        run = start_run(options, method, Sweep(options, len(loader), low, high, steps), device)
+        for group in run.optimizer.param_groups:
             group.pop("constant_lr", None)  # the peak at which it would stay is what is sought
-        plan = Sweep(options, len(loader), low, high, steps)
-        run = Run(options, plan, device, amp, method.train(), optimizer, scaler, flops_per_step={})
         return sweep(run, loader, validation)
 
 
@@ -100,7 +97,7 @@ def sweep(run: Run, loader: ViewLoader, validation: list[Tensor]) -> list[dict[s
     steps = range(run.plan.steps)
     for step, views in zip(tqdm(steps, unit="step", leave=False, disable=None), batches(run, loader)):
         learning_rate, _ = run.plan.learning_rate_and_momentum(step)
-        loss, spread = train_step(run, views, step)
+        loss, spread = train_step(run, views.to(run.device), step)
         losses = {"training_loss": loss.item(), "validation_loss": validation_loss(run, validation)}
         if not np.isfinite([*losses.values()]).all():
             break
@@ -154,7 +151,7 @@ def validation_loss(run: Run, validation: list[Tensor]) -> float:
         torch.manual_seed(run.options.run.seed)  # dropout, if there is any, drops the same every time
         for views in validation:
             buffers = {name: buffer.clone() for name, buffer in run.method.named_buffers()}  # among them a queue, a centre
-            loss, _ = functional_call(run.method, buffers, choose_views(run.method, to_input(views, run.device)))
+            loss, _ = functional_call(run.method, buffers, choose_views(run.method, views.to(run.device)))
             losses.append(loss)
     return torch.stack(losses).mean().item()
 

@@ -14,11 +14,11 @@ from ffssl.config import from_dict
 from ffssl.data.convert import description_path
 from ffssl.errors import UserError
 from ffssl.methods import Method
-from ffssl.train import build
+from ffssl.step import build
 
 
 class LoadedRun(NamedTuple):
-    """options: all sections. method: with the trained weights, in evaluation mode. state: the checkpoint, as `ffssl.train.Run.state`."""
+    """options: all sections. method: with the trained weights, in evaluation mode. state: the checkpoint, as `ffssl.step.Run.state`."""
 
     options: SimpleNamespace
     method: Method

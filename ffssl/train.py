@@ -9,7 +9,7 @@ The same command again continues a run that was interrupted, from the start of t
 
 import sys
 
-from ffssl.config import as_dict, command_line_options
+from ffssl.config import command_line_options
 from ffssl.openmp import share_cores
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds: --help and a mistyped option are answered at once
@@ -18,64 +18,27 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds: --h
 
 import contextlib
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
-from ffssl import checkpoint, hard_augment
-from ffssl.backbones import build_backbone, check_resolutions
+from ffssl import checkpoint
+from ffssl.config import as_dict
 from ffssl.cost import count_flops
 from ffssl.data.loader import ViewLoader
 from ffssl.data.policy import choose_policies
-from ffssl.device import choose_device, mixed_precision
+from ffssl.device import choose_device, precision
 from ffssl.errors import UserError
 from ffssl.evaluate.online import OnlineKnn
-from ffssl.images import to_input
-from ffssl.methods import Method, build_method
-from ffssl.methods.base import Progress
-from ffssl.optimizers import build_optimizer, set_learning_rate_and_momentum
-from ffssl.plan import Plan, input_sides
+from ffssl.methods import Method
+from ffssl.plan import Plan
 from ffssl.run_log import RunLog, require_wandb
 from ffssl.run_record import record_start
+from ffssl.step import PASSES, Run, build, compile_passes, memory_advice, start_run, to_device, train_step
 
 STEPS_BETWEEN_CHECKS = 50  # on a GPU reading the loss waits for the step; this often costs nothing and loses little
-
-
-@dataclass
-class Run:
-    """What a run trains, and how far it has come."""
-
-    options: SimpleNamespace
-    plan: Plan
-    device: torch.device
-    amp: torch.autocast
-    method: Method
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    flops_per_step: dict[int, int]  # by resolution
-    epoch: int = 0  # epochs finished
-    spent: dict[str, float] = field(default_factory=lambda: {"seconds": 0.0, "flops": 0.0})
-
-    def state(self) -> dict:
-        return {
-            "epoch": self.epoch,
-            "spent": self.spent,
-            "options": as_dict(self.options),
-            "method": self.method.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
-
-    def restore(self, state: dict) -> None:
-        self.epoch, self.spent = state["epoch"], state["spent"]
-        self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
 
 
 def train(options: SimpleNamespace) -> None:
@@ -90,32 +53,36 @@ def train(options: SimpleNamespace) -> None:
         loader = stack.enter_context(open_loader(options, method))
         print(loader.describe_memory(), flush=True)
         knn = stack.enter_context(contextlib.closing(OnlineKnn(options, device))) if options.data.validation else None
-        amp, scaler = mixed_precision(options.training.amp, device)
-        optimizer = optimizer_of(method, options, device)
-        plan = Plan(options, len(loader))
-        run = Run(options, plan, device, amp, method, optimizer, scaler, count_flops(plan, method))
+        run = start_run(options, method, Plan(options, len(loader)), device)
+        flops = count_flops(run.plan, method)
+        compiled = compile_passes(method, PASSES, options.training.compile, device)
+        print(f"on {device}: mixed precision {precision(options.training.amp, device)}, torch.compile {compiled}", flush=True)
         resumed = resume(run, folder)
         record_start(folder, device)
         log = stack.enter_context(contextlib.closing(open_log(run, folder, resumed)))
         if not resumed:
             if knn:
-                row = {"epoch": 0, **run.spent, "knn": knn.accuracy(method.backbone, amp)}
+                row = {"epoch": 0, **run.spent, "knn": knn.accuracy(method.backbone, run.amp)}
                 log.write(row)
                 print(f"untrained: kNN {row['knn']:.1%}", flush=True)
             checkpoint.save(folder, run.state())
 
         epochs = options.training.epochs
         while run.epoch < epochs:
-            row = train_epoch(run, loader, log)
+            row = None
+            with contextlib.suppress(torch.OutOfMemoryError):
+                row = train_epoch(run, loader, flops, log)
+            if row is None:  # the failed step's tensors are free again by now
+                raise UserError(out_of_memory(run, loader))
             if knn and (run.epoch == epochs or (options.evaluate.every and run.epoch % options.evaluate.every == 0)):
-                row["knn"] = knn.accuracy(method.backbone, amp)
+                row["knn"] = knn.accuracy(method.backbone, run.amp)
             log.write(row)
             checkpoint.save(folder, run.state())
             print(summary(row, epochs), flush=True)
 
 
-def train_epoch(run: Run, loader: ViewLoader, log: RunLog) -> dict[str, float]:
-    """One pass over the training images. Shows its steps in the log, and returns the log's row."""
+def train_epoch(run: Run, loader: ViewLoader, flops: dict[int, int], log: RunLog) -> dict[str, float]:
+    """One pass over the training images. flops: of a step, by resolution. Shows its steps in the log, and returns the log's row."""
     options, plan, epoch = run.options, run.plan, run.epoch
     resolution, magnitude = plan.resolution(epoch), plan.magnitude(epoch)
     torch.manual_seed(options.run.seed + epoch)  # so that an epoch's random numbers don't depend on where a run was resumed
@@ -126,10 +93,10 @@ def train_epoch(run: Run, loader: ViewLoader, log: RunLog) -> dict[str, float]:
     check_every = 1 if run.device.type == "cpu" else STEPS_BETWEEN_CHECKS
 
     with tqdm(total=len(loader) * loader.batch_size, unit="img", desc=f"epoch {epoch + 1}/{options.training.epochs}", leave=False, disable=None) as bar:
-        batches = iter(loader)
+        batches = to_device((views for views, _, _ in loader), run.device)
         for i in range(len(loader)):
             asked = time.perf_counter()
-            views, _, _ = next(batches)
+            views = next(batches)
             waited += time.perf_counter() - asked
             loss, spread = train_step(run, views, step + i)
             losses.append(loss)
@@ -146,7 +113,7 @@ def train_epoch(run: Run, loader: ViewLoader, log: RunLog) -> dict[str, float]:
 
     seconds = time.perf_counter() - started
     run.epoch += 1
-    run.spent = {"seconds": run.spent["seconds"] + seconds, "flops": run.spent["flops"] + len(loader) * run.flops_per_step[resolution]}
+    run.spent = {"seconds": run.spent["seconds"] + seconds, "flops": run.spent["flops"] + len(loader) * flops[resolution]}
     learning_rate, momentum = plan.learning_rate_and_momentum(step + len(loader) - 1)
     return {
         "epoch": run.epoch, **run.spent, "loss": torch.stack(losses).mean().item(), "learning_rate": learning_rate, "momentum": momentum,
@@ -154,50 +121,6 @@ def train_epoch(run: Run, loader: ViewLoader, log: RunLog) -> dict[str, float]:
         "images_per_second": len(loader) * loader.batch_size / seconds, "data_wait": waited / seconds,
         "embedding_std": torch.stack(spreads).mean().item(),
     }  # fmt: skip
-
-
-def train_step(run: Run, views: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """One optimiser step on uint8 views (B, m, 3, R, R). Returns the loss and the spread of the embeddings, without waiting for them."""
-    learning_rate, momentum = run.plan.learning_rate_and_momentum(step)
-    set_learning_rate_and_momentum(run.optimizer, learning_rate, momentum, peak=run.options.training.learning_rate)
-
-    progress = Progress(step, run.plan.total_steps, run.epoch)
-    run.method.before_step(progress)
-    images = to_input(views, run.device)
-    with run.amp:
-        chosen = hard_augment.choose_views(run.method, images, seed=run.options.run.seed + step, **vars(run.options.hard_augment))
-        loss, embeddings = run.method(*chosen)
-    run.optimizer.zero_grad(set_to_none=True)
-    run.scaler.scale(loss).backward()
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    run.method.after_step(progress)
-    return loss.detach(), embedding_spread(embeddings.detach())
-
-
-def embedding_spread(embeddings: Tensor) -> Tensor:
-    """Standard deviation of the L2-normalised embeddings (N, d) times sqrt(d): 1 for directions at random, 0 after a collapse."""
-    z = F.normalize(embeddings.float(), dim=1)
-    return z.std(0).mean() * z.shape[1] ** 0.5
-
-
-def build(options: SimpleNamespace, device: torch.device) -> Method:
-    model = options.model
-    backbone = build_backbone(model.backbone, zero_init_residual=model.zero_init_residual, stem=model.stem)
-    check_resolutions(model.backbone, backbone, input_sides(options))
-    settings = {name: value for name, value in vars(options.method).items() if name != "name"}
-    method = build_method(options.method.name, backbone, settings)
-    method.check(options.training.batch_size)
-    hard_augment.check(method, **vars(options.hard_augment))
-    return method.to(device, memory_format=torch.channels_last)
-
-
-def optimizer_of(method: Method, options: SimpleNamespace, device: torch.device) -> torch.optim.Optimizer:
-    t = options.training
-    return build_optimizer(
-        t.optimizer, method.parameter_groups(t.weight_decay), weight_decay=t.weight_decay, decay_norm_and_bias=t.decay_norm_and_bias,
-        momentum=t.momentum, device=device,
-    )  # fmt: skip
 
 
 def open_loader(options: SimpleNamespace, method: Method) -> ViewLoader:
@@ -254,6 +177,14 @@ def diverged(run: Run, step: int) -> str:
     return (
         f"the loss is not finite at step {step} (epoch {run.epoch + 1}); the checkpoint of epoch {run.epoch} in {run.options.run.folder} is "
         f"untouched. Try a smaller --training.learning_rate (now {run.options.training.learning_rate:g}) or a longer --training.warmup_epochs"
+    )
+
+
+def out_of_memory(run: Run, loader: ViewLoader) -> str:
+    views = (loader.batch_size, run.options.augment.views, 3, loader.resolution, loader.resolution)
+    return (
+        f"--training.batch_size: a step with {views[0]} images of {views[1]} views at {views[-1]} px needs more memory than {run.device} has; "
+        f"{memory_advice(run, views)}. The checkpoint of epoch {run.epoch} is untouched"
     )
 
 

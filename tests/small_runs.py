@@ -7,7 +7,7 @@ import torch
 from ffssl import checkpoint
 from ffssl.config import as_dict, read_options
 from ffssl.methods import Method
-from ffssl.train import build
+from ffssl.step import build
 
 SMALL = (
     "--model.backbone=resnet-small", "--method.name=simclr", "--method.hidden=16", "--method.projection=8", "--resolution.max=32",

@@ -14,7 +14,8 @@ from ffssl.data.sources.embedded import Embedded
 from ffssl.errors import UserError
 from ffssl.methods import METHODS
 from ffssl.run_log import read_log
-from ffssl.train import build, train
+from ffssl.step import build
+from ffssl.train import train
 
 CONFIGS = Path(__file__).resolve().parent.parent / "rn50_configs"
 HEADS = {

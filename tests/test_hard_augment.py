@@ -12,6 +12,7 @@ from ffssl.errors import UserError
 from ffssl.hard_augment import (
     batch_statistics_untracked, check, choose_views, hardest_pair, pairs, random_pair, select_hardest, take_pair, take_rest,
 )  # fmt: skip
+from ffssl.images import MEAN, STD
 from ffssl.methods import METHODS, build_method
 from ffssl.methods.base import Method, cosines
 
@@ -41,6 +42,15 @@ def build(name):
 @pytest.fixture
 def method():
     return build("simsiam")
+
+
+def uint8_views(*shape):
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def by_torchvision(views):
+    """Normalised in float32, as torchvision does it."""
+    return V.normalize(views.flatten(0, -4).float() / 255, MEAN, STD).view(views.shape)
 
 
 class Recorder(Method):
@@ -149,21 +159,34 @@ def test_extra_targets_are_the_targets_of_the_views_not_chosen_at_the_selections
 @pytest.mark.parametrize("name", PREDICTING)
 def test_random_pairs_may_have_extra_targets_too(name):
     method = without_dropout(build(name)).eval()
-    views = torch.randn(5, 4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    views = uint8_views(5, 4, 3, 32, 32)
+    images = by_torchvision(views)
     options = {"select": "random", "resolution": 16, "extra_targets": True}
     first, second, extra = choose_views(method, views, seed=3, **options)
     chosen = random_pair(5, 4, torch.Generator().manual_seed(3))
-    assert torch.equal(first, views[range(5), chosen[:, 0]]) and torch.equal(second, views[range(5), chosen[:, 1]])
-    small = F.interpolate(take_rest(views, chosen).flatten(0, 1), (16, 16), mode="bilinear", antialias=True)
+    torch.testing.assert_close(first, images[range(5), chosen[:, 0]])
+    torch.testing.assert_close(second, images[range(5), chosen[:, 1]])
+    small = F.interpolate(take_rest(images, chosen).flatten(0, 1), (16, 16), mode="bilinear", antialias=True)
     torch.testing.assert_close(extra.flatten(0, 1), method.targets(small), atol=1e-5, rtol=1e-4)
     assert len(choose_views(method, views, select="random", resolution=16)) == 2
 
 
 def test_without_selection_the_first_two_views_are_trained_on(method):
-    views = torch.randn(5, 2, 3, 32, 32)
+    views = uint8_views(5, 2, 3, 32, 32)
     first, second = choose_views(method, views)
-    assert torch.equal(first, views[:, 0]) and torch.equal(second, views[:, 1])
+    torch.testing.assert_close(torch.stack([first, second], dim=1), by_torchvision(views))
     assert first.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_pair_is_in_autocasts_precision_rounded_once(method):
+    views = uint8_views(5, 3, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        pair = choose_views(method, views, select="hard", resolution=16)
+    assert [view.dtype for view in pair] == [torch.bfloat16] * 2
+    with torch.autocast("cpu", torch.bfloat16):
+        chosen, _ = select_hardest(method, by_torchvision(views), 16)
+    for view, exact in zip(pair, take_pair(by_torchvision(views), chosen)):
+        torch.testing.assert_close(view.float(), exact, rtol=2**-8, atol=1e-6)  # half of bfloat16's last place
 
 
 def test_take_rest_takes_the_others_in_their_order():
@@ -219,7 +242,7 @@ def test_choosing_views_leaves_no_trace(name, options):
 
     flags_before = flags()
     random_state = torch.get_rng_state()
-    views = torch.randn(4, 3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+    views = uint8_views(4, 3, 3, 48, 48)
     kept = views.clone()
 
     chosen = choose_views(method, views, resolution=32, **options)

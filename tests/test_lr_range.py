@@ -10,10 +10,10 @@ from ffssl import lr_range
 from ffssl.config import read_options
 from ffssl.data.convert import convert
 from ffssl.data.sources.embedded import Embedded
-from ffssl.device import mixed_precision
 from ffssl.errors import UserError
 from ffssl.lr_range import Sweep, held_out, range_test, suggest_limits, validation_loss, validation_views
-from ffssl.train import Run, build, open_loader, optimizer_of, train_step
+from ffssl.step import build, start_run, train_step
+from ffssl.train import open_loader
 
 TOY = [
     "--model.backbone=resnet-small", "--method.hidden=16", "--method.projection=8", "--resolution.max=16", "--resolution.step=16",
@@ -95,9 +95,7 @@ def test_the_learning_rate_rises_exponentially_at_the_configs_momentum(beton):
 def start(options, loader):
     device = torch.device("cpu")
     torch.manual_seed(0)
-    method = build(options, device)
-    amp, scaler = mixed_precision("off", device)
-    return Run(options, Sweep(options, len(loader), 1e-3, 1.0, 10), device, amp, method.train(), optimizer_of(method, options, device), scaler, {})
+    return start_run(options, build(options, device), Sweep(options, len(loader), 1e-3, 1.0, 10), device)
 
 
 @pytest.mark.parametrize("method", ["simsiam", "byol", "mocov2plus --method.queue=64", "dino --method.prototypes=32", "barlow_twins"])

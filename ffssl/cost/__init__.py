@@ -38,6 +38,9 @@ class Flops:
     def __truediv__(self, parts: int) -> "Flops":
         return Flops(self.forward / parts, self.teacher / parts, self.selection / parts)
 
+    def __rmul__(self, times: int) -> "Flops":
+        return Flops(times * self.forward, times * self.teacher, times * self.selection)
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -68,7 +71,7 @@ def count_step(method: Method, *, batch_size: int, resolution: int, views: int =
     hard_augment: what `choose_views` takes besides the views.
     """
     clone = copy.deepcopy(method).to("meta").train()
-    images = torch.empty((batch_size, views, 3, resolution, resolution), device="meta")
+    images = torch.empty((batch_size, views, 3, resolution, resolution), dtype=torch.uint8, device="meta")
     with FlopCounterMode(display=False) as selection:
         chosen = choose_views(clone, images, **(hard_augment or {}))
     with FlopCounterMode(display=False) as loss, _WithoutGradient() as teacher:
@@ -84,13 +87,14 @@ def step_flops(method: Method, *, backward: int = STANDARD, **step) -> int:
 def count_flops(plan: Plan, method: Method) -> dict[int, int]:
     """FLOPs of a step of a run, in the standard count, at each resolution of its schedule."""
     sides = {plan.resolution(epoch) for epoch in range(plan.options.training.epochs)}
-    return {side: count_step(method, resolution=side, **step_options(plan)).total() for side in sides}
+    parts = plan.options.training.accumulate
+    return {side: parts * count_step(method, resolution=side, **step_options(plan)).total() for side in sides}
 
 
 def step_options(plan: Plan) -> dict:
-    """What `count_step` takes of a run's options, besides the resolution."""
+    """What `count_step` takes of a run's options for a part of a batch, besides the resolution."""
     options = plan.options
-    return {"batch_size": options.training.batch_size, "views": options.augment.views, "hard_augment": vars(options.hard_augment)}
+    return {"batch_size": options.training.batch_size // options.training.accumulate, "views": options.augment.views, "hard_augment": vars(options.hard_augment)}
 
 
 def stages(plan: Plan, image_flops: Callable[[int], Flops]) -> list[Stage]:

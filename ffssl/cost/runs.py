@@ -8,7 +8,7 @@ import torch
 from ffssl.cost import STANDARD, Flops, Stage, count_step, stages, step_options
 from ffssl.methods import Method
 from ffssl.plan import Plan
-from ffssl.train import build
+from ffssl.step import build
 
 IMAGES = {"imagenet": 1_281_167, "imagenette": 9_469}  # that their training sets hold
 
@@ -34,7 +34,7 @@ class RunCosts:
         def image_flops(side: int) -> Flops:
             key = repr((options.model, options.method, step, side))
             if key not in self._flops:
-                self._flops[key] = count_step(method(), resolution=side, **step) / options.training.batch_size
+                self._flops[key] = count_step(method(), resolution=side, **step) / step["batch_size"]
             return self._flops[key]
 
         return stages(plan, image_flops)

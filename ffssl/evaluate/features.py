@@ -15,7 +15,7 @@ IMAGES_AT_ONCE = 256  # through the backbone; a probe's batches are larger, and 
 def frozen_features(backbone: nn.Module, images: Tensor, device: torch.device, amp: torch.autocast) -> Tensor:
     """Pooled features (B, d), float32 on `device`, of uint8 images (B, 3, R, R). `backbone` must be in evaluation mode."""
     with amp:
-        return torch.cat([backbone(to_input(part, device)).float() for part in images.split(IMAGES_AT_ONCE)])
+        return torch.cat([backbone(to_input(part.to(device))).float() for part in images.split(IMAGES_AT_ONCE)])
 
 
 def extract_features(

@@ -24,7 +24,7 @@ class BarlowTwins(Method):
         return self.projector(self.backbone(images))
 
     def loss(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        z1, z2 = self.project(first), self.project(second)
+        z1, z2 = self.project_pair(first, second)
         return redundancy_reduction(self.norm(z1), self.norm(z2), self.redundancy), z1
 
 

@@ -22,9 +22,11 @@ class Method(nn.Module):
 
     A subclass sets `name` (by which the option `method.name` finds it) and `policy` (the name of its authors' view policy, in
     `ffssl.data.policy.POLICIES`), gives `project` and `loss`, and declares its options as keyword arguments with defaults.
+    Its `loss` passes the views through its networks as `batches` gives them; `project_pair` does.
     """
 
     policy = "simsiam"
+    joint_views = False  # pass both views through a network as one batch, over which BatchNorm then normalises; else one after the other
     decay_all = True  # weight decay on biases and normalisation parameters too
 
     def __init__(self, backbone: nn.Module):
@@ -38,6 +40,14 @@ class Method(nn.Module):
     def loss(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """The scalar loss of a batch of positive pairs, each (N, 3, R, R), and the first views' projections (N, d)."""
         raise NotImplementedError
+
+    def batches(self, first: Tensor, second: Tensor) -> list[Tensor]:
+        """The views as they go through a network: (2N, ...), or twice (N, ...)."""
+        return [torch.cat([first, second])] if self.joint_views else [first, second]
+
+    def project_pair(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Projections (N, d) of each view of a pair."""
+        return torch.cat([self.project(images) for images in self.batches(first, second)]).chunk(2)
 
     def forward(self, *views: Tensor) -> tuple[Tensor, Tensor]:
         return self.loss(*views)

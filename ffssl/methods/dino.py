@@ -23,6 +23,7 @@ class DINO(TeacherMethod):
 
     name = "dino"
     policy = "byol"
+    joint_views = True  # the authors pass views of one size at once
     decay_all = False  # the authors exclude biases and normalisation parameters from weight decay
 
     def __init__(
@@ -43,7 +44,8 @@ class DINO(TeacherMethod):
         self.train_last_layer(True)
         self.temperature = temperature
         self.last_teacher_temperature, self.teacher_temperature_epochs = teacher_temperature, teacher_temperature_epochs
-        self.teacher_temperature = self.teacher_temperature_in(0)
+        # A tensor, since compiled code would be compiled again for each new number.
+        self.register_buffer("teacher_temperature", torch.tensor(self.teacher_temperature_in(0)), persistent=False)
         self.teacher = Teacher(*self.student())
         self.register_buffer("centre", torch.zeros(prototypes))
 
@@ -70,7 +72,7 @@ class DINO(TeacherMethod):
         return FIRST_TEACHER_TEMPERATURE + share * (self.last_teacher_temperature - FIRST_TEACHER_TEMPERATURE)
 
     def before_step(self, progress: Progress) -> None:
-        self.teacher_temperature = self.teacher_temperature_in(progress.epoch)
+        self.teacher_temperature.fill_(self.teacher_temperature_in(progress.epoch))
         self.train_last_layer(progress.epoch >= self.frozen_epochs)
 
     def train_last_layer(self, trained: bool) -> None:

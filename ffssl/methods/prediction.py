@@ -27,15 +27,21 @@ class PredictionMethod(Method):
 
         Each view's prediction is compared with all targets but its own, and the loss averaged over them.
         """
-        z = self.project(first), self.project(second)
-        predictions = torch.stack([self.predict(zi) for zi in z], dim=1)
-        pair = torch.stack([self.targets(image, zi) for image, zi in zip((first, second), z)], dim=1)
+        batches = self.batches(first, second)
+        projections = [self.project(images) for images in batches]
+        predictions = _by_image([self.predict(z) for z in projections])
+        pair = _by_image([self.targets(images, z) for images, z in zip(batches, projections)])
         distances = self.distances(predictions, pair if extra_targets is None else torch.cat([pair, extra_targets], dim=1))
         others = torch.cat([distances[:, 0, 1:], distances[:, 1, :1], distances[:, 1, 2:]], dim=1)
         self.remember(pair)
-        return 2 * self.direction_weight * others.mean(), z[0]
+        return 2 * self.direction_weight * others.mean(), projections[0][: len(first)]
 
     def pair_losses(self, projections: Tensor, targets: Tensor) -> Tensor:
         predictions = self.predict(projections.flatten(0, 1)).unflatten(0, projections.shape[:2])
         distances = self.distances(predictions, targets)
         return self.direction_weight * (distances + distances.mT)
+
+
+def _by_image(batches: list[Tensor]) -> Tensor:
+    """(N, 2, d) of both views, from (2N, d) or twice (N, d)."""
+    return torch.cat(batches).unflatten(0, (2, -1)).transpose(0, 1)

@@ -14,6 +14,7 @@ class SimCLR(Method):
 
     name = "simclr"
     policy = "simclr"
+    joint_views = True  # the authors pass both views at once
     decay_all = False  # the authors exclude biases and BatchNorm parameters from weight decay
 
     def __init__(self, backbone: nn.Module, *, hidden: int = 2048, projection: int = 128, temperature: float = 0.1):
@@ -25,7 +26,7 @@ class SimCLR(Method):
         return self.projector(self.backbone(images))
 
     def loss(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        z1, z2 = self.project(first), self.project(second)
+        z1, z2 = self.project_pair(first, second)
         return nt_xent(z1, z2, self.temperature), z1
 
     def pair_losses(self, projections: Tensor, targets: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class VICReg(Method):
         return self.projector(self.backbone(images))
 
     def loss(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        z1, z2 = self.project(first), self.project(second)
+        z1, z2 = self.project_pair(first, second)
         return vicreg(z1, z2, *self.weights), z1
 
 

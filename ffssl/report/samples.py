@@ -18,8 +18,7 @@ from ffssl.data.beton import Beton, read_beton
 from ffssl.data.loader import ViewLoader
 from ffssl.data.policy import EVALUATION
 from ffssl.evaluate.online import extract_features
-from ffssl.hard_augment import losses_of_pairs, pairs
-from ffssl.images import to_input
+from ffssl.hard_augment import losses_of_pairs, normalised, pairs
 from ffssl.methods import Method
 from ffssl.report.runs import ReportedRun, describe_data
 from ffssl.train import open_loader
@@ -116,7 +115,7 @@ def views_by_epoch(run: ReportedRun, method: Method) -> list[EpochViews]:
             for views, _, _ in loader:
                 chosen = None
                 if settings.select == "hard":
-                    losses = losses_of_pairs(method, to_input(views, device), settings.resolution, loss=settings.loss)
+                    losses = losses_of_pairs(method, normalised(views.to(device)), settings.resolution, loss=settings.loss)
                     candidates = pairs(views.shape[1])
                     chosen = candidates[chosen_pairs(losses.cpu())][kept]
                 shown.append(EpochViews(epoch, resolution, magnitude, views[kept].clone(), chosen))
@@ -133,7 +132,7 @@ def examine_choice(run: ReportedRun, method: Method) -> Choice:
     with _fixed_views(run, method, COMPARED_IMAGES) as loader:
         loader.set_epoch(epoch, run.plan.resolution(epoch), run.plan.magnitude(epoch))
         for views, _, _ in loader:
-            images = to_input(views, device)
+            images = normalised(views.to(device))
             for losses, resolution in ((small, settings.resolution), (large, loader.resolution)):
                 losses.append(losses_of_pairs(method, images, resolution, loss=settings.loss).float().cpu())
         resolution = loader.resolution

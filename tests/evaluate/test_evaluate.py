@@ -43,7 +43,7 @@ def data_of(betons):
 
 def centre_crops(network, path, resolution=32):
     with ViewLoader(path, batch_size=8, views=1, resolution=resolution, policy=EVALUATION, shuffle=False, drop_last=False) as loader:
-        batches = [(network(to_input(views[:, 0], torch.device("cpu"))).double(), labels) for views, labels, _ in loader]
+        batches = [(network(to_input(views[:, 0])).double(), labels) for views, labels, _ in loader]
     return tuple(torch.cat(parts) for parts in zip(*batches))
 
 

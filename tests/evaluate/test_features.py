@@ -34,8 +34,8 @@ def test_features_are_those_of_running_statistics_and_leave_the_backbone_as_it_w
     assert not features.requires_grad and labels.tolist() == same.tolist() == expected_labels
 
     with torch.no_grad():
-        alone = torch.cat([network.eval()(to_input(image[None], CPU)) for image in images])  # a batch of one has no statistics of its own
-        of_the_batch = network.train()(to_input(images, CPU))
+        alone = torch.cat([network.eval()(to_input(image[None])) for image in images])  # a batch of one has no statistics of its own
+        of_the_batch = network.train()(to_input(images))
     torch.testing.assert_close(features, alone, rtol=1e-4, atol=1e-5)
     assert (features - of_the_batch).abs().max() > 0.01
     assert short.dtype == torch.float16

@@ -1,0 +1,178 @@
+"""How long a training step takes, where its time goes, and how near it is to the least that it could take.
+
+    python -m ffssl.benchmark step --config rn50_configs/efficient.yaml
+    python -m ffssl.benchmark step --config rn50_configs/efficient.yaml --resolutions 96 224 --training.batch_size=256 --json step.json
+
+At each resolution of the config's schedule it times the step of training, on views that are on the device already, in turns with the
+ceiling: a supervised step of the same backbone, in the same precision and compilation, on as many views as are trained on. "x ceiling" is
+by how much the step takes longer than the ceiling and the FLOPs that it has beyond it would at the ceiling's FLOP/s; "x eq. 11" is the
+same for Hard Augment's selection pass beside the rest of the step. Any option of training can be given, as --section.option=value.
+"""
+
+import contextlib
+import itertools
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from ffssl.backbones import build_backbone
+from ffssl.benchmark.machine import describe_machine
+from ffssl.benchmark.timing import Stopwatch, peak_flops, seconds_of, synchronize
+from ffssl.command_line import Parser
+from ffssl.config import read_options
+from ffssl.cost import STANDARD, Flops, count_step, step_options
+from ffssl.device import autocast_dtype, choose_device, precision
+from ffssl.files import replacing
+from ffssl.optimizers import build_optimizer
+from ffssl.plan import Plan
+from ffssl.step import PASSES, Run, build, compile_passes, memory_advice, start_run, train_step
+
+PACKAGES = ("ffssl", "torch", "torchvision", "timm")
+PARTS = ("selection", "forward", "backward", "optimiser", "teacher")
+CLASSES = 1000  # of the supervised step: ImageNet's
+
+
+def main(arguments: list[str]) -> None:
+    parser = Parser(prog="python -m ffssl.benchmark step", description=__doc__)
+    parser.add_argument("--resolutions", type=int, nargs="+", metavar="R", help="sides in pixels (default: all of the schedule)")
+    parser.add_argument("--steps", type=int, default=5, help="steps of each in a round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of step and ceiling (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    given, words = parser.parse_known_args(arguments)
+    options = read_options(words, defaults={"data.train": "none", "run.folder": "none"})
+    device = choose_device(options.run.device)
+    print(describe_machine(PACKAGES))
+    print(describe(options, device), flush=True)
+
+    torch.manual_seed(options.run.seed)
+    run = start_run(options, build(options, device), Plan(options, steps_per_epoch=1000), device)
+    sides = given.resolutions or sorted({run.plan.resolution(epoch) for epoch in range(options.training.epochs)})
+    flops = {side: options.training.accumulate * count_step(run.method, resolution=side, **step_options(run.plan)) for side in sides}
+    compile_passes(run.method, PASSES, options.training.compile, device)
+    ceiling = supervised_step(options, run)
+    with run.amp:
+        peak = peak_flops(device, autocast_dtype(device))
+    print(f"the product of large matrices: {peak / 1e12:.3g} TFLOP/s\n")
+    print_header()
+    rows = []
+    for side in sides:
+        row = None
+        with contextlib.suppress(torch.OutOfMemoryError):
+            row = time_resolution(run, ceiling(side), side, flops[side], given.steps, given.rounds)
+        if row is None:  # the failed step's tensors are free again by now
+            views = (options.training.batch_size, options.augment.views, 3, side, side)
+            print(f"{side:>4}  {views[0]} images do not fit into the memory; {memory_advice(run, views)}", flush=True)
+            continue
+        rows.append(row)
+        print_row(row, peak)
+    print("\nMedians. first: the first step, torch.compile's work included. teacher: its update. share: of the product's FLOP/s.")
+    if given.json:
+        found = {"machine": describe_machine(PACKAGES), "run": describe(options, device), "peak_flops_per_second": peak, "rows": rows}
+        with replacing(given.json) as partial:
+            partial.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def describe(options: SimpleNamespace, device: torch.device) -> str:
+    selection = f", {options.hard_augment.select} pairs at {options.hard_augment.resolution} px" if options.hard_augment.select != "off" else ""
+    where = "on the CPU, there being no GPU" if device.type == "cpu" and not torch.cuda.is_available() else f"on {device}"
+    return (
+        f"{where}: {options.method.name}, {options.model.backbone}, {options.training.batch_size} images of {options.augment.views} views{selection}; "
+        f"mixed precision {precision(options.training.amp, device)}, torch.compile {options.training.compile}"
+    )
+
+
+def supervised_step(options: SimpleNamespace, run: Run) -> Callable[[int], Callable[[], None]]:
+    """Gives for each resolution a plain supervised step of a backbone like the run's, on as many views as the run trains on."""
+    t, device = options.training, run.device
+    network = classifier(options, device)
+    compiled = compile_passes(network, ("forward",), t.compile, device)
+    groups = [{"params": list(network.parameters()), "weight_decay": t.weight_decay}]
+    optimizer = build_optimizer(t.optimizer, groups, weight_decay=t.weight_decay, decay_norm_and_bias=None, momentum=t.momentum, device=device)
+
+    def at(side: int) -> Callable[[], None]:
+        images = torch.randn(2 * t.batch_size // t.accumulate, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
+        labels = torch.arange(len(images), device=device) % CLASSES
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            for _ in range(t.accumulate):
+                torch.compiler.cudagraph_mark_step_begin()
+                with run.amp:
+                    loss = F.cross_entropy(network(images), labels)
+                run.scaler.scale(loss).backward()
+            optimizer.step()
+
+        return step
+
+    return at
+
+
+def classifier(options: SimpleNamespace, device: torch.device) -> nn.Module:
+    backbone = build_backbone(options.model.backbone, zero_init_residual=options.model.zero_init_residual, stem=options.model.stem)
+    return nn.Sequential(backbone, nn.Linear(backbone.features, CLASSES)).to(device, memory_format=torch.channels_last).train()
+
+
+def supervised_flops(options: SimpleNamespace, side: int) -> float:
+    """Of one supervised step, in the standard count."""
+    network = classifier(options, torch.device("meta"))
+    with FlopCounterMode(display=False) as counter:
+        network(torch.empty(2, 3, side, side, device="meta"))
+    return (1 + STANDARD) * counter.get_total_flops() * options.training.batch_size
+
+
+def time_resolution(run: Run, ceiling: Callable[[], None], side: int, flops: Flops, steps: int, rounds: int) -> dict[str, float | None]:
+    """Times of the training step and of the ceiling, in turns. flops: of the training step."""
+    options, device = run.options, run.device
+    views = torch.randint(0, 256, (options.training.batch_size, options.augment.views, 3, side, side), dtype=torch.uint8, device=device)
+    numbers, watch = itertools.count(), Stopwatch(device)
+
+    def step(timed: bool = False) -> None:
+        if timed:
+            watch.start()
+        train_step(run, views, next(numbers), *([watch.mark] if timed else []))
+
+    def in_a_row(work: Callable[[], None]) -> float:
+        return seconds_of(lambda: [work() for _ in range(steps)], device) / steps
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    first = seconds_of(step, device)
+    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    ceiling()
+    ours, theirs = zip(*((in_a_row(step), in_a_row(ceiling)) for _ in range(rounds)))
+    for _ in range(steps):
+        step(timed=True)
+    synchronize(device)
+    parts = watch.milliseconds()
+    seconds, least = statistics.median(ours), statistics.median(theirs)
+    expected = least * flops.total() / supervised_flops(options, side)
+    rest = sum(parts.values()) - parts["selection"]
+    rest_flops = flops.total() - flops.selection
+    return {
+        "resolution": side, "batch_size": options.training.batch_size, "step_ms": 1000 * seconds, **{f"{part}_ms": parts[part] for part in PARTS},
+        "first_step_s": first, "images_per_second": options.training.batch_size / seconds, "peak_memory": memory, "flops": flops.total(),
+        "flops_per_second": flops.total() / seconds, "ceiling_ms": 1000 * least,
+        "over_ceiling": statistics.median(a / b for a, b in zip(ours, theirs)) * least / expected,
+        "over_equation_11": parts["selection"] / rest * rest_flops / flops.selection if flops.selection else None,
+    }  # fmt: skip
+
+
+def print_header() -> None:
+    print(f"{'px':>4}{'ms/step':>9}" + "".join(f"{part:>11}" for part in PARTS) + f"{'image/s':>9}{'TFLOP/s':>9}{'share':>7}{'GB':>7}{'ceiling ms':>12}{'x ceiling':>11}{'x eq. 11':>10}{'first s':>9}")
+
+
+def print_row(row: dict[str, float | None], peak: float) -> None:
+    memory = "-" if row["peak_memory"] is None else f"{row['peak_memory'] / 1e9:.1f}"
+    selection = "-" if row["over_equation_11"] is None else f"{row['over_equation_11']:.2f}"
+    print(
+        f"{row['resolution']:>4}{row['step_ms']:>9.1f}" + "".join(f"{row[f'{part}_ms']:>11.1f}" for part in PARTS)
+        + f"{row['images_per_second']:>9.0f}{row['flops_per_second'] / 1e12:>9.3g}{row['flops_per_second'] / peak:>7.0%}{memory:>7}"
+        f"{row['ceiling_ms']:>12.1f}{row['over_ceiling']:>11.2f}{selection:>10}{row['first_step_s']:>9.1f}", flush=True,
+    )  # fmt: skip

@@ -1,0 +1,171 @@
+"""One step of the optimiser, and all that it works on."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ffssl import hard_augment
+from ffssl.backbones import build_backbone, check_resolutions
+from ffssl.config import as_dict
+from ffssl.device import mixed_precision
+from ffssl.methods import Method, build_method
+from ffssl.methods.base import Progress
+from ffssl.optimizers import build_optimizer, set_learning_rate_and_momentum
+from ffssl.plan import Plan, input_sides
+
+PASSES = ("loss", "project", "targets", "pair_losses")  # of a method: all that computes with networks
+SHAPES_COMPILED = 64  # for how many shapes and states torch.compile makes code before it gives up: resolutions, and each method's own
+
+
+@dataclass
+class Run:
+    """What a run trains, and how far it has come."""
+
+    options: SimpleNamespace
+    plan: Plan
+    device: torch.device
+    method: Method
+    optimizer: torch.optim.Optimizer
+    amp: torch.autocast
+    scaler: torch.amp.GradScaler
+    epoch: int = 0  # epochs finished
+    spent: dict[str, float] = field(default_factory=lambda: {"seconds": 0.0, "flops": 0.0})
+
+    def state(self) -> dict:
+        return {
+            "epoch": self.epoch,
+            "spent": self.spent,
+            "options": as_dict(self.options),
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def restore(self, state: dict) -> None:
+        self.epoch, self.spent = state["epoch"], state["spent"]
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+def start_run(options: SimpleNamespace, method: Method, plan: Plan, device: torch.device) -> Run:
+    """A run at its beginning. method: as `build` makes it."""
+    t = options.training
+    optimizer = build_optimizer(
+        t.optimizer, method.parameter_groups(t.weight_decay), weight_decay=t.weight_decay, decay_norm_and_bias=t.decay_norm_and_bias,
+        momentum=t.momentum, device=device,
+    )  # fmt: skip
+    return Run(options, plan, device, method.train(), optimizer, *mixed_precision(t.amp, device))
+
+
+def build(options: SimpleNamespace, device: torch.device) -> Method:
+    """A run's method with random weights, channels_last. Raises UserError for options that no run can have."""
+    model, training = options.model, options.training
+    backbone = build_backbone(model.backbone, zero_init_residual=model.zero_init_residual, stem=model.stem)
+    check_resolutions(model.backbone, backbone, input_sides(options))
+    settings = {name: value for name, value in vars(options.method).items() if name != "name"}
+    method = build_method(options.method.name, backbone, settings)
+    method.check(training.batch_size)
+    hard_augment.check(method, **vars(options.hard_augment))
+    if training.joint_views is not None:
+        method.joint_views = training.joint_views
+    return method.to(device, memory_format=torch.channels_last)
+
+
+def compile_passes(module: nn.Module, passes: Iterable[str], mode: str, device: torch.device, **settings) -> str:
+    """Have torch.compile make code of these methods of a module, once for each shape. Returns the mode, "off" if it does nothing.
+
+    mode: one of torch.compile's, "off", or "auto": "default" on a GPU. settings: others that torch.compile takes.
+    """
+    if mode == "auto":
+        mode = "default" if device.type == "cuda" else "off"
+    if mode != "off":
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES_COMPILED)
+        for name in passes:
+            setattr(module, name, torch.compile(getattr(module, name), dynamic=False, mode=mode, **settings))
+    return mode
+
+
+def train_step(run: Run, views: Tensor, step: int, mark: Callable[[str], None] = lambda part: None) -> tuple[Tensor, Tensor]:
+    """One step of the optimiser on uint8 views (B, m, 3, R, R) on the run's device, without waiting for it.
+
+    mark: called with the name of each part when it has been given to the device. Returns the loss and the spread of the embeddings.
+    """
+    options, progress = run.options, Progress(step, run.plan.total_steps, run.epoch)
+    learning_rate, momentum = run.plan.learning_rate_and_momentum(step)
+    set_learning_rate_and_momentum(run.optimizer, learning_rate, momentum, peak=options.training.learning_rate)
+    run.method.before_step(progress)
+    run.optimizer.zero_grad(set_to_none=True)
+    parts = views.chunk(options.training.accumulate)
+    results = [add_gradients(run, part, options.run.seed + step, len(parts), mark) for part in parts]
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    mark("optimiser")
+    run.method.after_step(progress)
+    mark("teacher")
+    loss, spread = (torch.stack(values).mean() for values in zip(*results))
+    return loss, spread
+
+
+def add_gradients(run: Run, views: Tensor, seed: int, parts: int = 1, mark: Callable[[str], None] = lambda part: None) -> tuple[Tensor, Tensor]:
+    """Forward and backward pass over one of the equal `parts` of a batch, as `train_step`."""
+    torch.compiler.cudagraph_mark_step_begin()
+    with run.amp:
+        chosen = hard_augment.choose_views(run.method, views, seed=seed, **vars(run.options.hard_augment))
+        mark("selection")
+        loss, embeddings = run.method(*chosen)
+    mark("forward")
+    run.scaler.scale(loss / parts).backward()
+    mark("backward")
+    return loss.detach().clone(), embedding_spread(embeddings.detach())  # clone: CUDA graphs write the next loss to the same place
+
+
+def embedding_spread(embeddings: Tensor) -> Tensor:
+    """Standard deviation of the L2-normalised embeddings (N, d) times sqrt(d): 1 for directions at random, 0 after a collapse."""
+    z = F.normalize(embeddings.float(), dim=1)
+    return z.std(0).mean() * z.shape[1] ** 0.5
+
+
+def memory_advice(run: Run, views: torch.Size | tuple[int, ...]) -> str:
+    """What to do after a step on views (B, m, 3, R, R) has not fitted into the device's memory: found by trying parts of it."""
+    run.optimizer.zero_grad(set_to_none=True)
+    for parts in (parts for parts in range(2, views[0] // 2 + 1) if views[0] % parts == 0):
+        torch.cuda.empty_cache()
+        try:
+            add_gradients(run, torch.zeros(views[0] // parts, *views[1:], dtype=torch.uint8, device=run.device), seed=0)
+        except torch.OutOfMemoryError:
+            run.optimizer.zero_grad(set_to_none=True)
+        else:
+            return f"{views[0] // parts} images fit: take --training.batch_size={views[0] // parts}, or --training.accumulate={parts}"
+    return "not even two images fit; take a smaller network or resolution"
+
+
+def to_device(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """Batches of one shape, in memory that is overwritten by the next, on the `device`.
+
+    On a GPU a batch is copied while the one before it is computed with; it is overwritten by the next but one.
+    """
+    if device.type != "cuda":
+        yield from (batch.to(device) for batch in batches)
+        return
+    computing, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    batches, buffers, read = iter(batches), [], []
+    for turn in itertools.cycle((0, 1)):
+        with torch.cuda.stream(copying):  # on which a loader notes that its last batch has been read
+            batch = next(batches, None)
+        if batch is None:
+            return
+        if len(buffers) < 2:
+            buffers.append(torch.empty_like(batch, device=device))
+            read.append(computing.record_event())  # the memory may have been something else's
+        copying.wait_event(read[turn])
+        with torch.cuda.stream(copying):
+            buffers[turn].copy_(batch, non_blocking=True)
+        computing.wait_stream(copying)
+        yield buffers[turn]
+        read[turn] = computing.record_event()

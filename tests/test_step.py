@@ -1,0 +1,262 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import functional as V
+
+from ffssl import hard_augment
+from ffssl.backbones import SmallResNet
+from ffssl.config import read_options
+from ffssl.data.convert import ConvertOptions, convert
+from ffssl.data.loader import ViewLoader
+from ffssl.data.sources.embedded import Embedded
+from ffssl.device import precision
+from ffssl.errors import UserError
+from ffssl.images import MEAN, STD, to_input
+from ffssl.methods import METHODS
+from ffssl.methods.base import Method
+from ffssl.plan import Plan
+from ffssl.step import PASSES, build, compile_passes, memory_advice, start_run, to_device, train_step
+
+CPU = torch.device("cpu")
+NETWORK = {
+    "simsiam": ["--method.predictor=8"], "byol": ["--method.predictor=8"], "mocov2plus": ["--method.queue=64"],
+    "dino": ["--method.prototypes=24"],
+}  # fmt: skip
+HARD = ["--augment.views=3", "--hard_augment.select=hard", "--hard_augment.resolution=16"]
+
+
+def options_of(name, *more):
+    return read_options([
+        "--data.train=none.beton", "--run.folder=none", "--model.backbone=resnet-small", f"--method.name={name}", "--method.hidden=32",
+        "--method.projection=16", "--resolution.max=32", "--resolution.step=16", "--training.batch_size=16", "--training.epochs=4",
+        "--training.learning_rate=0.05", *NETWORK.get(name, []), *more,
+    ])  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def tiny_backbone(monkeypatch):
+    monkeypatch.setattr("ffssl.step.build_backbone", lambda *_, **__: SmallResNet((8, 16)))
+
+
+def start(options, seed=0, device=CPU):
+    torch.manual_seed(seed)
+    return start_run(options, build(options, device), Plan(options, steps_per_epoch=5), CPU if device.type == "meta" else device)
+
+
+def batch(seed=0, images=16, views=2, side=32):
+    return torch.randint(0, 256, (images, views, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_input_is_normalised_as_by_torchvision_and_channels_last(dtype):
+    views = batch()[:, 0]
+    images = to_input(views, dtype)
+    assert images.dtype == dtype and images.is_contiguous(memory_format=torch.channels_last)
+    exact = V.normalize(views.double() / 255, MEAN, STD)
+    torch.testing.assert_close(images.double(), exact, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_reads_no_value_of_a_tensor(name):
+    """A tensor on the meta device has none: whatever would wait for the GPU fails there."""
+    run = start(options_of(name, *HARD, "--training.accumulate=2"), device=torch.device("meta"))
+    views = batch(views=3).to("meta")
+    for step in range(2):
+        loss, spread = train_step(run, views, step)
+    assert loss.shape == spread.shape == ()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_a_step_never_waits_for_the_gpu(name, amp):
+    run = start(options_of(name, *HARD, f"--training.amp={amp}"), device=torch.device("cuda"))
+    views = batch(views=3).cuda()
+    for step in range(2):
+        train_step(run, views, step)  # constants are copied to the device once
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train_step(run, views, 2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_batches_copied_ahead_arrive_whole():
+    batches = [batch(seed=i).pin_memory() for i in range(10)]
+    on_device = to_device((one for one in batches), torch.device("cuda"))
+    for i, views in enumerate(on_device):
+        torch.cuda._sleep(10_000_000)  # the copy of the next batch must not overtake this one's use
+        assert torch.equal(views.clone().cpu(), batch(seed=i))
+
+
+def test_on_cpu_batches_pass_as_they_are():
+    batches = [batch(seed=i) for i in range(3)]
+    assert [a is b for a, b in zip(to_device(batches, CPU), batches, strict=True)] == [True] * 3
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_views_pass_one_after_the_other_or_jointly(name):
+    """What BatchNorm makes of it: in a joint batch the running mean moves once, to the mean of both views; else twice."""
+    means = {}
+    for joint in (False, True):
+        run = start(options_of(name, f"--training.joint_views={joint}".lower()))
+        norm = run.method.backbone.stem[1]
+        images = [view.contiguous() for view in to_input(batch().flatten(0, 1)).unflatten(0, (16, 2)).unbind(1)]
+        with torch.no_grad():
+            each = [run.method.backbone.stem[0](view).mean((0, 2, 3)) for view in images]
+        run.method(*images)
+        means[joint] = norm.running_mean
+        expected = 0.1 * (each[0] + each[1]) / 2 if joint else 0.9 * 0.1 * each[0] + 0.1 * each[1]
+        torch.testing.assert_close(norm.running_mean, expected, rtol=1e-4, atol=1e-6)
+    assert build(options_of(name), CPU).joint_views == (name in ("simclr", "dino"))  # as their authors have it
+
+
+def test_gradients_of_parts_add_up_to_those_of_their_mean():
+    options = options_of("vicreg", "--training.accumulate=2")
+    run, views = start(options), batch()
+    method = copy.deepcopy(run.method)
+    losses = [method(*hard_augment.choose_views(method, part))[0] for part in (views[:8], views[8:])]
+    (sum(losses) / 2).backward()
+    loss, _ = train_step(run, views, 0)
+    assert loss.item() == pytest.approx((sum(losses) / 2).item(), rel=1e-6)
+    for ours, theirs in zip(run.method.parameters(), method.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [3, 16])
+def test_parts_that_a_batch_does_not_have_are_refused(parts):
+    with pytest.raises(UserError, match=f"--training.accumulate: {parts} equal parts of 2 images or more can't be made"):
+        options_of("simsiam", f"--training.accumulate={parts}")
+
+
+def test_what_is_timed_are_the_parts_of_the_step_in_their_order():
+    marks = []
+    train_step(start(options_of("byol", *HARD, "--training.accumulate=2")), batch(views=3), 0, mark=marks.append)
+    assert marks == ["selection", "forward", "backward"] * 2 + ["optimiser", "teacher"]
+
+
+# Memory
+
+
+@pytest.fixture
+def memory_for(monkeypatch):
+    """Lets a method run out of memory with batches of more than so many images."""
+
+    def limit(images):
+        real = Method.forward
+
+        def forward(self, first, *rest):
+            if len(first) > images:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return real(self, first, *rest)
+
+        monkeypatch.setattr(Method, "forward", forward)
+
+    return limit
+
+
+@pytest.mark.parametrize("images, advice", [
+    (8, "8 images fit: take --training.batch_size=8, or --training.accumulate=2"),
+    (5, "4 images fit: take --training.batch_size=4, or --training.accumulate=4"),
+    (1, "not even two images fit"),
+])  # fmt: skip
+def test_what_fits_is_found_by_trying(memory_for, images, advice):
+    memory_for(images)
+    assert memory_advice(start(options_of("simsiam")), (16, 2, 3, 32, 32)).startswith(advice)
+
+
+# Mixed precision
+
+
+def test_precision_falls_back_where_a_gpu_has_no_bf16(monkeypatch):
+    cuda = torch.device("cuda")
+    for has, expected in ((True, "bf16"), (False, "fp16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has)
+        assert precision("auto", cuda) == expected
+    assert precision("auto", CPU) == "off" and precision("bf16", CPU) == "bf16"
+
+
+def test_the_scale_of_fp16_is_checkpointed():
+    run = start(options_of("simsiam"))
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=128.0, growth_interval=2)
+    for step in range(3):
+        train_step(run, batch(), step)
+    assert run.scaler.get_scale() == 256.0
+    other = start(options_of("simsiam"))
+    other.scaler = torch.amp.GradScaler("cpu")
+    other.restore(copy.deepcopy(run.state()))
+    assert other.scaler.state_dict() == run.scaler.state_dict()
+
+
+def losses(run, batches):
+    return np.array([train_step(run, views, step)[0].item() for step, views in enumerate(batches)])
+
+
+@pytest.fixture(scope="module")
+def drawn_batches(tmp_path_factory):
+    """Batches of two views of drawn images."""
+    path = tmp_path_factory.mktemp("drawn") / "train.beton"
+    convert(Embedded("train", 160), path, ConvertOptions(progress=False))
+    with ViewLoader(path, batch_size=32, views=2, resolution=32) as loader:
+        batches = []
+        for epoch in range(5):
+            loader.set_epoch(epoch)
+            batches += [views.clone() for views, _, _ in loader]
+    return batches
+
+
+@pytest.mark.parametrize("name", ["simsiam", "simclr"])
+def test_mixed_precision_learns_as_float32_does(name, drawn_batches):
+    """Its curve differs by less from float32's than float32's does with other initial weights."""
+    options = {amp: options_of(name, "--training.batch_size=32", f"--training.amp={amp}") for amp in ("off", "bf16")}
+    full, other, half = (losses(start(options[amp], seed), drawn_batches) for amp, seed in (("off", 0), ("off", 1), ("bf16", 0)))
+    assert full[:5].mean() - full[-5:].mean() > 0.03
+    assert 0 < np.abs(half - full).mean() < np.abs(other - full).mean()
+
+
+# torch.compile
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_code_is_compiled_once_for_each_resolution(name):
+    """Also with a teacher's temperature, a queue, a centre and a frozen layer that change as training goes on."""
+    more = ["--method.teacher_temperature=0.07", "--method.teacher_temperature_epochs=3", "--method.frozen_epochs=0"] if name == "dino" else []
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    run = start(options_of(name, *HARD, *more))
+    assert compile_passes(run.method, PASSES, "default", CPU, backend=backend) == "default"
+    counts = []
+    for epoch in range(4):
+        run.epoch = epoch
+        run.method.train()
+        for i, side in enumerate((32, 16, 48)):
+            train_step(run, batch(views=3, side=side), 5 * epoch + i)
+        counts.append(len(compiled))
+    assert counts == [1 + 3] * 4  # the selection at one resolution, the loss at three
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", ["simclr", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name != "simclr")])
+def test_compiled_equals_eager(name, drawn_batches):
+    curves = []
+    for mode in ("off", "default"):
+        run = start(options_of(name, "--training.batch_size=32", "--training.learning_rate=0.001"))
+        compile_passes(run.method, PASSES, mode, CPU)
+        curves.append(losses(run, drawn_batches[:10]))
+    np.testing.assert_allclose(*curves, rtol=1e-3)
+    assert np.ptp(curves[0]) > 0.01
+    torch.compiler.reset()
+
+
+def test_by_default_only_a_gpu_compiles():
+    method = build(options_of("simsiam"), CPU)
+    assert compile_passes(method, PASSES, "auto", CPU) == "off" and "loss" not in vars(method)
