@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, and loaded without running code from the file."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -20,13 +21,18 @@ def save(folder: Path, state: dict, name: str = NAME) -> None:
     temporary = folder / f".{name}.partial"
     try:
         with open(temporary, "wb") as file:
-            torch.save(state | {"written_on": describe_machine(_PACKAGES)}, file)
+            torch.save(state | {"written_on": _written_on()}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, folder / name)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"{folder / name}: the checkpoint can't be written: {error.strerror}; the one before is untouched") from error
+
+
+@functools.cache
+def _written_on() -> str:
+    return describe_machine(_PACKAGES)  # runs a program, which is not for every epoch
 
 
 def load(folder: Path, device: torch.device | str = "cpu", name: str = NAME) -> dict | None:
