@@ -28,7 +28,6 @@ import contextlib
 import datetime
 import fcntl
 import json
-import os
 import shlex
 import signal
 import subprocess
@@ -39,6 +38,7 @@ from pathlib import Path
 from ffssl.benchmark.machine import describe_machine
 from ffssl.config import read_options
 from ffssl.errors import UserError
+from ffssl.files import write_json
 from ffssl.study_file import Run, Study, comparable, read_study
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,9 +161,7 @@ def read_record(folder: Path) -> dict | None:
 
 def write_record(folder: Path, record: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{RECORD}.partial"
-    partial.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(partial, folder / RECORD)
+    write_json(folder / RECORD, record)
 
 
 def check_unchanged(study: Study, run: Run, seed: int, study_folder: Path) -> None:

@@ -27,6 +27,7 @@ from ffssl.data.encode import BrokenImage, EncodedImage, Encoding, How, encode_i
 from ffssl.data.sources import Source
 from ffssl.data.workers import WorkerDied, map_in_order
 from ffssl.errors import UserError
+from ffssl.files import write_json
 
 
 class ConversionError(UserError):
@@ -228,13 +229,9 @@ def _write_description(summary: Summary, source: Source, options: ConvertOptions
         "skipped": [{"name": name, "reason": reason} for name, reason in summary.skipped],
     }
     target = description_path(summary.path)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
-        partial.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, target)
+        write_json(target, description)
     except OSError as error:
         raise ConversionError(
             f"{target}: could not be written: {error.strerror}; {summary.path} itself is whole"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
