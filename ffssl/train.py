@@ -9,6 +9,7 @@ The same command again continues a run that was interrupted, from the start of t
 
 import sys
 
+from ffssl.command_line import exit_status
 from ffssl.config import as_dict, command_line_options
 from ffssl.openmp import share_cores
 
@@ -260,17 +261,11 @@ def diverged(run: Run, step: int) -> str:
 def main() -> int:
     try:
         train(OPTIONS)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues after the last whole epoch", file=sys.stderr)
-        return 130
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main, interrupted="interrupted; the same command continues after the last whole epoch"))
