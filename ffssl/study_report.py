@@ -1,13 +1,12 @@
 """What a study found: a table, the same as JSON, and a picture of accuracy over cost."""
 
 import datetime
-import json
 import statistics
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from ffssl.data.convert import description_path
+from ffssl.data.convert import read_description
 from ffssl.files import replacing, write_json
 from ffssl.figures import COLOURS, MARKERS, flop_unit, label
 from ffssl.run_log import read_log
@@ -125,10 +124,9 @@ def _format_header(header: dict) -> str:
 
 def _describe_data(path: Path) -> str:
     """The file, and what its description beside it says, where there is one."""
-    beside = description_path(path)
-    if not beside.exists():
+    description = read_description(path)
+    if description is None:
         return str(path)
-    description = json.loads(beside.read_text())
     return f"{path} ({description['samples']} from {description['source']['kind']}, sha256 {description['sha256'][:12]})"
 
 

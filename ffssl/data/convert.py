@@ -132,6 +132,15 @@ def description_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
+def read_description(beton: Path) -> dict | None:
+    """What the converter noted beside a beton file, or None where it did not. Raises UserError for a damaged description."""
+    path = description_path(beton)
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except ValueError as error:
+        raise UserError(f"{path}: not a readable description ({error}); convert {beton.name} again, or delete it") from error
+
+
 def select_subset(count: int, subset: int | None, seed: int) -> np.ndarray:
     """Indices into `count` samples, ascending. Raises UserError if there are fewer than `subset`."""
     if subset is None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ffssl.backbones import check_resolutions
 from ffssl.benchmark.machine import describe_machine
 from ffssl.data.beton import read_beton
+from ffssl.data.convert import read_description
 from ffssl.data.loader import ViewLoader
 from ffssl.data.policy import EVALUATION, ViewPolicy
 from ffssl.device import choose_device, mixed_precision
@@ -19,7 +20,7 @@ from ffssl.errors import UserError
 from ffssl.evaluate.features import extract_features
 from ffssl.evaluate.knn import knn_accuracy
 from ffssl.evaluate.linear import AUGMENTATION, Recipe, augmented_batches, cached_batches, top_accuracies, train_probe
-from ffssl.runs import backbone_of, checkpoint_path, fingerprint, load_run, read_description
+from ffssl.runs import backbone_of, checkpoint_path, fingerprint, load_run
 
 HOST = torch.device("cpu")
 PACKAGES = ("ffssl", "torch", "torchvision", "timm", "torchmetrics", "ffcv")

@@ -1,6 +1,5 @@
 """What the report knows of a run: its folder's log, options and record."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 
 from ffssl import checkpoint
 from ffssl.config import as_dict
-from ffssl.data.convert import description_path
+from ffssl.data.convert import read_description
 from ffssl.errors import UserError
 from ffssl.methods import Method
 from ffssl.plan import Plan
@@ -85,8 +84,7 @@ class Data:
 
 def describe_data(path: str | None) -> Data:
     """identity: equal for copies of a file where the description is there, else the path."""
-    beside = description_path(Path(path or ""))
-    description = json.loads(beside.read_text()) if path and beside.exists() else {}
+    description = (read_description(Path(path)) if path else None) or {}
     return Data(path or "none", description.get("sha256") or str(Path(path or "none").resolve()), description.get("class_names") or [])
 
 
