@@ -44,7 +44,7 @@ from ffssl.hard_augment import choose_views, without_trace
 from ffssl.images import to_input
 from ffssl.methods import Method
 from ffssl.plan import Plan
-from ffssl.train import Run, build, open_loader, optimizer_of, train_step
+from ffssl.train import Run, build, make_folder, open_loader, optimizer_of, train_step
 
 CURVE, PICTURE = "lr_range.json", "lr_range.png"
 FALL_STARTS, FALL_ENDS = 0.1, 0.9  # shares of the fall of the validation loss, at the lower limit and at the upper
@@ -256,10 +256,7 @@ def claim(folder: Path) -> None:
     """Make the folder. Raises UserError if it can't be, or holds a run."""
     if (folder / checkpoint.NAME).exists() or (folder / run_log.NAME).exists():
         raise UserError(f"--run.folder: {folder} holds a run; choose another folder for the range test")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--run.folder: {folder} can't be made: {error.strerror}") from error
+    make_folder(folder)
 
 
 if __name__ == "__main__":

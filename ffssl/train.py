@@ -222,10 +222,7 @@ def open_log(run: Run, folder: Path, resumed: bool) -> RunLog:
 
 def resume(run: Run, folder: Path) -> bool:
     """Continue from the folder's checkpoint. Returns whether there was one. Raises UserError if it is of another experiment."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--run.folder: {folder} can't be made: {error.strerror}") from error
+    make_folder(folder)
     state = checkpoint.load(folder, run.device)
     if state is None:
         return False
@@ -240,6 +237,14 @@ def resume(run: Run, folder: Path) -> bool:
                 )
     run.restore(state)
     return True
+
+
+def make_folder(folder: Path) -> None:
+    """Raises UserError where it can't be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--run.folder: {folder} can't be made: {error.strerror}") from error
 
 
 def summary(row: dict[str, float], epochs: int) -> str:
