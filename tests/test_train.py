@@ -13,7 +13,6 @@ import torch
 from ffssl import checkpoint
 from ffssl.config import read_options
 from ffssl.data.convert import convert
-from ffssl.data.sources.embedded import Embedded
 from ffssl.errors import UserError
 from ffssl.plan import Plan
 from ffssl.run_log import RunLog, read_log
@@ -29,15 +28,6 @@ EFFICIENT = [
     "--training.schedule=f1-clr", "--training.warmup_epochs=1", "--resolution.schedule=spl", "--hard_augment.select=hard",
     "--hard_augment.resolution=16", "--augment.views=3", "--augment.magnitude_min=4", "--augment.magnitude_max=6",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def betons(tmp_path_factory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("betons")
-    paths = {split: folder / f"{split}.beton" for split in ("train", "val")}
-    for split, path in paths.items():
-        convert(Embedded(split, 160 if split == "train" else 40), path)
-    return paths
 
 
 def arguments(betons, folder, *more) -> list[str]:

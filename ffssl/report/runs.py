@@ -109,7 +109,10 @@ def _read_run(folder: Path, name: str, device: torch.device) -> ReportedRun:
 
 
 def compare_options(runs: list[ReportedRun]) -> tuple[dict[str, list], dict[str, object]]:
-    """The options, by dotted name, that differ between the runs, as a list of each run's value, and those that do not. Runs without options are left out."""
+    """The options, by dotted name, that differ between the runs, as a list of each run's value, and those that do not.
+
+    Runs without options are left out.
+    """
     tables = [
         {f"{section}.{name}": value for section, values in as_dict(run.options).items() for name, value in values.items()}
         for run in runs
