@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, and loaded without running code from the file."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 
 from ffssl.benchmark.machine import describe_machine
 from ffssl.errors import UserError
+from ffssl.files import replacing
 
 NAME = "checkpoint.pt"
 _PACKAGES = ("ffssl", "torch", "torchvision", "timm", "ffcv")
@@ -17,16 +19,18 @@ def save(folder: Path, state: dict, name: str = NAME) -> None:
 
     "written_on", the machine and the versions, is added. A process killed at any moment leaves either the old checkpoint or the new one.
     """
-    temporary = folder / f".{name}.partial"
     try:
-        with open(temporary, "wb") as file:
-            torch.save(state | {"written_on": describe_machine(_PACKAGES)}, file)
+        with replacing(folder / name) as partial, open(partial, "wb") as file:
+            torch.save(state | {"written_on": _written_on()}, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, folder / name)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{folder / name}: the checkpoint can't be written: {error.strerror}; the one before is untouched") from error
+
+
+@functools.cache
+def _written_on() -> str:
+    return describe_machine(_PACKAGES)  # runs a program, which is not for every epoch
 
 
 def load(folder: Path, device: torch.device | str = "cpu", name: str = NAME) -> dict | None:

@@ -33,14 +33,17 @@ def checked(checker: Checker) -> Callable[[str], object]:
     return parse
 
 
-def exit_status(program: Callable[[], None]) -> int:
-    """Run a program: 0, or 2 after a UserError and 130 after an interrupt, each told in a line."""
+def exit_status(program: Callable[[], int | None], *, interrupted: str = "\ninterrupted") -> int:
+    """Run a program: the status that it returns, 0 where it returns none; 2 after a UserError and 130 after an interrupt, each told in a line.
+
+    interrupted: what is told of an interrupt; "": nothing.
+    """
     try:
-        program()
+        return program() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        if interrupted:
+            print(interrupted, file=sys.stderr)
         return 130
-    return 0

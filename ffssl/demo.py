@@ -56,14 +56,12 @@ def raw_pixel_accuracy(options: SimpleNamespace) -> float:
     """kNN accuracy (0..1) on centred pixels instead of features: what the data gives away without any network."""
     import torch  # takes seconds
 
-    from ffssl.data.loader import ViewLoader
-    from ffssl.data.policy import EVALUATION
+    from ffssl.evaluate.features import open_views
     from ffssl.evaluate.knn import knn_accuracy
 
     pixels, labels = {}, {}
     for name in ("train", "validation"):
-        settings = {"batch_size": 256, "views": 1, "resolution": options.resolution.max, "policy": EVALUATION, "drop_last": False}
-        with ViewLoader(getattr(options.data, name), **settings) as loader:
+        with open_views(getattr(options.data, name), options.data, options.resolution.max) as loader:
             batches = [(views.flatten(1).float(), batch_labels) for views, batch_labels, _ in loader]
         pixels[name], labels[name] = (torch.cat(part) for part in zip(*batches))
     mean = pixels["train"].mean(0)

@@ -8,12 +8,10 @@ classifier in the file. torchvision takes ResNet-18 to -101, timm these and its 
 which safetensors keeps for FFSSL.
 """
 
-import os
+import io
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import BinaryIO
 
 import safetensors.torch
 import torch
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 from ffssl.backbones import RESNETS, TimmModel
 from ffssl.command_line import NETWORKS, Parser, exit_status
 from ffssl.errors import UserError
+from ffssl.files import replacing
 from ffssl.model_card import model_card
 from ffssl.runs import backbone_of, checkpoint_path, load_run
 
@@ -50,12 +49,12 @@ def export(run: Path, to: str, output: Path, network: str = "student") -> None:
     backbone = backbone_of(loaded.method, network)
     check_fit(loaded.options.model, to)
     card = model_card(loaded, backbone, folder=checkpoint_path(run).parent, network=network, to=to, file=output.name)
-    weights = native_weights(backbone)
-    if to == "safetensors":
-        write_whole(output, lambda file: file.write(safetensors.torch.save(weights, {"format": "pt"})))
-    else:
-        write_whole(output, lambda file: torch.save(weights, file))
-    write_whole(card_path(output), lambda file: file.write(card.encode()))
+    for path, content in ((output, serialised(native_weights(backbone), to)), (card_path(output), card.encode())):
+        try:
+            with replacing(path) as partial:
+                partial.write_bytes(content)
+        except OSError as error:
+            raise UserError(f"--output: {path} can't be written: {error.strerror}") from error
 
 
 def check_fit(model: SimpleNamespace, to: str) -> None:
@@ -77,20 +76,17 @@ def native_weights(backbone: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
 
 
+def serialised(weights: dict[str, Tensor], to: str) -> bytes:
+    """The weights as a file of that format."""
+    if to == "safetensors":
+        return safetensors.torch.save(weights, {"format": "pt"})
+    file = io.BytesIO()
+    torch.save(weights, file)
+    return file.getvalue()
+
+
 def card_path(output: Path) -> Path:
     return output.with_name(output.name + ".md")
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Have a file written under a hidden name, which takes its own once it is whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"--output: {path} can't be written: {error.strerror}") from error
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+from ffssl.command_line import exit_status
 from ffssl.config import as_dict, read_options
 from ffssl.openmp import share_cores
 
@@ -43,7 +44,7 @@ from ffssl.hard_augment import choose_views, without_trace
 from ffssl.methods import Method
 from ffssl.plan import Plan
 from ffssl.step import Run, build, start_run, train_step
-from ffssl.train import open_loader
+from ffssl.train import make_folder, open_loader
 
 CURVE, PICTURE = "lr_range.json", "lr_range.png"
 FALL_STARTS, FALL_ENDS = 0.1, 0.9  # shares of the fall of the validation loss, at the lower limit and at the upper
@@ -219,7 +220,7 @@ def describe(limits: Limits | None, rows: list[dict[str, float]], *, low: float,
     return f"{ended}the validation loss falls from a learning rate of {limits.low:.2g} to one of {limits.high:.2g}{more}"
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m ffssl.lr_range", usage="%(prog)s --config FILE --data.train=FILE [options] [--section.option=value ...]",
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
@@ -232,38 +233,28 @@ def main() -> int:
     )
     arguments, words = parser.parse_known_args()
     test = {"low": arguments.low, "high": arguments.high, "steps": arguments.steps}
-    try:
-        if not 0 < arguments.low < arguments.high < float("inf"):
-            raise UserError(f"--low, --high: expected 0 < low < high, got {arguments.low:g} and {arguments.high:g}")
-        if arguments.steps < 10:
-            raise UserError(f"--steps: {arguments.steps} are too few to find limits among; give 10 or more")
-        options = read_options(words, defaults={"run.folder": "runs/lr_range"})
-        folder = Path(options.run.folder)
-        claim(folder)
-        rows = range_test(options, **test, images=arguments.validation_images)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    if not 0 < arguments.low < arguments.high < float("inf"):
+        raise UserError(f"--low, --high: expected 0 < low < high, got {arguments.low:g} and {arguments.high:g}")
+    if arguments.steps < 10:
+        raise UserError(f"--steps: {arguments.steps} are too few to find limits among; give 10 or more")
+    options = read_options(words, defaults={"run.folder": "runs/lr_range"})
+    folder = Path(options.run.folder)
+    claim(folder)
+    rows = range_test(options, **test, images=arguments.validation_images)
     rates, losses = (np.array([row[name] for row in rows]) for name in ("learning_rate", "validation_loss"))
     limits = suggest_limits(rates, losses, complete=len(rows) == arguments.steps)
     found = {**test, "limits": limits and asdict(limits), "options": as_dict(options), "curve": rows}
     (folder / CURVE).write_text(json.dumps(found, indent=1) + "\n")
     draw(rows, limits, folder / PICTURE)
     print(f"{describe(limits, rows, **test)}\ncurve: {folder / CURVE}, picture: {folder / PICTURE}")
-    return 0
 
 
 def claim(folder: Path) -> None:
     """Make the folder. Raises UserError if it can't be, or holds a run."""
     if (folder / checkpoint.NAME).exists() or (folder / run_log.NAME).exists():
         raise UserError(f"--run.folder: {folder} holds a run; choose another folder for the range test")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--run.folder: {folder} can't be made: {error.strerror}") from error
+    make_folder(folder)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main, interrupted=""))

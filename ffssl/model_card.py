@@ -8,10 +8,11 @@ from torch import nn
 
 from ffssl.backbones import RESNETS, TimmModel
 from ffssl.config import as_dict
+from ffssl.data.convert import read_description
 from ffssl.evaluate.results import markdown_table, read_results
 from ffssl.images import MEAN, STD
 from ffssl.run_log import read_log
-from ffssl.runs import LoadedRun, fingerprint, read_description
+from ffssl.runs import LoadedRun, fingerprint
 
 
 def model_card(run: LoadedRun, backbone: nn.Module, *, folder: Path, network: str, to: str, file: str) -> str:

@@ -1,12 +1,12 @@
 """The log of a run: one JSON line an epoch, and the same numbers live, with those of steps, for TensorBoard and Weights & Biases."""
 
 import json
-import os
 import uuid
 from pathlib import Path
 from types import ModuleType
 
 from ffssl.errors import UserError
+from ffssl.files import replacing
 
 NAME = "log.jsonl"
 
@@ -25,9 +25,8 @@ class RunLog:
     def __init__(self, folder: Path, *, last_epoch: int, tensorboard: bool, wandb: str | None = None, options: dict | None = None):
         self._viewers = [WandbViewer(folder, wandb, options, resumed=last_epoch >= 0)] if wandb else []
         kept = [row for row in _whole_rows(folder / NAME) if row["epoch"] <= last_epoch]
-        temporary = folder / f".{NAME}.partial"
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(temporary, folder / NAME)
+        with replacing(folder / NAME) as partial:
+            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._file = open(folder / NAME, "a")
         if tensorboard:
             self._viewers.append(TensorBoardViewer(folder, last_epoch))

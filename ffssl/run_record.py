@@ -2,7 +2,6 @@
 
 import datetime
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ffssl.benchmark.machine import describe_machine
+from ffssl.files import write_json
 
 NAME = "run.json"
 PACKAGES = ("ffssl", "torch", "torchvision", "timm", "numba", "numpy", "ffcv")
@@ -26,9 +26,7 @@ def record_start(folder: Path, device: torch.device) -> None:
         "machine": describe_machine(PACKAGES),
         "git": git_revision(),
     }
-    partial = folder / f".{NAME}.partial"
-    partial.write_text(json.dumps([*read_starts(folder), start], indent=2) + "\n")
-    os.replace(partial, folder / NAME)
+    write_json(folder / NAME, [*read_starts(folder), start])
 
 
 def read_starts(folder: Path) -> list[dict]:

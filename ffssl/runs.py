@@ -1,7 +1,6 @@
 """Runs that are there: what a run's folder holds, as the network that was trained."""
 
 import hashlib
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -11,7 +10,6 @@ from torch import nn
 
 from ffssl import checkpoint
 from ffssl.config import from_dict
-from ffssl.data.convert import description_path
 from ffssl.errors import UserError
 from ffssl.methods import Method
 from ffssl.step import build
@@ -76,12 +74,3 @@ def fingerprint(network: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def read_description(beton: Path) -> dict | None:
-    """What the converter noted beside a beton file, or None where it did not. Raises UserError for a damaged description."""
-    path = description_path(beton)
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    except ValueError as error:
-        raise UserError(f"{path}: not a readable description ({error}); convert {beton.name} again, or delete it") from error

@@ -13,6 +13,7 @@ from ffssl import hard_augment
 from ffssl.backbones import build_backbone, check_resolutions
 from ffssl.config import as_dict
 from ffssl.device import mixed_precision
+from ffssl.energy import energy_counter
 from ffssl.methods import Method, build_method
 from ffssl.methods.base import Progress
 from ffssl.optimizers import build_optimizer, set_learning_rate_and_momentum
@@ -33,6 +34,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     amp: torch.autocast
     scaler: torch.amp.GradScaler
+    joules: Callable[[], float | None]  # that the GPU has used, see `ffssl.energy`
     epoch: int = 0  # epochs finished
     spent: dict[str, float] = field(default_factory=lambda: {"seconds": 0.0, "flops": 0.0})
 
@@ -60,7 +62,7 @@ def start_run(options: SimpleNamespace, method: Method, plan: Plan, device: torc
         t.optimizer, method.parameter_groups(t.weight_decay), weight_decay=t.weight_decay, decay_norm_and_bias=t.decay_norm_and_bias,
         momentum=t.momentum, device=device,
     )  # fmt: skip
-    return Run(options, plan, device, method.train(), optimizer, *mixed_precision(t.amp, device))
+    return Run(options, plan, device, method.train(), optimizer, *mixed_precision(t.amp, device), energy_counter(device))
 
 
 def build(options: SimpleNamespace, device: torch.device) -> Method:

@@ -28,7 +28,6 @@ import contextlib
 import datetime
 import fcntl
 import json
-import os
 import shlex
 import signal
 import subprocess
@@ -37,8 +36,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ffssl.benchmark.machine import describe_machine
+from ffssl.command_line import exit_status
 from ffssl.config import read_options
 from ffssl.errors import UserError
+from ffssl.files import write_json
 from ffssl.study_file import Run, Study, comparable, read_study
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,14 +58,7 @@ def main() -> int:
     arguments, overrides = parser.parse_known_args()
     folder = arguments.folder or Path("runs") / arguments.study.stem
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as an exception, so that the run is ended too
-    try:
-        return conduct(read_study(arguments.study, folder, overrides), folder)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on after the last whole epoch", file=sys.stderr)
-        return 130
+    return conduct(read_study(arguments.study, folder, overrides), folder)
 
 
 def conduct(study: Study, folder: Path) -> int:
@@ -161,9 +155,7 @@ def read_record(folder: Path) -> dict | None:
 
 def write_record(folder: Path, record: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{RECORD}.partial"
-    partial.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(partial, folder / RECORD)
+    write_json(folder / RECORD, record)
 
 
 def check_unchanged(study: Study, run: Run, seed: int, study_folder: Path) -> None:
@@ -181,4 +173,4 @@ def check_unchanged(study: Study, run: Run, seed: int, study_folder: Path) -> No
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main, interrupted="\ninterrupted; the same command goes on after the last whole epoch"))

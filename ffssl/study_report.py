@@ -1,15 +1,13 @@
 """What a study found: a table, the same as JSON, and a picture of accuracy over cost."""
 
 import datetime
-import json
-import os
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from ffssl.data.convert import description_path
+from ffssl.data.convert import read_description
+from ffssl.files import replacing, write_json
 from ffssl.figures import COLOURS, MARKERS, flop_unit, label
 from ffssl.run_log import read_log
 from ffssl.study_file import Run, Study
@@ -45,9 +43,11 @@ def write_report(study: Study, folder: Path, records: dict[tuple[str, int], dict
         "knn": [f"k = {k}, T = {temperature:g}" for k, temperature in settings],
     }
     table = format_table(rows, len(study.seeds))
-    _replace(folder / "table.md", lambda path: path.write_text(f"{_format_header(header)}\n{table}\n{NOTES}"))
-    _replace(folder / "table.json", lambda path: path.write_text(json.dumps(header | {"runs": rows}, indent=2) + "\n"))
-    _replace(folder / "picture.png", lambda path: draw(study, rows, logs, path))
+    with replacing(folder / "table.md") as path:
+        path.write_text(f"{_format_header(header)}\n{table}\n{NOTES}")
+    write_json(folder / "table.json", header | {"runs": rows})
+    with replacing(folder / "picture.png") as path:
+        draw(study, rows, logs, path)
     return table
 
 
@@ -124,10 +124,9 @@ def _format_header(header: dict) -> str:
 
 def _describe_data(path: Path) -> str:
     """The file, and what its description beside it says, where there is one."""
-    beside = description_path(path)
-    if not beside.exists():
+    description = read_description(path)
+    if description is None:
         return str(path)
-    description = json.loads(beside.read_text())
     return f"{path} ({description['samples']} from {description['source']['kind']}, sha256 {description['sha256'][:12]})"
 
 
@@ -150,13 +149,6 @@ def _format_mean(mean: float | None, deviation: float | None, scale: float) -> s
 
 def _format_ratio(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".partial-{path.name}")
-    write(partial)
-    os.replace(partial, path)
 
 
 def draw(study: Study, rows: list[dict], logs: dict[str, dict[int, list[dict]]], path: Path) -> None:

@@ -9,6 +9,7 @@ The same command again continues a run that was interrupted, from the start of t
 
 import sys
 
+from ffssl.command_line import exit_status
 from ffssl.config import command_line_options
 from ffssl.openmp import share_cores
 
@@ -30,6 +31,7 @@ from ffssl.cost import count_flops
 from ffssl.data.loader import ViewLoader
 from ffssl.data.policy import choose_policies
 from ffssl.device import choose_device, precision
+from ffssl.energy import JOULES_PER_KWH
 from ffssl.errors import UserError
 from ffssl.evaluate.online import OnlineKnn
 from ffssl.methods import Method
@@ -89,7 +91,7 @@ def train_epoch(run: Run, loader: ViewLoader, flops: dict[int, int], log: RunLog
     loader.set_epoch(epoch, resolution, magnitude)
     run.method.train()
     step = epoch * plan.steps_per_epoch
-    losses, spreads, waited, started = [], [], 0.0, time.perf_counter()
+    losses, spreads, waited, started, joules = [], [], 0.0, time.perf_counter(), run.joules()
     check_every = 1 if run.device.type == "cpu" else STEPS_BETWEEN_CHECKS
 
     with tqdm(total=len(loader) * loader.batch_size, unit="img", desc=f"epoch {epoch + 1}/{options.training.epochs}", leave=False, disable=None) as bar:
@@ -113,7 +115,10 @@ def train_epoch(run: Run, loader: ViewLoader, flops: dict[int, int], log: RunLog
 
     seconds = time.perf_counter() - started
     run.epoch += 1
-    run.spent = {"seconds": run.spent["seconds"] + seconds, "flops": run.spent["flops"] + len(loader) * flops[resolution]}
+    run.spent["seconds"] += seconds
+    run.spent["flops"] += len(loader) * flops[resolution]
+    if joules is not None:
+        run.spent["kwh"] = run.spent.get("kwh", 0.0) + (run.joules() - joules) / JOULES_PER_KWH
     learning_rate, momentum = plan.learning_rate_and_momentum(step + len(loader) - 1)
     return {
         "epoch": run.epoch, **run.spent, "loss": torch.stack(losses).mean().item(), "learning_rate": learning_rate, "momentum": momentum,
@@ -144,10 +149,7 @@ def open_log(run: Run, folder: Path, resumed: bool) -> RunLog:
 
 def resume(run: Run, folder: Path) -> bool:
     """Continue from the folder's checkpoint. Returns whether there was one. Raises UserError if it is of another experiment."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--run.folder: {folder} can't be made: {error.strerror}") from error
+    make_folder(folder)
     state = checkpoint.load(folder, run.device)
     if state is None:
         return False
@@ -156,12 +158,20 @@ def resume(run: Run, folder: Path) -> bool:
     now = as_dict(run.options)
     for section in ("augment", "resolution", "hard_augment", "model", "method", "training"):
         for name, before in state["options"][section].items():
-            if before != now[section][name]:
+            if before != now[section][name] and (section, name) != ("training", "compile"):  # which changes how, not what is computed
                 raise UserError(
                     f"--{section}.{name}: the run in {folder} has {before!r}, not {now[section][name]!r}; choose another --run.folder"
                 )
     run.restore(state)
     return True
+
+
+def make_folder(folder: Path) -> None:
+    """Raises UserError where it can't be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--run.folder: {folder} can't be made: {error.strerror}") from error
 
 
 def summary(row: dict[str, float], epochs: int) -> str:
@@ -191,17 +201,11 @@ def out_of_memory(run: Run, loader: ViewLoader) -> str:
 def main() -> int:
     try:
         train(OPTIONS)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues after the last whole epoch", file=sys.stderr)
-        return 130
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main, interrupted="interrupted; the same command continues after the last whole epoch"))

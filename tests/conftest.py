@@ -26,6 +26,19 @@ def _skip(items, marker, reason):
 
 
 @pytest.fixture(scope="session")
+def betons(tmp_path_factory) -> dict[str, Path]:
+    """Drawn images with labels: 160 to train on, 40 to validate."""
+    from ffssl.data.convert import convert
+    from ffssl.data.sources.embedded import Embedded
+
+    folder = tmp_path_factory.mktemp("betons")
+    paths = {split: folder / f"{split}.beton" for split in ("train", "val")}
+    for split, count in (("train", 160), ("val", 40)):
+        convert(Embedded(split, count), paths[split])
+    return paths
+
+
+@pytest.fixture(scope="session")
 def shared_data():
     """The folder of sample images that may lie beside the checkout, ../shared/data."""
     folder = ROOT.parent / "shared" / "data"

@@ -1,8 +1,9 @@
-import os
 import subprocess
 import sys
 
+from ffssl.benchmark import loader
 from ffssl.data.convert import convert
+from ffssl.data.policy import choose_policies
 from ffssl.data.sources.embedded import Embedded
 
 
@@ -13,21 +14,18 @@ STAND_INS = {  # peers that fail, each in its own way
 }
 
 
-def test_a_peer_that_fails_or_dies_is_named_and_the_others_are_measured(tmp_path):
+def test_a_peer_that_fails_or_dies_is_named_and_the_others_are_measured(tmp_path, monkeypatch):
     for name, code in STAND_INS.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(code)
     convert(Embedded("train", 16), tmp_path / "images.beton")
-    command = "-m ffssl.benchmark loader --samples 16 --views 1 --resolution 32 --batch-size 8 --rounds 1 --workers 1 --data"
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.getcwd()}"}
-    result = subprocess.run(
-        [sys.executable, *command.split(), str(tmp_path / "images.beton")], env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert result.returncode == 0, result.stderr
-    said = {line[:28].strip(): line[28:].strip() for line in result.stdout.splitlines()}
-    assert said["DALI, CPU"] == "failed: RuntimeError: driver too old"
-    assert said["torchvision + DataLoader"] == "its process ended"
-    assert float(said["ffssl"].split()[0]) > 0 and float(said["ffssl, one worker"].split()[0]) > 0
+    monkeypatch.syspath_prepend(tmp_path)  # and thereby for the contenders' processes
+    names = ("DALI, CPU", "torchvision + DataLoader", "ffssl")
+    monkeypatch.setattr(loader, "CONTENDERS", {name: loader.CONTENDERS[name] for name in names})
+    workload = loader.Workload(tmp_path / "images.beton", tmp_path, views=1, resolution=32, policy=choose_policies("simsiam")[0], workers=1, batch_size=8)
+    failed, ended, rates = loader.measure(workload, rounds=2).values()
+    assert (failed, ended) == ("failed: RuntimeError: driver too old", "its process ended")
+    assert len(rates) == 2 and min(rates) > 0
 
 
 def test_loader_benchmark_names_every_contender_and_survives_those_that_fail(tmp_path):

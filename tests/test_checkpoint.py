@@ -3,6 +3,7 @@ import pickle
 
 import pytest
 import torch
+from small_runs import Code
 
 from ffssl import checkpoint
 from ffssl.errors import UserError
@@ -51,14 +52,6 @@ def test_a_process_stopped_while_it_saves_leaves_the_checkpoint_before(tmp_path,
     assert_holds(tmp_path, 1)
     checkpoint.save(tmp_path, state(3))  # over the partial file that may be left
     assert_holds(tmp_path, 3)
-
-
-class Code:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path):

@@ -8,7 +8,7 @@ import torch
 
 from ffssl import checkpoint
 from ffssl.config import read_options
-from ffssl.cost import step_flops
+from ffssl.cost import count_step
 from ffssl.data.convert import convert
 from ffssl.data.sources.embedded import Embedded
 from ffssl.errors import UserError
@@ -147,7 +147,7 @@ def test_tables_3_and_6_to_8_and_figure_3(switches, sides, spends, beton, tmp_pa
 def plain_steps(options):
     """FLOPs of a step at 32 and 16 px without a selection."""
     method = build(options, torch.device("cpu"))
-    return [step_flops(method, batch_size=options.training.batch_size, resolution=side) for side in (32, 16)]
+    return [count_step(method, batch_size=options.training.batch_size, resolution=side).total() for side in (32, 16)]
 
 
 @pytest.mark.parametrize("low, high", [(5, 5), (2.5, 4), (4, 6)])

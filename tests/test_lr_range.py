@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ffssl import lr_range
+from ffssl.command_line import exit_status
 from ffssl.config import read_options
 from ffssl.data.convert import convert
 from ffssl.data.sources.embedded import Embedded
@@ -150,7 +151,7 @@ def test_training_is_that_of_a_run_at_those_learning_rates(beton):
 
 def program(monkeypatch, beton, folder, *words):
     monkeypatch.setattr("sys.argv", ["lr_range", *TOY, f"--data.train={beton}", f"--run.folder={folder}", *words])
-    return lr_range.main()
+    return exit_status(lr_range.main)
 
 
 def test_a_loss_that_is_not_finite_ends_the_sweep(beton, tmp_path, monkeypatch, capsys):

@@ -1,8 +1,6 @@
-import os
-
 import pytest
 import torch
-from small_runs import save_run
+from small_runs import Code, save_run
 
 from ffssl import checkpoint
 from ffssl.errors import UserError
@@ -63,14 +61,6 @@ def test_what_is_no_run_is_named(tmp_path):
     (tmp_path / "text.pt").write_text("text")
     with pytest.raises(UserError, match=r"text.pt: not a readable checkpoint \(\w+\)$"):
         load_run(tmp_path / "text.pt")
-
-
-class Code:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def test_a_run_cannot_run_code(tmp_path):

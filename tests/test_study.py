@@ -2,10 +2,13 @@ import json
 import math
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +16,8 @@ import PIL.Image
 import pytest
 import yaml
 
+from ffssl import study as program
+from ffssl.command_line import exit_status
 from ffssl.config import read_options
 from ffssl.errors import UserError
 from ffssl.run_log import NAME as LOG_NAME
@@ -49,10 +54,34 @@ def start(path: Path, folder: Path, *words: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
+class InThisProcess:
+    """In place of subprocess.Popen, runs a Python program here: to import torch takes a process of its own longer than its training."""
+
+    def __init__(self, command: list[str], **_):
+        self.words = command[1:]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def wait(self) -> int:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+            patch.setattr(sys, "argv", self.words)
+            runpy.run_path(self.words[0], run_name="__main__")
+        return end.value.code
+
+
 def conduct(path: Path, folder: Path, *words: str) -> tuple[int, str, str]:
-    process = start(path, folder, *words)
-    out, err = process.communicate(timeout=560)
-    return process.returncode, out, err
+    """Conduct a study, and all that it runs, in this process: status, standard output, standard error."""
+    on_termination = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        patch.setattr(sys, "argv", ["study", str(path), "--folder", str(folder), *words])
+        patch.setattr(program, "subprocess", SimpleNamespace(Popen=InThisProcess))
+        status = exit_status(program.main)
+    signal.signal(signal.SIGTERM, on_termination)
+    return status, out.getvalue(), err.getvalue()
 
 
 def changed_at(folder: Path) -> dict[Path, int]:

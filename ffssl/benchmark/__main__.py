@@ -2,6 +2,7 @@
 
 import sys
 
+from ffssl.command_line import exit_status
 from ffssl.errors import UserError
 
 BENCHMARKS = ("loader",)
@@ -12,19 +13,13 @@ def main() -> int:
     if not words or words[0] in ("-h", "--help"):
         print(f"usage: python -m ffssl.benchmark {{{','.join(BENCHMARKS)}}} ...\n\nloader: images/s of the loader and of its peers, in one run")
         return 0 if words else 2
-    try:
-        if words[0] not in BENCHMARKS:
-            raise UserError(f"{words[0]!r}: unknown benchmark; known are {', '.join(BENCHMARKS)}")
-        from ffssl.benchmark.loader import main as benchmark_loader
+    if words[0] not in BENCHMARKS:
+        raise UserError(f"{words[0]!r}: unknown benchmark; known are {', '.join(BENCHMARKS)}")
+    from ffssl.benchmark.loader import main as benchmark_loader
 
-        benchmark_loader(words[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    benchmark_loader(words[1:])
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main, interrupted=""))

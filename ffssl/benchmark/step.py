@@ -92,7 +92,7 @@ def supervised_step(options: SimpleNamespace, run: Run) -> Callable[[int], Calla
     """Gives for each resolution a plain supervised step of a backbone like the run's, on as many views as the run trains on."""
     t, device = options.training, run.device
     network = classifier(options, device)
-    compiled = compile_passes(network, ("forward",), t.compile, device)
+    compile_passes(network, ("forward",), t.compile, device)
     groups = [{"params": list(network.parameters()), "weight_decay": t.weight_decay}]
     optimizer = build_optimizer(t.optimizer, groups, weight_decay=t.weight_decay, decay_norm_and_bias=None, momentum=t.momentum, device=device)
 

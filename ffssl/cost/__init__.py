@@ -79,11 +79,6 @@ def count_step(method: Method, *, batch_size: int, resolution: int, views: int =
     return Flops(loss.get_total_flops() - teacher.flops, teacher.flops, selection.get_total_flops())
 
 
-def step_flops(method: Method, *, backward: int = STANDARD, **step) -> int:
-    """FLOPs of one optimiser step in all; see `count_step`, and `Flops.total` for `backward`."""
-    return count_step(method, **step).total(backward)
-
-
 def count_flops(plan: Plan, method: Method) -> dict[int, int]:
     """FLOPs of a step of a run, in the standard count, at each resolution of its schedule."""
     sides = {plan.resolution(epoch) for epoch in range(plan.options.training.epochs)}

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+from ffssl.command_line import exit_status
 from ffssl.config import read_options
 from ffssl.cost import PAPERS, STANDARD, Stage
 from ffssl.cost.paper import paper_table
@@ -18,7 +19,7 @@ from ffssl.data.beton import read_beton
 from ffssl.errors import UserError
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m ffssl.cost", usage="%(prog)s CONFIG [CONFIG ...] [--images=N] [--section.option=value ...]\n       %(prog)s --paper",
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
@@ -29,14 +30,7 @@ def main() -> int:
     arguments, overrides = parser.parse_known_intermixed_args()
     if bool(arguments.configs) == arguments.paper:
         parser.error("name the configs to count, or --paper")
-    try:
-        print(paper_table(RunCosts()) if arguments.paper else report(arguments.configs, overrides, arguments.images))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    print(paper_table(RunCosts()) if arguments.paper else report(arguments.configs, overrides, arguments.images))
 
 
 def report(configs: list[str], overrides: list[str], images: str | None = None) -> str:
@@ -95,4 +89,4 @@ def format_petaflop(value: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main, interrupted=""))

@@ -27,6 +27,7 @@ from ffssl.data.encode import BrokenImage, EncodedImage, Encoding, How, encode_i
 from ffssl.data.sources import Source
 from ffssl.data.workers import WorkerDied, map_in_order
 from ffssl.errors import UserError
+from ffssl.files import write_json
 
 
 class ConversionError(UserError):
@@ -131,6 +132,15 @@ def description_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
+def read_description(beton: Path) -> dict | None:
+    """What the converter noted beside a beton file, or None where it did not. Raises UserError for a damaged description."""
+    path = description_path(beton)
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except ValueError as error:
+        raise UserError(f"{path}: not a readable description ({error}); convert {beton.name} again, or delete it") from error
+
+
 def select_subset(count: int, subset: int | None, seed: int) -> np.ndarray:
     """Indices into `count` samples, ascending. Raises UserError if there are fewer than `subset`."""
     if subset is None:
@@ -228,13 +238,9 @@ def _write_description(summary: Summary, source: Source, options: ConvertOptions
         "skipped": [{"name": name, "reason": reason} for name, reason in summary.skipped],
     }
     target = description_path(summary.path)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
-        partial.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, target)
+        write_json(target, description)
     except OSError as error:
         raise ConversionError(
             f"{target}: could not be written: {error.strerror}; {summary.path} itself is whole"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -1,14 +1,30 @@
 """Features of a frozen backbone: in evaluation mode (BatchNorm by its running statistics) and without gradient."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from ffssl.data.loader import ViewLoader
+from ffssl.data.policy import EVALUATION
 from ffssl.images import to_input
 
 IMAGES_AT_ONCE = 256  # through the backbone; a probe's batches are larger, and would need memory in proportion
+
+
+def open_views(path: str | Path, data: SimpleNamespace, resolution: int, **settings) -> ViewLoader:
+    """One view of every image: its centre crop, in the file's order, unless `settings` of the loader say otherwise.
+
+    data: the options of the section data.
+    """
+    usual = {
+        "batch_size": 256, "policy": EVALUATION, "shuffle": False, "workers": data.workers, "batches_ahead": 2,
+        "scaled_decoding": data.scaled_decoding,
+    }  # fmt: skip
+    return ViewLoader(path, views=1, resolution=resolution, drop_last=False, **usual | settings)
 
 
 @torch.no_grad()

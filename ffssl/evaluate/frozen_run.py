@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from ffssl.backbones import check_resolutions
 from ffssl.benchmark.machine import describe_machine
 from ffssl.data.beton import read_beton
-from ffssl.data.loader import ViewLoader
-from ffssl.data.policy import EVALUATION, ViewPolicy
+from ffssl.data.convert import read_description
 from ffssl.device import choose_device, mixed_precision
 from ffssl.errors import UserError
-from ffssl.evaluate.features import extract_features
+from ffssl.evaluate.features import extract_features, open_views
 from ffssl.evaluate.knn import knn_accuracy
 from ffssl.evaluate.linear import AUGMENTATION, Recipe, augmented_batches, cached_batches, top_accuracies, train_probe
-from ffssl.runs import backbone_of, checkpoint_path, fingerprint, load_run, read_description
+from ffssl.runs import backbone_of, checkpoint_path, fingerprint, load_run
 
 HOST = torch.device("cpu")
 PACKAGES = ("ffssl", "torch", "torchvision", "timm", "torchmetrics", "ffcv")
@@ -38,7 +37,6 @@ class FrozenRun:
     validation: Path
     classes: int
     resolution: int
-    workers: int
     device: torch.device
     amp: torch.autocast
 
@@ -65,20 +63,15 @@ class FrozenRun:
         if recipe.cached:
             classifier = train_probe(cached_batches(*self.centre_crops(self.train), recipe), recipe, **common)
         else:
-            with self.open(self.train, AUGMENTATION, batch_size=recipe.batch_size, shuffle=True, seed=recipe.seed) as loader:
+            settings = {"policy": AUGMENTATION, "batch_size": recipe.batch_size, "shuffle": True, "seed": recipe.seed}
+            with open_views(self.train, self.options.data, self.resolution, **settings) as loader:
                 classifier = train_probe(augmented_batches(self.backbone, loader, self.device, self.amp), recipe, **common)
         return record | {"scores": top_accuracies(classifier, *self.centre_crops(self.validation)), "probe": name}
 
     def centre_crops(self, path: Path, *, unit_length: bool = False) -> tuple[Tensor, Tensor]:
         """Features (N, d) and labels (N,) of a file's centre crops, in the host's memory; see `extract_features`."""
-        with self.open(path, EVALUATION, batch_size=256, shuffle=False) as loader:
+        with open_views(path, self.options.data, self.resolution) as loader:
             return extract_features(self.backbone, loader, self.device, self.amp, store=HOST, unit_length=unit_length)
-
-    def open(self, path: Path, policy: ViewPolicy, **settings) -> ViewLoader:
-        return ViewLoader(
-            path, views=1, resolution=self.resolution, policy=policy, drop_last=False, workers=self.workers, batches_ahead=2,
-            scaled_decoding=self.options.data.scaled_decoding, **settings,
-        )  # fmt: skip
 
     def record(self, evaluation: str, settings: dict, scores: dict) -> dict:
         data = {"train": self.train, "validation": self.validation}
@@ -111,9 +104,11 @@ def freeze(
     backbone = backbone_of(method, network).requires_grad_(False).eval()
     resolution = resolution or options.resolution.max
     check_resolutions(options.model.backbone, backbone, {resolution})
+    if workers is not None:
+        options.data.workers = workers
     return FrozenRun(
         path, options, state["epoch"], network, backbone.to(place, memory_format=torch.channels_last), train, validation, classes, resolution,
-        options.data.workers if workers is None else workers, place, autocast,
+        place, autocast,
     )  # fmt: skip
 
 

@@ -6,9 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ffssl.data.loader import ViewLoader
-from ffssl.data.policy import EVALUATION
-from ffssl.evaluate.features import extract_features
+from ffssl.evaluate.features import extract_features, open_views
 from ffssl.evaluate.knn import knn_accuracy
 
 
@@ -20,12 +18,9 @@ class OnlineKnn:
 
     def __init__(self, options: SimpleNamespace, device: torch.device):
         self._options, self._device = options.evaluate, device
-        common = {
-            "batch_size": 256, "views": 1, "resolution": options.resolution.max, "policy": EVALUATION, "shuffle": False,
-            "drop_last": False, "workers": options.data.workers, "batches_ahead": 2, "scaled_decoding": options.data.scaled_decoding,
-        }  # fmt: skip
-        self._queries = ViewLoader(options.data.validation, **common)
-        self._bank = ViewLoader(options.data.train, **common)
+        self._queries, self._bank = (
+            open_views(path, options.data, options.resolution.max) for path in (options.data.validation, options.data.train)
+        )
         for loader in (self._queries, self._bank):
             loader.require_labels()
         total = len(self._bank.samples)

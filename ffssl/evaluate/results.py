@@ -11,11 +11,11 @@ and of a probe its checkpoint, "probe".
 """
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from ffssl.errors import UserError
+from ffssl.files import write_json
 
 NAME = "evaluation.json"
 _SCORED = ("evaluation", "checkpoint", "epoch", "network", "weights", "settings", "data")  # what tells records apart
@@ -33,10 +33,8 @@ def read_results(folder: Path) -> list[dict]:
 def add_result(folder: Path, record: dict) -> None:
     """Add a record to the folder's, in place of an earlier one of the same evaluation. The file is replaced whole."""
     others = [other for other in read_results(folder) if any(other[key] != record[key] for key in _SCORED)]
-    partial = folder / f".{NAME}.partial"
     try:
-        partial.write_text(json.dumps([*others, record], indent=2) + "\n")
-        os.replace(partial, folder / NAME)
+        write_json(folder / NAME, [*others, record])
     except OSError as error:
         raise UserError(f"{folder / NAME}: can't be written: {error.strerror}") from error
 

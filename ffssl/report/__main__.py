@@ -10,25 +10,21 @@ import argparse
 import sys
 from pathlib import Path
 
-from ffssl.errors import UserError
+from ffssl.command_line import exit_status
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m ffssl.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="the page; PNGs go to a folder beside it (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="where the networks run: cuda, cuda:N or cpu; auto: a GPU where there is one")
     arguments = parser.parse_args()
-    try:
-        from ffssl.report.write import write_report  # imports torch and matplotlib, which take seconds
 
-        pictures = write_report(arguments.runs, arguments.output, arguments.device)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    from ffssl.report.write import write_report  # imports torch and matplotlib, which take seconds
+
+    pictures = write_report(arguments.runs, arguments.output, arguments.device)
     print(f"{arguments.output}, and its pictures as PNG in {pictures}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -4,8 +4,6 @@ import datetime
 from collections.abc import Callable
 from html import escape
 
-import torch
-
 from ffssl.errors import UserError
 from ffssl.figures import COLOURS, flop_unit, time_unit
 from ffssl.methods import Method
@@ -16,14 +14,13 @@ from ffssl.report.runs import ReportedRun, compare_options
 from ffssl.report.style import CSS
 
 
-def compose(runs: list[ReportedRun], device: torch.device) -> tuple[str, dict[str, bytes]]:
-    """The page, and PNGs of its pictures by file name. device: where the checkpoints' networks run."""
+def compose(runs: list[ReportedRun]) -> tuple[str, dict[str, bytes]]:
+    """The page, and PNGs of its pictures by file name."""
     gallery = Gallery()
-    methods = [_load(run, device) for run in runs]
     hard = [i for i, run in enumerate(runs) if run.options is not None and run.options.hard_augment.select == "hard"]
 
     def of_each(show: Callable[[ReportedRun, Method, int, Gallery], str], places: list[int]) -> str:
-        return "".join(f"<div>{_heading(runs, i)}{_shown(show, runs[i], methods[i], i, gallery)}</div>" for i in places)
+        return "".join(f"<div>{_heading(runs, i)}{_shown(show, runs[i], i, gallery)}</div>" for i in places)
 
     everyone = list(range(len(runs)))
     sections = [
@@ -49,21 +46,12 @@ def compose(runs: list[ReportedRun], device: torch.device) -> tuple[str, dict[st
     return page, gallery.pngs
 
 
-def _load(run: ReportedRun, device: torch.device) -> Method | UserError:
-    try:
-        if run.options is None:
-            raise UserError(f"{run.folder} holds no checkpoint, from which this would be computed")
-        return run.method(device)
-    except UserError as error:
-        return error
-
-
-def _shown(show: Callable, run: ReportedRun, method: Method | UserError, place: int, gallery: Gallery) -> str:
+def _shown(show: Callable, run: ReportedRun, place: int, gallery: Gallery) -> str:
     """The run's part of a section, or why there is none."""
     try:
-        if isinstance(method, UserError):
-            raise method
-        return show(run, method, place, gallery)
+        if isinstance(run.method, UserError):
+            raise run.method
+        return show(run, run.method, place, gallery)
     except UserError as error:
         return _note(f"Not shown: {error}.")
 
@@ -166,7 +154,7 @@ def _schedules(runs: list[ReportedRun], gallery: Gallery) -> str:
     """Figs. 2 and 3."""
     charts = schedule_charts(runs)
     if not charts:
-        return _note("The runs' checkpoints, which hold their options, are gone.")
+        return _note("The runs' checkpoints, which hold their options, are gone or can't be read.")
     words = (
         '<div class="words">Momentum moves against the learning rate, which keeps the noise scale of the gradient, '
         "ε|D| / (B(1 − β)), in check. Where that noise is large, low resolution does no harm."
@@ -190,7 +178,7 @@ def _config(runs: list[ReportedRun]) -> str:
     """The options that differ, then those that do not."""
     known = [i for i, run in enumerate(runs) if run.options is not None]
     if not known:
-        return _note("The runs' checkpoints, which hold their options, are gone.")
+        return _note("The runs' checkpoints, which hold their options, are gone or can't be read.")
     differing, same = compare_options(runs)
     heads = "".join(f'<th scope="col">{_run_name(runs, i)}</th>' for i in known)
     lines = "".join(

@@ -1,6 +1,5 @@
 """What the report knows of a run: its folder's log, options and record."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 
 from ffssl import checkpoint
 from ffssl.config import as_dict
-from ffssl.data.convert import description_path
+from ffssl.data.convert import read_description
 from ffssl.errors import UserError
 from ffssl.methods import Method
 from ffssl.plan import Plan
@@ -24,12 +23,16 @@ POINTS = 400  # in a schedule's curve, at least
 
 @dataclass(frozen=True)
 class ReportedRun:
-    """A run as its folder has it. rows: its log, never empty. options: None where there is no checkpoint. starts: see `run_record`."""
+    """A run as its folder has it.
+
+    rows: its log, never empty. method: with the checkpoint's weights, or why there is none; then options are None. starts: see `run_record`.
+    """
 
     folder: Path
     name: str
     rows: list[dict]
     options: SimpleNamespace | None
+    method: Method | UserError
     starts: list[dict]
 
     @property
@@ -69,10 +72,6 @@ class ReportedRun:
         data, evaluate = self.options.data, self.options.evaluate
         return describe_data(data.train).identity, describe_data(data.validation).identity, evaluate.k, evaluate.temperature
 
-    def method(self, device: torch.device) -> Method:
-        """The method with the checkpoint's weights. For runs with options."""
-        return load_run(self.folder, device).method
-
 
 @dataclass(frozen=True)
 class Data:
@@ -85,38 +84,40 @@ class Data:
 
 def describe_data(path: str | None) -> Data:
     """identity: equal for copies of a file where the description is there, else the path."""
-    beside = description_path(Path(path or ""))
-    description = json.loads(beside.read_text()) if path and beside.exists() else {}
+    description = (read_description(Path(path)) if path else None) or {}
     return Data(path or "none", description.get("sha256") or str(Path(path or "none").resolve()), description.get("class_names") or [])
 
 
-def read_runs(folders: list[Path]) -> list[ReportedRun]:
-    """The runs in these folders. Raises UserError for a folder without a log."""
+def read_runs(folders: list[Path], device: torch.device) -> list[ReportedRun]:
+    """The runs in these folders, their networks on `device`. Raises UserError for a folder without a log."""
     tails = [folder.resolve().name for folder in folders]
     names = tails if len(set(tails)) == len(tails) else [str(folder) for folder in folders]
-    return [_read_run(folder, name) for folder, name in zip(folders, names)]
+    return [_read_run(folder, name, device) for folder, name in zip(folders, names)]
 
 
-def _read_run(folder: Path, name: str) -> ReportedRun:
+def _read_run(folder: Path, name: str, device: torch.device) -> ReportedRun:
     rows = read_log(folder)
     if not rows:
         raise UserError(f"{folder}: has no {NAME} with an epoch in it; name the run.folder of a run of ffssl/train.py")
-    state = checkpoint.load(folder)
-    options = state and SimpleNamespace(**{section: SimpleNamespace(**values) for section, values in state["options"].items()})
-    return ReportedRun(folder, name, rows, options, read_starts(folder))
+    try:
+        if not (folder / checkpoint.NAME).exists():
+            raise UserError(f"{folder} holds no checkpoint, from which this would be computed")
+        options, method, _ = load_run(folder, device)
+    except UserError as error:
+        options, method = None, error
+    return ReportedRun(folder, name, rows, options, method, read_starts(folder))
 
 
 def compare_options(runs: list[ReportedRun]) -> tuple[dict[str, list], dict[str, object]]:
     """The options, by dotted name, that differ between the runs, as a list of each run's value, and those that do not.
 
-    Runs without options are left out. An option that a run of another version does not have is None.
+    Runs without options are left out.
     """
     tables = [
         {f"{section}.{name}": value for section, values in as_dict(run.options).items() for name, value in values.items()}
         for run in runs
         if run.options is not None
     ]
-    names = list(dict.fromkeys(name for table in tables for name in table))
-    values = {name: [table.get(name) for table in tables] for name in names}
+    values = {name: [table[name] for table in tables] for name in tables[0]}
     differing = {name: each for name, each in values.items() if any(value != each[0] for value in each)}
     return differing, {name: each[0] for name, each in values.items() if name not in differing}

@@ -15,9 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ffssl.data.beton import Beton, read_beton
-from ffssl.data.loader import ViewLoader
-from ffssl.data.policy import EVALUATION
-from ffssl.evaluate.online import extract_features
+from ffssl.evaluate.features import extract_features, open_views
 from ffssl.hard_augment import losses_of_pairs, normalised, pairs
 from ffssl.methods import Method
 from ffssl.report.runs import ReportedRun, describe_data
@@ -161,23 +159,16 @@ def rank_of(losses: Tensor, chosen: Tensor) -> Tensor:
     return (of_pairs > of_pairs.gather(1, chosen[:, None])).sum(1)
 
 
-def _centre_views(run: ReportedRun, path: str, indices: np.ndarray, resolution: int) -> ViewLoader:
-    return ViewLoader(
-        path, batch_size=min(256, len(indices)), views=1, resolution=resolution, policy=EVALUATION, indices=indices, shuffle=False,
-        drop_last=False, workers=run.options.data.workers, batches_ahead=2, scaled_decoding=run.options.data.scaled_decoding,
-    )  # fmt: skip
-
-
 def _features(run: ReportedRun, method: Method, path: str, indices: np.ndarray) -> tuple[Tensor, Tensor]:
     """L2-normalised features (n, d) and labels (n,), on the CPU."""
     device = next(method.parameters()).device
-    with _centre_views(run, path, indices, run.options.resolution.max) as loader:
+    with open_views(path, run.options.data, run.options.resolution.max, indices=indices) as loader:
         features, labels = extract_features(method.backbone, loader, device, contextlib.nullcontext())
     return F.normalize(features, dim=1).cpu(), labels.cpu()
 
 
 def _thumbnails(run: ReportedRun, path: str, indices: np.ndarray) -> Tensor:
-    with _centre_views(run, path, indices, min(run.options.resolution.max, THUMBNAIL)) as loader:
+    with open_views(path, run.options.data, min(run.options.resolution.max, THUMBNAIL), indices=indices) as loader:
         return torch.cat([views[:, 0].clone() for views, _, _ in loader])
 
 

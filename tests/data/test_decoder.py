@@ -25,22 +25,21 @@ IDENTITY = ViewPolicy(crop_scale=(1, 1), crop_ratio=(1, 1), flip=0, jitter=0, gr
 # ffcv's loader waits for ever when something goes wrong, so it runs in a process that can be killed.
 STOCK_LOADER = """
 import sys, numpy as np
+from ffssl.data.ffcv_operation import ViewDecoder  # first: it spares ffcv's import what takes seconds to compile
+from ffssl.data.policy import POLICIES
 from ffcv.loader import Loader, OrderOption
 from ffcv.transforms import ToTensor
-from ffcv.fields.decoders import IntDecoder
 from ffcv.pipeline import PipelineSpec
-from ffssl.data.ffcv_operation import ViewDecoder
-from ffssl.data.policy import POLICIES
 
 path, out = sys.argv[1:]
 served = {}
 for os_cache in (True, False):
     decoder = ViewDecoder(views=3, resolution=40, policy=POLICIES["byol"], seed=7)
-    pipelines = {"image": PipelineSpec("image", decoder=decoder, transforms=[ToTensor()]), "label": [IntDecoder(), ToTensor()]}
+    pipelines = {"image": PipelineSpec("image", decoder=decoder, transforms=[ToTensor()]), "label": None}
     loader = Loader(path, batch_size=8, num_workers=2, order=OrderOption.SEQUENTIAL, os_cache=os_cache, drop_last=False, pipelines=pipelines)
     for epoch, resolution, magnitude in [(0, 40, 5.0), (3, 24, 6.5)]:
         decoder.set_epoch(epoch, resolution, magnitude)
-        served[f"{os_cache} {epoch}"] = np.concatenate([views.numpy().copy() for views, labels in loader])
+        served[f"{os_cache} {epoch}"] = np.concatenate([views.numpy().copy() for views, in loader])
 np.savez(out, **served)
 """
 

@@ -1,15 +1,25 @@
-from pathlib import Path
+import contextlib
 
 import pytest
 
-from ffssl.data.convert import convert
-from ffssl.data.sources.embedded import Embedded
+from ffssl import checkpoint
 
 
-@pytest.fixture(scope="session")
-def betons(tmp_path_factory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("betons")
-    paths = {split: folder / f"{split}.beton" for split in ("train", "val")}
-    for split, path in paths.items():
-        convert(Embedded(split, 96 if split == "train" else 40), path)
-    return paths
+@pytest.fixture
+def interrupted_after(monkeypatch):
+    """A block that is interrupted when it has saved the checkpoint of that epoch."""
+
+    @contextlib.contextmanager
+    def interrupted_after(epoch):
+        save = checkpoint.save
+
+        def save_and_stop(folder, state, name):
+            save(folder, state, name)
+            if state["epoch"] == epoch:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(checkpoint, "save", save_and_stop)
+            yield
+
+    return interrupted_after

@@ -70,14 +70,14 @@ def test_knn_of_several_runs_is_compared_in_a_table_and_recorded(tmp_path, beton
         assert record["scores"] == {"top1": pytest.approx(accuracies[seed])}
         assert record["settings"] == {"k": 7, "temperature": 0.2, "resolution": 48, "classes": 8, "precision": "float32"}
         told = {name: (data["file"], data["images"]) for name, data in record["data"].items()}
-        assert told == {"train": ("train.beton", 96), "validation": ("val.beton", 40)}
+        assert told == {"train": ("train.beton", 160), "validation": ("val.beton", 40)}
         assert (record["epoch"], record["network"], record["weights"]) == (3, "student", fingerprint(methods[seed].backbone))
 
 
 def test_the_same_evaluation_replaces_its_record_and_another_is_added(run, monkeypatch):
     for k in (5, 200, 5):
         assert evaluate(monkeypatch, "knn", run, "--k", k, "--device", "cpu") == 0
-    assert [record["settings"]["k"] for record in read_results(run)] == [96, 5]  # cut to the images there are
+    assert [record["settings"]["k"] for record in read_results(run)] == [160, 5]  # cut to the images there are
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -120,21 +120,14 @@ def test_probes_of_other_settings_have_other_checkpoints(run, betons):
 def test_files_of_one_name_are_told_apart(tmp_path, betons, run):
     """Else a probe would be taken for one that was trained on other images."""
     (tmp_path / "other").mkdir()
-    convert(Embedded("val", 96), tmp_path / "other" / "train.beton")
+    convert(Embedded("val", 160), tmp_path / "other" / "train.beton")
     probes = [freeze(run, train=path, device="cpu").linear(Recipe(1, cached=True)) for path in (betons["train"], tmp_path / "other" / "train.beton")]
     assert probes[0]["data"]["train"]["file"] == probes[1]["data"]["train"]["file"] and probes[0]["probe"] != probes[1]["probe"]
 
 
-def test_an_interrupted_probe_with_augmentation_ends_in_the_same_weights(run, monkeypatch):
-    recipe, save = Recipe(epochs=3, batch_size=40), checkpoint.save
-
-    def stop_after_one(folder, state, name):
-        save(folder, state, name)
-        if state["epoch"] == 1:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoint, "save", stop_after_one)
+def test_an_interrupted_probe_with_augmentation_ends_in_the_same_weights(run, interrupted_after):
+    recipe = Recipe(epochs=3, batch_size=40)
+    with interrupted_after(1):
         freeze(run, device="cpu").linear(recipe)
     probes = [freeze(run, device="cpu").linear(recipe)["probe"]]
     interrupted = checkpoint.load(run, name=probes[0])["classifier"]["weight"]

@@ -65,18 +65,10 @@ def test_every_image_is_visited_once_an_epoch_in_another_order():
     assert all(torch.equal(x[:, 0].long(), y) for x, y in batches(1))
 
 
-def test_an_interrupted_probe_ends_in_the_same_weights(tmp_path, monkeypatch):
+def test_an_interrupted_probe_ends_in_the_same_weights(tmp_path, interrupted_after):
     recipe = Recipe(epochs=5, batch_size=16, cached=True)
     unbroken = probe(tmp_path, recipe, "unbroken.pt")
-    save = checkpoint.save
-
-    def stop_after_two(folder, state, name):
-        save(folder, state, name)
-        if state["epoch"] == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoint, "save", stop_after_two)
+    with interrupted_after(2):
         probe(tmp_path, recipe)
     assert checkpoint.load(tmp_path, name="linear.pt")["epoch"] == 2
     assert torch.equal(probe(tmp_path, recipe).weight, unbroken.weight)

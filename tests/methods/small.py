@@ -46,6 +46,14 @@ def views(n=10, seed=1):
     return randoms(2, n, 3, 4, 4, seed=seed)
 
 
+def unlike_the_student(method):
+    """With a teacher that differs from the student, as after some steps."""
+    with torch.no_grad():
+        for i, p in enumerate(method.teacher.parameters()):
+            p += 0.1 * randoms(*p.shape, seed=i)
+    return method
+
+
 def train_a_step(method, progress, seed, n=10):
     """A step of plain SGD at 0.1, as the training loop takes it."""
     method.before_step(progress)
@@ -58,6 +66,15 @@ def train_a_step(method, progress, seed, n=10):
                 p -= 0.1 * p.grad
     method.after_step(progress)
     return loss.detach()
+
+
+def assert_same_gradients(method, exact, *, without=("teacher.",), atol=2e-5, rtol=1e-3):
+    """Of all parameters, but for those with such a part in their names, which have none. exact: a copy of the method in float64."""
+    for (name, a), b in zip(method.named_parameters(), exact.parameters(), strict=True):
+        if any(part in name for part in without):
+            assert a.grad is None
+        else:
+            torch.testing.assert_close(a.grad.double(), b.grad, atol=atol, rtol=rtol, msg=name)
 
 
 def assert_same_value_and_gradients(ours, exact, value, expected, rtol=1e-4):

@@ -1,5 +1,6 @@
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,6 @@ from ffssl.report.write import write_report
 from ffssl.run_log import NAME as LOG_NAME
 from ffssl.train import train
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "--model.backbone=resnet-small", "--method.name=simclr", "--method.hidden=32", "--method.projection=16", "--resolution.max=32",
     "--resolution.min=16", "--resolution.step=16", "--hard_augment.resolution=16", "--training.batch_size=16", "--evaluate.k=5",
@@ -184,12 +184,14 @@ def test_accuracies_of_different_data_are_said_to_be_different(folder, tmp_path)
     assert "of different data" in text and str(folder / "other.beton") in text and "less than" not in text
 
 
-def test_a_folder_without_a_run_is_refused_in_a_line(tmp_path):
+def test_a_folder_without_a_run_is_refused_in_a_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match=f"has no {re.escape(LOG_NAME)}"):
         write_report([tmp_path], tmp_path / "report.html")
-    command = [sys.executable, "-m", "ffssl.report", str(tmp_path / "nothing"), "--output", str(tmp_path / "report.html")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "nothing"), "--output", str(tmp_path / "report.html")])
+    with pytest.raises(SystemExit, match="^2$"):
+        runpy.run_module("ffssl.report", run_name="__main__")
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
     assert not (tmp_path / "report.html").exists()
 
 
