@@ -40,8 +40,3 @@ def test_loader_benchmark_names_every_contender_and_survives_those_that_fail(tmp
     dali = next(line for line in lines if line.startswith("DALI, CPU"))
     assert "not installed" in dali or float(dali[28:].split()[0]) > 0
     assert any(line.startswith("milliseconds on one core") for line in lines)
-
-
-def test_mistakes_cost_one_line():
-    result = subprocess.run([sys.executable, "-m", "ffssl.benchmark", "laoder"], capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (2, "error: 'laoder': unknown benchmark; known are loader\n")

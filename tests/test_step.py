@@ -22,7 +22,7 @@ from ffssl.step import PASSES, build, compile_passes, memory_advice, start_run, 
 CPU = torch.device("cpu")
 NETWORK = {
     "simsiam": ["--method.predictor=8"], "byol": ["--method.predictor=8"], "mocov2plus": ["--method.queue=64"],
-    "dino": ["--method.prototypes=24"],
+    "dino": ["--method.prototypes=24"], "simclr": ["--method.temperature=0.5"],
 }  # fmt: skip
 HARD = ["--augment.views=3", "--hard_augment.select=hard", "--hard_augment.resolution=16"]
 

@@ -1,24 +1,30 @@
-"""Benchmarks: python -m ffssl.benchmark loader --help"""
+"""Benchmarks of this machine: python -m ffssl.benchmark NAME --help"""
 
+import importlib
 import sys
 
 from ffssl.command_line import exit_status
 from ffssl.errors import UserError
+from ffssl.openmp import share_cores
 
-BENCHMARKS = ("loader",)
+BENCHMARKS = {
+    "loader": "images/s of the loader and of its peers, in one run",
+    "step": "a training step: where its time goes, and how near it is to the ceiling",
+    "speedup": "how much faster one config trains than another, by timing every stage of both",
+}
 
 
-def main() -> int:
-    words = sys.argv[1:]
-    if not words or words[0] in ("-h", "--help"):
-        print(f"usage: python -m ffssl.benchmark {{{','.join(BENCHMARKS)}}} ...\n\nloader: images/s of the loader and of its peers, in one run")
-        return 0 if words else 2
-    if words[0] not in BENCHMARKS:
-        raise UserError(f"{words[0]!r}: unknown benchmark; known are {', '.join(BENCHMARKS)}")
-    from ffssl.benchmark.loader import main as benchmark_loader
-
-    benchmark_loader(words[1:])
-    return 0
+def main() -> None:
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print("usage: python -m ffssl.benchmark NAME ...\n")
+        print("\n".join(f"{name:<9}{about}" for name, about in BENCHMARKS.items()))
+        return
+    if name not in BENCHMARKS:
+        raise UserError(f"{name!r}: unknown benchmark; known are {', '.join(BENCHMARKS)}")
+    if name != "loader":  # it starts processes of its own
+        share_cores()
+    importlib.import_module(f"ffssl.benchmark.{name}").main(arguments)
 
 
 if __name__ == "__main__":

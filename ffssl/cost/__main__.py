@@ -14,9 +14,7 @@ from ffssl.command_line import exit_status
 from ffssl.config import read_options
 from ffssl.cost import PAPERS, STANDARD, Stage
 from ffssl.cost.paper import paper_table
-from ffssl.cost.runs import IMAGES, RunCosts, petaflop
-from ffssl.data.beton import read_beton
-from ffssl.errors import UserError
+from ffssl.cost.runs import RunCosts, number_of_images, petaflop
 
 
 def main() -> None:
@@ -43,18 +41,6 @@ def report(configs: list[str], overrides: list[str], images: str | None = None) 
     parts = [f"{describe(config, runs[config], counts[config])}\n\n{stage_table(stages[config])}\n" for config in configs]
     petaflops = {config: [petaflop(stages[config], counts[config], count) for count in (STANDARD, PAPERS)] for config in configs}
     return "\n".join([*parts, total_table(petaflops)])
-
-
-def number_of_images(images: str | None, file: str) -> int:
-    if images in IMAGES:
-        return IMAGES[images]
-    if images is not None:
-        if not images.isdecimal() or not int(images):
-            raise UserError(f"--images: expected a number, {' or '.join(IMAGES)}, got {images!r}")
-        return int(images)
-    if not file:
-        raise UserError(f"--images: how many images the runs train on is not known; give a number, {' or '.join(IMAGES)}, or a --data.train=FILE")
-    return len(read_beton(file))
 
 
 def describe(config: str, options: SimpleNamespace, images: int) -> str:

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import torch
 
 from ffssl.cost import STANDARD, Flops, Stage, count_step, stages, step_options
+from ffssl.data.beton import read_beton
+from ffssl.errors import UserError
 from ffssl.methods import Method
 from ffssl.plan import Plan
 from ffssl.step import build
@@ -43,3 +45,15 @@ class RunCosts:
 def petaflop(stages: list[Stage], images: int, backward: int = STANDARD) -> float:
     """Of all images in every epoch, as the paper counts; a run leaves out the last batch of an epoch if it is not full."""
     return images * sum(stage.epochs * stage.flops.total(backward) for stage in stages) / 1e15
+
+
+def number_of_images(images: str | None, file: str) -> int:
+    if images in IMAGES:
+        return IMAGES[images]
+    if images is not None:
+        if not images.isdecimal() or not int(images):
+            raise UserError(f"--images: expected a number, {' or '.join(IMAGES)}, got {images!r}")
+        return int(images)
+    if not file:
+        raise UserError(f"--images: how many images the runs train on is not known; give a number, {' or '.join(IMAGES)}, or a --data.train=FILE")
+    return len(read_beton(file))

@@ -54,6 +54,11 @@ def unlike_the_student(method):
     return method
 
 
+def jointly(network, views):
+    """What a network makes of both views (2, N, ...), passed as one batch: (N, d) each."""
+    return network(views.flatten(0, 1)).chunk(2)
+
+
 def train_a_step(method, progress, seed, n=10):
     """A step of plain SGD at 0.1, as the training loop takes it."""
     method.before_step(progress)

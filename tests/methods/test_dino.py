@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from small import WideBackbone, assert_same_gradients, assert_same_value_and_gradients, build, pair, randoms, train_a_step, unlike_the_student, views
+from small import WideBackbone, assert_same_gradients, assert_same_value_and_gradients, build, jointly, pair, randoms, train_a_step, unlike_the_student, views
 from torch.nn import functional as F
 
 from ffssl.methods import build_method
@@ -33,8 +33,8 @@ def test_loss_and_every_gradient_are_the_papers_and_none_reaches_the_teacher():
     exact = copy.deepcopy(method).double()
     value, projections = method.loss(*views())
     value.backward()
-    z = [exact.projector(exact.backbone(view)) for view in views().double()]
-    expected = dino_by_the_paper([exact.last_layer(zi) for zi in z], [exact.teacher(view) for view in views().double()], exact.centre, 0.2, 0.07)
+    z = jointly(lambda images: exact.projector(exact.backbone(images)), views().double())
+    expected = dino_by_the_paper([exact.last_layer(zi) for zi in z], jointly(exact.teacher, views().double()), exact.centre, 0.2, 0.07)
     expected.backward()
     torch.testing.assert_close(value.double(), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(projections.double(), z[0], atol=1e-4, rtol=1e-4)
@@ -60,9 +60,9 @@ def test_the_centre_is_the_average_of_the_teachers_outputs_by_hand_and_enters_th
     centre = method.centre.double()
     for step in range(3):
         before = copy.deepcopy(method).double()
-        outputs = torch.cat([before.teacher(view) for view in views(seed=step).double()])
+        outputs = torch.cat(jointly(before.teacher, views(seed=step).double()))
         value, _ = method.loss(*views(seed=step))
-        student = [before.last_layer(before.projector(before.backbone(view))) for view in views(seed=step).double()]
+        student = jointly(lambda images: before.last_layer(before.projector(before.backbone(images))), views(seed=step).double())
         torch.testing.assert_close(value.double(), dino_by_the_paper(student, outputs.chunk(2), centre, 0.1, 0.04), atol=1e-4, rtol=1e-4)
         centre = 0.9 * centre + 0.1 * outputs.mean(0)
         torch.testing.assert_close(method.centre.double(), centre, atol=1e-5, rtol=1e-5)

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from small import WideBackbone, assert_same_value_and_gradients, build, pair, randoms, views
+from small import WideBackbone, assert_same_value_and_gradients, build, jointly, pair, randoms, views
 
 from ffssl.methods import build_method
 from ffssl.methods.simclr import nt_xent, nt_xent_of_pairs
@@ -52,7 +52,7 @@ def test_loss_is_the_papers_on_its_projections():
     method = build("simclr", temperature=0.3)
     exact = copy.deepcopy(method).double()
     value, projections = method.loss(*views())
-    z = [exact.projector(exact.backbone(view)) for view in views().double()]
+    z = jointly(lambda images: exact.projector(exact.backbone(images)), views().double())
     torch.testing.assert_close(value.double(), simclr_by_the_paper(*z, 0.3), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(projections.double(), z[0], atol=1e-4, rtol=1e-4)
 

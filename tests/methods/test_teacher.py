@@ -47,15 +47,17 @@ def test_after_each_of_three_steps_it_is_the_average_by_hand(name):
     assert moved > 1e-3  # the student went on
 
 
+@pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("name", WITH_TEACHER)
-def test_its_batchnorm_normalises_by_the_batch_and_keeps_its_own_statistics(name):
+def test_its_batchnorm_normalises_by_the_batch_and_keeps_its_own_statistics(name, joint):
     method = build(name)
+    method.joint_views = joint
     norm, students = method.teacher.layers[0].norm, method.backbone.norm
     with torch.no_grad():
         method.teacher.layers[0].layer.weight.mul_(3)
     first, second = views()
     seen = [method.teacher.layers[0].layer(view.flatten(1)).detach() for view in (first, second)]
-    mean = 0.9 * (0.1 * seen[0].mean(0)) + 0.1 * seen[1].mean(0)  # one view after the other
+    mean = 0.1 * torch.cat(seen).mean(0) if joint else 0.9 * (0.1 * seen[0].mean(0)) + 0.1 * seen[1].mean(0)
     method(first, second)
     torch.testing.assert_close(norm.running_mean, mean)
     assert not torch.allclose(norm.running_mean, students.running_mean)

@@ -1,0 +1,224 @@
+"""How much faster one config trains than another on this machine, in hours, by timing every stage of both schedules.
+
+    python -m ffssl.benchmark speedup --configs rn50_configs/baseline.yaml rn50_configs/efficient.yaml
+    python -m ffssl.benchmark speedup --configs A.yaml B.yaml --data train.beton --output runs/speedup --training.batch_size=256
+    python -m ffssl.benchmark speedup --configs A.yaml B.yaml --data train.beton --full      # also trains both, and compares
+
+A stage is what a config trains at one resolution. Each is timed with views at hand, with the loader alone, and with both together as in
+training; the stages take turns, round by round, since a machine's speed drifts. What a step takes together, and an epoch's wait for its
+first batch, are then added up over the schedules. torch.compile's work and evaluations are left out. Without --data the images are cut
+from photographs, 500x375. Writes speedup.json, speedup.md and speedup.png to the output folder. Any option of training can be given to
+both configs, as --section.option=value.
+"""
+
+import contextlib
+import itertools
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ffssl.benchmark.loader import describe_images, prepare_images
+from ffssl.benchmark.machine import describe_machine
+from ffssl.benchmark.speedup_report import draw, table_of
+from ffssl.benchmark.timing import seconds_of
+from ffssl.command_line import Parser
+from ffssl.config import read_options
+from ffssl.cost import count_flops
+from ffssl.cost.runs import number_of_images
+from ffssl.data.loader import ViewLoader
+from ffssl.device import choose_device
+from ffssl.errors import UserError
+from ffssl.files import replacing, write_json
+from ffssl.plan import Plan
+from ffssl.run_log import read_log
+from ffssl.step import PASSES, Run, build, compile_passes, memory_advice, start_run, to_device, train_step
+from ffssl.train import open_loader
+
+PACKAGES = ("ffssl", "torch", "torchvision", "timm", "numba", "ffcv")
+ROOT = Path(__file__).resolve().parents[2]
+JSON, TABLE, PICTURE = "speedup.json", "speedup.md", "speedup.png"
+FEWEST_STEPS, MOST_STEPS = 4, 100  # in a measurement
+
+
+def main(arguments: list[str]) -> None:
+    parser = Parser(prog="python -m ffssl.benchmark speedup", description=__doc__)
+    parser.add_argument("--configs", type=Path, nargs="+", required=True, metavar="CONFIG", help="speed-ups are over the first")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="beton file to take images from")
+    parser.add_argument("--images", metavar="N", help="in an epoch: a number, imagenet or imagenette (default: those in --data, else imagenet)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each stage (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement, about (default: %(default)s)")
+    parser.add_argument("--full", action="store_true", help="train the configs as well, without evaluations, and compare; needs --data")
+    parser.add_argument("--output", type=Path, default=Path("runs/speedup"), metavar="FOLDER", help="(default: %(default)s)")
+    given, overrides = parser.parse_known_args(arguments)
+    if given.full and (not given.data or given.images):
+        raise UserError("--full: trains on all images of --data FILE; give one, and no --images")
+    if given.rounds < 1 or given.seconds <= 0:
+        raise UserError("--rounds, --seconds: expected positive numbers")
+    configs = {path.stem: path for path in given.configs}
+    if len(configs) < len(given.configs):
+        raise UserError(f"--configs: {', '.join(map(str, given.configs))} do not all have names of their own")
+    unused = {"data.train": "", "run.folder": ""}
+    options = {name: read_options([f"--config={path}", *overrides], defaults=unused) for name, path in configs.items()}
+    device = choose_device(next(iter(options.values())).run.device)
+
+    with contextlib.ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ffssl-speedup-")))
+        most = max(one.training.batch_size for one in options.values())
+        data = given.data or prepare_images(Namespace(data=None, images=None, samples=most), scratch)[0]
+        images = number_of_images(given.images or (None if given.data else "imagenet"), str(data))
+        where = "on the CPU, there being no GPU" if device.type == "cpu" and not torch.cuda.is_available() else f"on {device}"
+        print(f"{where}; {describe_machine(PACKAGES)}\n{describe_images(data)}; epochs of {images:,}", flush=True)
+        trials = []
+        for name, one in options.items():
+            one.data.train = str(data)
+            trials.append(start_trial(name, one, images, device, stack))
+        measure(trials, given.rounds, given.seconds)
+        found = {"machine": describe_machine(PACKAGES), "device": where, "images": images, "configs": [summarise(trial) for trial in trials]}
+    if given.full:
+        for config in found["configs"]:
+            print(f"training {config['name']} in full", flush=True)
+            config["full_seconds"] = train_in_full(configs[config["name"]], data, overrides)
+    table = table_of(found)
+    print(f"\n{table}\nIn {given.output}: {JSON}, {TABLE}, {PICTURE}")
+    given.output.mkdir(parents=True, exist_ok=True)
+    write_json(given.output / JSON, found)
+    with replacing(given.output / TABLE) as partial:
+        partial.write_text(table)
+    draw(found, given.output / PICTURE)
+
+
+@dataclass
+class Stage:
+    """What a config trains at one resolution. times: by what was timed, seconds a step of each round; see `time_stage`."""
+
+    resolution: int
+    epochs: list[int]
+    steps: int = FEWEST_STEPS  # in a measurement
+    first_step: float = 0.0  # seconds, torch.compile's work included
+    times: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+
+@dataclass
+class Trial:
+    """A config under test."""
+
+    name: str
+    run: Run
+    loader: ViewLoader
+    flops: dict[int, int]  # of a step, by resolution
+    stages: list[Stage]
+
+
+def start_trial(name: str, options: Namespace, images: int, device: torch.device, stack: contextlib.ExitStack) -> Trial:
+    torch.manual_seed(options.run.seed)
+    method = build(options, device)
+    plan = Plan(options, steps_per_epoch=images // options.training.batch_size)
+    if not plan.steps_per_epoch:
+        raise UserError(f"--images: {images} are fewer than {name}'s --training.batch_size={options.training.batch_size}")
+    run, loader, flops = start_run(options, method, plan, device), stack.enter_context(open_loader(options, method)), count_flops(plan, method)
+    compile_passes(method, PASSES, options.training.compile, device)
+    epochs = defaultdict(list)
+    for epoch in range(options.training.epochs):
+        epochs[plan.resolution(epoch)].append(epoch)
+    return Trial(name, run, loader, flops, [Stage(side, of_side) for side, of_side in epochs.items()])
+
+
+def measure(trials: list[Trial], rounds: int, seconds: float) -> None:
+    """Time all stages in turns, each measurement for about so many seconds."""
+    stages = [(trial, stage) for trial in trials for stage in trial.stages]
+    for trial, stage in stages:
+        options = trial.run.options
+        shape = (options.training.batch_size, options.augment.views, 3, stage.resolution, stage.resolution)
+        views, fits = torch.zeros(shape, dtype=torch.uint8, device=trial.run.device), False
+        with contextlib.suppress(torch.OutOfMemoryError):
+            stage.first_step = seconds_of(lambda: train_step(trial.run, views, 0), trial.run.device)
+            fits = True
+        if not fits:
+            raise UserError(f"{trial.name}: {shape[0]} images of {shape[1]} views at {shape[-1]} px do not fit into the memory; {memory_advice(trial.run, shape)}")
+        step = seconds_of(lambda: train_step(trial.run, views, 0), trial.run.device)
+        stage.steps = int(min(max(seconds / step, FEWEST_STEPS), MOST_STEPS))
+    for number in range(rounds):
+        for trial, stage in stages:
+            time_stage(trial, stage)
+        print(f"round {number + 1} of {rounds}", flush=True)
+
+
+def time_stage(trial: Trial, stage: Stage) -> None:
+    """One measurement of seconds: "start" to an epoch's first batch, and of a step with the loader ("together", and the "joules" of it), with
+    the views at hand ("step"), and of the loader alone ("loader").
+    """
+    run, loader, steps = trial.run, trial.loader, stage.steps
+    loader.samples = np.resize(loader.samples, (steps + 1) * loader.batch_size)
+    numbers = itertools.count()
+
+    def first_batch() -> float:
+        nonlocal batches, views
+        loader.set_epoch(stage.epochs[0], stage.resolution, run.plan.magnitude(stage.epochs[0]))
+        batches = to_device((views for views, _, _ in loader), run.device)
+        started = time.perf_counter()
+        views = next(batches)
+        return time.perf_counter() - started
+
+    def next_batch() -> None:
+        nonlocal views
+        views = next(batches)
+
+    def train() -> None:
+        train_step(run, views, next(numbers))
+
+    def train_and_wait() -> None:
+        train()
+        next_batch()
+
+    def seconds_a_step(work) -> float:
+        return seconds_of(lambda: [work() for _ in range(steps)], run.device) / steps
+
+    batches = views = None
+    stage.times["start"].append(first_batch())
+    joules = run.joules()
+    stage.times["together"].append(seconds_a_step(train_and_wait))
+    if joules is not None:
+        stage.times["joules"].append((run.joules() - joules) / steps)
+    stage.times["step"].append(seconds_a_step(train))
+    first_batch()
+    stage.times["loader"].append(seconds_a_step(next_batch))
+
+
+def summarise(trial: Trial) -> dict:
+    """A config's stages, and their sums over its schedule."""
+    plan, batch_size, workers = trial.run.plan, trial.loader.batch_size, trial.loader.workers
+    stages = []
+    for stage in trial.stages:
+        median = {kind: statistics.median(values) for kind, values in stage.times.items()}
+        steps = len(stage.epochs) * plan.steps_per_epoch
+        stages.append({
+            "resolution": stage.resolution, "epochs": len(stage.epochs), "steps": steps, "batch_size": batch_size,
+            "step_ms": 1000 * median["step"], "loader_ms": 1000 * median["loader"], "together_ms": 1000 * median["together"],
+            "start_ms": 1000 * median["start"], "first_step_s": stage.first_step,
+            "bound": "loader" if median["loader"] > median["step"] else "training", "cores_needed": workers * median["loader"] / median["step"],
+            "loader_images_per_second_per_core": batch_size / median["loader"] / workers,
+            "seconds": steps * median["together"] + len(stage.epochs) * median["start"], "flops": steps * trial.flops[stage.resolution],
+            "joules": steps * median["joules"] if "joules" in median else None,
+        })  # fmt: skip
+    sums = {key: sum(stage[key] for stage in stages) for key in ("seconds", "flops")}
+    joules = None if stages[0]["joules"] is None else sum(stage["joules"] for stage in stages)
+    return {"name": trial.name, "epochs": trial.run.options.training.epochs, "workers": workers, **sums, "joules": joules, "stages": stages}
+
+
+def train_in_full(config: Path, data: Path, overrides: list[str]) -> float:
+    """Seconds of training, by its own log."""
+    with tempfile.TemporaryDirectory(prefix="ffssl-speedup-") as folder:
+        words = [f"--config={config}", *overrides, f"--data.train={data}", "--data.validation=", f"--run.folder={folder}/run"]
+        status = subprocess.run([sys.executable, str(ROOT / "ffssl" / "train.py"), *words]).returncode
+        if status:
+            raise UserError(f"--full: training {config} ended with status {status}")
+        return read_log(Path(folder) / "run")[-1]["seconds"]

@@ -1,0 +1,78 @@
+"""What the speed-up benchmark found, as a table and as a picture."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from ffssl.energy import JOULES_PER_KWH
+from ffssl.figures import COLOURS, flop_unit, time_unit
+from ffssl.files import replacing
+
+
+def table_of(found: dict) -> str:
+    """Markdown: the stages of each config, and the totals. found: as `ffssl.benchmark.speedup` writes it."""
+    configs, first = found["configs"], found["configs"][0]
+    time, per_second = time_unit(max(config["seconds"] for config in configs))
+    work, per_flop = flop_unit(max(config["flops"] for config in configs))
+    lines = [
+        f"{found['machine']}; {found['device']}; epochs of {found['images']:,} images", "",
+        f"| config | px | epochs | step, ms | loader, ms | together, ms | bound by | cores needed | {time} | first step, s |",
+        "|---|--:|--:|--:|--:|--:|---|--:|--:|--:|",
+    ]  # fmt: skip
+    for config in configs:
+        lines += [
+            f"| {config['name']} | {stage['resolution']} | {stage['epochs']} | {stage['step_ms']:.1f} | {stage['loader_ms']:.1f} | {stage['together_ms']:.1f} "
+            f"| {stage['bound']} | {stage['cores_needed']:.1f} | {stage['seconds'] * per_second:.3g} | {stage['first_step_s']:.1f} |"
+            for stage in config["stages"]
+        ]
+    lines += ["", f"| config | {time} | speed-up | {work} | speed-up | kWh | speed-up |" + (f" trained in full, {time} | prediction is off by | speed-up |" if "full_seconds" in first else "")]
+    lines.append("|---|" + "--:|" * (lines[-1].count("|") - 2))
+    for config in configs:
+        cells = [f"{config['seconds'] * per_second:.4g}", ratio(first["seconds"], config["seconds"])]
+        cells += [f"{config['flops'] * per_flop:.4g}", ratio(first["flops"], config["flops"])]
+        joules = config["joules"]
+        cells += ["–", "–"] if joules is None else [f"{joules / JOULES_PER_KWH:.3g}", ratio(first["joules"], joules)]
+        if "full_seconds" in config:
+            full = config["full_seconds"]
+            cells += [f"{full * per_second:.4g}", f"{config['seconds'] / full - 1:+.1%}", ratio(first["full_seconds"], full)]
+        lines.append(f"| {config['name']} | {' | '.join(cells)} |")
+    lines += [
+        "", "step: with views at hand; loader: a batch, alone; together: as in training, medians. cores needed: CPU cores with which the loader alone "
+        "would keep up with the step. Times are of training, without torch.compile's work (within the first step) and evaluations; FLOPs in the standard "
+        "count. kWh: of the GPU, where it counts them.", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def ratio(base: float, value: float) -> str:
+    return f"{base / value:.2f}x"
+
+
+def draw(found: dict, path: Path) -> None:
+    """A bar for each config, of its stages in the order of their resolutions' first use; those that wait for the loader are hatched."""
+    configs = found["configs"]
+    time, per_second = time_unit(max(config["seconds"] for config in configs))
+    sides = sorted({stage["resolution"] for config in configs for stage in config["stages"]})
+    colours = dict(zip(sides, [COLOURS[i % len(COLOURS)] for i in range(len(sides))]))
+    figure, axis = plt.subplots(figsize=(8, 1.6 + 0.7 * len(configs)), layout="constrained")
+    for row, config in enumerate(configs):
+        left = 0.0
+        for stage in config["stages"]:
+            width = stage["seconds"] * per_second
+            hatch = "//" if stage["bound"] == "loader" else None
+            axis.barh(row, width, left=left, height=0.6, color=colours[stage["resolution"]], edgecolor="white", hatch=hatch)
+            left += width
+        speed_up = f"{left:.3g} {time}" if row == 0 else f"{left:.3g} {time}: {ratio(configs[0]['seconds'], config['seconds'])} as fast, {ratio(configs[0]['flops'], config['flops'])} in FLOPs"
+        axis.text(left, row, f" {speed_up}", va="center", ha="left", fontsize=9) if left < 0.5 * configs[0]["seconds"] * per_second or row else axis.text(left, row, f"{speed_up} ", va="center", ha="right", color="white", fontsize=9)
+    axis.set_yticks(range(len(configs)), [config["name"] for config in configs])
+    axis.invert_yaxis()
+    axis.set_xlabel(f"{time} of training")
+    axis.legend([plt.Rectangle((0, 0), 1, 1, color=colours[side]) for side in sides], [f"{side} px" for side in sides], ncols=len(sides), loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, fontsize=9)
+    for spine in ("top", "right", "left"):
+        axis.spines[spine].set_visible(False)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=150, format="png")
+    plt.close(figure)

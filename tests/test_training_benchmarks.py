@@ -1,0 +1,177 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ffssl.benchmark import speedup, step
+from ffssl.benchmark.speedup_report import table_of
+from ffssl.benchmark.timing import Stopwatch
+from ffssl.config import read_options
+from ffssl.cost import count_flops
+from ffssl.errors import UserError
+from ffssl.methods.base import Method
+from ffssl.plan import Plan
+from ffssl.schedules import resolution
+from ffssl.step import build
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = [
+    "--model.backbone=resnet-small", "--method.name=byol", "--method.hidden=32", "--method.projection=16", "--method.predictor=32",
+    "--training.batch_size=16", "--run.device=cpu",
+]  # fmt: skip
+HARD = ["--augment.views=4", "--hard_augment.select=hard", "--hard_augment.resolution=16"]
+SPL = ["--resolution.schedule=spl", "--resolution.max=48", "--resolution.min=32", "--resolution.step=16", "--training.epochs=5"]
+
+
+@pytest.fixture
+def configs(tmp_path):
+    paths = tmp_path / "standard.yaml", tmp_path / "quick.yaml"
+    paths[0].write_text("training: {epochs: 6}\nresolution: {max: 48, step: 16}\n")
+    paths[1].write_text(
+        "training: {epochs: 4, schedule: f1-clr, warmup_epochs: 1}\nresolution: {schedule: spl, max: 48, min: 32, step: 16}\n"
+        "augment: {views: 4}\nhard_augment: {select: hard, resolution: 16}\n"
+    )
+    return paths
+
+
+# The step
+
+
+def test_the_step_is_timed_at_every_resolution_of_the_schedule(tmp_path, capsys):
+    step.main([*SMALL, *HARD, *SPL, "--steps=2", "--rounds=2", f"--json={tmp_path / 'step.json'}"])
+    assert "byol, resnet-small, 16 images of 4 views, hard pairs at 16 px" in capsys.readouterr().out
+    found = json.loads((tmp_path / "step.json").read_text())
+    assert [row["resolution"] for row in found["rows"]] == [32, 48]
+    options = read_options([*SMALL, *HARD, *SPL, "--data.train=x", "--run.folder=x"])
+    flops = count_flops(Plan(options, 10), build(options, torch.device("cpu")))
+    for row in found["rows"]:
+        parts = [row[f"{part}_ms"] for part in step.PARTS]
+        assert min(parts) > 0 and sum(parts) == pytest.approx(row["step_ms"], rel=0.5)
+        assert row["flops"] == flops[row["resolution"]]
+        assert row["flops_per_second"] == pytest.approx(row["flops"] / row["step_ms"] * 1000)
+        assert row["flops_per_second"] < found["peak_flops_per_second"]
+        assert 0.2 < row["over_ceiling"] < 20 and 0.1 < row["over_equation_11"] < 20
+
+
+def test_the_ceiling_does_the_arithmetic_of_a_supervised_step():
+    options = read_options([*SMALL, "--data.train=x", "--run.folder=x", "--model.backbone=resnet50"])
+    assert step.supervised_flops(options, 224) == pytest.approx(16 * 2 * 3 * 8.18e9, rel=0.01)  # 4.09 GMAC, published
+
+
+def test_without_a_gpu_the_first_lines_say_so(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    step.main([*SMALL, "--resolutions=16", "--steps=1", "--rounds=1"])
+    assert "on the CPU, there being no GPU" in "".join(capsys.readouterr().out.splitlines()[:2])
+
+
+def test_a_resolution_that_does_not_fit_is_named_with_what_would(monkeypatch, capsys, tmp_path):
+    real = Method.forward
+
+    def forward(self, first, *rest):
+        if first.shape[0] * first.shape[-1] > 8 * 48:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, first, *rest)
+
+    monkeypatch.setattr(Method, "forward", forward)
+    step.main([*SMALL, "--resolutions", "16", "48", "--steps=1", "--rounds=1", f"--json={tmp_path / 'step.json'}"])
+    assert "48  16 images do not fit into the memory; 8 images fit: take --training.batch_size=8, or --training.accumulate=2" in capsys.readouterr().out
+    assert [row["resolution"] for row in json.loads((tmp_path / "step.json").read_text())["rows"]] == [16]
+
+
+def test_a_part_lasts_from_the_mark_before_it(monkeypatch):
+    now = iter([0.0, 1.0, 3.0, 4.0, 6.0, 10.0, 11.0, 12.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    watch = Stopwatch(torch.device("cpu"))
+    for _ in range(2):
+        watch.start()
+        for part in ("forward", "backward", "forward"):
+            watch.mark(part)
+    assert watch.milliseconds() == {"forward": pytest.approx((2000 + 5000) / 2), "backward": pytest.approx((2000 + 1000) / 2)}
+
+
+# The speed-up
+
+
+def test_stages_are_added_up_over_the_schedules(configs, betons, tmp_path, monkeypatch, capsys):
+    """With a clock of our own, where a step takes its resolution in milliseconds, loading twice as long at 32 px and half as long at 48."""
+
+    def time_stage(trial, stage):
+        stage.times["start"].append(0.5)
+        stage.times["step"].append(stage.resolution / 1000)
+        stage.times["loader"].append(stage.resolution / 1000 * (2 if stage.resolution == 32 else 0.5))
+        stage.times["together"].append(stage.resolution / 1000 * (2 if stage.resolution == 32 else 1))
+        stage.times["joules"].append(100.0)
+
+    monkeypatch.setattr(speedup, "time_stage", time_stage)
+    speedup.main(["--configs", *map(str, configs), f"--data={betons['train']}", f"--output={tmp_path}", *SMALL, "--data.workers=3"])
+    found = json.loads((tmp_path / "speedup.json").read_text())
+    standard, quick = found["configs"]
+    steps = 160 // 16
+    assert standard["seconds"] == pytest.approx(6 * (0.5 + steps * 0.048))
+    sides = [resolution(e, schedule="spl", epochs=4, warmup=1, low=32, high=48, step=16) for e in range(4)]
+    assert sorted(sides) == [32, 32, 48, 48]
+    assert quick["seconds"] == pytest.approx(2 * (0.5 + steps * 0.064) + 2 * (0.5 + steps * 0.048))
+    assert standard["joules"] == pytest.approx(6 * steps * 100)
+    by_side = {stage["resolution"]: stage for stage in quick["stages"]}
+    assert [by_side[side]["bound"] for side in (32, 48)] == ["loader", "training"]
+    assert [by_side[side]["cores_needed"] for side in (32, 48)] == pytest.approx([6, 1.5])
+    assert by_side[32]["loader_images_per_second_per_core"] == pytest.approx(16 / 0.064 / 3)
+    table = (tmp_path / "speedup.md").read_text()
+    assert table in capsys.readouterr().out
+    assert f"| {standard['seconds'] / quick['seconds']:.2f}x |" in table and f"| {standard['flops'] / quick['flops']:.2f}x |" in table
+    assert (tmp_path / "speedup.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_stage_is_timed_with_the_loader_and_without(configs, betons, tmp_path):
+    speedup.main(["--configs", *map(str, configs), f"--data={betons['train']}", f"--output={tmp_path}", "--rounds=1", "--seconds=0.1", *SMALL])
+    for config in json.loads((tmp_path / "speedup.json").read_text())["configs"]:
+        for stage in config["stages"]:
+            assert stage["together_ms"] > 0.7 * max(stage["step_ms"], stage["loader_ms"])
+            assert min(stage["step_ms"], stage["loader_ms"], stage["start_ms"], stage["first_step_s"]) > 0
+
+
+def test_what_full_runs_took_stands_beside_the_prediction():
+    stage = {"resolution": 32, "epochs": 1, "steps": 10, "batch_size": 4, "step_ms": 1, "loader_ms": 1, "together_ms": 1, "start_ms": 1,
+             "first_step_s": 1, "bound": "training", "cores_needed": 1, "seconds": 90, "flops": 1e12, "joules": None}  # fmt: skip
+    configs = [{"name": name, "seconds": 90.0, "flops": 1e12, "joules": None, "full_seconds": full, "stages": [stage]} for name, full in (("a", 100.0), ("b", 80.0))]
+    table = table_of({"machine": "m", "device": "cpu", "images": 40, "configs": configs})
+    assert "| a | 90 | 1.00x | 1 | 1.00x | – | – | 100 | -10.0% | 1.00x |" in table
+    assert "| b | 90 | 1.00x | 1 | 1.00x | – | – | 80 | +12.5% | 1.25x |" in table
+
+
+@pytest.mark.slow
+def test_the_prediction_is_near_what_full_runs_take(configs, betons, tmp_path):
+    speedup.main(["--configs", *map(str, configs), f"--data={betons['train']}", f"--output={tmp_path}", "--full", *SMALL])
+    for config in json.loads((tmp_path / "speedup.json").read_text())["configs"]:
+        assert config["seconds"] == pytest.approx(config["full_seconds"], rel=0.3)
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--full"], "--full: trains on all images of --data FILE"),
+    (["--images=7"], "--images: 7 are fewer than standard's --training.batch_size=16"),
+    (["--images=many"], "--images: expected a number"),
+    (["--training.batchsize=4"], "--training.batchsize: unknown option; did you mean training.batch_size?"),
+    (["--rounds=0"], "--rounds, --seconds: expected positive numbers"),
+])  # fmt: skip
+def test_mistakes_are_named(configs, betons, words, message, tmp_path):
+    data = [] if "--full" in words else [f"--data={betons['train']}"]
+    with pytest.raises(UserError, match=message.split("?")[0]):
+        speedup.main(["--configs", *map(str, configs), *data, f"--output={tmp_path}", *SMALL, *words])
+
+
+def test_configs_of_one_name_are_refused(configs):
+    with pytest.raises(UserError, match="do not all have names of their own"):
+        speedup.main(["--configs", str(configs[0]), str(configs[0])])
+
+
+def test_benchmarks_are_listed_and_unknown_ones_named():
+    def run(*words):
+        return subprocess.run([sys.executable, "-m", "ffssl.benchmark", *words], capture_output=True, text=True, cwd=ROOT)
+
+    assert all(name in run("--help").stdout for name in ("loader", "step", "speedup"))
+    wrong = run("sped")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: 'sped': unknown benchmark; known are loader, step, speedup")
