@@ -212,9 +212,9 @@ def drawn_batches(tmp_path_factory):
 @pytest.mark.parametrize("name", ["simsiam", "simclr"])
 def test_mixed_precision_learns_as_float32_does(name, drawn_batches):
     """Its curve differs by less from float32's than float32's does with other initial weights."""
-    options = {amp: options_of(name, "--training.batch_size=32", f"--training.amp={amp}") for amp in ("off", "bf16")}
+    options = {amp: options_of(name, "--training.batch_size=32", "--training.learning_rate=0.01", f"--training.amp={amp}") for amp in ("off", "bf16")}
     full, other, half = (losses(start(options[amp], seed), drawn_batches) for amp, seed in (("off", 0), ("off", 1), ("bf16", 0)))
-    assert full[:5].mean() - full[-5:].mean() > 0.03
+    assert full[:5].mean() - full[-5:].mean() > 0.01
     assert 0 < np.abs(half - full).mean() < np.abs(other - full).mean()
 
 

@@ -65,7 +65,7 @@ def test_without_a_gpu_the_first_lines_say_so(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     step.main([*SMALL, "--resolutions=16", "--steps=1", "--rounds=1"])
-    assert "on the CPU, there being no GPU" in "".join(capsys.readouterr().out.splitlines()[:2])
+    assert "on the CPU, there being no GPU" in capsys.readouterr().out.splitlines()[0]
 
 
 def test_a_resolution_that_does_not_fit_is_named_with_what_would(monkeypatch, capsys, tmp_path):

@@ -48,8 +48,7 @@ def main(arguments: list[str]) -> None:
     given, words = parser.parse_known_args(arguments)
     options = read_options(words, defaults={"data.train": "none", "run.folder": "none"})
     device = choose_device(options.run.device)
-    print(describe_machine(PACKAGES))
-    print(describe(options, device), flush=True)
+    print(f"{describe(options, device)}\n{describe_machine(PACKAGES)}", flush=True)
 
     torch.manual_seed(options.run.seed)
     run = start_run(options, build(options, device), Plan(options, steps_per_epoch=1000), device)
