@@ -25,10 +25,11 @@ def table_of(found: dict) -> str:
     for config in configs:
         lines += [
             f"| {config['name']} | {stage['resolution']} | {stage['epochs']} | {stage['step_ms']:.1f} | {stage['loader_ms']:.1f} | {stage['together_ms']:.1f} "
-            f"| {stage['bound']} | {stage['cores_needed']:.1f} | {stage['seconds'] * per_second:.3g} | {stage['first_step_s']:.1f} |"
+            f"| {stage['bound']} | {stage['cores_needed']:.2g} | {stage['seconds'] * per_second:.3g} | {stage['first_step_s']:.1f} |"
             for stage in config["stages"]
         ]
-    lines += ["", f"| config | {time} | speed-up | {work} | speed-up | kWh | speed-up |" + (f" trained in full, {time} | prediction is off by | speed-up |" if "full_seconds" in first else "")]
+    full = f" trained in full, {time} | prediction is off by | speed-up |" if "full_seconds" in first else ""
+    lines += ["", f"| config | {time} | speed-up | {work} | speed-up | kWh | speed-up |{full}"]
     lines.append("|---|" + "--:|" * (lines[-1].count("|") - 2))
     for config in configs:
         cells = [f"{config['seconds'] * per_second:.4g}", ratio(first["seconds"], config["seconds"])]
@@ -54,7 +55,8 @@ def ratio(base: float, value: float) -> str:
 def draw(found: dict, path: Path) -> None:
     """A bar for each config, of its stages in the order of their resolutions' first use; those that wait for the loader are hatched."""
     configs = found["configs"]
-    time, per_second = time_unit(max(config["seconds"] for config in configs))
+    longest = max(config["seconds"] for config in configs)
+    time, per_second = time_unit(longest)
     sides = sorted({stage["resolution"] for config in configs for stage in config["stages"]})
     colours = dict(zip(sides, [COLOURS[i % len(COLOURS)] for i in range(len(sides))]))
     figure, axis = plt.subplots(figsize=(8, 1.6 + 0.7 * len(configs)), layout="constrained")
@@ -65,12 +67,16 @@ def draw(found: dict, path: Path) -> None:
             hatch = "//" if stage["bound"] == "loader" else None
             axis.barh(row, width, left=left, height=0.6, color=colours[stage["resolution"]], edgecolor="white", hatch=hatch)
             left += width
-        speed_up = f"{left:.3g} {time}" if row == 0 else f"{left:.3g} {time}: {ratio(configs[0]['seconds'], config['seconds'])} as fast, {ratio(configs[0]['flops'], config['flops'])} in FLOPs"
-        axis.text(left, row, f" {speed_up}", va="center", ha="left", fontsize=9) if left < 0.5 * configs[0]["seconds"] * per_second or row else axis.text(left, row, f"{speed_up} ", va="center", ha="right", color="white", fontsize=9)
+        text = f" {left:.3g} {time} "
+        if row:
+            text += f"({ratio(configs[0]['seconds'], config['seconds'])} as fast; in FLOPs {ratio(configs[0]['flops'], config['flops'])}) "
+        inside = config["seconds"] > 0.6 * longest
+        axis.text(left, row, text, va="center", ha="right" if inside else "left", color="white" if inside else "black", fontsize=9)
     axis.set_yticks(range(len(configs)), [config["name"] for config in configs])
     axis.invert_yaxis()
     axis.set_xlabel(f"{time} of training")
-    axis.legend([plt.Rectangle((0, 0), 1, 1, color=colours[side]) for side in sides], [f"{side} px" for side in sides], ncols=len(sides), loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, fontsize=9)
+    squares = [plt.Rectangle((0, 0), 1, 1, color=colours[side]) for side in sides]
+    axis.legend(squares, [f"{side} px" for side in sides], ncols=len(sides), loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, fontsize=9)
     for spine in ("top", "right", "left"):
         axis.spines[spine].set_visible(False)
     with replacing(path) as partial:
