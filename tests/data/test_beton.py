@@ -291,6 +291,7 @@ DAMAGES = {
     "sample 3 has no width or no height": lambda p: patch(p, ROWS_START + 3 * 24 + 1, 0, "<u2"),
     "sample 4 has no width": lambda p: patch(p, ROWS_START + 4 * 24 + 3, 0, "<u2"),
     "sample 1 is marked as neither": lambda p: patch(p, ROWS_START + 24, 2, "<u1"),
+    "sample 2 claims more pixels than": lambda p: patch(p, ROWS_START + 2 * 24 + 1, [65535, 65535], "<u2"),
     "sample 1 is raw but not of": lambda p: patch(p, ROWS_START + 24 + 1, 31, "<u2"),
 }
 
