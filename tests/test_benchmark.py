@@ -46,4 +46,4 @@ def test_loader_benchmark_names_every_contender_and_survives_those_that_fail(tmp
 
 def test_mistakes_cost_one_line():
     result = subprocess.run([sys.executable, "-m", "ffssl.benchmark", "laoder"], capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (2, "error: 'laoder': unknown benchmark; known are loader\n")
+    assert (result.returncode, result.stderr) == (2, "error: 'laoder': unknown benchmark; known are loader, plan\n")

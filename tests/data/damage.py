@@ -92,7 +92,8 @@ def _change_segment(random, data, _):
     """A marker, a length or what follows it: tables, sizes, sampling factors, references to tables."""
     a, b = _one_of(random, segments(data))
     if b > a:
-        data[min(a + 1 + random.integers(min(b - a, 24)), len(data) - 1)] = random.choice([0, 1, 2, 3, 0x11, 0x22, 0x41, 0xC4, 0xDB, 0xFF, random.integers(256)])
+        place = min(a + 1 + random.integers(min(b - a, 24)), len(data) - 1)
+        data[place] = random.choice([0, 1, 2, 3, 0x11, 0x22, 0x41, 0xC4, 0xDB, 0xFF, random.integers(256)])
     return data
 
 
