@@ -151,7 +151,7 @@ def _read_fields(path: Path, file, file_size: int, num_fields: int) -> list[tupl
         raise _damaged(path, f"it claims {num_fields} fields")
     fields = []
     for descriptor in np.fromfile(file, FIELD_TYPE, num_fields):
-        name = descriptor["name"].tobytes().split(b"\0")[0].decode("ascii", "backslashreplace")
+        name = descriptor["name"].tobytes().split(b"\0")[0].decode("latin-1").encode("unicode_escape").decode("ascii")  # fit for a message
         type_id = int(descriptor["type_id"])
         if type_id not in FIELD_METADATA:
             raise UserError(

@@ -238,7 +238,7 @@ def _resize_sample(random, parts, _):
 
 def _shorten_sample(random, parts, _):
     i = random.integers(len(parts.table))
-    parts.table["size"][i] = random.integers(1, int(min(parts.table["size"][i], 1 << 20)) + 1)
+    parts.table["size"][i] = random.integers(1, max(1, int(min(parts.table["size"][i], 1 << 20))) + 1)
 
 
 def _damage_stored_jpeg(random, parts, other):

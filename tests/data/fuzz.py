@@ -15,13 +15,20 @@ What decodes must decode to the same pixels in memory that held zeros or ones be
 served came from there. Cases run in a child process, so that a crash or a hang (no answer in LIMIT_S) is told with its seed, and the next
 child goes on behind it. Leaves with status 1 if any case crashed, hung or broke a rule.
 
-Reads and writes out of bounds: the JPEG, the decoded pixels, the whole beton file and the views lie against pages that may not be touched
-(`damage.Guarded`), first at the end of their memory, then at its beginning, in the kinds decode and beton. Not guarded is what the compiled
-kernels and libjpeg allocate themselves. For the kernels, Numba can check indices (lanes.py excepted, whose vectors bypass it); for the native
-side, valgrind sees every access of the kind jpeg, which needs no Numba:
+Reads and writes out of bounds: in the kinds decode and beton the JPEG, the decoded pixels, the whole beton file and the views lie against
+pages that may not be touched (`damage.Guarded`), first at the end of their memory, then at its beginning. Not guarded is what the compiled
+kernels and libjpeg allocate themselves. Numba can check the kernels' indices, but for those of lanes.py:
 
     NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=/tmp/checked PYTHONPATH=. python tests/data/fuzz.py --kinds decode beton
-    PYTHONMALLOC=malloc PYTHONPATH=. valgrind --error-exitcode=1 --undef-value-errors=no python tests/data/fuzz.py --kinds jpeg --here
+
+and valgrind every access of all compiled code, lanes.py and libjpeg-turbo included; Numba's has to be compiled for a CPU that it knows,
+best by a first run without it:
+
+    export NUMBA_CPU_NAME=generic NUMBA_CACHE_DIR=/tmp/generic PYTHONMALLOC=malloc PYTHONPATH=.
+    python tests/data/fuzz.py --cases 60
+    valgrind --error-exitcode=1 --undef-value-errors=no --suppressions=tests/data/valgrind.supp python tests/data/fuzz.py --here --cases 1000
+
+Values that are not initialised can't be looked for in this way: CPython reads some, and libjpeg-turbo's vectors read their own padding.
 """
 
 import argparse

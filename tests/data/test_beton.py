@@ -278,6 +278,7 @@ DAMAGES = {
     "its page size, 100, is not": lambda p: patch(p, 4, 100, "<u4"),
     "its page size, 3145728, is not": lambda p: patch(p, 4, 3 << 20, "<u4"),
     r"field 'image' has a custom type \(255\)": lambda p: patch(p, 24, 255, "<u1"),
+    r"field 'imag\\n' has a custom": lambda p: (patch(p, 24, 255, "<u1"), patch(p, 24 + 5, ord("\n"), "<u1")),
     "no RGB image field": lambda p: patch(p, 24, 3, "<u1"),
     "several RGB image fields": lambda p: (patch(p, 24 + 1, ord("j"), "<u1"), patch(p, 24 + 1041, 2, "<u1")),
     "allocation table is cut short": lambda p: os.truncate(p, os.path.getsize(p) - 5),
