@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ffssl.data.jpeg import MOST_PIXELS_PER_BYTE
 from ffssl.errors import UserError
 
 VERSION = 2
@@ -150,7 +151,7 @@ def _read_fields(path: Path, file, file_size: int, num_fields: int) -> list[tupl
         raise _damaged(path, f"it claims {num_fields} fields")
     fields = []
     for descriptor in np.fromfile(file, FIELD_TYPE, num_fields):
-        name = descriptor["name"].tobytes().split(b"\0")[0].decode("ascii", "backslashreplace")
+        name = descriptor["name"].tobytes().split(b"\0")[0].decode("latin-1").encode("unicode_escape").decode("ascii")  # fit for a message
         type_id = int(descriptor["type_id"])
         if type_id not in FIELD_METADATA:
             raise UserError(
@@ -205,8 +206,10 @@ def _check_images(
     entry = np.minimum(np.searchsorted(pointers, data_ptr), len(pointers) - 1)
     refuse_any(pointers[entry] != data_ptr, "points to data that the allocation table does not list")
     image_sizes = sizes[entry]
-    pixels = height.astype(np.uint64) * width * np.uint64(3)
-    refuse_any((images["mode"] == MODE_RAW) & (image_sizes != pixels), "is raw but not of 3 x width x height bytes")
+    pixels = height.astype(np.uint64) * width
+    refuse_any((images["mode"] == MODE_RAW) & (image_sizes != 3 * pixels), "is raw but not of 3 x width x height bytes")
+    # Else a damaged size would be taken for real when memory is reserved for the largest image.
+    refuse_any((images["mode"] == MODE_JPEG) & (pixels > MOST_PIXELS_PER_BYTE * image_sizes), "claims more pixels than its bytes can hold")
     page_bits = np.uint64(page_size.bit_length() - 1)
     last_byte = data_ptr + image_sizes - np.uint64(1)
     refuse_any(data_ptr >> page_bits != last_byte >> page_bits, "crosses a page boundary")

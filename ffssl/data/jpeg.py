@@ -4,12 +4,13 @@ The decoder is the libjpeg-turbo that ffcv links to, so that what passes here de
 ctypes, without importing ffcv. Marker codes and layouts: ITU-T T.81, annex B; Exif 2.3, section 4.6.
 """
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
 import re
 import struct
-import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ _START_OF_SCAN, _END_OF_IMAGE, _APP1, _APP14 = 0xDA, 0xD9, 0xE1, 0xEE
 # Any but those that occur within a scan: stuffed zeros, restarts, fill bytes.
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)
 _ORIENTATION_TAG, _SHORT = 0x0112, 3
+MOST_PIXELS_PER_BYTE = 512  # of Huffman-coded files: of some component each 8 x 8 pixels are a block, and a block takes a bit or more
 
 
 class JpegError(ValueError):
@@ -55,7 +57,7 @@ def is_jpeg(data: bytes) -> bool:
 
 
 def parse_header(data: bytes) -> JpegHeader:
-    """Read the markers up to the first scan. Raises JpegError when they are cut short or make no sense."""
+    """Read the markers up to the first scan. Raises JpegError when they are cut short or make no sense, a size beyond the data's included."""
     if not is_jpeg(data):
         raise JpegError("does not begin like a JPEG file")
     frame, adobe_transform, orientation = None, None, 1
@@ -89,6 +91,8 @@ def parse_header(data: bytes) -> JpegHeader:
     if frame is None:
         raise JpegError("has a scan before its frame header")
     process, precision, height, width, components = frame
+    if process in (BASELINE, EXTENDED, PROGRESSIVE) and width * height > MOST_PIXELS_PER_BYTE * len(data):
+        raise JpegError(f"claims {width} x {height} pixels, more than {len(data)} bytes can hold")
     return JpegHeader(width, height, components, precision, process, adobe_transform, orientation)
 
 
@@ -146,26 +150,17 @@ def to_baseline(data: bytes) -> bytes:
 
     Raises UnsupportedJpeg when its subsampling is one that turbojpeg has no name for, JpegError when it is damaged.
     """
-    library, handles = _turbojpeg(), _handles()
+    library = _turbojpeg()
     output, output_size = ctypes.c_void_p(), ctypes.c_ulong()
     transform = _Transform(options=_TJXOPT_COPYNONE)
-    status = library.tjTransform(
-        handles.transform,
-        data,
-        len(data),
-        1,
-        ctypes.byref(output),
-        ctypes.byref(output_size),
-        ctypes.byref(transform),
-        0,
-    )
-    try:
-        if status:
-            reason = _error_text(handles.transform)
-            raise UnsupportedJpeg(reason) if "subsampling type" in reason else JpegError(reason)
-        return ctypes.string_at(output, output_size.value)
-    finally:
-        library.tjFree(output)
+    with _instance(library.tjInitTransform) as handle:
+        try:
+            if library.tjTransform(handle, data, len(data), 1, ctypes.byref(output), ctypes.byref(output_size), ctypes.byref(transform), 0):
+                reason = _error_text(handle)
+                raise UnsupportedJpeg(reason) if "subsampling type" in reason else JpegError(reason)
+            return ctypes.string_at(output, output_size.value)
+        finally:
+            library.tjFree(output)
 
 
 # From turbojpeg.h, API 1.2 to 3.x.
@@ -196,20 +191,19 @@ def _turbojpeg() -> ctypes.CDLL:
     library.tjInitDecompress.restype = library.tjInitTransform.restype = handle
     library.tjDecompress2.argtypes = [handle, ctypes.c_char_p, size, handle] + [integer] * 5
     library.tjTransform.argtypes = [handle, ctypes.c_char_p, size, integer] + [handle] * 3 + [integer]
-    library.tjFree.argtypes = library.tjGetErrorStr2.argtypes = [handle]
+    library.tjFree.argtypes = library.tjDestroy.argtypes = library.tjGetErrorStr2.argtypes = [handle]
     library.tjGetErrorStr2.restype = ctypes.c_char_p
     return library
 
 
-class _Handles(threading.local):
-    """turbojpeg's instances; each serves one thread at a time."""
-
-    def __init__(self):
-        self.decompress = _turbojpeg().tjInitDecompress()
-        self.transform = _turbojpeg().tjInitTransform()
-
-
-_handles = functools.cache(_Handles)
+@contextlib.contextmanager
+def _instance(create: Callable[[], int]) -> Iterator[int]:
+    """A new instance of turbojpeg for each file: an old one would lend a file that has lost its tables those of the file before."""
+    handle = create()
+    try:
+        yield handle
+    finally:
+        _turbojpeg().tjDestroy(handle)
 
 
 def _decompress(data: bytes, header: JpegHeader, pixel_format: int, denominator: int) -> np.ndarray:
@@ -218,9 +212,9 @@ def _decompress(data: bytes, header: JpegHeader, pixel_format: int, denominator:
     width, height = -(-header.width // denominator), -(-header.height // denominator)
     channels = {_TJPF_RGB: (3,), _TJPF_GRAY: (), _TJPF_CMYK: (4,)}[pixel_format]
     pixels = np.empty((height, width, *channels), np.uint8)
-    handle = _handles().decompress
-    if _turbojpeg().tjDecompress2(handle, data, len(data), pixels.ctypes.data, width, 0, height, pixel_format, 0):
-        raise JpegError(_error_text(handle))
+    with _instance(_turbojpeg().tjInitDecompress) as handle:
+        if _turbojpeg().tjDecompress2(handle, data, len(data), pixels.ctypes.data, width, 0, height, pixel_format, 0):
+            raise JpegError(_error_text(handle))
     return pixels
 
 

@@ -278,6 +278,7 @@ DAMAGES = {
     "its page size, 100, is not": lambda p: patch(p, 4, 100, "<u4"),
     "its page size, 3145728, is not": lambda p: patch(p, 4, 3 << 20, "<u4"),
     r"field 'image' has a custom type \(255\)": lambda p: patch(p, 24, 255, "<u1"),
+    r"field 'imag\\n' has a custom": lambda p: (patch(p, 24, 255, "<u1"), patch(p, 24 + 5, ord("\n"), "<u1")),
     "no RGB image field": lambda p: patch(p, 24, 3, "<u1"),
     "several RGB image fields": lambda p: (patch(p, 24 + 1, ord("j"), "<u1"), patch(p, 24 + 1041, 2, "<u1")),
     "allocation table is cut short": lambda p: os.truncate(p, os.path.getsize(p) - 5),
@@ -291,6 +292,7 @@ DAMAGES = {
     "sample 3 has no width or no height": lambda p: patch(p, ROWS_START + 3 * 24 + 1, 0, "<u2"),
     "sample 4 has no width": lambda p: patch(p, ROWS_START + 4 * 24 + 3, 0, "<u2"),
     "sample 1 is marked as neither": lambda p: patch(p, ROWS_START + 24, 2, "<u1"),
+    "sample 2 claims more pixels than": lambda p: patch(p, ROWS_START + 2 * 24 + 1, [65535, 65535], "<u2"),
     "sample 1 is raw but not of": lambda p: patch(p, ROWS_START + 24 + 1, 31, "<u2"),
 }
 

@@ -18,6 +18,7 @@ from ffssl.data.beton_writer import BetonWriter
 from ffssl.data.decoder import RAW, decode, render_samples
 from ffssl.data.loader import ViewLoader
 from ffssl.data.policy import POLICIES, ViewPolicy
+from damage import without_segments
 from sample_images import jpeg_bytes, smooth_image, write_beton
 
 IDENTITY = ViewPolicy(crop_scale=(1, 1), crop_ratio=(1, 1), flip=0, jitter=0, grey=0, blur=0)
@@ -88,6 +89,26 @@ def test_damaged_jpegs_and_raw_images_of_a_wrong_length_do_not_decode():
     for damaged in (data[: len(data) // 2], b"\0" * len(data), data[:200] + b"\0" * (len(data) - 200)):
         assert not decode(np.frombuffer(damaged, np.uint8), 0, 64, 64, pixels)
     assert not decode(pixels[1:], RAW, 64, 64, pixels.copy())
+
+
+@pytest.mark.parametrize("height, width", [(48, 65), (47, 64), (96, 128), (24, 32), (64, 48), (60000, 60000)])
+@pytest.mark.parametrize("denominator", [1, 4])
+def test_a_jpeg_of_another_size_than_is_asked_for_does_not_decode(height, width, denominator):
+    data = np.frombuffer(jpeg_bytes(smooth_image(48, 64, seed=3)), np.uint8)
+    pixels = np.zeros(3 * 100 * 130, np.uint8)
+    assert decode(data, MODE_JPEG, 48, 64, pixels, denominator)
+    pixels[:] = 0
+    assert not decode(data, MODE_JPEG, height, width, pixels, denominator)
+    assert not pixels.any()
+
+
+@pytest.mark.parametrize("marker", [0xDB, 0xC4])
+def test_a_jpeg_that_has_lost_its_tables_does_not_decode_with_those_of_the_image_before(marker):
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(smooth_image(48, 64, seed=3)).save(buffer, "JPEG", quality=90, optimize=True)
+    pixels = np.zeros(3 * 48 * 64, np.uint8)
+    assert decode(np.frombuffer(buffer.getvalue(), np.uint8), MODE_JPEG, 48, 64, pixels)
+    assert not decode(np.frombuffer(without_segments(buffer.getvalue(), marker), np.uint8), MODE_JPEG, 48, 64, pixels)
 
 
 @pytest.mark.parametrize("raw", [False, True])

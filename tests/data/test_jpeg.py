@@ -8,6 +8,7 @@ import pytest
 
 from ffssl.data import jpeg
 from ffssl.data.jpeg import JpegError
+from damage import frame_size_at, without_segments
 
 
 def picture(width=67, height=45, mode="RGB"):
@@ -119,6 +120,31 @@ def test_what_follows_the_image_does_no_harm():
     data = save(picture()) + b"\0" * 5000
     jpeg.verify(data, jpeg.parse_header(data))
     jpeg.verify_markers(data)
+
+
+def test_a_size_beyond_what_the_data_can_hold_is_refused():
+    data = bytearray(save(picture()))
+    place = frame_size_at(data)
+    for size in (b"\xff\xff\xff\xff", b"\x40\x00\x40\x00"):
+        data[place : place + 4] = size
+        with pytest.raises(JpegError, match=r"claims \d+ x \d+ pixels, more than"):
+            jpeg.parse_header(bytes(data))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_even_a_blank_image_has_data_for_its_size(mode, progressive):
+    data = save(PIL.Image.new(mode, (4000, 3000)), quality=1, optimize=True, progressive=progressive)
+    jpeg.verify(data, jpeg.parse_header(data))
+
+
+@pytest.mark.parametrize("marker", [0xDB, 0xC4])
+def test_a_file_that_has_lost_its_tables_is_not_decoded_with_those_of_the_file_before(marker):
+    whole = save(picture(), optimize=True)
+    jpeg.verify(whole, jpeg.parse_header(whole))
+    without = without_segments(whole, marker)
+    with pytest.raises(JpegError):
+        jpeg.verify(without, jpeg.parse_header(without))
 
 
 def test_random_damage_never_crashes():

@@ -1,0 +1,116 @@
+"""Whether memory, threads and file descriptors stay flat over many epochs of the loader.
+
+    PYTHONPATH=. python benchmarks/soak.py                                   # 200 epochs of drawn images, about a minute
+    PYTHONPATH=. python benchmarks/soak.py --data train.beton --epochs 1000 --batch-size 64
+
+Every epoch has another resolution than the last; two of three are left by `break` after 0 to 3 batches. After every tenth, an evaluation
+pass: a second loader of centre crops is opened, served to its end and closed, as the kNN of a training run does.
+
+Flat is: once a quarter of the epochs have warmed the process up, no epoch ends with more threads or descriptors than any other, and the
+median resident memory (VmRSS) of the last quarter of the epochs is at most LIMIT_MB above that of the second. Of the epochs' views a single
+batch lost every tenth epoch would be more. Leaves with status 1 if they are not flat.
+"""
+
+import argparse
+import itertools
+import os
+import statistics
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ffssl.data.convert import ConvertOptions, convert
+from ffssl.data.loader import ViewLoader
+from ffssl.data.policy import EVALUATION
+from ffssl.data.sources.embedded import Embedded
+
+LIMIT_MB = 4
+RESOLUTIONS = (128, 96, 160, 64, 112)
+EPOCHS_BETWEEN_EVALUATIONS = 10
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What this process holds: resident memory in bytes, threads, open file descriptors."""
+
+    memory: int
+    threads: int
+    descriptors: int
+
+    @classmethod
+    def now(cls) -> "Usage":
+        with open("/proc/self/status") as file:
+            memory = next(1024 * int(line.split()[1]) for line in file if line.startswith("VmRSS:"))
+        return cls(memory, threading.active_count(), len(os.listdir("/proc/self/fd")))
+
+
+def soak(path: Path, epochs: int, batch_size: int) -> Iterator[Usage]:
+    """Usage at the end of each epoch."""
+    with ViewLoader(path, batch_size=batch_size, views=2, resolution=max(RESOLUTIONS)) as loader:
+        for epoch in range(epochs):
+            loader.set_epoch(epoch, RESOLUTIONS[epoch % len(RESOLUTIONS)], magnitude=5 + epoch / epochs)
+            most = len(loader) if epoch % 3 == 0 else epoch % 4
+            for served, _ in enumerate(loader, start=1):
+                if served > most:
+                    break
+            if epoch % EPOCHS_BETWEEN_EVALUATIONS == 0:
+                with ViewLoader(path, batch_size=batch_size, views=1, resolution=128, policy=EVALUATION, shuffle=False, drop_last=False) as images:
+                    for _ in images:
+                        pass
+            yield Usage.now()
+
+
+def is_flat(usages: list[Usage]) -> bool:
+    """By the criterion above. Raises ValueError for fewer than eight epochs, which have no quarters to compare."""
+    if len(usages) < 8:
+        raise ValueError(f"{len(usages)} epochs are too few to tell")
+    quarter = len(usages) // 4
+    warm = usages[quarter:]
+    growth = _median_memory(warm[-quarter:]) - _median_memory(warm[:quarter])
+    return len({(usage.threads, usage.descriptors) for usage in warm}) == 1 and growth <= LIMIT_MB * 1e6
+
+
+def table(usages: list[Usage]) -> str:
+    """Each eighth of the epochs in a line: median memory, and the range of threads and descriptors."""
+    lines = [f"{'epochs':>12}{'memory, MB':>14}{'threads':>12}{'descriptors':>14}"]
+    bounds = [len(usages) * i // 8 for i in range(9)]
+    for first, end in itertools.pairwise(bounds):
+        part = usages[first:end]
+        threads, descriptors = (_span(getattr(usage, name) for usage in part) for name in ("threads", "descriptors"))
+        lines.append(f"{f'{first + 1} to {end}':>12}{_median_memory(part) / 1e6:>14.1f}{threads:>12}{descriptors:>14}")
+    return "\n".join(lines)
+
+
+def _median_memory(usages: list[Usage]) -> float:
+    return statistics.median(usage.memory for usage in usages)
+
+
+def _span(numbers: Iterator[int]) -> str:
+    numbers = sorted(set(numbers))
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, metavar="FILE", help="a beton file; drawn images if not given")
+    parser.add_argument("--epochs", type=int, default=200, help="8 or more (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="images in a batch (default: %(default)s)")
+    options = parser.parse_args()
+    if options.epochs < 8:
+        parser.error(f"--epochs: {options.epochs} are too few to tell, at least 8 are needed")
+    with tempfile.TemporaryDirectory(prefix="ffssl-soak-") as folder:
+        path = options.data or Path(folder) / "images.beton"
+        if not options.data:
+            convert(Embedded("train", 8 * options.batch_size), path, ConvertOptions(progress=False))
+        usages = list(soak(path, options.epochs, options.batch_size))
+    flat = is_flat(usages)
+    print(table(usages))
+    print("flat" if flat else f"not flat: memory grew by more than {LIMIT_MB} MB, or threads or descriptors changed, after the first quarter")
+    return int(not flat)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
