@@ -32,6 +32,12 @@ def precision(amp: str, device: torch.device) -> str:
     return "off" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
+def describe_precision(amp: str, device: torch.device) -> str:
+    chosen = precision(amp, device)
+    why = ", since this GPU has no bf16" if (amp, chosen) == ("auto", "fp16") else ""
+    return f"mixed precision {chosen}{why}"
+
+
 def mixed_precision(amp: str, device: torch.device) -> tuple[contextlib.AbstractContextManager, torch.amp.GradScaler]:
     """The autocast context, which may be entered again and again, and the gradient scaler, which does nothing but for fp16.
 

@@ -30,7 +30,7 @@ from ffssl.config import as_dict
 from ffssl.cost import count_flops
 from ffssl.data.loader import ViewLoader
 from ffssl.data.policy import choose_policies
-from ffssl.device import choose_device, precision
+from ffssl.device import choose_device, describe_precision
 from ffssl.energy import JOULES_PER_KWH
 from ffssl.errors import UserError
 from ffssl.evaluate.online import OnlineKnn
@@ -58,7 +58,7 @@ def train(options: SimpleNamespace) -> None:
         run = start_run(options, method, Plan(options, len(loader)), device)
         flops = count_flops(run.plan, method)
         compiled = compile_passes(method, PASSES, options.training.compile, device)
-        print(f"on {device}: mixed precision {precision(options.training.amp, device)}, torch.compile {compiled}", flush=True)
+        print(f"on {device}: {describe_precision(options.training.amp, device)}; torch.compile {compiled}", flush=True)
         resumed = resume(run, folder)
         record_start(folder, device)
         log = stack.enter_context(contextlib.closing(open_log(run, folder, resumed)))

@@ -11,7 +11,7 @@ from ffssl.config import read_options
 from ffssl.data.convert import ConvertOptions, convert
 from ffssl.data.loader import ViewLoader
 from ffssl.data.sources.embedded import Embedded
-from ffssl.device import precision
+from ffssl.device import describe_precision, precision
 from ffssl.errors import UserError
 from ffssl.images import MEAN, STD, to_input
 from ffssl.methods import METHODS
@@ -177,6 +177,7 @@ def test_precision_falls_back_where_a_gpu_has_no_bf16(monkeypatch):
     for has, expected in ((True, "bf16"), (False, "fp16")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has)
         assert precision("auto", cuda) == expected
+        assert describe_precision("auto", cuda).endswith("since this GPU has no bf16") == (not has)
     assert precision("auto", CPU) == "off" and precision("bf16", CPU) == "bf16"
 
 

@@ -28,7 +28,7 @@ from ffssl.benchmark.timing import Stopwatch, peak_flops, seconds_of, synchroniz
 from ffssl.command_line import Parser
 from ffssl.config import read_options
 from ffssl.cost import STANDARD, Flops, count_step, step_options
-from ffssl.device import autocast_dtype, choose_device, precision
+from ffssl.device import autocast_dtype, choose_device, describe_precision
 from ffssl.files import replacing
 from ffssl.optimizers import build_optimizer
 from ffssl.plan import Plan
@@ -83,7 +83,7 @@ def describe(options: SimpleNamespace, device: torch.device) -> str:
     where = "on the CPU, there being no GPU" if device.type == "cpu" and not torch.cuda.is_available() else f"on {device}"
     return (
         f"{where}: {options.method.name}, {options.model.backbone}, {options.training.batch_size} images of {options.augment.views} views{selection}; "
-        f"mixed precision {precision(options.training.amp, device)}, torch.compile {options.training.compile}"
+        f"{describe_precision(options.training.amp, device)}; torch.compile {options.training.compile}"
     )
 
 
