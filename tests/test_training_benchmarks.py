@@ -155,7 +155,7 @@ def test_the_prediction_is_near_what_full_runs_take(configs, betons, tmp_path):
     (["--images=7"], "--images: 7 are fewer than standard's --training.batch_size=16"),
     (["--images=many"], "--images: expected a number"),
     (["--training.batchsize=4"], "--training.batchsize: unknown option; did you mean training.batch_size?"),
-    (["--rounds=0"], "--rounds, --seconds: expected positive numbers"),
+    (["--rounds=0"], "argument --rounds: expected an integer of 1 or more, got '0'"),
 ])  # fmt: skip
 def test_mistakes_are_named(configs, betons, words, message, tmp_path):
     data = [] if "--full" in words else [f"--data={betons['train']}"]

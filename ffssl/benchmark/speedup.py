@@ -29,9 +29,9 @@ import torch
 from ffssl.benchmark.loader import describe_images, prepare_images
 from ffssl.benchmark.machine import describe_machine
 from ffssl.benchmark.speedup_report import draw, table_of
-from ffssl.benchmark.timing import seconds_of
-from ffssl.command_line import Parser
-from ffssl.config import read_options
+from ffssl.benchmark.timing import seconds_of, where
+from ffssl.command_line import Parser, checked
+from ffssl.config import Number, read_options
 from ffssl.cost import count_flops
 from ffssl.cost.runs import number_of_images
 from ffssl.data.loader import ViewLoader
@@ -54,15 +54,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--configs", type=Path, nargs="+", required=True, metavar="CONFIG", help="speed-ups are over the first")
     parser.add_argument("--data", type=Path, metavar="FILE", help="beton file to take images from")
     parser.add_argument("--images", metavar="N", help="in an epoch: a number, imagenet or imagenette (default: those in --data, else imagenet)")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each stage (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement, about (default: %(default)s)")
+    parser.add_argument("--rounds", type=checked(Number(int, 1)), default=3, help="turns of each stage (default: %(default)s)")
+    parser.add_argument("--seconds", type=checked(Number(float, 0.001)), default=2.0, help="of each measurement, about (default: %(default)s)")
     parser.add_argument("--full", action="store_true", help="train the configs as well, without evaluations, and compare; needs --data")
     parser.add_argument("--output", type=Path, default=Path("runs/speedup"), metavar="FOLDER", help="(default: %(default)s)")
     given, overrides = parser.parse_known_args(arguments)
     if given.full and (not given.data or given.images):
         raise UserError("--full: trains on all images of --data FILE; give one, and no --images")
-    if given.rounds < 1 or given.seconds <= 0:
-        raise UserError("--rounds, --seconds: expected positive numbers")
     configs = {path.stem: path for path in given.configs}
     if len(configs) < len(given.configs):
         raise UserError(f"--configs: {', '.join(map(str, given.configs))} do not all have names of their own")
@@ -75,14 +73,13 @@ def main(arguments: list[str]) -> None:
         most = max(one.training.batch_size for one in options.values())
         data = given.data or prepare_images(Namespace(data=None, images=None, samples=most), scratch)[0]
         images = number_of_images(given.images or (None if given.data else "imagenet"), str(data))
-        where = "on the CPU, there being no GPU" if device.type == "cpu" and not torch.cuda.is_available() else f"on {device}"
-        print(f"{where}; {describe_machine(PACKAGES)}\n{describe_images(data)}; epochs of {images:,}", flush=True)
+        print(f"{where(device)}; {describe_machine(PACKAGES)}\n{describe_images(data)}; epochs of {images:,}", flush=True)
         trials = []
         for name, one in options.items():
             one.data.train = str(data)
             trials.append(start_trial(name, one, images, device, stack))
         measure(trials, given.rounds, given.seconds)
-        found = {"machine": describe_machine(PACKAGES), "device": where, "images": images, "configs": [summarise(trial) for trial in trials]}
+        found = {"machine": describe_machine(PACKAGES), "device": where(device), "images": images, "configs": [summarise(trial) for trial in trials]}
     if given.full:
         for config in found["configs"]:
             print(f"training {config['name']} in full", flush=True)

@@ -11,7 +11,6 @@ same for Hard Augment's selection pass beside the rest of the step. Any option o
 
 import contextlib
 import itertools
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -24,12 +23,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ffssl.backbones import build_backbone
 from ffssl.benchmark.machine import describe_machine
-from ffssl.benchmark.timing import Stopwatch, peak_flops, seconds_of, synchronize
-from ffssl.command_line import Parser
-from ffssl.config import read_options
+from ffssl.benchmark.timing import Stopwatch, peak_flops, seconds_of, synchronize, where
+from ffssl.command_line import Parser, checked
+from ffssl.config import Number, read_options
 from ffssl.cost import STANDARD, Flops, count_step, step_options
 from ffssl.device import autocast_dtype, choose_device, describe_precision
-from ffssl.files import replacing
+from ffssl.files import write_json
 from ffssl.optimizers import build_optimizer
 from ffssl.plan import Plan
 from ffssl.step import PASSES, Run, build, compile_passes, memory_advice, start_run, train_step
@@ -41,9 +40,9 @@ CLASSES = 1000  # of the supervised step: ImageNet's
 
 def main(arguments: list[str]) -> None:
     parser = Parser(prog="python -m ffssl.benchmark step", description=__doc__)
-    parser.add_argument("--resolutions", type=int, nargs="+", metavar="R", help="sides in pixels (default: all of the schedule)")
-    parser.add_argument("--steps", type=int, default=5, help="steps of each in a round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of step and ceiling (default: %(default)s)")
+    parser.add_argument("--resolutions", type=checked(Number(int, 1)), nargs="+", metavar="R", help="sides in pixels (default: all of the schedule)")
+    parser.add_argument("--steps", type=checked(Number(int, 1)), default=5, help="steps of each in a round (default: %(default)s)")
+    parser.add_argument("--rounds", type=checked(Number(int, 1)), default=5, help="turns of step and ceiling (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     given, words = parser.parse_known_args(arguments)
     options = read_options(words, defaults={"data.train": "none", "run.folder": "none"})
@@ -74,15 +73,13 @@ def main(arguments: list[str]) -> None:
     print("\nMedians. first: the first step, torch.compile's work included. teacher: its update. share: of the product's FLOP/s.")
     if given.json:
         found = {"machine": describe_machine(PACKAGES), "run": describe(options, device), "peak_flops_per_second": peak, "rows": rows}
-        with replacing(given.json) as partial:
-            partial.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(given.json, found)
 
 
 def describe(options: SimpleNamespace, device: torch.device) -> str:
     selection = f", {options.hard_augment.select} pairs at {options.hard_augment.resolution} px" if options.hard_augment.select != "off" else ""
-    where = "on the CPU, there being no GPU" if device.type == "cpu" and not torch.cuda.is_available() else f"on {device}"
     return (
-        f"{where}: {options.method.name}, {options.model.backbone}, {options.training.batch_size} images of {options.augment.views} views{selection}; "
+        f"{where(device)}: {options.method.name}, {options.model.backbone}, {options.training.batch_size} images of {options.augment.views} views{selection}; "
         f"{describe_precision(options.training.amp, device)}; torch.compile {options.training.compile}"
     )
 

@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def where(device: torch.device) -> str:
+    """On what a benchmark runs."""
+    return "on the CPU, there being no GPU" if device.type == "cpu" and not torch.cuda.is_available() else f"on {device}"
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
