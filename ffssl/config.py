@@ -126,6 +126,7 @@ def declare() -> Config:
         teacher_momentum_end=Param(_number(0, 1), "and in the last, by a cosine (byol, mocov2plus, dino)"),
         queue=Param(_integer(1), "keys of past views; a multiple of the batch size (mocov2plus)"),
         prototypes=Param(_integer(1), "outputs of the last layer (dino)"),
+        head_norm=Param(Switch(), "BatchNorm in the projector's hidden layers (dino)"),
         norm_last_layer=Param(Switch(), "keep the prototypes at length 1 (dino)"),
         frozen_epochs=Param(_integer(0), "first epochs, in which the last layer is not trained (dino)"),
         teacher_temperature=Param(_number(1e-6), "temperature of the teacher's softmax (dino)"),

@@ -16,7 +16,8 @@ class DINO(TeacherMethod):
     prototypes; centring and sharpening of the teacher's assignments prevent a collapse.
 
     hidden, projection: widths of the projector (2048 and 256); its outputs are L2-normalised. prototypes: outputs of the last,
-    weight-normed layer (65536). norm_last_layer: keep the prototypes at length 1. frozen_epochs: epochs in which they are not trained.
+    weight-normed layer (65536). head_norm: BatchNorm in the projector's hidden layers, an option of the authors that helps convolutional
+    networks to begin. norm_last_layer: keep the prototypes at length 1. frozen_epochs: epochs in which they are not trained.
     temperature: the student's (0.1). teacher_temperature: the teacher's (0.04), which it reaches linearly from 0.04 over the first
     teacher_temperature_epochs. teacher_momentum, teacher_momentum_end: of the EMA in the first step and in the last.
     """
@@ -27,17 +28,19 @@ class DINO(TeacherMethod):
     decay_all = False  # the authors exclude biases and normalisation parameters from weight decay
 
     def __init__(
-        self, backbone: nn.Module, *, hidden: int = 2048, projection: int = 256, prototypes: int = 65536, norm_last_layer: bool = True,
-        frozen_epochs: int = 1, temperature: float = 0.1, teacher_temperature: float = FIRST_TEACHER_TEMPERATURE,
+        self, backbone: nn.Module, *, hidden: int = 2048, projection: int = 256, prototypes: int = 65536, head_norm: bool = False,
+        norm_last_layer: bool = True, frozen_epochs: int = 1, temperature: float = 0.1, teacher_temperature: float = FIRST_TEACHER_TEMPERATURE,
         teacher_temperature_epochs: int = 0, teacher_momentum: float = 0.996, teacher_momentum_end: float = 1.0,
     ):  # fmt: skip
         super().__init__(backbone, teacher_momentum=teacher_momentum, teacher_momentum_end=teacher_momentum_end)
-        self.projector = nn.Sequential(
-            nn.Linear(backbone.features, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, projection), Normalise()
-        )
-        for layer in self.projector[:-1:2]:
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+        hidden_layers = []
+        for inputs in (backbone.features, hidden):
+            hidden_layers += [nn.Linear(inputs, hidden), *([nn.BatchNorm1d(hidden)] if head_norm else []), nn.GELU()]
+        self.projector = nn.Sequential(*hidden_layers, nn.Linear(hidden, projection), Normalise())
+        for layer in self.projector:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
         self.last_layer = weight_norm(nn.Linear(projection, prototypes, bias=False))
         nn.init.ones_(self.last_layer.parametrizations.weight.original0)
         self.norm_last_layer, self.frozen_epochs = norm_last_layer, frozen_epochs

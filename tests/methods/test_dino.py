@@ -107,11 +107,13 @@ def test_the_teachers_temperature_warms_up_linearly_by_the_epoch():
     assert build("dino").teacher_temperature.item() == pytest.approx(0.04)
 
 
-def test_the_head_computes_what_lightlys_does():
+@pytest.mark.parametrize("head_norm", [False, True])
+def test_the_head_computes_what_lightlys_does(head_norm):
     heads = pytest.importorskip("lightly.models.modules")
-    method = build_method("dino", WideBackbone(), {"prototypes": 100})
-    theirs = heads.DINOProjectionHead(2048, 2048, 256, 100)
-    theirs.layers.load_state_dict({key: value for key, value in method.projector.state_dict().items()})
+    method = build_method("dino", WideBackbone(), {"prototypes": 100, "head_norm": head_norm})
+    theirs = heads.DINOProjectionHead(2048, 2048, 256, 100, batch_norm=head_norm)
+    ours = method.projector.state_dict()  # with biases before BatchNorm, as the authors have it, which are without effect
+    theirs.layers.load_state_dict({key: ours[key] for key in theirs.layers.state_dict()})
     with torch.no_grad():
         theirs.last_layer.weight_v.copy_(method.last_layer.parametrizations.weight.original1)
         theirs.last_layer.weight_g.copy_(method.last_layer.parametrizations.weight.original0)
