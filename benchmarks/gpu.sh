@@ -49,8 +49,9 @@ fi
 # section TITLE COMMAND...: what the command prints goes into the report
 section() {
     echo "== $1" >&2
-    { echo; echo "## $1"; echo; echo '    $' "${*:2}" | sed "s#$output#OUTPUT#g; s#$root/##g; s#^    \$ $python#    \$ python#"; echo; echo '```'; } >> "$report"
-    "${@:2}" 2> "$output/errors.txt" | tr '\r' '\n' | tee -a "$report"
+    local public="s#$output#OUTPUT#g; s#$root/##g; s#^    \$ $python#    \$ python#"
+    { echo; echo "## $1"; echo; echo '    $' "${*:2}" | sed "$public"; echo; echo '```'; } >> "$report"
+    "${@:2}" 2> "$output/errors.txt" | tr '\r' '\n' | sed "$public" | tee -a "$report"
     local failed=${PIPESTATUS[0]}
     echo '```' >> "$report"
     if ((failed)); then

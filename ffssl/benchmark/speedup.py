@@ -206,7 +206,7 @@ def summarise(trial: Trial) -> dict:
             "seconds": steps * median["together"] + len(stage.epochs) * median["start"], "flops": steps * trial.flops[stage.resolution],
             "joules": steps * median["joules"] if "joules" in median else None,
         })  # fmt: skip
-    sums = {key: sum(stage[key] for stage in stages) for key in ("seconds", "flops")}
+    sums = {key: sum(stage[key] for stage in stages) for key in ("seconds", "flops", "first_step_s")}
     joules = None if stages[0]["joules"] is None else sum(stage["joules"] for stage in stages)
     return {"name": trial.name, "epochs": trial.run.options.training.epochs, "workers": workers, **sums, "joules": joules, "stages": stages}
 

@@ -38,12 +38,12 @@ def table_of(found: dict) -> str:
         cells += ["–", "–"] if joules is None else [f"{joules / JOULES_PER_KWH:.3g}", ratio(first["joules"], joules)]
         if "full_seconds" in config:
             full = config["full_seconds"]
-            cells += [f"{full * per_second:.4g}", f"{config['seconds'] / full - 1:+.1%}", ratio(first["full_seconds"], full)]
+            cells += [f"{full * per_second:.4g}", f"{(config['seconds'] + config['first_step_s']) / full - 1:+.1%}", ratio(first["full_seconds"], full)]
         lines.append(f"| {config['name']} | {' | '.join(cells)} |")
     lines += [
         "", "step: with views at hand; loader: a batch, alone; together: as in training, medians. cores needed: CPU cores with which the loader alone "
-        "would keep up with the step. Times are of training, without torch.compile's work (within the first step) and evaluations; FLOPs in the standard "
-        "count. kWh: of the GPU, where it counts them.", "",
+        "would keep up with the step. Times are of training, without torch.compile's work (within the first step) and evaluations; a prediction "
+        "is compared with its first steps added. FLOPs in the standard count. kWh: of the GPU, where it counts them.", "",
     ]  # fmt: skip
     return "\n".join(lines)
 

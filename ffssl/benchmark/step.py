@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ffssl.backbones import build_backbone
 from ffssl.benchmark.machine import describe_machine
-from ffssl.benchmark.timing import Stopwatch, peak_flops, seconds_of, synchronize, where
+from ffssl.benchmark.timing import Stopwatch, peak_flops, seconds_of, where
 from ffssl.command_line import Parser, checked
 from ffssl.config import Number, read_options
 from ffssl.cost import STANDARD, Flops, count_step, step_options
@@ -129,10 +129,9 @@ def time_resolution(run: Run, ceiling: Callable[[], None], side: int, flops: Flo
     views = torch.randint(0, 256, (options.training.batch_size, options.augment.views, 3, side, side), dtype=torch.uint8, device=device)
     numbers, watch = itertools.count(), Stopwatch(device)
 
-    def step(timed: bool = False) -> None:
-        if timed:
-            watch.start()
-        train_step(run, views, next(numbers), *([watch.mark] if timed else []))
+    def step() -> None:
+        watch.start()
+        train_step(run, views, next(numbers), watch.mark)
 
     def in_a_row(work: Callable[[], None]) -> float:
         return seconds_of(lambda: [work() for _ in range(steps)], device) / steps
@@ -140,12 +139,11 @@ def time_resolution(run: Run, ceiling: Callable[[], None], side: int, flops: Flo
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     first = seconds_of(step, device)
+    step()
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    ceiling()
+    for _ in range(2):
+        ceiling()
     ours, theirs = zip(*((in_a_row(step), in_a_row(ceiling)) for _ in range(rounds)))
-    for _ in range(steps):
-        step(timed=True)
-    synchronize(device)
     parts = watch.milliseconds()
     seconds, least = statistics.median(ours), statistics.median(theirs)
     expected = least * flops.total() / supervised_flops(options, side)
