@@ -103,6 +103,7 @@ def train_step(run: Run, views: Tensor, step: int, mark: Callable[[str], None] =
     set_learning_rate_and_momentum(run.optimizer, learning_rate, momentum, peak=options.training.learning_rate)
     run.method.before_step(progress)
     run.optimizer.zero_grad(set_to_none=True)
+    torch.compiler.cudagraph_mark_step_begin()  # before the first part alone: the gradients of one must last while the next adds to them
     parts = views.chunk(options.training.accumulate)
     results = [add_gradients(run, part, options.run.seed + step, len(parts), mark) for part in parts]
     run.scaler.step(run.optimizer)
@@ -116,7 +117,6 @@ def train_step(run: Run, views: Tensor, step: int, mark: Callable[[str], None] =
 
 def add_gradients(run: Run, views: Tensor, seed: int, parts: int = 1, mark: Callable[[str], None] = lambda part: None) -> tuple[Tensor, Tensor]:
     """Forward and backward pass over one of the equal `parts` of a batch, as `train_step`."""
-    torch.compiler.cudagraph_mark_step_begin()
     with run.amp:
         chosen = hard_augment.choose_views(run.method, views, seed=seed, **vars(run.options.hard_augment))
         mark("selection")

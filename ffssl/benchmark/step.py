@@ -98,8 +98,8 @@ def supervised_step(options: SimpleNamespace, run: Run) -> Callable[[int], Calla
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)
+            torch.compiler.cudagraph_mark_step_begin()
             for _ in range(t.accumulate):
-                torch.compiler.cudagraph_mark_step_begin()
                 with run.amp:
                     loss = F.cross_entropy(network(images), labels)
                 run.scaler.scale(loss).backward()
