@@ -220,6 +220,13 @@ def as_dict(options: SimpleNamespace) -> dict[str, dict]:
     return {section: dict(vars(values)) for section, values in vars(options).items()}
 
 
+def shared_options(options: SimpleNamespace) -> dict[str, object]:
+    """By their names on the command line, the options that all ranks of a run must have alike; the others are where a rank runs."""
+    local = ("data.train", "data.validation", "data.workers", "data.batches_ahead", "run.device")
+    names = {f"{section}.{name}": value for section, values in as_dict(options).items() for name, value in values.items()}
+    return {f"--{name}": value for name, value in names.items() if name not in local}
+
+
 def from_dict(sections: dict[str, dict]) -> SimpleNamespace:
     """The options that `as_dict` made plain; those that are not among them have their defaults. Raises UserError as `read_options` does."""
     config = declare()

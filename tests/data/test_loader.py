@@ -100,6 +100,24 @@ def test_ranks_share_an_epoch_equally_without_overlap(samples, world_size):
     assert len(set(visited)) == len(visited) and set(visited) <= set(range(samples))
 
 
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_ranks_batches_and_parts_of_them_are_together_those_of_one_process(beton, world_size):
+    def batches(rank, ranks):
+        with open_loader(beton, batch_size=8 // ranks, rank=rank, world_size=ranks) as loader:
+            loader.set_epoch(3)
+            return [dict(zip(indices.tolist(), views.clone())) for views, _, indices in loader]
+
+    shares = [batches(rank, world_size) for rank in range(world_size)]
+    alone = batches(0, 1)
+    assert [len(share) for share in shares] == [len(alone)] * world_size == [2] * world_size
+    for whole, *dealt in zip(alone, *shares):
+        for index, views in whole.items():
+            assert torch.equal(views, next(share[index] for share in dealt if index in share))
+        for part in range(2):
+            half = slice(part * 4 // world_size, (part + 1) * 4 // world_size)
+            assert {i for share in dealt for i in list(share)[half]} == set(list(whole)[4 * part : 4 * part + 4])
+
+
 def test_over_the_epochs_every_rank_visits_every_sample():
     for rank in range(4):
         visited = {int(i) for epoch in range(60) for i in epoch_order(23, seed=1, epoch=epoch, rank=rank, world_size=4)}
