@@ -38,8 +38,11 @@ def save(folder: Path, state: dict, name: str = NAME, *, keep: int = 1) -> None:
         for old in _earlier(path)[keep - 1 :]:
             old.unlink()
         sync_folder(folder)
-    except OSError as error:
-        raise UserError(f"{path}: the checkpoint can't be written: {error.strerror}; the one before is untouched") from error
+    except (OSError, RuntimeError) as error:
+        failure = error if isinstance(error, OSError) else error.__context__  # after a failed write torch complains of its position
+        if not isinstance(failure, OSError):
+            raise
+        raise UserError(f"{path}: the checkpoint can't be written: {failure.strerror}; the one before is untouched") from error
 
 
 @functools.cache
