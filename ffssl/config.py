@@ -82,6 +82,7 @@ def declare() -> Config:
         validation=Param(str, "beton file with labels for the online kNN; none: no evaluation"),
         workers=Param(_integer(0), "threads that render views; 0: one per core", 0),
         batches_ahead=Param(_integer(1), "batches in memory: the one trained on, and those rendered meanwhile", 3),
+        broken=Param(Choice("stop", "replace"), "what an image that does not decode does: stop the run, or be replaced by another, and counted in the log", "stop"),
         scaled_decoding=Param(Switch(), "decode JPEGs that are large beside their views at 1/2, 1/4 or 1/8 of their size", True),
     )  # fmt: skip
     section(
@@ -166,6 +167,8 @@ def declare() -> Config:
         "run", "This run",
         folder=Param(str, "where log and checkpoint go; a run that is there already is continued", required=True),
         resume=Param(Choice("auto", "never"), "auto: continue the folder's run; never: refuse a folder that holds one", "auto"),
+        checkpoint_minutes=Param(_number(0), "time between checkpoints within an epoch; 0: only after every epoch", 10.0),
+        keep=Param(_integer(1), "checkpoints to keep: checkpoint.pt is the latest, checkpoint.1.pt the one before", 2),
         device=Param(str, "cuda, cuda:N or cpu; auto: a GPU where there is one", "auto"),
         seed=Param(_integer(0), "of the initial weights, the order and the views", 0),
         tensorboard=Param(Switch(), "write TensorBoard files beside the log", True),

@@ -22,6 +22,7 @@ from ffssl.methods import Method, build_method
 from ffssl.methods.base import Progress
 from ffssl.optimizers import build_optimizer, set_learning_rate_and_momentum
 from ffssl.plan import Plan, input_sides
+from ffssl.tally import Tally
 
 PASSES = ("loss", "project", "targets", "pair_losses")  # of a method: all that computes with networks
 SHAPES_COMPILED = 64  # for how many shapes and states torch.compile makes code before it gives up: resolutions, and each method's own
@@ -41,12 +42,16 @@ class Run:
     scaler: torch.amp.GradScaler
     joules: Callable[[], float | None]  # that the GPU has used, see `ffssl.energy`
     epoch: int = 0  # epochs finished
+    tally: Tally = field(default_factory=Tally)  # of the one after them
     spent: dict[str, float] = field(default_factory=lambda: {"seconds": 0.0, "flops": 0.0})
+    data: dict[str, object] = field(default_factory=dict)  # what tells the training images from others
 
     def state(self) -> dict:
         return {
             "epoch": self.epoch,
+            "tally": self.tally.state(),
             "spent": self.spent,
+            "data": self.data,
             "options": as_dict(self.options),
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -54,7 +59,9 @@ class Run:
         }
 
     def restore(self, state: dict) -> None:
+        """Go on from a state, of any device."""
         self.epoch, self.spent = state["epoch"], state["spent"]
+        self.tally = Tally.restored(state["tally"], self.device) if "tally" in state else Tally()
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
