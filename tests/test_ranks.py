@@ -31,15 +31,16 @@ ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2
 SMALL = [
     "--model.backbone=resnet-small", "--method.hidden=32", "--method.projection=16", "--resolution.max=32", "--resolution.step=16",
-    "--training.batch_size=32", "--training.epochs=4", "--training.learning_rate=0.02", "--evaluate.k=5", "--run.tensorboard=false",
+    "--training.batch_size=32", "--training.epochs=4", "--training.learning_rate=0.0003", "--evaluate.k=5", "--run.tensorboard=false",
     "--run.device=cpu", "--data.workers=1",
 ]  # fmt: skip
+# Rounding errors grow from step to step, the faster the larger the learning rate: these are small, and the weights' changes as well.
 THREE_VIEWS = ["--augment.views=3", "--hard_augment.resolution=16"]
 RUNS = {  # of 20 steps; between them, all that is computed from a batch
     "simsiam": ["--method.predictor=8", "--training.accumulate=2"],
     "simclr": [
         *THREE_VIEWS, "--hard_augment.select=hard", "--hard_augment.loss=method", "--resolution.min=16", "--resolution.schedule=spl",
-        "--training.schedule=f1-clr", "--training.warmup_epochs=1",
+        "--training.schedule=f1-clr", "--training.warmup_epochs=1", "--method.temperature=1",
     ],
     "mocov2plus": [*THREE_VIEWS, "--hard_augment.select=random", "--method.queue=128"],
     "dino": ["--method.prototypes=64"],  # whose last layer is frozen for 5 steps
@@ -57,15 +58,16 @@ def options_of(betons, folder, *more):
 
 
 def train(arguments, *, stop_after=None, at_step=None):
-    """Train, in one thread. Returns the losses of the steps, as rank 0 shows them, and all that the method holds in the end.
+    """Train, in one thread. Returns the losses of the steps, as rank 0 shows them, and all that the method held before and holds now.
 
     stop_after: an epoch at whose end Stop is raised. at_step: called with each step's number.
     """
     losses, runs, step_of, epoch_of, start = [], [], ffssl.train.train_step, ffssl.train.train_epoch, ffssl.train.start_run
 
     def kept(*words):
-        runs.append(start(*words))
-        return runs[-1]
+        run = start(*words)
+        runs.append((run, {name: tensor.clone() for name, tensor in run.method.state_dict().items()}))
+        return run
 
     def epoch(run, *rest):
         if run.epoch == stop_after:
@@ -87,7 +89,17 @@ def train(arguments, *, stop_after=None, at_step=None):
             ffssl.train.train(read_options(arguments))
         finally:
             torch.set_num_threads(threads)
-    return losses, runs[0].method.state_dict()
+    (run, before), = runs
+    return losses, before, run.method.state_dict()
+
+
+def assert_close(state, expected):
+    assert list(state) == list(expected)
+    for name, tensor in state.items():
+        if name == "queue":  # where the keys of a batch lie in the order of the ranks
+            assert torch.cdist(tensor, expected[name]).amin(1).max() < 1e-3
+        else:
+            torch.testing.assert_close(tensor, expected[name], atol=3e-5, rtol=1e-3, msg=name)
 
 
 @contextlib.contextmanager
@@ -102,7 +114,7 @@ def refusal(arguments) -> str:
         train(arguments)
     except UserError as error:
         return str(error)
-    return "trained"
+    return "none"
 
 
 def lose_patience() -> tuple[str, float]:
@@ -178,8 +190,9 @@ def files(betons, tmp_path_factory):
 def folder(files, tmp_path_factory):
     """What two processes leave, of which the second dies in the end."""
     folder = tmp_path_factory.mktemp("ranks")
-    spawn, ports = multiprocessing.get_context("spawn"), free_ports(12)
-    processes = [spawn.Process(target=work, args=(rank, ports, folder, files)) for rank in range(RANKS)]
+    server, ports = multiprocessing.get_context("forkserver"), free_ports(12)
+    server.set_forkserver_preload(["pytest", "ffssl.train"])  # what takes seconds to import is imported once
+    processes = [server.Process(target=work, args=(rank, ports, folder, files)) for rank in range(RANKS)]
     for process in processes:
         process.start()
     deadline = time.monotonic() + GENEROUS
@@ -200,18 +213,13 @@ def answers(folder):
 @pytest.mark.parametrize("name", RUNS)
 def test_two_ranks_train_as_one_process_does(answers, betons, tmp_path, name):
     with tiny_backbone():
-        losses, state = train(options_of(betons, tmp_path, f"--method.name={name}", *RUNS[name]))
-    (theirs, first), (nothing, second) = (answer[name] for answer in answers)
-    assert len(losses) == len(theirs) == 20 and not nothing
-    assert max(abs(a - b) for a, b in zip(losses, theirs)) < 1e-4
-    assert max(losses) - min(losses) > 0.01
-    assert list(state) == list(first) == list(second)
-    for key in state:
-        assert torch.equal(first[key], second[key]), key  # student, teacher and buffers, to the bit
-        if key == "queue":  # where a batch's keys lie in the order of the ranks
-            assert torch.cdist(first[key], state[key]).amin(1).max() < 1e-2
-        else:
-            torch.testing.assert_close(first[key], state[key], atol=2e-3, rtol=1e-2, msg=key)
+        losses, before, state = train(options_of(betons, tmp_path, f"--method.name={name}", *RUNS[name]))
+    (theirs, _, first), (nothing, _, second) = (answer[name] for answer in answers)
+    assert len(losses) == 20 and nothing == []
+    assert theirs == pytest.approx(losses, abs=1e-4)
+    assert_close(first, state)
+    assert all(torch.equal(first[name], second[name]) for name in state)  # student, teacher and buffers, to the bit
+    assert (state["projector.0.weight"] - before["projector.0.weight"]).abs().max() > 3e-4
 
 
 @pytest.mark.parametrize("name, message", [
@@ -241,19 +249,18 @@ def test_a_run_of_two_ranks_goes_on_in_one_process(folder, betons, tmp_path):
     shutil.copytree(folder / "stopped", tmp_path / "run")
     assert checkpoint.load(tmp_path / "run")["epoch"] == 1
     with tiny_backbone():
-        _, state = train(options_of(betons, tmp_path / "run", *CONTINUED))
+        _, _, state = train(options_of(betons, tmp_path / "run", *CONTINUED))
     assert [start["ranks"] for start in read_starts(tmp_path / "run")] == [2, 1]
     together = checkpoint.load(folder / "simclr")["method"]
-    for key in state:
-        torch.testing.assert_close(state[key], together[key], atol=2e-3, rtol=1e-2, msg=key)
+    assert_close(state, together)
 
 
 def test_a_run_of_one_process_goes_on_with_torchrun_which_writes_and_tells_once(betons, tmp_path):
-    options = [f"--data.validation={betons['val']}", "--evaluate.every=2", *CONTINUED]
+    options = [f"--data.validation={betons['val']}", "--evaluate.every=3", *CONTINUED]
     with contextlib.suppress(Stop):
-        train(options_of(betons, tmp_path / "run", *options), stop_after=1)
+        train(options_of(betons, tmp_path / "run", *options), stop_after=2)
     shutil.copytree(tmp_path / "run", tmp_path / "alone")
-    _, alone = train(options_of(betons, tmp_path / "alone", *options))
+    _, _, alone = train(options_of(betons, tmp_path / "alone", *options))
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={RANKS}", f"--master-port={free_ports(1)[0]}"]
     result = subprocess.run(
         [*command, str(ROOT / "ffssl" / "train.py"), *options_of(betons, tmp_path / "run", *options)],
@@ -261,15 +268,14 @@ def test_a_run_of_one_process_goes_on_with_torchrun_which_writes_and_tells_once(
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     told = result.stdout.splitlines()
-    assert [line.split()[1] for line in told if line.startswith("epoch ")] == ["2/4", "3/4", "4/4"]
-    assert len(told) == 5 and "on cpu, 2 processes: " in result.stdout
+    assert [line.split()[1] for line in told if line.startswith("epoch ")] == ["3/4", "4/4"]
+    assert len(told) == 4 and "on cpu, 2 processes: " in result.stdout
     ours, theirs = read_log(tmp_path / "run"), read_log(tmp_path / "alone")
     assert [row["epoch"] for row in ours] == [0, 1, 2, 3, 4]
     for name in ("loss", "embedding_std", "flops", "resolution", "learning_rate"):
-        assert [row[name] for row in ours[1:]] == pytest.approx([row[name] for row in theirs[1:]], rel=0.02), name
-    assert [("knn" in row) for row in ours] == [True, False, True, False, True]
+        assert [row[name] for row in ours[1:]] == pytest.approx([row[name] for row in theirs[1:]], rel=1e-3), name
+    assert [("knn" in row) for row in ours] == [True, False, False, True, True]
     assert [start["ranks"] for start in json.loads((tmp_path / "run" / "run.json").read_text())] == [1, 2]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint.pt", "log.jsonl", "run.json"]
     state = checkpoint.load(tmp_path / "run")["method"]
-    for key in state:
-        torch.testing.assert_close(state[key], alone[key], atol=2e-3, rtol=1e-2, msg=key)
+    assert_close(state, alone)
