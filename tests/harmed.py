@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["ffssl.train"])
+CONTEXT.set_forkserver_preload(["ffssl.train", "torch._dynamo"])  # the optimiser imports the other, for two seconds
 
 
 class Program:

@@ -69,7 +69,7 @@ def kill_at_random(betons, folder, kills: int, *more) -> int:
         program = Program(command(betons, folder, EVERY_STEP, *more), folder / "output.txt")
         if number % 3:
             program.wait_until(lambda: path.exists() and path.stat().st_mtime_ns != start)
-        time.sleep(random.uniform(0, 0.4))
+        time.sleep(random.uniform(0, 0.5))
         program.signal(signal.SIGKILL)
         assert program.status() == -signal.SIGKILL, program.output
         while_writing += (folder / f".{checkpoint.NAME}.partial").exists()
@@ -86,14 +86,17 @@ def test_a_run_killed_at_random_moments_loses_nothing(unbroken, betons, tmp_path
 
 @pytest.mark.slow
 def test_a_run_killed_at_thirty_moments_loses_nothing(betons, tmp_path):
-    longer = "--training.epochs=16"
-    train_undisturbed(betons, tmp_path / "unbroken", longer)
+    longer = "--training.epochs=40", "--evaluate.every=5"
+    train_undisturbed(betons, tmp_path / "unbroken", *longer)
     (tmp_path / "killed").mkdir()
-    print("killed while writing:", kill_at_random(betons, tmp_path / "killed", 30, longer), "of 30, up to", position(tmp_path / "killed"))
-    assert_ends_as(tmp_path / "unbroken", betons, tmp_path / "killed", longer)
+    print("killed while writing:", kill_at_random(betons, tmp_path / "killed", 30, *longer), "of 30, up to", position(tmp_path / "killed"))
+    assert_ends_as(tmp_path / "unbroken", betons, tmp_path / "killed", *longer)
 
 
-@pytest.mark.parametrize("stage", ["write", "fsync", "link", "replace first", "replace", "folder"])
+STAGES = ["write", "replace first", "replace", "folder", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("fsync", "link"))]
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_run_killed_while_it_saves_loses_at_most_that_checkpoint(unbroken, betons, tmp_path, stage):
     program = Program(command(betons, tmp_path, EVERY_STEP), tmp_path / "output.txt", functools.partial(kill_while_saving, stage, 5))
     assert program.status() == -signal.SIGKILL, program.output
