@@ -61,15 +61,18 @@ def assert_ends_as(unbroken, betons, folder, *more) -> None:
     assert not [path.name for path in folder.iterdir() if path.name.endswith((".partial", ".damaged"))]
 
 
-def kill_at_random(betons, folder, kills: int, *more) -> int:
-    """Kill a run that saves all the time, again and again, at any moment from its start on. Returns how often that was while it was writing."""
+def kill_at_random(betons, folder, kills: int, *more, within: float) -> int:
+    """Kill a run that saves all the time, again and again, within so many seconds after its start, or after its next checkpoint.
+
+    Returns how often that was while it was writing.
+    """
     path, while_writing, before = folder / checkpoint.NAME, 0, (-1, 0)
     for number in range(kills):
         start = path.stat().st_mtime_ns if path.exists() else None
         program = Program(command(betons, folder, EVERY_STEP, *more), folder / "output.txt")
         if number % 3:
             program.wait_until(lambda: path.exists() and path.stat().st_mtime_ns != start)
-        time.sleep(random.uniform(0, 0.5))
+        time.sleep(random.uniform(0, within))
         program.signal(signal.SIGKILL)
         assert program.status() == -signal.SIGKILL, program.output
         while_writing += (folder / f".{checkpoint.NAME}.partial").exists()
@@ -80,7 +83,7 @@ def kill_at_random(betons, folder, kills: int, *more) -> int:
 
 
 def test_a_run_killed_at_random_moments_loses_nothing(unbroken, betons, tmp_path):
-    kill_at_random(betons, tmp_path, 2)
+    kill_at_random(betons, tmp_path, 2, within=0.2)
     assert_ends_as(unbroken, betons, tmp_path)
 
 
@@ -89,7 +92,7 @@ def test_a_run_killed_at_thirty_moments_loses_nothing(betons, tmp_path):
     longer = "--training.epochs=40", "--evaluate.every=5"
     train_undisturbed(betons, tmp_path / "unbroken", *longer)
     (tmp_path / "killed").mkdir()
-    print("killed while writing:", kill_at_random(betons, tmp_path / "killed", 30, *longer), "of 30, up to", position(tmp_path / "killed"))
+    print("killed while writing:", kill_at_random(betons, tmp_path / "killed", 30, *longer, within=0.5), "of 30, up to", position(tmp_path / "killed"))
     assert_ends_as(tmp_path / "unbroken", betons, tmp_path / "killed", *longer)
 
 
