@@ -73,7 +73,7 @@ def train(options: SimpleNamespace) -> None:
             loader = stack.enter_context(open_loader(options, method))
             knn = stack.enter_context(contextlib.closing(OnlineKnn(options, device))) if options.data.validation and first else None
             data = identity(loader.beton)
-        require_same({"--data.train": data})
+        require_same({"--data.train": "{samples} samples, digest {digest}".format(**data)})
         run = start_run(options, method, Plan(options, len(loader)), device)
         compiled = compile_passes(method, PASSES, options.training.compile, device)
         run.data = data
@@ -84,7 +84,7 @@ def train(options: SimpleNamespace) -> None:
                     stack.enter_context(only_one_in(folder, "run", "--run.folder"))
                 if turn:
                     resumed = resume(run, folder)
-        require_same({f"--run.folder: {folder}": (resumed, run.epoch, run.tally.steps)})
+        require_same({f"--run.folder: {folder}": f"a checkpoint of epoch {run.epoch}, step {run.tally.steps}" if resumed else "no checkpoint"})
         log = saver = None
         if first:
             ranks = f", {world_size()} processes" if world_size() > 1 else ""

@@ -224,10 +224,10 @@ def test_two_ranks_train_as_one_process_does(answers, betons, tmp_path, name):
 
 @pytest.mark.parametrize("name, message", [
     ("options", "--training.learning_rate: 0.1 on rank 0, but 1.1 on rank 1; all ranks need the same"),
-    ("files", "--data.train: '160 samples, fingerprint "),
+    ("files", "--data.train: '160 samples, digest "),
     ("missing", "missing.beton: no such file; write it with write_datasets.py (rank 1)"),
     ("batch", "--training.batch_size: 33 is no multiple, or less than twice, of 6 (2 processes, --training.accumulate=3)"),
-    ("folders", "a checkpoint of epoch 4' on rank 0, but 'no checkpoint' on rank 1"),
+    ("folders", "a checkpoint of epoch 4, step 0' on rank 0, but 'no checkpoint' on rank 1"),
 ])  # fmt: skip
 def test_what_ranks_can_not_train_on_together_all_of_them_refuse(answers, name, message):
     assert answers[0][name] == answers[1][name]
@@ -273,9 +273,11 @@ def test_a_run_of_one_process_goes_on_with_torchrun_which_writes_and_tells_once(
     ours, theirs = read_log(tmp_path / "run"), read_log(tmp_path / "alone")
     assert [row["epoch"] for row in ours] == [0, 1, 2, 3, 4]
     for name in ("loss", "embedding_std", "flops", "resolution", "learning_rate"):
-        assert [row[name] for row in ours[1:]] == pytest.approx([row[name] for row in theirs[1:]], rel=1e-3), name
+        rel = 0.02 if name == "embedding_std" else 1e-3  # the mean of the ranks' spreads, not that of the joint batch
+        assert [row[name] for row in ours[1:]] == pytest.approx([row[name] for row in theirs[1:]], rel=rel), name
     assert [("knn" in row) for row in ours] == [True, False, False, True, True]
     assert [start["ranks"] for start in json.loads((tmp_path / "run" / "run.json").read_text())] == [1, 2]
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint.pt", "log.jsonl", "run.json"]
+    files = sorted(path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith("."))
+    assert files == ["checkpoint.1.pt", "checkpoint.pt", "log.jsonl", "run.json"]
     state = checkpoint.load(tmp_path / "run")["method"]
     assert_close(state, alone)
