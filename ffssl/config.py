@@ -82,6 +82,7 @@ def declare() -> Config:
         validation=Param(str, "beton file with labels for the online kNN; none: no evaluation"),
         workers=Param(_integer(0), "threads that render views; 0: one per core", 0),
         batches_ahead=Param(_integer(1), "batches in memory: the one trained on, and those rendered meanwhile", 3),
+        broken=Param(Choice("stop", "replace"), "what an image that does not decode does: stop the run, or be replaced by another, and counted in the log", "stop"),
         scaled_decoding=Param(Switch(), "decode JPEGs that are large beside their views at 1/2, 1/4 or 1/8 of their size", True),
     )  # fmt: skip
     section(
@@ -166,6 +167,8 @@ def declare() -> Config:
         "run", "This run",
         folder=Param(str, "where log and checkpoint go; a run that is there already is continued", required=True),
         resume=Param(Choice("auto", "never"), "auto: continue the folder's run; never: refuse a folder that holds one", "auto"),
+        checkpoint_minutes=Param(_number(0), "time between checkpoints within an epoch; 0: only after every epoch", 10.0),
+        keep=Param(_integer(1), "checkpoints to keep: checkpoint.pt is the latest, checkpoint.1.pt the one before", 2),
         device=Param(str, "cuda, cuda:N or cpu; auto: a GPU where there is one", "auto"),
         seed=Param(_integer(0), "of the initial weights, the order and the views", 0),
         tensorboard=Param(Switch(), "write TensorBoard files beside the log", True),
@@ -218,6 +221,13 @@ def command_line_options(usage: str) -> SimpleNamespace:
 def as_dict(options: SimpleNamespace) -> dict[str, dict]:
     """The options as plain sections of keys, for a log or a checkpoint."""
     return {section: dict(vars(values)) for section, values in vars(options).items()}
+
+
+def shared_options(options: SimpleNamespace) -> dict[str, object]:
+    """By their names on the command line, the options that all ranks of a run must have alike; the others are where a rank runs."""
+    local = ("data.train", "data.validation", "data.workers", "data.batches_ahead", "run.device")
+    names = {f"{section}.{name}": value for section, values in as_dict(options).items() for name, value in values.items()}
+    return {f"--{name}": value for name, value in names.items() if name not in local}
 
 
 def from_dict(sections: dict[str, dict]) -> SimpleNamespace:

@@ -1,13 +1,109 @@
-"""What the methods share between ranks. In one process these functions give back what they are given.
+"""What the processes of a run, its ranks, share. In one process these functions give back what they are given.
 
 Gradients follow the convention of DistributedDataParallel, which averages them over the ranks: where a loss is a mean over its own
 rank's images, that average is the gradient of the loss of the joint batch.
 """
 
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.nn import functional as differentiable
+from torch.autograd.function import once_differentiable
+
+from ffssl.errors import UserError
+
+TIMEOUT = timedelta(minutes=30)  # more than rank 0 needs to evaluate and to write a checkpoint, and than torch.compile needs anywhere
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[None]:
+    """Joins the processes that torchrun has started, over NCCL where `device` is a GPU, else gloo. A process alone joins nothing.
+
+    All leave together. timeout: after which a rank no longer waits for the others. Raises ConnectionError where another rank is lost.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    on_gpu = device.type == "cuda"
+    try:
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None)
+        yield
+        dist.barrier()
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):  # whose errors have no class of their own
+            raise
+        reason = str(error).splitlines()[0]
+        raise ConnectionError(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} has lost another rank ({reason})") from error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def local_device(device: torch.device) -> torch.device:
+    """The GPU of this rank where `device` is a GPU and torchrun has started this process: that of its number on the machine.
+
+    Raises UserError where the machine has no such GPU, and where all are told to use the same.
+    """
+    if device.type != "cuda" or "LOCAL_RANK" not in os.environ:
+        return device
+    ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if ranks > 1 and device.index is not None:
+        raise UserError(f"--run.device: {device} can't be that of {ranks} processes; leave it auto")
+    if ranks > gpus:
+        raise UserError(f"{ranks} processes on this machine, which has {gpus} GPUs: start torchrun with --nproc_per_node={gpus}")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if device.index is None else device.index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def cores_per_rank() -> int:
+    """This process's share of the cores that it and the others on its machine may use."""
+    return max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+
+
+def check_batch(batch_size: int, parts: int) -> None:
+    """Raise UserError where the ranks can't deal a batch out, in so many parts that are computed one after the other."""
+    share, rest = divmod(batch_size, parts * world_size())
+    if rest or share < 2:
+        each = f"{parts * world_size()} ({world_size()} processes, --training.accumulate={parts})"
+        raise UserError(f"--training.batch_size: {batch_size} is no multiple, or less than twice, of {each}")
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """A UserError that one rank raises inside, all ranks raise at its end: none goes on to wait for one that has left."""
+    message = None
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+    messages = gather_objects(message)
+    if any(messages):
+        raised = next(filter(None, messages))
+        where = "" if len(set(messages)) == 1 else f" (rank {messages.index(raised)})"
+        raise UserError(f"{raised}{where}")
+
+
+def require_same(facts: dict[str, object]) -> None:
+    """Raises UserError on all ranks, naming the first of `facts` in which a rank is not like rank 0."""
+    first, *others = gather_objects(facts)
+    for other, theirs in enumerate(others, start=1):
+        for name, value in first.items():
+            if theirs[name] != value:
+                raise UserError(f"{name}: {value!r} on rank 0, but {theirs[name]!r} on rank {other}; all ranks need the same")
+
+
+def gather_objects(value: object) -> list:
+    """The values of all ranks, by rank. They are pickled: for what is small, and seldom."""
+    if world_size() == 1:
+        return [value]
+    values: list = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def world_size() -> int:
@@ -30,9 +126,37 @@ def gather(tensor: Tensor) -> Tensor:
 
 def gather_with_gradient(tensor: Tensor) -> Tensor:
     """As `gather`; the gradients of all ranks reach the rank that a row came from, and are summed there."""
-    return tensor if world_size() == 1 else torch.cat(differentiable.all_gather(tensor))
+    return tensor if world_size() == 1 else _Gather.apply(tensor)
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:
     """The mean over the ranks of tensors of one shape, with gradient."""
-    return tensor if world_size() == 1 else differentiable.all_reduce(tensor) / world_size()
+    return tensor if world_size() == 1 else _Sum.apply(tensor) / world_size()
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        return gather(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return _summed(gradient).chunk(world_size())[rank()]
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        return _summed(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return _summed(gradient)
+
+
+def _summed(tensor: Tensor) -> Tensor:
+    total = tensor.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ffssl.device import autocast_dtype
+from ffssl.distributed import rank, world_size
 from ffssl.errors import UserError
 from ffssl.images import to_input
 from ffssl.methods.base import Method, cosines
@@ -43,7 +44,8 @@ def choose_views(
         pair = take_pair(views, chosen)
     elif select == "random":
         device = views.device if views.device.type == "cuda" else "cpu"  # numbers drawn on the GPU need not wait to get there
-        chosen = random_pair(len(views), views.shape[1], torch.Generator(device).manual_seed(seed)).to(views.device)
+        everyones = random_pair(len(views) * world_size(), views.shape[1], torch.Generator(device).manual_seed(seed))
+        chosen = everyones[rank() :: world_size()].to(views.device)  # as the images are dealt out
         pair = take_pair(views, chosen)
         targets = targets_of(method, normalised(take_rest(views, chosen)), resolution) if extra_targets else None
     pair = tuple(to_input(view, autocast_dtype(views.device)) for view in pair)

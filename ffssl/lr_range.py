@@ -40,11 +40,12 @@ from ffssl import checkpoint, run_log, schedules
 from ffssl.data.loader import ViewLoader
 from ffssl.device import choose_device
 from ffssl.errors import UserError
+from ffssl.files import make_folder
 from ffssl.hard_augment import choose_views, without_trace
 from ffssl.methods import Method
 from ffssl.plan import Plan
 from ffssl.step import Run, build, start_run, train_step
-from ffssl.train import make_folder, open_loader
+from ffssl.train import open_loader
 
 CURVE, PICTURE = "lr_range.json", "lr_range.png"
 FALL_STARTS, FALL_ENDS = 0.1, 0.9  # shares of the fall of the validation loss, at the lower limit and at the upper
@@ -253,7 +254,7 @@ def claim(folder: Path) -> None:
     """Make the folder. Raises UserError if it can't be, or holds a run."""
     if (folder / checkpoint.NAME).exists() or (folder / run_log.NAME).exists():
         raise UserError(f"--run.folder: {folder} holds a run; choose another folder for the range test")
-    make_folder(folder)
+    make_folder(folder, "--run.folder")
 
 
 if __name__ == "__main__":

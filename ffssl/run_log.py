@@ -1,7 +1,10 @@
 """The log of a run: one JSON line an epoch, and the same numbers live, with those of steps, for TensorBoard and Weights & Biases."""
 
+import contextlib
 import json
+import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -20,33 +23,46 @@ class RunLog:
     """Appends rows to `log.jsonl` in a folder. Rows after `last_epoch`, of a run killed before its checkpoint, are dropped.
 
     tensorboard: also write TensorBoard files to the folder. wandb: also log to this project of Weights & Biases, which shows `options`.
+    Raises UserError where it can't be written.
     """
 
     def __init__(self, folder: Path, *, last_epoch: int, tensorboard: bool, wandb: str | None = None, options: dict | None = None):
         self._viewers = [WandbViewer(folder, wandb, options, resumed=last_epoch >= 0)] if wandb else []
+        self._folder = folder
         kept = [row for row in _whole_rows(folder / NAME) if row["epoch"] <= last_epoch]
-        with replacing(folder / NAME) as partial:
-            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self._file = open(folder / NAME, "a")
+        with self._named():
+            with replacing(folder / NAME) as partial:
+                partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            self._file = open(folder / NAME, "ab", buffering=0)
         if tensorboard:
             self._viewers.append(TensorBoardViewer(folder, last_epoch))
 
     def write(self, row: dict) -> None:
         """Add one row; `row["epoch"]` counts finished epochs."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        for viewer in self._viewers:
-            viewer.epoch(row)
+        with self._named():
+            self._file.write(json.dumps(row).encode() + b"\n")
+            os.fsync(self._file.fileno())  # a checkpoint that survives a power cut must not outlive its row
+            for viewer in self._viewers:
+                viewer.epoch(row)
 
     def write_step(self, step: int, values: dict[str, float]) -> None:
         """Show values at an optimiser step, counted from the start of the run. They are not in `log.jsonl`."""
-        for viewer in self._viewers:
-            viewer.step(step, values)
+        with self._named():
+            for viewer in self._viewers:
+                viewer.step(step, values)
 
     def close(self) -> None:
         self._file.close()
-        for viewer in self._viewers:
-            viewer.close()
+        with self._named():
+            for viewer in self._viewers:
+                viewer.close()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self._folder}: the log can't be written: {error.strerror or error}") from error
 
 
 class TensorBoardViewer:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ffssl.benchmark.machine import describe_machine
+from ffssl.distributed import world_size
 from ffssl.files import write_json
 
 NAME = "run.json"
@@ -23,6 +24,7 @@ def record_start(folder: Path, device: torch.device) -> None:
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "ranks": world_size(),
         "machine": describe_machine(PACKAGES),
         "git": git_revision(),
     }

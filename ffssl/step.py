@@ -1,5 +1,7 @@
 """One step of the optimiser, and all that it works on."""
 
+import contextlib
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -8,16 +10,19 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
-from ffssl import hard_augment
+from ffssl import batch_norm, hard_augment
 from ffssl.backbones import build_backbone, check_resolutions
 from ffssl.config import as_dict
 from ffssl.device import mixed_precision
+from ffssl.distributed import world_size
 from ffssl.energy import energy_counter
 from ffssl.methods import Method, build_method
 from ffssl.methods.base import Progress
 from ffssl.optimizers import build_optimizer, set_learning_rate_and_momentum
 from ffssl.plan import Plan, input_sides
+from ffssl.tally import Tally
 
 PASSES = ("loss", "project", "targets", "pair_losses")  # of a method: all that computes with networks
 SHAPES_COMPILED = 64  # for how many shapes and states torch.compile makes code before it gives up: resolutions, and each method's own
@@ -31,17 +36,22 @@ class Run:
     plan: Plan
     device: torch.device
     method: Method
+    parallel: nn.Module  # the method, whose backward pass averages the gradients over the ranks; in one process the method itself
     optimizer: torch.optim.Optimizer
     amp: torch.autocast
     scaler: torch.amp.GradScaler
     joules: Callable[[], float | None]  # that the GPU has used, see `ffssl.energy`
     epoch: int = 0  # epochs finished
+    tally: Tally = field(default_factory=Tally)  # of the one after them
     spent: dict[str, float] = field(default_factory=lambda: {"seconds": 0.0, "flops": 0.0})
+    data: dict[str, object] = field(default_factory=dict)  # what tells the training images from others
 
     def state(self) -> dict:
         return {
             "epoch": self.epoch,
+            "tally": self.tally.state(),
             "spent": self.spent,
+            "data": self.data,
             "options": as_dict(self.options),
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -49,20 +59,35 @@ class Run:
         }
 
     def restore(self, state: dict) -> None:
+        """Go on from a state, of any device."""
         self.epoch, self.spent = state["epoch"], state["spent"]
+        self.tally = Tally.restored(state["tally"], self.device) if "tally" in state else Tally()
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
 
 
 def start_run(options: SimpleNamespace, method: Method, plan: Plan, device: torch.device) -> Run:
-    """A run at its beginning. method: as `build` makes it."""
+    """A run at its beginning. method: as `build` makes it; with several ranks, its BatchNorm is synchronised from here on."""
     t = options.training
+    parallel = share(method.train(), device)
     optimizer = build_optimizer(
         t.optimizer, method.parameter_groups(t.weight_decay), weight_decay=t.weight_decay, decay_norm_and_bias=t.decay_norm_and_bias,
         momentum=t.momentum, device=device,
     )  # fmt: skip
-    return Run(options, plan, device, method.train(), optimizer, *mixed_precision(t.amp, device), energy_counter(device))
+    return Run(options, plan, device, method, parallel, optimizer, *mixed_precision(t.amp, device), energy_counter(device))
+
+
+def share(method: Method, device: torch.device) -> nn.Module:
+    """The method as ranks that share a batch compute its loss: over BatchNorm statistics of the joint batch, with averaged gradients."""
+    if world_size() == 1:
+        return method
+    batch_norm.synchronise(method, device)
+    # No buffer is broadcast: what BatchNorm, queues and centres hold is computed from the joint batch, on all ranks alike.
+    option = "forward_sync_buffers"  # broadcast_buffers in versions of torch before it
+    if option not in inspect.signature(DistributedDataParallel).parameters:
+        option = "broadcast_buffers"
+    return DistributedDataParallel(method, gradient_as_bucket_view=True, **{option: False})
 
 
 def build(options: SimpleNamespace, device: torch.device) -> Method:
@@ -94,9 +119,10 @@ def compile_passes(module: nn.Module, passes: Iterable[str], mode: str, device: 
 
 
 def train_step(run: Run, views: Tensor, step: int, mark: Callable[[str], None] = lambda part: None) -> tuple[Tensor, Tensor]:
-    """One step of the optimiser on uint8 views (B, m, 3, R, R) on the run's device, without waiting for it.
+    """One step of the optimiser on this rank's uint8 views (B, m, 3, R, R) on the run's device, without waiting for it.
 
-    mark: called with the name of each part when it has been given to the device. Returns the loss and the spread of the embeddings.
+    mark: called with the name of each part when it has been given to the device. Returns the loss and the spread of the embeddings,
+    of this rank.
     """
     options, progress = run.options, Progress(step, run.plan.total_steps, run.epoch)
     learning_rate, momentum = run.plan.learning_rate_and_momentum(step)
@@ -105,7 +131,10 @@ def train_step(run: Run, views: Tensor, step: int, mark: Callable[[str], None] =
     run.optimizer.zero_grad(set_to_none=True)
     torch.compiler.cudagraph_mark_step_begin()  # before the first part alone: the gradients of one must last while the next adds to them
     parts = views.chunk(options.training.accumulate)
-    results = [add_gradients(run, part, options.run.seed + step, len(parts), mark) for part in parts]
+    with local_gradients(run.parallel):
+        results = [add_gradients(run, part, options.run.seed + step, len(parts), mark) for part in parts[:-1]]
+    results.append(add_gradients(run, parts[-1], options.run.seed + step, len(parts), mark))
+    run.method.after_backward(progress)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     mark("optimiser")
@@ -115,12 +144,17 @@ def train_step(run: Run, views: Tensor, step: int, mark: Callable[[str], None] =
     return loss, spread
 
 
+def local_gradients(network: nn.Module) -> contextlib.AbstractContextManager:
+    """Backward passes inside add to this rank's gradients; the next one outside averages the sums over the ranks."""
+    return network.no_sync() if isinstance(network, DistributedDataParallel) else contextlib.nullcontext()
+
+
 def add_gradients(run: Run, views: Tensor, seed: int, parts: int = 1, mark: Callable[[str], None] = lambda part: None) -> tuple[Tensor, Tensor]:
     """Forward and backward pass over one of the equal `parts` of a batch, as `train_step`."""
     with run.amp:
         chosen = hard_augment.choose_views(run.method, views, seed=seed, **vars(run.options.hard_augment))
         mark("selection")
-        loss, embeddings = run.method(*chosen)
+        loss, embeddings = run.parallel(*chosen)
     mark("forward")
     run.scaler.scale(loss / parts).backward()
     mark("backward")

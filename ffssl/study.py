@@ -24,22 +24,19 @@ An option is taken from the command line, else from the group's `runs`, the grou
 """
 
 import argparse
-import contextlib
 import datetime
-import fcntl
 import json
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from ffssl.benchmark.machine import describe_machine
 from ffssl.command_line import exit_status
 from ffssl.config import read_options
 from ffssl.errors import UserError
-from ffssl.files import write_json
+from ffssl.files import make_folder, only_one_in, write_json
 from ffssl.study_file import Run, Study, comparable, read_study
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,7 +61,8 @@ def main() -> int:
 def conduct(study: Study, folder: Path) -> int:
     """Do what is left of a study in `folder`, and report. Returns 1 if a run failed, else 0."""
     todo = [(seed, run) for seed in study.seeds for run in study.runs]  # a seed of every run first: they share the machine's moods
-    with only_one_in(folder) as lock:
+    make_folder(folder, "--folder")
+    with only_one_in(folder, "study", "--folder") as lock:
         for seed, run in todo:
             check_unchanged(study, run, seed, folder)
         for split, count in study.embedded.items():
@@ -126,22 +124,6 @@ def report(study: Study, folder: Path, failed: dict[tuple[str, int], int]) -> st
     return write_report(study, folder, done, failed, command=shlex.join(["python", "-m", "ffssl.study", *sys.argv[1:]]))
 
 
-@contextlib.contextmanager
-def only_one_in(folder: Path) -> Iterator[int]:
-    """Hold the folder for this process and its children. Raises UserError if another study runs in it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")
-    except OSError as error:
-        raise UserError(f"--folder: {folder} can't be written to: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--folder: a study is running in {folder} already; wait for it, or choose another folder") from None
-        yield file.fileno()
-
-
 def finished(folder: Path) -> dict | None:
     """The record of a run that has finished, else None."""
     record = read_record(folder)
@@ -173,4 +155,4 @@ def check_unchanged(study: Study, run: Run, seed: int, study_folder: Path) -> No
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main, interrupted="\ninterrupted; the same command goes on after the last whole epoch"))
+    sys.exit(exit_status(main, interrupted="\ninterrupted; the same command goes on where it stopped"))

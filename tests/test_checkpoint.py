@@ -64,6 +64,54 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     assert trap.exists()  # the trap works
 
 
+def test_the_last_few_are_kept_by_age(tmp_path):
+    for epoch in range(5):
+        checkpoint.save(tmp_path, state(epoch), keep=3)
+    assert [checkpoint.read(tmp_path / name)["epoch"] for name in ("checkpoint.pt", "checkpoint.1.pt", "checkpoint.2.pt")] == [4, 3, 2]
+    assert len(os.listdir(tmp_path)) == 3
+    checkpoint.save(tmp_path, state(5), keep=1)
+    assert os.listdir(tmp_path) == [checkpoint.NAME]
+
+
+def test_without_hard_links_the_one_before_is_kept_too(tmp_path, monkeypatch):
+    def refused(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    for epoch in range(3):
+        checkpoint.save(tmp_path, state(epoch), keep=2)
+    assert checkpoint.read(tmp_path / "checkpoint.1.pt")["epoch"] == 1
+    assert_holds(tmp_path, 2)
+    (tmp_path / checkpoint.NAME).unlink()  # as if killed between the two renames
+    assert_holds(tmp_path, 1)
+
+
+@pytest.mark.parametrize("place", [0.01, 0.5, 0.99])
+def test_a_changed_bit_is_noticed_and_the_one_before_takes_its_place(tmp_path, capsys, place):
+    for epoch in range(3):
+        checkpoint.save(tmp_path, state(epoch), keep=3)
+    path = tmp_path / checkpoint.NAME
+    data = bytearray(path.read_bytes())
+    data[int(place * 1_200_000)] ^= 4
+    path.write_bytes(data)
+    assert_holds(tmp_path, 1)
+    told = capsys.readouterr().err
+    assert told.startswith(f"warning: {path}: not a readable checkpoint") and "checkpoint.1.pt, takes its place" in told
+    assert (tmp_path / "checkpoint.pt.damaged").read_bytes() == data
+    checkpoint.save(tmp_path, state(3), keep=3)
+    assert checkpoint.read(tmp_path / "checkpoint.1.pt")["epoch"] == 1
+
+
+def test_where_all_are_damaged_nothing_is_moved(tmp_path):
+    for epoch in range(2):
+        checkpoint.save(tmp_path, state(epoch), keep=2)
+    for name in ("checkpoint.pt", "checkpoint.1.pt"):
+        (tmp_path / name).write_bytes(b"damaged")
+    with pytest.raises(UserError, match="checkpoint.pt: not a readable checkpoint .*delete it"):
+        checkpoint.load(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint.1.pt", "checkpoint.pt"]
+
+
 @pytest.mark.parametrize("damage", ["cut short", "empty", "text", "pickle", "bytes changed"])
 def test_a_damaged_checkpoint_is_named_with_what_to_do(tmp_path, damage):
     checkpoint.save(tmp_path, state(1))

@@ -7,7 +7,9 @@ import torch
 from torch import distributed as dist
 from torch import multiprocessing, nn
 
+from ffssl import batch_norm
 from ffssl.distributed import gather, gather_with_gradient, mean_over_ranks, rank, world_size
+from ffssl.errors import UserError
 from ffssl.methods import build_method
 from ffssl.methods.barlow_twins import redundancy_reduction
 from ffssl.methods.simclr import nt_xent, nt_xent_of_pairs
@@ -43,7 +45,24 @@ def dino(z1, z2):
     return losses[0] + losses[1], method.centre
 
 
+def normalised(z1, z2):
+    """By BatchNorm layers of every form, synchronised where there are ranks, in training and then by what they have tracked."""
+    torch.manual_seed(0)
+    norms = nn.Sequential(nn.BatchNorm1d(WIDTH), nn.Unflatten(1, (2, 2, 2)), nn.BatchNorm2d(2, affine=False), nn.Flatten(), nn.BatchNorm1d(WIDTH))
+    with torch.no_grad():
+        for p in norms.parameters():
+            p.normal_()
+    if world_size() > 1:
+        batch_norm.synchronise(norms, torch.device("cpu"))
+    loss = (norms(3 + z1) * z2 + norms(z2)).sin().square().mean()
+    norms.eval()
+    loss = loss + norms(z1).square().mean()
+    assert norms(z1.bfloat16()).dtype == torch.bfloat16
+    return loss, torch.cat([buffer.flatten() for buffer in norms.buffers()])
+
+
 LOSSES = {
+    "batch_norm": normalised,
     "nt_xent": lambda z1, z2: (nt_xent(z1, z2, 0.5), torch.zeros(1)),
     "mocov2plus": moco,
     "dino": dino,
@@ -111,6 +130,26 @@ def test_the_functions_join_the_ranks_in_order(answers):
         assert (this_rank, size, requires_grad) == (r, 2, False)
         assert torch.equal(gathered, both) and torch.equal(with_gradient, both)
         assert torch.equal(mean, torch.full((2, 3), 1.5))
+
+
+def test_batch_norm_is_replaced_in_place_with_what_it_holds():
+    network = nn.ModuleDict({"a": nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), "b": nn.BatchNorm2d(4, affine=False)}).eval()
+    network["a"][1].requires_grad_(False)
+    before, state = dict(network.named_parameters()), {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    batch_norm.synchronise(network, torch.device("cpu"))
+    assert [type(module) for module in (network["a"][1], network["b"])] == [batch_norm.CpuSyncBatchNorm] * 2
+    assert not network["a"][1].training
+    assert all(parameter is before[name] for name, parameter in network.named_parameters()) and len(before) == 4
+    assert list(network.state_dict()) == list(state) and all(torch.equal(network.state_dict()[name], state[name]) for name in state)
+
+
+def test_a_batch_norm_that_does_more_is_not_replaced_by_one_that_does_less():
+    class WithActivation(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    with pytest.raises(UserError, match="its WithActivation can't be synchronised between processes on CPUs"):
+        batch_norm.synchronise(nn.Sequential(WithActivation(3)), torch.device("cpu"))
 
 
 def test_one_process_keeps_what_it_has():

@@ -55,4 +55,4 @@ def test_a_run_logs_the_energy_of_its_epochs(betons, tmp_path, monkeypatch):
     words = ["--model.backbone=resnet-small", "--method.name=simclr", "--method.hidden=8", "--method.projection=8", "--resolution.max=16", "--resolution.step=16"]
     options = read_options([*words, f"--data.train={betons['train']}", f"--run.folder={tmp_path}", "--training.epochs=2", "--training.batch_size=64", "--run.tensorboard=false"])
     train(options)
-    assert [row["kwh"] for row in read_log(tmp_path)] == [1.0, 2.0]
+    assert [row["kwh"] for row in read_log(tmp_path)] == [2.0, 4.0]  # one between two readings, at the start of an epoch and at its two steps

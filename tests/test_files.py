@@ -1,9 +1,11 @@
+import fcntl
 import json
 import os
 
 import pytest
 
-from ffssl.files import replacing, write_json
+from ffssl.errors import UserError
+from ffssl.files import only_one_in, replacing, write_json
 
 
 def test_a_file_has_the_old_content_until_the_new_is_whole(tmp_path):
@@ -27,3 +29,22 @@ def test_what_was_begun_goes_when_the_block_raises(tmp_path, exception, begun):
             partial.write_text("half")
         raise exception
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a"]
+
+
+def test_a_folder_is_one_processs_at_a_time(tmp_path):
+    with only_one_in(tmp_path, "run", "--run.folder"):
+        with pytest.raises(UserError, match=f"--run.folder: a run is under way in {tmp_path} already"), only_one_in(tmp_path, "run", "--run.folder"):
+            pass
+    with only_one_in(tmp_path, "run", "--run.folder"):
+        pass
+    with pytest.raises(UserError, match="--run.folder: .*missing can't be written to"), only_one_in(tmp_path / "missing", "run", "--run.folder"):
+        pass
+
+
+def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, capsys):
+    def refused(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with only_one_in(tmp_path, "run", "--run.folder"):
+        assert f"warning: {tmp_path}: no lock can be had (Function not implemented)" in capsys.readouterr().err

@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 from types import SimpleNamespace
 
@@ -62,6 +63,17 @@ def test_a_last_line_that_lacks_only_its_end_is_a_row(tmp_path):
     (tmp_path / NAME).write_text("\n".join(json.dumps(row) for row in rows(0, 1)))
     write(tmp_path, rows(2), last_epoch=1)
     assert read_log(tmp_path) == rows(0, 1, 2)
+
+
+def test_a_full_disk_is_told_in_a_line(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    log = RunLog(tmp_path, last_epoch=-1, tensorboard=False)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=f"{tmp_path}: the log can't be written: No space left on device"):
+        log.write(rows(0)[0])
+    log.close()
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):

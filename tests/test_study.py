@@ -20,9 +20,10 @@ from ffssl import study as program
 from ffssl.command_line import exit_status
 from ffssl.config import read_options
 from ffssl.errors import UserError
+from ffssl.files import only_one_in
 from ffssl.run_log import NAME as LOG_NAME
 from ffssl.run_log import read_log
-from ffssl.study import check_unchanged, comparable, finished, only_one_in, write_record
+from ffssl.study import check_unchanged, comparable, finished, write_record
 from ffssl.study_file import Run, read_study
 from ffssl.study_report import draw, first_reached, format_table, mean_curve, summarise
 
@@ -154,7 +155,7 @@ def test_an_ended_study_goes_on_where_it_stopped(toy, tmp_path):
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
         assert process.returncode == status and "Traceback" not in err
-        assert ("the same command goes on after the last whole epoch" in err) == (number == signal.SIGINT)
+        assert ("the same command goes on where it stopped" in err) == (number == signal.SIGINT)
         assert read_log(folder)[: len(done)] == done  # seconds too: these epochs were not run again
         done = read_log(folder)[:-1]  # the checkpoint of the last may not have been written
     assert conduct(path, toy.folder)[0] == 0
@@ -173,12 +174,10 @@ def test_a_failed_run_is_marked_the_others_go_on_and_it_is_tried_again(toy, tmp_
     assert re.search(r"\| baseline +\| +1 +\| +\d+\.\d +\|", out)
 
 
-def test_a_second_study_in_the_same_folder_is_refused(tmp_path):
-    with only_one_in(tmp_path / "study"):
-        with pytest.raises(UserError, match="running in .*study already"), only_one_in(tmp_path / "study"):
-            pass
-    with only_one_in(tmp_path / "study"):
-        pass
+def test_a_second_study_in_the_same_folder_is_refused(toy):
+    with only_one_in(toy.folder, "study", "--folder"):
+        status, out, err = conduct(toy.path, toy.folder)
+    assert (status, out) == (2, "") and err.startswith(f"error: --folder: a study is under way in {toy.folder} already")
 
 
 @pytest.mark.parametrize(

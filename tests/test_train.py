@@ -1,3 +1,5 @@
+import contextlib
+import itertools
 import json
 import os
 import random
@@ -11,11 +13,15 @@ import pytest
 import torch
 
 from ffssl import checkpoint
+from ffssl import train as train_module
 from ffssl.config import read_options
+from ffssl.data.beton import read_beton
 from ffssl.data.convert import convert
 from ffssl.errors import UserError
 from ffssl.plan import Plan
 from ffssl.run_log import RunLog, read_log
+from ffssl.saver import Saver
+from ffssl.stopping import Stopped
 from ffssl.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,18 +99,48 @@ def test_every_method_trains_and_goes_on_from_its_checkpoint_with_the_same_weigh
     class Stop(Exception):
         pass
 
-    def stop_after_an_epoch(folder, new):
-        save(folder, new)
-        if new["epoch"] == 1:
+    def stop_within_the_second_epoch(folder, new, **settings):
+        save(folder, new, **settings)
+        if new["epoch"] == 1 and len(new["tally"]["losses"]) == 3:
             raise Stop
 
     save = checkpoint.save
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(checkpoint, "save", stop_after_an_epoch)
+        patch.setattr(checkpoint, "save", stop_within_the_second_epoch)
+        patch.setattr(Saver, "due", lambda saver: True)
         train(read_options(arguments(betons, tmp_path / "stopped", *options, "--training.epochs=2")))
     train(read_options(arguments(betons, tmp_path / "stopped", *options, "--training.epochs=2")))
     assert_equal(weights(tmp_path / "unbroken"), weights(tmp_path / "stopped"))
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "stopped").values())
+
+
+def test_a_run_goes_on_with_the_very_next_batch_and_its_sums_and_random_numbers(betons, tmp_path, monkeypatch):
+    steps, shown = [], []
+
+    def recorded_step(run, views, step):
+        steps.append((step, views.sum().item(), torch.rand(1).item()))  # of the views themselves, and of what dropout would draw
+        if step == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(run, views, step)
+
+    train_step, joules = train_module.train_step, itertools.count(0, 3600)
+    monkeypatch.setattr(train_module, "train_step", recorded_step)
+    monkeypatch.setattr("ffssl.step.energy_counter", lambda device: lambda: next(joules))
+    monkeypatch.setattr(RunLog, "write_step", lambda log, step, values: shown.append((step, values)))
+    runs = {}
+    for name, stops in (("unbroken", [None]), ("stopped", [1, 4, 5, None])):  # 4: after the last step of an epoch, before its row
+        steps.clear()
+        shown.clear()
+        for stop_at in stops:
+            with pytest.raises(Stopped) if stop_at is not None else contextlib.nullcontext():
+                train(read_options(arguments(betons, tmp_path / name, "--training.epochs=2")))
+        rows = read_log(tmp_path / name)
+        assert all(row["seconds"] > 0 and row["images_per_second"] > 0 and 0 <= row["data_wait"] <= 1 for row in rows)
+        timed = ("seconds", "images_per_second", "data_wait")
+        runs[name] = [*steps], [*shown], [{key: value for key, value in row.items() if key not in timed} for row in rows]
+    assert [step for step, *_ in runs["unbroken"][0]] == list(range(10)) == [step - 1 for step, _ in runs["unbroken"][1]]
+    assert runs["stopped"] == runs["unbroken"]
+    assert runs["unbroken"][2][-1]["kwh"] == pytest.approx(0.01)  # 3600 J from each of 10 charges to the next
 
 
 @pytest.fixture
@@ -162,6 +198,35 @@ def test_what_a_folder_holds_is_not_mixed_with_another_experiment(betons, tmp_pa
         train(read_options(arguments(betons, tmp_path, "--training.epochs=1", "--training.learning_rate=0.1")))
     with pytest.raises(UserError, match="holds a run already"):
         train(read_options(arguments(betons, tmp_path, "--training.epochs=1", "--run.resume=never")))
+    with pytest.raises(UserError, match="--run.seed: the run in .* has 0, not 1"):
+        train(read_options(arguments(betons, tmp_path, "--training.epochs=1", "--run.seed=1")))
+    with pytest.raises(UserError, match=f"--data.train: {betons['val']} does not hold the images .* has 40 others; put back the file of 160"):
+        train(read_options(arguments(betons | {"train": betons["val"]}, tmp_path, "--training.epochs=1")))
+
+
+def test_a_damaged_checkpoint_costs_no_more_than_the_steps_since_the_one_before(betons, tmp_path, capsys):
+    unbroken, damaged = (arguments(betons, tmp_path / name, "--training.epochs=2") for name in ("unbroken", "damaged"))
+    train(read_options(unbroken))
+    train(read_options(damaged))
+    path = tmp_path / "damaged" / checkpoint.NAME
+    path.write_bytes(path.read_bytes()[:-1000])
+    train(read_options(damaged))
+    assert "checkpoint.pt: not a readable checkpoint" in capsys.readouterr().err
+    assert_equal(weights(tmp_path / "unbroken"), weights(tmp_path / "damaged"))
+
+
+def test_broken_images_end_a_run_by_name_or_are_replaced_and_counted(betons, tmp_path):
+    path, beton = tmp_path / "broken.beton", read_beton(betons["train"])
+    data = bytearray(betons["train"].read_bytes())
+    for i in (3, 77):
+        begin = int(beton.images["data_ptr"][i])
+        data[begin : begin + 20] = bytes(20)
+    path.write_bytes(data)
+    broken = arguments(betons | {"train": path}, tmp_path / "run", "--training.epochs=2", f"--data.validation={betons['val']}")
+    with pytest.raises(UserError, match="broken.beton: image (3|77) does not decode"):
+        train(read_options(broken))
+    train(read_options([*broken, "--data.broken=replace"]))
+    assert [row.get("replaced") for row in read_log(tmp_path / "run")] == [None, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -227,7 +292,7 @@ def test_interrupt_leaves_with_status_130_and_a_checkpoint(betons, tmp_path):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr and "the same command continues" in stderr
-    assert checkpoint.load(tmp_path) is not None
+    assert len(checkpoint.load(tmp_path)["tally"]["losses"]) > 0
 
 
 def configs() -> list[Path]:

@@ -25,6 +25,7 @@ from ffssl.data.beton import (
     metadata_type,
 )
 from ffssl.errors import UserError
+from ffssl.files import sync_folder
 
 FIELDS = (("image", IMAGE_FIELD), ("label", INT_FIELD))
 DEFAULT_PAGE_SIZE = 4 * MIN_PAGE_SIZE
@@ -76,7 +77,7 @@ class BetonWriter:
                 self.finish()
                 with self._reporting_failures():
                     os.replace(self._partial, self.path)
-                    _sync_folder(self.path.parent)
+                    sync_folder(self.path.parent)
         finally:
             with suppress(OSError):
                 self._file.close()
@@ -200,14 +201,3 @@ def _is_alive(pid: int) -> bool:
     except OSError:
         pass
     return True
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass  # some network file systems refuse it; the rename itself has succeeded
-    finally:
-        os.close(descriptor)

@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 import ffssl
+from ffssl.data.beton import Beton, read_beton
 from ffssl.data.beton_writer import BetonWriter, check_writable
 from ffssl.data.encode import BrokenImage, EncodedImage, Encoding, How, encode_image
 from ffssl.data.sources import Source
@@ -141,6 +142,18 @@ def read_description(beton: Path) -> dict | None:
         raise UserError(f"{path}: not a readable description ({error}); convert {beton.name} again, or delete it") from error
 
 
+def identity(beton: Beton) -> dict[str, object]:
+    """What tells a beton file's samples from others: their number and a digest.
+
+    Raises UserError where the description beside the file is of other samples.
+    """
+    found = {"samples": len(beton), "digest": beton.digest()}
+    described = (read_description(beton.path) or {}).get("digest", found["digest"])
+    if described != found["digest"]:
+        raise UserError(f"{beton.path}: damaged, or not the file that {description_path(beton.path).name} describes; write or copy both again")
+    return found
+
+
 def select_subset(count: int, subset: int | None, seed: int) -> np.ndarray:
     """Indices into `count` samples, ascending. Raises UserError if there are fewer than `subset`."""
     if subset is None:
@@ -225,6 +238,7 @@ def _write_description(summary: Summary, source: Source, options: ConvertOptions
         "sha256": summary.sha256,
         "bytes": summary.file_bytes,
         "samples": summary.samples,
+        "digest": read_beton(summary.path).digest(),
         "class_names": summary.class_names,
         "source": {"kind": type(source).__name__, "origin": source.origin, "samples": len(source)},
         "options": {

@@ -50,11 +50,13 @@ class ViewLoader:
     batches_ahead: batches in memory, each at `max_resolution`: the one being consumed and those rendered meanwhile. With 1, none is.
     kernel: a function (view, key) that Numba compiles, applied in place to every finished view, see `compile_view_kernel`.
     rank, world_size: this process's share of every epoch.
+    broken: what becomes of an image that does not decode: "stop" names it, "replace" serves another sample of the epoch in its place.
 
     A batch's views are a window on a buffer that is reused: they hold until the next batch is asked for (on CUDA, until the work
     queued by then has read them). A loader serves one loop at a time: an iteration that another has ended raises UserError when it is
     asked for a batch. What goes wrong in a thread is raised in the loop; leaving the loop early stops the threads' work. Raises
-    UserError for a file that can't be trained on, for an image that does not decode, and for more memory than there is.
+    UserError for a file that can't be trained on, for an image that does not decode (where none does, if they are
+    replaced), and for more memory than there is.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class ViewLoader:
         kernel: Callable | None = None,
         rank: int = 0,
         world_size: int = 1,
+        broken: str = "stop",
     ):
         self.beton = read_beton(path)
         self.samples = np.arange(len(self.beton)) if indices is None else self._checked_indices(indices)
@@ -94,7 +97,10 @@ class ViewLoader:
         self.drop_last = drop_last
         self.seed = seed
         self.rank, self.world_size = rank, world_size
+        self.broken = broken
         self.epoch = 0
+        self.first_batch = 0
+        self.replaced = 0  # images in the batches served by the last iteration that did not decode
         self.workers = workers or len(os.sched_getaffinity(0))
         self.batches_ahead = batches_ahead
         self._max_resolution = max_resolution or resolution
@@ -141,17 +147,22 @@ class ViewLoader:
         if self.beton.labels is None or (self.beton.labels[self.samples] < 0).any():
             raise UserError(f"{self.beton.path}: the online kNN needs labels, and this file lacks some; train without --data.validation")
 
-    def set_epoch(self, epoch: int, resolution: int | None = None, magnitude: float = STANDARD_MAGNITUDE) -> None:
-        """Choose what the next iteration serves. Ends an iteration that is under way."""
+    def set_epoch(
+        self, epoch: int, resolution: int | None = None, magnitude: float = STANDARD_MAGNITUDE, *, first_batch: int = 0
+    ) -> None:
+        """Choose what the next iteration serves, from which of the epoch's batches on. Ends an iteration that is under way."""
         self._stop()
+        if not 0 <= first_batch <= len(self):
+            raise UserError(f"{self.beton.path}: an epoch of {len(self)} batches can't begin at batch {first_batch}")
         resolution = resolution or self.resolution
         if resolution > self._max_resolution:
             self._max_resolution = resolution
-        self.epoch = epoch
+        self.epoch, self.first_batch = epoch, first_batch
         self._settings.set_epoch(epoch, resolution, magnitude)
 
     def __iter__(self) -> Iterator[Batch]:
         self._stop()
+        self.replaced = 0
         iteration = _Iteration(self._batches())
         self._running = weakref.ref(iteration)
         return iteration
@@ -197,23 +208,26 @@ class ViewLoader:
             len(self.samples), seed=self.seed, epoch=self.epoch, shuffle=self.shuffle, rank=self.rank, world_size=self.world_size
         )
         order = self.samples[order]
+        served = order.copy()
         slots = self._take_slots()
-        starts = iter(range(0, len(self) * self.batch_size, self.batch_size))
-        under_way: deque[tuple[torch.Tensor, np.ndarray, list[Future]]] = deque()
+        starts = iter(range(self.first_batch * self.batch_size, len(self) * self.batch_size, self.batch_size))
+        under_way: deque[tuple[torch.Tensor, np.ndarray, np.ndarray, list[Future]]] = deque()
 
         def start_batch(slot: torch.Tensor) -> None:
             start = next(starts, None)
             if start is None:
                 return
-            indices = order[start : start + self.batch_size]
+            planned, indices = order[start : start + self.batch_size], served[start : start + self.batch_size]
             views = slot[: len(indices)]
             self._file.release()
             self._file.prefetch(self.beton.images["data_ptr"][indices], self.beton.image_sizes[indices])
             tasks = [
-                self._pool.submit(self._render, indices[i : i + SAMPLES_PER_TASK], views.numpy()[i : i + SAMPLES_PER_TASK], self._consumed)
+                self._pool.submit(
+                    self._render, indices[i : i + SAMPLES_PER_TASK], views.numpy()[i : i + SAMPLES_PER_TASK], self._consumed, order, start + i
+                )
                 for i in range(0, len(indices), SAMPLES_PER_TASK)
             ]
-            under_way.append((views, indices, tasks))
+            under_way.append((views, planned, indices, tasks))
 
         try:
             for slot in slots:
@@ -221,10 +235,11 @@ class ViewLoader:
             for slot in itertools.cycle(slots):
                 if not under_way:
                     break
-                views, indices, tasks = under_way[0]
+                views, planned, indices, tasks = under_way[0]
                 for task in tasks:
                     task.result()
                 under_way.popleft()
+                self.replaced += int((indices != planned).sum())
                 labels = np.full(len(indices), -1) if self.beton.labels is None else self.beton.labels[indices]
                 try:
                     yield Batch(views, torch.from_numpy(labels), torch.from_numpy(indices))
@@ -234,10 +249,10 @@ class ViewLoader:
                         self._consumed.record()
                 start_batch(slot)
         finally:
-            for _, _, tasks in under_way:
+            for *_, tasks in under_way:
                 for task in tasks:
                     task.cancel()
-            for _, _, tasks in under_way:
+            for *_, tasks in under_way:
                 for task in tasks:
                     if not task.cancelled():
                         task.exception()  # waits: nobody may write into the buffers any more
@@ -250,20 +265,37 @@ class ViewLoader:
         shape = (self.batches_ahead, self.batch_size, self._settings.views, 3, self.resolution, self.resolution)
         return self._buffer[: math.prod(shape)].view(shape)
 
-    def _render(self, indices: np.ndarray, views: np.ndarray, after: "torch.cuda.Event | None") -> None:
+    def _render(self, indices: np.ndarray, views: np.ndarray, after: "torch.cuda.Event | None", order: np.ndarray, start: int) -> None:
+        """Render the views of the samples at `indices`, which are order[start], order[start + 1], ... until one is replaced."""
         if after is not None:
             after.synchronize()
-        try:
-            render_samples(
-                self._file.data, self.beton.pointers, self.beton.sizes, self.beton.images, indices,
-                self._settings.counters, self._settings.policy_rows, self._settings.scaled_decoding, views,
-            )  # fmt: skip
-        except ValueError as error:
-            raise UserError(
-                f"{self.beton.path}: image {error.args[-1]} does not decode; write the file again, with --skip-broken to leave it out"
-            ) from error
+        done = attempts = 0
+        while done < len(indices):
+            try:
+                render_samples(
+                    self._file.data, self.beton.pointers, self.beton.sizes, self.beton.images, indices[done:],
+                    self._settings.counters, self._settings.policy_rows, self._settings.scaled_decoding, views[done:],
+                )  # fmt: skip
+                break
+            except ValueError as error:
+                broken = error.args[-1]
+                at = done + int(np.flatnonzero(indices[done:] == broken)[0])
+                attempts = attempts + 1 if at == done else 1
+                if self.broken == "stop" or attempts > len(order):
+                    raise UserError(
+                        f"{self.beton.path}: image {broken} does not decode; write the file again, with --skip-broken to leave it out"
+                    ) from error
+                done, indices[at] = at, substitute(order, start + at, attempts)
         if self._kernel is not None:
             self._kernel(self._settings.counters, indices, views)
+
+
+def substitute(order: np.ndarray, place: int, attempt: int) -> int:
+    """The sample to serve instead of order[place], which does not decode: half an epoch away, so that a batch holds none twice.
+
+    attempt: 1, 2, ... as long as those before do not decode either; after len(order) of them all have been tried.
+    """
+    return int(order[(place + len(order) // 2 + attempt - 1) % len(order)])
 
 
 class _Iteration:

@@ -18,9 +18,8 @@ class OnlineKnn:
 
     def __init__(self, options: SimpleNamespace, device: torch.device):
         self._options, self._device = options.evaluate, device
-        self._queries, self._bank = (
-            open_views(path, options.data, options.resolution.max) for path in (options.data.validation, options.data.train)
-        )
+        self._queries = open_views(options.data.validation, options.data, options.resolution.max)
+        self._bank = open_views(options.data.train, options.data, options.resolution.max, broken=options.data.broken)
         for loader in (self._queries, self._bank):
             loader.require_labels()
         total = len(self._bank.samples)

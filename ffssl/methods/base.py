@@ -72,6 +72,9 @@ class Method(nn.Module):
     def before_step(self, progress: Progress) -> None:
         """Called before a step's forward pass: set what is scheduled."""
 
+    def after_backward(self, progress: Progress) -> None:
+        """Called when a step's gradients are there, before the optimiser's step: drop those (None) that it is not to follow."""
+
     def after_step(self, progress: Progress) -> None:
         """Called after the optimiser's step: update the teacher."""
 

@@ -43,8 +43,8 @@ class DINO(TeacherMethod):
                 nn.init.zeros_(layer.bias)
         self.last_layer = weight_norm(nn.Linear(projection, prototypes, bias=False))
         nn.init.ones_(self.last_layer.parametrizations.weight.original0)
-        self.norm_last_layer, self.frozen_epochs = norm_last_layer, frozen_epochs
-        self.train_last_layer(True)
+        self.last_layer.parametrizations.weight.original0.requires_grad_(not norm_last_layer)  # lengths of the prototypes
+        self.frozen_epochs = frozen_epochs
         self.temperature = temperature
         self.last_teacher_temperature, self.teacher_temperature_epochs = teacher_temperature, teacher_temperature_epochs
         # A tensor, since compiled code would be compiled again for each new number.
@@ -76,13 +76,14 @@ class DINO(TeacherMethod):
 
     def before_step(self, progress: Progress) -> None:
         self.teacher_temperature.fill_(self.teacher_temperature_in(progress.epoch))
-        self.train_last_layer(progress.epoch >= self.frozen_epochs)
 
-    def train_last_layer(self, trained: bool) -> None:
-        """Let gradients reach the last layer, or not; without one the optimiser leaves it alone, weight decay and momentum included."""
-        weight = self.last_layer.parametrizations.weight
-        weight.original0.requires_grad_(trained and not self.norm_last_layer)  # lengths of the prototypes
-        weight.original1.requires_grad_(trained)  # their directions
+    def after_backward(self, progress: Progress) -> None:
+        """Without a gradient the optimiser leaves the last layer alone, weight decay and momentum included.
+
+        It is computed even so, as by the authors: DistributedDataParallel waits for the same gradients in every step.
+        """
+        if progress.epoch < self.frozen_epochs:
+            self.last_layer.zero_grad(set_to_none=True)
 
 
 class Normalise(nn.Module):

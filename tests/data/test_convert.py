@@ -13,7 +13,7 @@ import PIL.ImageOps
 import pytest
 
 from ffssl.data.beton import MODE_JPEG, MODE_RAW, read_beton
-from ffssl.data.convert import ConversionError, ConvertOptions, convert, is_compressed, select_subset
+from ffssl.data.convert import ConversionError, ConvertOptions, convert, identity, is_compressed, select_subset
 from ffssl.data.encode import BrokenImage, Encoding, How, encode_image
 from ffssl.data.sources import Source
 from ffssl.data.sources.folder import ImageFolder
@@ -249,6 +249,44 @@ def test_a_whole_run(folder):
     description = json.loads((folder.parent / "out.beton.json").read_text())
     assert description["sha256"] == summary.sha256 == hashlib.sha256(data).hexdigest()
     assert description["class_names"] == ["a", "b"] and description["samples"] == 24 and description["skipped"] == []
+
+
+def test_no_changed_bit_of_a_files_tables_goes_unnoticed(folder):
+    path, _ = convert_folder(folder)
+    beton, data = read_beton(path), path.read_bytes()
+    expected, table = identity(beton), 24 * len(beton)
+    assert expected["samples"] == 24
+    rows = 24 + 2 * 1041  # where they begin, after the header and the fields
+    places = [*range(24), *np.random.default_rng(0).integers(24, rows + 24 * 24, 200), *range(len(data) - table, len(data))]
+    refused = 0
+
+    def write(place, value):
+        with open(path, "r+b") as file:
+            file.seek(place)
+            file.write(bytes([value]))
+
+    for place in places:
+        write(place, data[place] ^ 1 << place % 8)
+        try:
+            assert identity(read_beton(path)) == expected  # a byte of no meaning
+        except UserError as error:
+            refused += 1
+            assert str(error).startswith(f"{path}: ")
+        write(place, data[place])
+    assert refused > 2 * table // 3  # whose pointers and sizes decide; the samples' numbers in it do not
+    path.write_bytes(data[:-100])
+    with pytest.raises(UserError, match="cut short"):
+        read_beton(path)
+
+
+def test_another_file_beside_the_description_is_refused(folder):
+    path, _ = convert_folder(folder)
+    other, _ = convert_folder(folder, "other.beton", subset=20)
+    path.write_bytes(other.read_bytes())
+    with pytest.raises(UserError, match="out.beton: damaged, or not the file that out.beton.json describes"):
+        identity(read_beton(path))
+    Path(f"{path}.json").unlink()
+    assert identity(read_beton(path)) == identity(read_beton(other))
 
 
 def test_bytes_do_not_depend_on_workers(folder):

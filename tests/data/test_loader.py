@@ -100,6 +100,24 @@ def test_ranks_share_an_epoch_equally_without_overlap(samples, world_size):
     assert len(set(visited)) == len(visited) and set(visited) <= set(range(samples))
 
 
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_ranks_batches_and_parts_of_them_are_together_those_of_one_process(beton, world_size):
+    def batches(rank, ranks):
+        with open_loader(beton, batch_size=8 // ranks, rank=rank, world_size=ranks) as loader:
+            loader.set_epoch(3)
+            return [dict(zip(indices.tolist(), views.clone())) for views, _, indices in loader]
+
+    shares = [batches(rank, world_size) for rank in range(world_size)]
+    alone = batches(0, 1)
+    assert [len(share) for share in shares] == [len(alone)] * world_size == [2] * world_size
+    for whole, *dealt in zip(alone, *shares):
+        for index, views in whole.items():
+            assert torch.equal(views, next(share[index] for share in dealt if index in share))
+        for part in range(2):
+            half = slice(part * 4 // world_size, (part + 1) * 4 // world_size)
+            assert {i for share in dealt for i in list(share)[half]} == set(list(whole)[4 * part : 4 * part + 4])
+
+
 def test_over_the_epochs_every_rank_visits_every_sample():
     for rank in range(4):
         visited = {int(i) for epoch in range(60) for i in epoch_order(23, seed=1, epoch=epoch, rank=rank, world_size=4)}
@@ -109,6 +127,58 @@ def test_over_the_epochs_every_rank_visits_every_sample():
 def test_orders_are_uniform():
     first = [epoch_order(5, seed=2, epoch=epoch)[0] for epoch in range(2000)]
     assert np.abs(np.bincount(first, minlength=5) - 400).max() < 4 * np.sqrt(2000 * 0.2 * 0.8)
+
+
+@pytest.mark.parametrize("batches_ahead", [1, 3])
+@pytest.mark.parametrize("first", range(7))
+def test_an_epoch_can_begin_at_any_of_its_batches(beton, first, batches_ahead):
+    with open_loader(beton, drop_last=False, batches_ahead=batches_ahead) as loader:
+        loader.set_epoch(1, 24)
+        whole = [tuple(part.clone() for part in batch) for batch in loader]
+        loader.set_epoch(1, 24, first_batch=first)
+        rest = [tuple(part.clone() for part in batch) for batch in loader]
+        assert len(rest) == 6 - first == len(loader) - first
+        for ours, theirs in zip(rest, whole[first:]):
+            assert_same(ours, theirs)
+        loader.set_epoch(1)
+        assert len(list(loader)) == 6
+
+
+def test_an_epoch_cannot_begin_after_its_end(beton):
+    with open_loader(beton) as loader, pytest.raises(UserError, match="epoch of 5 batches can't begin at batch 6"):
+        loader.set_epoch(0, first_batch=6)
+
+
+def break_images(beton, path, broken):
+    """A copy of a beton file in which these images don't decode."""
+    data = bytearray(beton.read_bytes())
+    for begin in read_beton(beton).images["data_ptr"][broken].tolist():
+        data[begin : begin + 20] = bytes(20)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("options", [{}, {"workers": 1, "batches_ahead": 1}, {"batch_size": 11}])
+def test_a_broken_image_is_replaced_by_another_of_the_epoch(beton, tmp_path, options):
+    order, broken = epoch_order(23, seed=3, epoch=2), [4, 5, 17]
+    with open_loader(beton, drop_last=False, batch_size=23) as loader:
+        by_index = views_by_index(*epoch_of(loader, 2))
+    with open_loader(break_images(beton, tmp_path / "broken.beton", broken), drop_last=False, broken="replace", **options) as loader:
+        for _ in range(2):
+            views, labels, indices = epoch_of(loader, 2)
+            assert loader.replaced == 3 and torch.equal(labels, 10 * indices)
+        assert all(torch.equal(view, by_index[int(i)]) for view, i in zip(views, indices))
+    expected = []
+    for place in range(23):  # the first half an epoch on that decodes
+        candidates = [place, *((place + 11 + k) % 23 for k in range(23))]
+        expected.append(next(int(order[at]) for at in candidates if order[at] not in broken))
+    assert indices.tolist() == expected
+
+
+def test_a_file_of_broken_images_ends_even_if_they_are_to_be_replaced(beton, tmp_path):
+    with open_loader(break_images(beton, tmp_path / "broken.beton", list(range(23))), broken="replace") as loader:
+        with pytest.raises(UserError, match="image .* does not decode"):
+            next(iter(loader))
 
 
 # A kernel of the user's own

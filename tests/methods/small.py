@@ -65,6 +65,7 @@ def train_a_step(method, progress, seed, n=10):
     loss, _ = method(*views(n, seed))
     method.zero_grad()
     loss.backward()
+    method.after_backward(progress)
     with torch.no_grad():
         for p in method.parameters():
             if p.grad is not None:

@@ -75,10 +75,12 @@ def test_the_last_layer_is_left_alone_for_the_first_epoch():
     start, backbone = weight.original1.detach().clone(), method.backbone.layer.weight.detach().clone()
     for epoch in range(3):
         assert torch.equal(weight.original1, start)
-        method.before_step(Progress(epoch, 3, epoch))
+        progress = Progress(epoch, 3, epoch)
+        method.before_step(progress)
         loss, _ = method(*views(seed=epoch))
         optimizer.zero_grad()
         loss.backward()
+        method.after_backward(progress)
         optimizer.step()
     assert not torch.equal(weight.original1, start)
     assert not torch.equal(method.backbone.layer.weight, backbone)

@@ -1,0 +1,283 @@
+"""Runs of two processes, on CPUs, against the same runs in one."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from torch import multiprocessing
+
+import ffssl.step
+import ffssl.train
+from ffssl import checkpoint, distributed
+from ffssl.backbones import SmallResNet
+from ffssl.config import read_options
+from ffssl.data.convert import ConvertOptions, convert
+from ffssl.data.sources.embedded import Embedded
+from ffssl.errors import UserError
+from ffssl.run_log import RunLog, read_log
+from ffssl.run_record import read_starts
+
+ROOT = Path(__file__).resolve().parent.parent
+RANKS = 2
+SMALL = [
+    "--model.backbone=resnet-small", "--method.hidden=32", "--method.projection=16", "--resolution.max=32", "--resolution.step=16",
+    "--training.batch_size=32", "--training.epochs=4", "--training.learning_rate=0.0003", "--evaluate.k=5", "--run.tensorboard=false",
+    "--run.device=cpu", "--data.workers=1",
+]  # fmt: skip
+# Rounding errors grow from step to step, the faster the larger the learning rate: these are small, and the weights' changes as well.
+THREE_VIEWS = ["--augment.views=3", "--hard_augment.resolution=16"]
+RUNS = {  # of 20 steps; between them, all that is computed from a batch
+    "simsiam": ["--method.predictor=8", "--training.accumulate=2"],
+    "simclr": [
+        *THREE_VIEWS, "--hard_augment.select=hard", "--hard_augment.loss=method", "--resolution.min=16", "--resolution.schedule=spl",
+        "--training.schedule=f1-clr", "--training.warmup_epochs=1", "--method.temperature=1",
+    ],
+    "mocov2plus": [*THREE_VIEWS, "--hard_augment.select=random", "--method.queue=128"],
+    "dino": ["--method.prototypes=64"],  # whose last layer is frozen for 5 steps
+}  # fmt: skip
+CONTINUED = ["--method.name=simclr", *RUNS["simclr"]]
+GENEROUS = 150  # seconds, for what takes twenty
+
+
+class Stop(Exception):
+    pass
+
+
+def options_of(betons, folder, *more):
+    return [*SMALL, f"--data.train={betons['train']}", f"--run.folder={folder}", *more]
+
+
+def train(arguments, *, stop_after=None, at_step=None):
+    """Train, in one thread. Returns the losses of the steps, as rank 0 shows them, and all that the method held before and holds now.
+
+    stop_after: an epoch at whose end Stop is raised. at_step: called with each step's number.
+    """
+    losses, runs, step_of, epoch_of, start = [], [], ffssl.train.train_step, ffssl.train.train_epoch, ffssl.train.start_run
+
+    def kept(*words):
+        run = start(*words)
+        runs.append((run, {name: tensor.clone() for name, tensor in run.method.state_dict().items()}))
+        return run
+
+    def epoch(run, *rest):
+        if run.epoch == stop_after:
+            raise Stop
+        return epoch_of(run, *rest)
+
+    def step(run, views, number):
+        if at_step:
+            at_step(number)
+        return step_of(run, views, number)
+
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunLog, "write_step", lambda log, number, values: losses.append(values["loss"]))
+        for name, function in (("start_run", kept), ("train_epoch", epoch), ("train_step", step)):
+            patch.setattr(ffssl.train, name, function)
+        torch.set_num_threads(1)
+        try:
+            ffssl.train.train(read_options(arguments))
+        finally:
+            torch.set_num_threads(threads)
+    (run, before), = runs
+    return losses, before, run.method.state_dict()
+
+
+def assert_close(state, expected):
+    assert list(state) == list(expected)
+    for name, tensor in state.items():
+        if name == "queue":  # where the keys of a batch lie in the order of the ranks
+            assert torch.cdist(tensor, expected[name]).amin(1).max() < 1e-3
+        else:
+            torch.testing.assert_close(tensor, expected[name], atol=3e-5, rtol=1e-3, msg=name)
+
+
+@contextlib.contextmanager
+def tiny_backbone():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ffssl.step, "build_backbone", lambda *_, **__: SmallResNet((8, 16)))
+        yield
+
+
+def refusal(arguments) -> str:
+    try:
+        train(arguments)
+    except UserError as error:
+        return str(error)
+    return "none"
+
+
+def lose_patience() -> tuple[str, float]:
+    """Of rank 1, which does not answer for longer than rank 0 waits."""
+    started = time.monotonic()
+    try:
+        with distributed.process_group(torch.device("cpu"), timeout=timedelta(seconds=1)):
+            time.sleep(2 * distributed.rank())
+            distributed.gather_objects(None)
+    except ConnectionError as error:
+        return str(error), time.monotonic() - started
+    return "in time", 0.0
+
+
+def work(rank, ports, folder, betons):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1"}
+    ports, seconds, answer = iter(ports), {}, {}
+
+    @contextlib.contextmanager
+    def next_group(name):
+        os.environ["MASTER_PORT"] = str(next(ports))
+        started = time.monotonic()
+        yield
+        seconds[name] = time.monotonic() - started
+
+    with tiny_backbone():
+        for name, more in RUNS.items():
+            with next_group(name):
+                answer[name] = train(options_of(betons, folder / name, f"--method.name={name}", *more))
+        with next_group("stopped"), contextlib.suppress(Stop):
+            train(options_of(betons, folder / "stopped", *CONTINUED), stop_after=1)
+        refused = {
+            "options": [f"--training.learning_rate={0.1 + rank}"],
+            "files": [f"--data.train={betons['other' if rank else 'train']}", f"--data.workers={1 + rank}"],
+            "missing": [f"--data.train={folder / 'missing.beton' if rank else betons['train']}"],
+            "batch": ["--training.batch_size=33", "--training.accumulate=3"],
+            "folders": [f"--run.folder={folder / 'simclr'}", *CONTINUED],
+        }
+        for name, more in refused.items():
+            with next_group(name), pytest.MonkeyPatch.context() as patch:
+                if name == "folders" and rank == 1:  # of which rank 1 sees another
+                    patch.setattr(checkpoint, "load", lambda *_: None)
+                answer[name] = refusal(options_of(betons, folder / "refused", *more))
+        with next_group("patience"):
+            answer["patience"] = lose_patience()
+        torch.save((answer, seconds), folder / f"{rank}.pt")
+
+        def die(step):
+            if rank == 1 and step == 7:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        with next_group("lost"), pytest.raises(ConnectionError) as lost:
+            train(options_of(betons, folder / "lost"), at_step=die)
+        (folder / "lost.txt").write_text(f"{time.time()} {lost.value}")
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+@pytest.fixture(scope="module")
+def files(betons, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other") / "train.beton"
+    convert(Embedded("val", 160), other, ConvertOptions(progress=False))
+    return betons | {"other": other}
+
+
+@pytest.fixture(scope="module")
+def folder(files, tmp_path_factory):
+    """What two processes leave, of which the second dies in the end."""
+    folder = tmp_path_factory.mktemp("ranks")
+    server, ports = multiprocessing.get_context("forkserver"), free_ports(12)
+    server.set_forkserver_preload(["pytest", "ffssl.train"])  # what takes seconds to import is imported once
+    processes = [server.Process(target=work, args=(rank, ports, folder, files)) for rank in range(RANKS)]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + GENEROUS
+    for process in processes:
+        process.join(max(deadline - time.monotonic(), 0))
+        process.kill()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, -signal.SIGKILL]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(folder):
+    return [torch.load(folder / f"{rank}.pt")[0] for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_ranks_train_as_one_process_does(answers, betons, tmp_path, name):
+    with tiny_backbone():
+        losses, before, state = train(options_of(betons, tmp_path, f"--method.name={name}", *RUNS[name]))
+    (theirs, _, first), (nothing, _, second) = (answer[name] for answer in answers)
+    assert len(losses) == 20 and nothing == []
+    assert theirs == pytest.approx(losses, abs=1e-4)
+    assert_close(first, state)
+    assert all(torch.equal(first[name], second[name]) for name in state)  # student, teacher and buffers, to the bit
+    assert (state["projector.0.weight"] - before["projector.0.weight"]).abs().max() > 3e-4
+
+
+@pytest.mark.parametrize("name, message", [
+    ("options", "--training.learning_rate: 0.1 on rank 0, but 1.1 on rank 1; all ranks need the same"),
+    ("files", "--data.train: '160 samples, digest "),
+    ("missing", "missing.beton: no such file; write it with write_datasets.py (rank 1)"),
+    ("batch", "--training.batch_size: 33 is no multiple, or less than twice, of 6 (2 processes, --training.accumulate=3)"),
+    ("folders", "a checkpoint of epoch 4, step 0' on rank 0, but 'no checkpoint' on rank 1"),
+])  # fmt: skip
+def test_what_ranks_can_not_train_on_together_all_of_them_refuse(answers, name, message):
+    assert answers[0][name] == answers[1][name]
+    assert message in answers[0][name]
+
+
+def test_a_rank_that_does_not_answer_is_waited_for_no_longer_than_the_timeout(answers):
+    message, seconds = answers[0]["patience"]
+    assert message.startswith("rank 0 of 2 has lost another rank (")
+    assert 1 <= seconds < 10
+
+
+def test_a_rank_that_dies_stops_the_others(folder):
+    assert "rank 0 of 2 has lost another rank (" in (folder / "lost.txt").read_text()
+    assert checkpoint.load(folder / "lost")["epoch"] == 1
+
+
+def test_a_run_of_two_ranks_goes_on_in_one_process(folder, betons, tmp_path):
+    shutil.copytree(folder / "stopped", tmp_path / "run")
+    assert checkpoint.load(tmp_path / "run")["epoch"] == 1
+    with tiny_backbone():
+        _, _, state = train(options_of(betons, tmp_path / "run", *CONTINUED))
+    assert [start["ranks"] for start in read_starts(tmp_path / "run")] == [2, 1]
+    together = checkpoint.load(folder / "simclr")["method"]
+    assert_close(state, together)
+
+
+def test_a_run_of_one_process_goes_on_with_torchrun_which_writes_and_tells_once(betons, tmp_path):
+    options = [f"--data.validation={betons['val']}", "--evaluate.every=3", *CONTINUED]
+    with contextlib.suppress(Stop):
+        train(options_of(betons, tmp_path / "run", *options), stop_after=2)
+    shutil.copytree(tmp_path / "run", tmp_path / "alone")
+    _, _, alone = train(options_of(betons, tmp_path / "alone", *options))
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={RANKS}", f"--master-port={free_ports(1)[0]}"]
+    result = subprocess.run(
+        [*command, str(ROOT / "ffssl" / "train.py"), *options_of(betons, tmp_path / "run", *options)],
+        capture_output=True, text=True, timeout=GENEROUS, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    told = result.stdout.splitlines()
+    assert [line.split()[1] for line in told if line.startswith("epoch ")] == ["3/4", "4/4"]
+    assert len(told) == 4 and "on cpu, 2 processes: " in result.stdout
+    ours, theirs = read_log(tmp_path / "run"), read_log(tmp_path / "alone")
+    assert [row["epoch"] for row in ours] == [0, 1, 2, 3, 4]
+    for name in ("loss", "embedding_std", "flops", "resolution", "learning_rate"):
+        rel = 0.02 if name == "embedding_std" else 1e-3  # the mean of the ranks' spreads, not that of the joint batch
+        assert [row[name] for row in ours[1:]] == pytest.approx([row[name] for row in theirs[1:]], rel=rel), name
+    assert [("knn" in row) for row in ours] == [True, False, False, True, True]
+    assert [start["ranks"] for start in json.loads((tmp_path / "run" / "run.json").read_text())] == [1, 2]
+    files = sorted(path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith("."))
+    assert files == ["checkpoint.1.pt", "checkpoint.pt", "log.jsonl", "run.json"]
+    state = checkpoint.load(tmp_path / "run")["method"]
+    assert_close(state, alone)
