@@ -1,5 +1,6 @@
 """The schedules of one run: `ffssl.schedules` with a run's options filled in."""
 
+import itertools
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -28,6 +29,17 @@ class Plan:
             epoch, schedule=r.schedule, epochs=epochs, warmup=round(self.warmup_epochs), low=r.min, high=r.max, step=r.step
         )
 
+    @property
+    def stages(self) -> list[tuple[int, int]]:
+        """The epochs by resolution, in their order: the resolution, and of how many consecutive epochs it is."""
+        resolutions = itertools.groupby(self.resolution(epoch) for epoch in range(self.options.training.epochs))
+        return [(resolution, len(list(epochs))) for resolution, epochs in resolutions]
+
+    @property
+    def resolutions(self) -> list[int]:
+        """All of the run, in ascending order."""
+        return sorted({resolution for resolution, _ in self.stages})
+
     def magnitude(self, epoch: int) -> float:
         a = self.options.augment
         return schedules.magnitude(epoch, epochs=self.options.training.epochs, low=a.magnitude_min, high=a.magnitude_max)
@@ -49,8 +61,7 @@ class Plan:
 
 def input_sides(options: SimpleNamespace) -> set[int]:
     """Every side in pixels of the images that a run's backbone sees: of views, of the selection pass and of the evaluation."""
-    plan = Plan(options, steps_per_epoch=1)
-    sides = {plan.resolution(epoch) for epoch in range(options.training.epochs)}
+    sides = set(Plan(options, steps_per_epoch=1).resolutions)
     if options.hard_augment.select != "off":
         sides |= {min(side, options.hard_augment.resolution) for side in sides}
     return sides | ({options.resolution.max} if options.data.validation else set())

@@ -1,6 +1,7 @@
 """The soak, short, and what it calls flat."""
 
 import importlib.util
+import mmap
 import os
 import subprocess
 import sys
@@ -49,7 +50,8 @@ def test_an_epoch_that_leaks_is_not_called_flat(soak, beton_of_drawings):
     kept = []
     usages = []
     for usage in soak.soak(beton_of_drawings, 40, 8):
-        kept.append(bytearray(b"\1" * 400_000))
+        kept.append(mmap.mmap(-1, 400_000))  # of pages that no heap has to give
+        kept[-1].write(b"\1" * 400_000)
         usages.append(usage)
     assert not soak.is_flat(usages)
 

@@ -10,7 +10,6 @@ printed with where it comes from. Not in the model: the kNN evaluations, the sta
 """
 
 import argparse
-import itertools
 import json
 import os
 import shutil
@@ -55,7 +54,7 @@ def read_measured(path: Path, config: str) -> list[Measured]:
     return [Measured(int(resolution), step_ms / 1000 / batch_size, 1 / rate) for resolution, batch_size, step_ms, rate in rows]
 
 
-def measure_loader(options: SimpleNamespace, method: Method, path: Path, resolutions: set[int]) -> dict[int, float]:
+def measure_loader(options: SimpleNamespace, method: Method, path: Path, resolutions: Sequence[int]) -> dict[int, float]:
     """Seconds of one core for an image with all its views, at each resolution: the best of three epochs of up to 200 images."""
     training = SimpleNamespace(**vars(options.training) | {"batch_size": 8})
     data = SimpleNamespace(**vars(options.data) | {"train": path, "workers": 1})
@@ -164,9 +163,8 @@ def report(given: argparse.Namespace, options: SimpleNamespace) -> str:
     parameters = sum(p.numel() for group in method.parameter_groups(0.0) for p in group["params"])
     gradient = GRADIENT_BYTES * parameters
     figures.note("gradient", f"{gradient / 1e6:.1f} MB", f"counted: {parameters / 1e6:.1f} M parameters in float32")
-    plan = Plan(options, steps_per_epoch=1)
-    stages = [(side, len(list(epochs))) for side, epochs in itertools.groupby(plan.resolution(epoch) for epoch in range(options.training.epochs))]
-    work = work_of(stages, times_of_an_image(given, options, method, stages, figures), flops_counter(options))
+    plan, cost = Plan(options, steps_per_epoch=1), flops_counter(options)
+    work = work_of(plan.stages, times_of_an_image(given, options, method, plan.resolutions, cost, figures), cost)
     how = "during the backward pass" if given.overlap else "after it"
     figures.note("exchange", f"{1000 * exchange_seconds(gradient, machines.gpus, machines.link_rate):.1f} ms",
                  f"computed: a ring all-reduce, {2 * (machines.gpus - 1) / machines.gpus:.2f} x the gradient, {how}")  # fmt: skip
@@ -225,10 +223,10 @@ def image_size(given: argparse.Namespace, train: str, figures: Figures) -> float
 
 
 def times_of_an_image(
-    given: argparse.Namespace, options: SimpleNamespace, method: Method, stages: Sequence[tuple[int, int]], figures: Figures
+    given: argparse.Namespace, options: SimpleNamespace, method: Method, sides: Sequence[int], cost: Callable[[int], Flops], figures: Figures
 ) -> list[Measured]:
-    """What is known of the times of an image: at all resolutions of a run that was measured, else at those of the stages."""
-    sides, full = {side for side, _ in stages}, options.resolution.max
+    """What is known of the times of an image: at all resolutions of a run that was measured, else at those of this one, `sides`."""
+    full = options.resolution.max
     if given.measured:
         measured = read_measured(given.measured, Path(given.config).stem)
         known_at = ", ".join(str(known.resolution) for known in measured)
@@ -238,7 +236,6 @@ def times_of_an_image(
         source = f"measured: {given.measured}"
     else:
         step_images = given.step_images or options.training.batch_size
-        cost = flops_counter(options)
         seconds = given.step_ms / 1000 / step_images
         gpu = {side: seconds * cost(side).total() / cost(full).total() for side in sides}
         source = f"given: {given.step_ms:g} ms for {step_images} images at {full} px; other resolutions by their FLOPs"
@@ -253,7 +250,7 @@ def times_of_an_image(
     return [Measured(side, gpu[side], loader[side]) for side in gpu]
 
 
-def measure_on_images(options: SimpleNamespace, method: Method, sides: set[int]) -> tuple[dict[int, float], str]:
+def measure_on_images(options: SimpleNamespace, method: Method, sides: Sequence[int]) -> tuple[dict[int, float], str]:
     """`measure_loader` on data.train, or else on photographs, and what to say of it."""
     if options.data.train:
         return measure_loader(options, method, Path(options.data.train), sides), "measured on a core of this machine, on data.train"

@@ -26,7 +26,7 @@ from ffssl.benchmark.machine import describe_machine
 from ffssl.benchmark.timing import Stopwatch, peak_flops, seconds_of, where
 from ffssl.command_line import Parser, checked
 from ffssl.config import Number, read_options
-from ffssl.cost import STANDARD, Flops, count_step, step_options
+from ffssl.cost import STANDARD, Flops, count_run_step
 from ffssl.device import autocast_dtype, choose_device, describe_precision
 from ffssl.files import write_json
 from ffssl.optimizers import build_optimizer
@@ -51,8 +51,8 @@ def main(arguments: list[str]) -> None:
 
     torch.manual_seed(options.run.seed)
     run = start_run(options, build(options, device), Plan(options, steps_per_epoch=1000), device)
-    sides = given.resolutions or sorted({run.plan.resolution(epoch) for epoch in range(options.training.epochs)})
-    flops = {side: options.training.accumulate * count_step(run.method, resolution=side, **step_options(run.plan)) for side in sides}
+    sides = given.resolutions or run.plan.resolutions
+    flops = {side: count_run_step(run.plan, run.method, side) for side in sides}
     compile_passes(run.method, PASSES, options.training.compile, device)
     ceiling = supervised_step(options, run)
     with run.amp:

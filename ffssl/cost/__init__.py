@@ -4,7 +4,6 @@ The standard count takes a backward pass for two forward passes. The costs in th
 """
 
 import copy
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -81,9 +80,12 @@ def count_step(method: Method, *, batch_size: int, resolution: int, views: int =
 
 def count_flops(plan: Plan, method: Method) -> dict[int, int]:
     """FLOPs of a step of a run, in the standard count, at each resolution of its schedule."""
-    sides = {plan.resolution(epoch) for epoch in range(plan.options.training.epochs)}
-    parts = plan.options.training.accumulate
-    return {side: parts * count_step(method, resolution=side, **step_options(plan)).total() for side in sides}
+    return {side: count_run_step(plan, method, side).total() for side in plan.resolutions}
+
+
+def count_run_step(plan: Plan, method: Method, resolution: int) -> Flops:
+    """FLOPs of a step of a run at a resolution, of all parts of the batch."""
+    return plan.options.training.accumulate * count_step(method, resolution=resolution, **step_options(plan))
 
 
 def step_options(plan: Plan) -> dict:
@@ -94,5 +96,4 @@ def step_options(plan: Plan) -> dict:
 
 def stages(plan: Plan, image_flops: Callable[[int], Flops]) -> list[Stage]:
     """A run's epochs, grouped by resolution in their order. image_flops: of one image at a resolution."""
-    sides = itertools.groupby(plan.resolution(epoch) for epoch in range(plan.options.training.epochs))
-    return [Stage(side, len(list(epochs)), image_flops(side)) for side, epochs in sides]
+    return [Stage(side, epochs, image_flops(side)) for side, epochs in plan.stages]
