@@ -16,7 +16,7 @@ demo: setup
 	.venv/bin/python -m ffssl.demo $(ARGS)
 
 test: setup
-	.venv/bin/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses=4 --dist=loadfile $(ARGS)
 
 wheelhouse:
 	@bash scripts/wheelhouse.sh
