@@ -38,14 +38,14 @@ def describe_precision(amp: str, device: torch.device) -> str:
     return f"mixed precision {chosen}{why}"
 
 
-def mixed_precision(amp: str, device: torch.device) -> tuple[contextlib.AbstractContextManager, torch.amp.GradScaler]:
+def mixed_precision(amp: str, device: torch.device, option: str = "--training.amp") -> tuple[contextlib.AbstractContextManager, torch.amp.GradScaler]:
     """The autocast context, which may be entered again and again, and the gradient scaler, which does nothing but for fp16.
 
-    amp: as `precision` takes it.
+    amp: as `precision` takes it. Raises UserError, naming the `option`, where the device has no such thing.
     """
     amp = precision(amp, device)
     if amp == "fp16" and device.type == "cpu":
-        raise UserError("--training.amp: fp16 needs a GPU; use bf16 or off")
+        raise UserError(f"{option}: fp16 needs a GPU; use bf16 or off")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
     return autocast, torch.amp.GradScaler(device.type, enabled=amp == "fp16")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
-from ffssl.errors import UserError
+from ffssl.errors import Stopped, UserError
 
 TIMEOUT = timedelta(minutes=30)  # more than rank 0 needs to evaluate and to write a checkpoint, and than torch.compile needs anywhere
 
@@ -23,24 +23,32 @@ TIMEOUT = timedelta(minutes=30)  # more than rank 0 needs to evaluate and to wri
 def process_group(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[None]:
     """Joins the processes that torchrun has started, over NCCL where `device` is a GPU, else gloo. A process alone joins nothing.
 
-    All leave together. timeout: after which a rank no longer waits for the others. Raises ConnectionError where another rank is lost.
+    All leave together, after Stopped too, which all must raise. timeout: after which a rank no longer waits for the others. Raises
+    ConnectionError where another rank is lost.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
     on_gpu = device.type == "cuda"
+    stopped, together = None, False
     try:
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None)
-        yield
-        dist.barrier()
+        try:
+            yield
+        except Stopped as reason:  # on all ranks
+            stopped = reason
+        dist.barrier()  # rank 0 may be writing still, and a rank that leaves before it makes torchrun end it
+        together = True
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):  # whose errors have no class of their own
             raise
         reason = str(error).splitlines()[0]
         raise ConnectionError(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} has lost another rank ({reason})") from error
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and (together or not on_gpu):  # NCCL would wait for the others, which may be waiting for this rank
             dist.destroy_process_group()
+    if stopped:
+        raise stopped
 
 
 def local_device(device: torch.device) -> torch.device:

@@ -1,5 +1,7 @@
 """Optimisers by name: what is decayed and adapted, and the learning rate and momentum that the schedules set."""
 
+import itertools
+
 import torch
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -19,7 +21,12 @@ def build_optimizer(
         groups = [part for group in groups for part in _by_kind(group, weight_decay, decay_norm_and_bias)]
     fused = device.type == "cuda"
     if name == "sgd":
-        return SGD(groups, lr=0.0, momentum=momentum, fused=fused)
+        optimizer = SGD(groups, lr=0.0, momentum=momentum, fused=fused)
+        # From the beginning, to the same effect: the fused step fails where only some parameters have had a gradient yet, and
+        # leaves a buffer without values where the scaler of fp16 skips the first step.
+        for p in itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups):
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return optimizer
     if name == "adamw":
         return AdamW(groups, lr=0.0, betas=(momentum, 0.999), fused=fused)
     from timm.optim import Lars  # timm takes seconds to import

@@ -1,5 +1,6 @@
 """One step of the optimiser, and all that it works on."""
 
+import collections
 import contextlib
 import inspect
 import itertools
@@ -63,8 +64,12 @@ class Run:
         self.epoch, self.spent = state["epoch"], state["spent"]
         self.tally = Tally.restored(state["tally"], self.device) if "tally" in state else Tally()
         self.method.load_state_dict(state["method"])
+        for group in state["optimizer"]["param_groups"]:
+            if "fused" in group:  # as this device has it
+                group["fused"] = self.optimizer.defaults["fused"]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # of a device whose precision needs one
+            self.scaler.load_state_dict(state["scaler"])
 
 
 def start_run(options: SimpleNamespace, method: Method, plan: Plan, device: torch.device) -> Run:
@@ -144,6 +149,22 @@ def train_step(run: Run, views: Tensor, step: int, mark: Callable[[str], None] =
     return loss, spread
 
 
+class Lead:
+    """How far the host may be ahead of a GPU: by `steps` steps, so that waiting for the GPU is not taken for waiting for data.
+
+    Call after each step; does nothing on a CPU.
+    """
+
+    def __init__(self, device: torch.device, steps: int = 2):
+        self._device, self._steps, self._ends = device, steps, collections.deque()
+
+    def __call__(self) -> None:
+        if self._device.type == "cuda":
+            self._ends.append(torch.cuda.current_stream(self._device).record_event())
+            if len(self._ends) > self._steps:
+                self._ends.popleft().synchronize()
+
+
 def local_gradients(network: nn.Module) -> contextlib.AbstractContextManager:
     """Backward passes inside add to this rank's gradients; the next one outside averages the sums over the ranks."""
     return network.no_sync() if isinstance(network, DistributedDataParallel) else contextlib.nullcontext()
@@ -153,7 +174,8 @@ def add_gradients(run: Run, views: Tensor, seed: int, parts: int = 1, mark: Call
     """Forward and backward pass over one of the equal `parts` of a batch, as `train_step`."""
     with run.amp:
         chosen = hard_augment.choose_views(run.method, views, seed=seed, **vars(run.options.hard_augment))
-        mark("selection")
+    mark("selection")
+    with run.amp:  # anew: before torch 2.10 autocast keeps the weights that it cast without gradient, and none would reach the real ones
         loss, embeddings = run.parallel(*chosen)
     mark("forward")
     run.scaler.scale(loss / parts).backward()

@@ -7,19 +7,10 @@ import time
 from collections.abc import Iterator
 
 from ffssl.distributed import gather_objects
+from ffssl.errors import Stopped
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, schedulers and Kubernetes, and the warning that Slurm's --signal sends
-STATUS = 75  # sysexits.h: EX_TEMPFAIL, "the user is invited to retry"
-INTERRUPTED = 130
 ONE_REQUEST = 1.0  # seconds in which signals are one request: a job's processes often get them from the scheduler and from their parent
-
-
-class Stopped(Exception):
-    """A signal has asked the program to leave. status: the exit status that says so."""
-
-    def __init__(self, number: int):
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.status = INTERRUPTED if number == signal.SIGINT else STATUS
 
 
 class StopRequest:

@@ -61,6 +61,10 @@ class Meter:
         self._tally, self._read_joules = tally, joules
         self._time, self._joules = time.perf_counter(), joules()
 
+    def elapsed(self) -> float:
+        """Seconds since the last charge."""
+        return time.perf_counter() - self._time
+
     def charge(self) -> None:
         now, joules = time.perf_counter(), self._read_joules()
         self._tally.seconds += now - self._time

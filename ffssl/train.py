@@ -36,7 +36,7 @@ from ffssl.data.loader import ViewLoader
 from ffssl.data.policy import choose_policies
 from ffssl.device import choose_device, describe_precision
 from ffssl.distributed import check_batch, cores_per_rank, failing_together, local_device, mean_over_ranks, process_group, rank, require_same, world_size
-from ffssl.errors import UserError
+from ffssl.errors import Stopped, UserError
 from ffssl.evaluate.online import OnlineKnn
 from ffssl.files import make_folder, only_one_in
 from ffssl.methods import Method
@@ -44,11 +44,12 @@ from ffssl.plan import Plan
 from ffssl.run_log import RunLog, require_wandb
 from ffssl.run_record import record_start
 from ffssl.saver import Saver
-from ffssl.step import PASSES, Run, build, compile_passes, memory_advice, start_run, to_device, train_step
-from ffssl.stopping import Stopped, StopRequest, stop_on_signals
+from ffssl.step import PASSES, Lead, Run, build, compile_passes, memory_advice, start_run, to_device, train_step
+from ffssl.stopping import StopRequest, stop_on_signals
 from ffssl.tally import Meter, Tally
 
 STEPS_BETWEEN_CHECKS = 50  # on a GPU reading the loss waits for the step; this often costs nothing and loses little
+SECONDS_BETWEEN_CHECKS = 5.0  # fewer steps if these take longer: torchrun grants its processes half a minute to save and leave
 
 
 def train(options: SimpleNamespace) -> None:
@@ -95,12 +96,13 @@ def train(options: SimpleNamespace) -> None:
             saver = stack.enter_context(
                 contextlib.closing(Saver(folder, device, keep=options.run.keep, minutes=options.run.checkpoint_minutes))
             )
-        if first and not resumed:
-            if knn:
-                row = {"epoch": 0, **run.spent, "knn": evaluate(run, knn, stop)}
-                log.write(row)
-                print(f"untrained: kNN {row['knn']:.1%}", flush=True)
-            saver.save(run.state())
+        if not resumed:
+            accuracy = evaluate(run, knn, stop) if options.data.validation else {}
+            if accuracy:
+                log.write({"epoch": 0, **run.spent, **accuracy})
+                print(f"untrained: kNN {accuracy['knn']:.1%}", flush=True)
+            if first:
+                saver.save(run.state())
 
         epochs = options.training.epochs
         while run.epoch < epochs:
@@ -110,9 +112,11 @@ def train(options: SimpleNamespace) -> None:
             if not trained:  # the failed step's tensors are free again by now
                 raise UserError(out_of_memory(run, loader))
             accuracy, done = {}, run.epoch + 1
-            if knn and (done == epochs or (options.evaluate.every and done % options.evaluate.every == 0)):
-                saver.save(run.state())
-                accuracy = {"knn": evaluate(run, knn, stop)}
+            if options.data.validation and (done == epochs or (options.evaluate.every and done % options.evaluate.every == 0)):
+                run.tally.share()
+                if first:
+                    saver.save(run.state())
+                accuracy = evaluate(run, knn, stop)
             row = end_epoch(run, loader, flops) | accuracy
             if not first:
                 continue
@@ -130,12 +134,12 @@ def train_epoch(run: Run, loader: ViewLoader, log: RunLog | None, saver: Saver |
     loader.set_epoch(epoch, resolution, magnitude, first_batch=tally.steps)
     run.method.train()
     step, replaced, batch_size = epoch * plan.steps_per_epoch, tally.replaced, options.training.batch_size
-    check_every = 1 if run.device.type == "cpu" else STEPS_BETWEEN_CHECKS
+    checked, steps_to_check = tally.steps, 1
     images, title = len(loader) * batch_size, f"epoch {epoch + 1}/{options.training.epochs}"
 
     with tqdm(total=images, initial=tally.steps * batch_size, unit="img", desc=title, leave=False, disable=None if log else True) as bar:
         batches = to_device((views for views, _, _ in loader), run.device)
-        meter = Meter(tally, run.joules)
+        meter, lead = Meter(tally, run.joules), Lead(run.device)
         for i in range(tally.steps, len(loader)):
             asked = time.perf_counter()
             views = next(batches)
@@ -144,12 +148,16 @@ def train_epoch(run: Run, loader: ViewLoader, log: RunLog | None, saver: Saver |
             # So that its random numbers (of dropout) don't depend on where a run was resumed, and each rank has its own.
             torch.manual_seed(options.run.seed + step + i + (rank() << 32))
             loss, spread = train_step(run, views, step + i)
+            lead()
             tally.losses.append(loss)
             tally.spreads.append(spread)
             saving = bool(stop) or (saver is not None and saver.due())
             # Several ranks agree on what to do at the checks alone: for one, each step would have to wait for the GPU.
-            if (i + 1) % check_every == 0 or i + 1 == len(loader) or (saving and world_size() == 1):
-                last, saving = mean_over_ranks(torch.stack([torch.stack(tally.losses[-check_every:]).mean(), loss.new_tensor(saving)])).tolist()
+            if i + 1 == checked + steps_to_check or i + 1 == len(loader) or (saving and world_size() == 1):
+                losses, pace = torch.stack(tally.losses[checked:]), meter.elapsed() / (i + 1 - checked)
+                last, saving, pace = mean_over_ranks(torch.stack([losses.mean(), loss.new_tensor(saving), loss.new_tensor(pace)])).tolist()
+                checked = i + 1
+                steps_to_check = 1 if run.device.type == "cpu" else max(1, min(STEPS_BETWEEN_CHECKS, int(SECONDS_BETWEEN_CHECKS / pace)))
                 if not math.isfinite(last):
                     raise FloatingPointError(diverged(run, step + i))
                 meter.charge()
@@ -187,9 +195,15 @@ def end_epoch(run: Run, loader: ViewLoader, flops: dict[int, int]) -> dict[str, 
     }  # fmt: skip
 
 
-def evaluate(run: Run, knn: OnlineKnn, stop: StopRequest) -> float:
-    with stop.at_once():
-        return knn.accuracy(run.method.backbone, run.amp)
+def evaluate(run: Run, knn: OnlineKnn | None, stop: StopRequest) -> dict[str, float]:
+    """The accuracy, on rank 0, which has `knn`; the others wait for it. Raises Stopped on all ranks when a signal to one has asked for that."""
+    accuracy = {}
+    with contextlib.suppress(Stopped):  # which all hear of below: none is left waiting
+        if knn:
+            with stop.at_once():
+                accuracy["knn"] = knn.accuracy(run.method.backbone, run.amp)
+    stop.check()
+    return accuracy
 
 
 def open_loader(options: SimpleNamespace, method: Method) -> ViewLoader:

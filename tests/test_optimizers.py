@@ -114,6 +114,21 @@ def test_a_state_that_was_saved_continues_as_if_nothing_had_been(name, tmp_path)
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), other.parameters()))
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_fused_step_takes_parameters_whose_first_gradient_comes_later(name):
+    """As that of DINO's last layer does. The fused steps for a GPU compute on a CPU too."""
+    nets = network(), network()
+    for net, device in zip(nets, ("cpu", "cuda")):
+        optimizer = build_optimizer(name, groups(net, 0.1, False), weight_decay=0.1, decay_norm_and_bias=None, momentum=0.9, device=torch.device(device))
+        for i in range(3):
+            set_learning_rate_and_momentum(optimizer, *STEPS[i], peak=1.0)
+            for k, p in enumerate(net.parameters()):
+                p.grad = gradient(p, k, i) if k or i else None
+            optimizer.step()
+    for p, q in zip(*(net.parameters() for net in nets)):
+        torch.testing.assert_close(p, q)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("decay_norm_and_bias", [None, True, False])
 @pytest.mark.parametrize("name", OPTIMIZERS)

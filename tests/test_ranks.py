@@ -23,7 +23,8 @@ from ffssl.backbones import SmallResNet
 from ffssl.config import read_options
 from ffssl.data.convert import ConvertOptions, convert
 from ffssl.data.sources.embedded import Embedded
-from ffssl.errors import UserError
+from ffssl.errors import Stopped, UserError
+from ffssl.evaluate.online import OnlineKnn
 from ffssl.run_log import RunLog, read_log
 from ffssl.run_record import read_starts
 
@@ -93,13 +94,13 @@ def train(arguments, *, stop_after=None, at_step=None):
     return losses, before, run.method.state_dict()
 
 
-def assert_close(state, expected):
+def assert_close(state, expected, atol=3e-5):
     assert list(state) == list(expected)
     for name, tensor in state.items():
         if name == "queue":  # where the keys of a batch lie in the order of the ranks
             assert torch.cdist(tensor, expected[name]).amin(1).max() < 1e-3
         else:
-            torch.testing.assert_close(tensor, expected[name], atol=3e-5, rtol=1e-3, msg=name)
+            torch.testing.assert_close(tensor, expected[name], atol=atol, rtol=1e-3, msg=lambda told: f"{name}: {told}")
 
 
 @contextlib.contextmanager
@@ -158,6 +159,10 @@ def work(rank, ports, folder, betons):
                 if name == "folders" and rank == 1:  # of which rank 1 sees another
                     patch.setattr(checkpoint, "load", lambda *_: None)
                 answer[name] = refusal(options_of(betons, folder / "refused", *more))
+        with next_group("evaluating"), pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped) as stopped:
+            patch.setattr(OnlineKnn, "accuracy", lambda *_: signal.raise_signal(signal.SIGTERM))
+            train(options_of(betons, folder / "evaluating", f"--data.validation={betons['val']}"))
+        answer["evaluating"] = str(stopped.value)
         with next_group("patience"):
             answer["patience"] = lose_patience()
         torch.save((answer, seconds), folder / f"{rank}.pt")
@@ -190,7 +195,7 @@ def files(betons, tmp_path_factory):
 def folder(files, tmp_path_factory):
     """What two processes leave, of which the second dies in the end."""
     folder = tmp_path_factory.mktemp("ranks")
-    server, ports = multiprocessing.get_context("forkserver"), free_ports(12)
+    server, ports = multiprocessing.get_context("forkserver"), free_ports(13)
     server.set_forkserver_preload(["pytest", "ffssl.train"])  # what takes seconds to import is imported once
     processes = [server.Process(target=work, args=(rank, ports, folder, files)) for rank in range(RANKS)]
     for process in processes:
@@ -232,6 +237,10 @@ def test_two_ranks_train_as_one_process_does(answers, betons, tmp_path, name):
 def test_what_ranks_can_not_train_on_together_all_of_them_refuse(answers, name, message):
     assert answers[0][name] == answers[1][name]
     assert message in answers[0][name]
+
+
+def test_a_signal_while_one_rank_evaluates_stops_all(answers):
+    assert [answer["evaluating"] for answer in answers] == ["stopped by SIGTERM"] * RANKS
 
 
 def test_a_rank_that_does_not_answer_is_waited_for_no_longer_than_the_timeout(answers):
@@ -280,4 +289,4 @@ def test_a_run_of_one_process_goes_on_with_torchrun_which_writes_and_tells_once(
     files = sorted(path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith("."))
     assert files == ["checkpoint.1.pt", "checkpoint.pt", "log.jsonl", "run.json"]
     state = checkpoint.load(tmp_path / "run")["method"]
-    assert_close(state, alone)
+    assert_close(state, alone, atol=2e-4)  # of a network as deep as the program's

@@ -193,6 +193,25 @@ def test_the_scale_of_fp16_is_checkpointed():
     assert other.scaler.state_dict() == run.scaler.state_dict()
 
 
+def test_a_state_goes_on_where_the_precision_or_the_optimiser_is_anothers():
+    run, other = start(options_of("simsiam")), start(options_of("simsiam"))
+    other.scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
+    train_step(run, batch(), 0)
+    state = copy.deepcopy(run.state())
+    state["optimizer"]["param_groups"][0]["fused"] = True
+    other.restore(state)
+    assert other.scaler.get_scale() == 128.0
+    assert not any(group["fused"] for group in other.optimizer.param_groups)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_after_a_selection_pass_in_mixed_precision_every_weight_has_a_gradient(name):
+    run = start(options_of(name, *HARD, "--training.amp=bf16"))
+    run.epoch = 2  # in which DINO's last layer is trained
+    train_step(run, batch(views=3), 10)
+    assert [key for key, p in run.method.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
 def losses(run, batches):
     return np.array([train_step(run, views, step)[0].item() for step, views in enumerate(batches)])
 

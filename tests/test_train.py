@@ -17,11 +17,10 @@ from ffssl import train as train_module
 from ffssl.config import read_options
 from ffssl.data.beton import read_beton
 from ffssl.data.convert import convert
-from ffssl.errors import UserError
+from ffssl.errors import Stopped, UserError
 from ffssl.plan import Plan
 from ffssl.run_log import RunLog, read_log
 from ffssl.saver import Saver
-from ffssl.stopping import Stopped
 from ffssl.train import train
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,7 +12,9 @@ both configs, as --section.option=value.
 """
 
 import contextlib
+import gc
 import itertools
+import os
 import statistics
 import subprocess
 import sys
@@ -37,7 +39,7 @@ from ffssl.cost.runs import number_of_images
 from ffssl.data.loader import ViewLoader
 from ffssl.device import choose_device
 from ffssl.errors import UserError
-from ffssl.files import replacing, write_json
+from ffssl.files import make_folder, replacing, write_json
 from ffssl.plan import Plan
 from ffssl.run_log import read_log
 from ffssl.step import PASSES, Run, build, compile_passes, memory_advice, start_run, to_device, train_step
@@ -61,6 +63,7 @@ def main(arguments: list[str]) -> None:
     given, overrides = parser.parse_known_args(arguments)
     if given.full and (not given.data or given.images):
         raise UserError("--full: trains on all images of --data FILE; give one, and no --images")
+    make_folder(given.output, "--output")
     configs = {path.stem: path for path in given.configs}
     if len(configs) < len(given.configs):
         raise UserError(f"--configs: {', '.join(map(str, given.configs))} do not all have names of their own")
@@ -70,6 +73,8 @@ def main(arguments: list[str]) -> None:
 
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ffssl-speedup-")))
+        if given.full:  # in which what torch.compile has left on disk would be found
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "compiled")
         most = max(one.training.batch_size for one in options.values())
         data = given.data or prepare_images(Namespace(data=None, images=None, samples=most), scratch)[0]
         images = number_of_images(given.images or (None if given.data else "imagenet"), str(data))
@@ -80,17 +85,23 @@ def main(arguments: list[str]) -> None:
             trials.append(start_trial(name, one, images, device, stack))
         measure(trials, given.rounds, given.seconds)
         found = {"machine": describe_machine(PACKAGES), "device": where(device), "images": images, "configs": [summarise(trial) for trial in trials]}
+    write(found, given.output)
     if given.full:
+        del trials
+        free_memory(device)
         for config in found["configs"]:
             print(f"training {config['name']} in full", flush=True)
             config["full_seconds"] = train_in_full(configs[config["name"]], data, overrides)
+        write(found, given.output)
+
+
+def write(found: dict, output: Path) -> None:
     table = table_of(found)
-    print(f"\n{table}\nIn {given.output}: {JSON}, {TABLE}, {PICTURE}")
-    given.output.mkdir(parents=True, exist_ok=True)
-    write_json(given.output / JSON, found)
-    with replacing(given.output / TABLE) as partial:
+    print(f"\n{table}\nIn {output}: {JSON}, {TABLE}, {PICTURE}", flush=True)
+    write_json(output / JSON, found)
+    with replacing(output / TABLE) as partial:
         partial.write_text(table)
-    draw(found, given.output / PICTURE)
+    draw(found, output / PICTURE)
 
 
 @dataclass
@@ -211,11 +222,20 @@ def summarise(trial: Trial) -> dict:
     return {"name": trial.name, "epochs": trial.run.options.training.epochs, "workers": workers, **sums, "joules": joules, "stages": stages}
 
 
+def free_memory(device: torch.device) -> None:
+    """Leave the GPU to another process, as far as that can be done."""
+    torch.compiler.reset()  # its graphs hold memory
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def train_in_full(config: Path, data: Path, overrides: list[str]) -> float:
-    """Seconds of training, by its own log."""
+    """Seconds of training, by its own log, torch.compile's work included."""
     with tempfile.TemporaryDirectory(prefix="ffssl-speedup-") as folder:
         words = [f"--config={config}", *overrides, f"--data.train={data}", "--data.validation=", f"--run.folder={folder}/run"]
-        status = subprocess.run([sys.executable, str(ROOT / "ffssl" / "train.py"), *words]).returncode
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/compiled"}
+        status = subprocess.run([sys.executable, str(ROOT / "ffssl" / "train.py"), *words], env=environment).returncode
         if status:
             raise UserError(f"--full: training {config} ended with status {status}")
         return read_log(Path(folder) / "run")[-1]["seconds"]

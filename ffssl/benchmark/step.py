@@ -21,14 +21,14 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from ffssl.backbones import build_backbone
+from ffssl.backbones import build_backbone, check_resolutions
 from ffssl.benchmark.machine import describe_machine
 from ffssl.benchmark.timing import Stopwatch, peak_flops, seconds_of, where
 from ffssl.command_line import Parser, checked
 from ffssl.config import Number, read_options
 from ffssl.cost import STANDARD, Flops, count_run_step
 from ffssl.device import autocast_dtype, choose_device, describe_precision
-from ffssl.files import write_json
+from ffssl.files import make_folder, write_json
 from ffssl.optimizers import build_optimizer
 from ffssl.plan import Plan
 from ffssl.step import PASSES, Run, build, compile_passes, memory_advice, start_run, train_step
@@ -45,6 +45,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--rounds", type=checked(Number(int, 1)), default=5, help="turns of step and ceiling (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     given, words = parser.parse_known_args(arguments)
+    if given.json:
+        make_folder(given.json.parent, "--json")
     options = read_options(words, defaults={"data.train": "none", "run.folder": "none"})
     device = choose_device(options.run.device)
     print(f"{describe(options, device)}\n{describe_machine(PACKAGES)}", flush=True)
@@ -52,9 +54,9 @@ def main(arguments: list[str]) -> None:
     torch.manual_seed(options.run.seed)
     run = start_run(options, build(options, device), Plan(options, steps_per_epoch=1000), device)
     sides = given.resolutions or run.plan.resolutions
+    check_resolutions(options.model.backbone, run.method.backbone, set(sides))
     flops = {side: count_run_step(run.plan, run.method, side) for side in sides}
     compile_passes(run.method, PASSES, options.training.compile, device)
-    ceiling = supervised_step(options, run)
     with run.amp:
         peak = peak_flops(device, autocast_dtype(device))
     print(f"the product of large matrices: {peak / 1e12:.3g} TFLOP/s\n")
@@ -63,7 +65,7 @@ def main(arguments: list[str]) -> None:
     for side in sides:
         row = None
         with contextlib.suppress(torch.OutOfMemoryError):
-            row = time_resolution(run, ceiling(side), side, flops[side], given.steps, given.rounds)
+            row = time_resolution(run, side, flops[side], given.steps, given.rounds)
         if row is None:  # the failed step's tensors are free again by now
             views = (options.training.batch_size, options.augment.views, 3, side, side)
             print(f"{side:>4}  {views[0]} images do not fit into the memory; {memory_advice(run, views)}", flush=True)
@@ -84,30 +86,27 @@ def describe(options: SimpleNamespace, device: torch.device) -> str:
     )
 
 
-def supervised_step(options: SimpleNamespace, run: Run) -> Callable[[int], Callable[[], None]]:
-    """Gives for each resolution a plain supervised step of a backbone like the run's, on as many views as the run trains on."""
-    t, device = options.training, run.device
+def supervised_step(run: Run, side: int) -> Callable[[], None]:
+    """A plain supervised step of a backbone like the run's, on as many views as the run trains on."""
+    options, device = run.options, run.device
+    t = options.training
     network = classifier(options, device)
     compile_passes(network, ("forward",), t.compile, device)
     groups = [{"params": list(network.parameters()), "weight_decay": t.weight_decay}]
     optimizer = build_optimizer(t.optimizer, groups, weight_decay=t.weight_decay, decay_norm_and_bias=None, momentum=t.momentum, device=device)
+    images = torch.randn(2 * t.batch_size // t.accumulate, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(len(images), device=device) % CLASSES
 
-    def at(side: int) -> Callable[[], None]:
-        images = torch.randn(2 * t.batch_size // t.accumulate, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
-        labels = torch.arange(len(images), device=device) % CLASSES
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        torch.compiler.cudagraph_mark_step_begin()
+        for _ in range(t.accumulate):
+            with run.amp:
+                loss = F.cross_entropy(network(images), labels)
+            run.scaler.scale(loss).backward()
+        optimizer.step()
 
-        def step() -> None:
-            optimizer.zero_grad(set_to_none=True)
-            torch.compiler.cudagraph_mark_step_begin()
-            for _ in range(t.accumulate):
-                with run.amp:
-                    loss = F.cross_entropy(network(images), labels)
-                run.scaler.scale(loss).backward()
-            optimizer.step()
-
-        return step
-
-    return at
+    return step
 
 
 def classifier(options: SimpleNamespace, device: torch.device) -> nn.Module:
@@ -123,7 +122,7 @@ def supervised_flops(options: SimpleNamespace, side: int) -> float:
     return (1 + STANDARD) * counter.get_total_flops() * options.training.batch_size
 
 
-def time_resolution(run: Run, ceiling: Callable[[], None], side: int, flops: Flops, steps: int, rounds: int) -> dict[str, float | None]:
+def time_resolution(run: Run, side: int, flops: Flops, steps: int, rounds: int) -> dict[str, float | None]:
     """Times of the training step and of the ceiling, in turns. flops: of the training step."""
     options, device = run.options, run.device
     views = torch.randint(0, 256, (options.training.batch_size, options.augment.views, 3, side, side), dtype=torch.uint8, device=device)
@@ -141,6 +140,7 @@ def time_resolution(run: Run, ceiling: Callable[[], None], side: int, flops: Flo
     first = seconds_of(step, device)
     step()
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    ceiling = supervised_step(run, side)  # after the memory of the step was taken
     for _ in range(2):
         ceiling()
     ours, theirs = zip(*((in_a_row(step), in_a_row(ceiling)) for _ in range(rounds)))

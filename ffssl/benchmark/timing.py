@@ -35,7 +35,7 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
+        self._cuda, self._device = device.type == "cuda", device
         self._steps: list[list[tuple[str, float | torch.cuda.Event]]] = []
 
     def start(self) -> None:
@@ -47,9 +47,7 @@ class Stopwatch:
     def _now(self) -> "float | torch.cuda.Event":
         if not self._cuda:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return torch.cuda.current_stream(self._device).record_event(torch.cuda.Event(enable_timing=True))
 
     def milliseconds(self) -> dict[str, float]:
         """The median over the steps of each part's time."""

@@ -94,7 +94,7 @@ def freeze(
     Raises UserError where the run can't be loaded, or the images have no labels, or not the same classes.
     """
     place = choose_device(device, "--device")
-    autocast, _ = mixed_precision(amp, place)
+    autocast, _ = mixed_precision(amp, place, "--amp")
     path = checkpoint_path(run)
     options, method, state = load_run(path)
     if not validation and not options.data.validation:

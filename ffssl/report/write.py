@@ -13,7 +13,7 @@ def write_report(folders: list[Path], output: Path, device: str = "auto") -> Pat
 
     Raises UserError for a folder that holds no run, and where nothing can be written.
     """
-    page, pictures = compose(read_runs(folders, choose_device(device)))
+    page, pictures = compose(read_runs(folders, choose_device(device, "--device")))
     beside = output.with_name(f"{output.stem}_pictures")
     try:
         beside.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ def study(tmp_path_factory):
 @pytest.mark.parametrize("name", METHODS)
 def test_it_beats_its_untrained_network_by_ten_points(study, name):
     read, folder = study
-    (run,) = (run for run in read.runs if run.name == f"{name}/efficient")
+    (run,) = (run for run in read.runs if run.name == f"{name}/F1-CLR+SPL")
     train(read_options([*run.command(folder, 0), "--evaluate.every=0"]))
     rows = read_log(run.folder(folder, 0))
     assert rows[-1]["knn"] >= rows[0]["knn"] + 0.1
