@@ -30,9 +30,9 @@ class Program:
     def signal(self, number: int) -> None:
         os.kill(self._process.pid, number)
 
-    def status(self) -> int:
-        """When it has ended: its exit status, or -n where signal n has ended it. It may take a minute."""
-        self._process.join(60)
+    def status(self, within: float = 60) -> int:
+        """When it has ended: its exit status, or -n where signal n has ended it. It may take so many seconds."""
+        self._process.join(within)
         if self._process.exitcode is None:
             self._process.kill()
             raise AssertionError(f"the program hangs: {self.output}")
