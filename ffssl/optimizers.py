@@ -17,6 +17,8 @@ def build_optimizer(
     momentum: AdamW's beta1, whose beta2 is 0.999.
     "lars" is You et al. 2017 with the trust coefficient 0.001. What is not decayed is not adapted either, as in SimCLR and BYOL.
     """
+    import torch._dynamo  # the first step would import it, for seconds, in the time of training
+
     if name == "lars" or decay_norm_and_bias is not None:
         groups = [part for group in groups for part in _by_kind(group, weight_decay, decay_norm_and_bias)]
     fused = device.type == "cuda"

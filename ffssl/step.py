@@ -134,7 +134,8 @@ def train_step(run: Run, views: Tensor, step: int, mark: Callable[[str], None] =
     set_learning_rate_and_momentum(run.optimizer, learning_rate, momentum, peak=options.training.learning_rate)
     run.method.before_step(progress)
     run.optimizer.zero_grad(set_to_none=True)
-    torch.compiler.cudagraph_mark_step_begin()  # before the first part alone: the gradients of one must last while the next adds to them
+    if run.device.type == "cuda":  # before the first part alone: the gradients of one must last while the next adds to them
+        torch.compiler.cudagraph_mark_step_begin()
     parts = views.chunk(options.training.accumulate)
     with local_gradients(run.parallel):
         results = [add_gradients(run, part, options.run.seed + step, len(parts), mark) for part in parts[:-1]]

@@ -99,7 +99,8 @@ def supervised_step(run: Run, side: int) -> Callable[[], None]:
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        torch.compiler.cudagraph_mark_step_begin()
+        if device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()
         for _ in range(t.accumulate):
             with run.amp:
                 loss = F.cross_entropy(network(images), labels)
