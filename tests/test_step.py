@@ -269,7 +269,8 @@ def test_code_is_compiled_once_for_each_resolution(name):
 def test_compiled_equals_eager(name, drawn_batches):
     curves = []
     for mode in ("off", "default"):
-        run = start(options_of(name, "--training.batch_size=32", "--training.learning_rate=0.001"))
+        # At larger learning rates rounding errors grow a hundredfold in ten steps.
+        run = start(options_of(name, "--training.batch_size=32", "--training.learning_rate=0.0001"))
         compile_passes(run.method, PASSES, mode, CPU)
         curves.append(losses(run, drawn_batches[:10]))
     np.testing.assert_allclose(*curves, rtol=1e-3)
