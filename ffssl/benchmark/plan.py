@@ -202,7 +202,8 @@ def machines_of(given: argparse.Namespace, train: str, figures: Figures) -> Mach
     nodes = choose("nodes", given.nodes, "", 1, "assumed")
     cores = choose("cores a node", given.cores, "", len(os.sched_getaffinity(0)), here)
     memory = choose("memory a node", given.memory, "GB", round(memory, 1), here)
-    folder = next(parent for parent in (Path(train).resolve() if train else Path.cwd() / "here").parents if parent.is_dir())
+    place = Path(train).resolve().parent if train else Path.cwd()
+    folder = next(path for path in (place, *place.parents) if path.is_dir())  # the machine of the plan may have what this one has not
     disk = choose("local disk", given.disk_gb, "GB", round(shutil.disk_usage(folder).total / 1e9), here)
     disk_rate = choose("it reads", given.disk_mb_per_s, "MB/s", 500, "assumed")
     network = choose("network storage", given.network_gbps, "Gbit/s", 10, "assumed")
