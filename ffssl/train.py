@@ -9,6 +9,7 @@ The same command again continues a run that was interrupted, with the very next 
 save one and leave, with status 75, 75 and 130.
 """
 
+import faulthandler
 import sys
 
 from ffssl.command_line import exit_status
@@ -16,6 +17,7 @@ from ffssl.config import command_line_options
 from ffssl.openmp import share_cores
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds: --help and a mistyped option are answered at once
+    faulthandler.enable()  # tells where, should a disk fail under a mapped file (SIGBUS)
     OPTIONS = command_line_options(__doc__)
     share_cores()
 
@@ -111,9 +113,9 @@ def train(options: SimpleNamespace) -> None:
                 trained = train_epoch(run, loader, log, saver, stop)
             if not trained:  # the failed step's tensors are free again by now
                 raise UserError(out_of_memory(run, loader))
+            run.tally.share()
             accuracy, done = {}, run.epoch + 1
             if options.data.validation and (done == epochs or (options.evaluate.every and done % options.evaluate.every == 0)):
-                run.tally.share()
                 if first:
                     saver.save(run.state())
                 accuracy = evaluate(run, knn, stop)
@@ -179,7 +181,6 @@ def end_epoch(run: Run, loader: ViewLoader, flops: dict[int, int]) -> dict[str, 
     """Count an epoch whose steps are done. flops: of a step of all ranks, by resolution. Returns its row in the log."""
     tally, run.tally = run.tally, Tally()
     run.epoch += 1
-    tally.share()
     run.spent["seconds"] += tally.seconds
     run.spent["flops"] += tally.steps * flops[loader.resolution]
     if tally.kwh is not None:

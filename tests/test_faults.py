@@ -1,7 +1,9 @@
 """The training program, killed, stopped and starved: it must end in the weights of a run that was left alone, and lose nothing it has saved."""
 
 import functools
+import os
 import random
+import shutil
 import signal
 import time
 
@@ -132,6 +134,19 @@ def test_a_second_signal_leaves_at_once_and_a_folder_has_one_run_at_a_time(beton
     program.signal(signal.SIGTERM)
     assert program.status() == -signal.SIGTERM
     train(read_options(arguments(betons, tmp_path, "--training.epochs=1")))  # the lock went with it
+
+
+def test_a_beton_cut_short_under_a_run_ends_it_and_put_back_it_continues(unbroken, betons, tmp_path):
+    own = betons | {"train": tmp_path / "train.beton"}
+    shutil.copyfile(betons["train"], own["train"])
+    program = Program(command(own, tmp_path, EVERY_STEP), tmp_path / "output.txt")
+    program.wait_until(lambda: position(tmp_path)[1] > 0)
+    os.truncate(own["train"], 4096)
+    status = program.status()
+    # It looks before it reads on; a read that is under way the kernel ends by a signal, and nobody can keep it from that.
+    assert status == -signal.SIGBUS or (status == 2 and "was cut short or written over while in use" in program.output), program.output
+    shutil.copyfile(betons["train"], own["train"])
+    assert_ends_as(unbroken, own, tmp_path)
 
 
 def test_a_full_disk_stops_the_run_and_leaves_its_checkpoints(unbroken, betons, tmp_path):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ffssl.errors import UserError
+
 
 class ImageFile:
     """A file mapped for reading in random order. data: uint8, the whole file.
@@ -15,13 +17,20 @@ class ImageFile:
     """
 
     def __init__(self, path: Path):
+        self._path = path
         with open(path, "rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._map.madvise(mmap.MADV_RANDOM)
         self.data = np.frombuffer(self._map, np.uint8)
 
     def prefetch(self, begins: np.ndarray, sizes: np.ndarray) -> None:
-        """Start reading these ranges (uint64) into the page cache, without waiting for them."""
+        """Start reading these ranges (uint64) into the page cache, without waiting for them.
+
+        Raises UserError if the file has been cut short since: to read what is gone would end the process by SIGBUS, which this prevents
+        but for reads that are under way.
+        """
+        if self._map.size() < len(self._map):
+            raise UserError(f"{self._path}: was cut short or written over while in use; put it back, and write new files under new names")
         in_page = begins % np.uint64(mmap.PAGESIZE)
         for page, length in zip((begins - in_page).tolist(), (sizes + in_page).tolist()):
             self._map.madvise(mmap.MADV_WILLNEED, page, length)

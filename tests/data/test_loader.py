@@ -1,3 +1,5 @@
+import os
+import shutil
 import time
 
 import numba
@@ -395,3 +397,14 @@ def test_two_loaders_at_once_do_not_disturb_each_other(beton):
         pairs = [(x.views.clone(), y.views.clone()) for x, y in zip(a, b)]
     for views, alone in zip(zip(*pairs), expected):
         assert torch.equal(torch.cat(views), alone[0])
+
+
+def test_a_file_that_is_cut_short_in_use_is_told(beton, tmp_path):
+    own = tmp_path / "own.beton"
+    shutil.copyfile(beton, own)
+    with open_loader(own, batches_ahead=1) as loader:
+        iteration = iter(loader)
+        next(iteration)  # with a single batch ahead no other is being read until the next is asked for
+        os.truncate(own, 4096)
+        with pytest.raises(UserError, match=f"{own}: was cut short or written over while in use"):
+            next(iteration)
