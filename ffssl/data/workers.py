@@ -104,4 +104,6 @@ def _stop(pool: ProcessPoolExecutor) -> None:
     # Before Python 3.14 there is no public way to end workers in the middle of a task.
     for process in list((pool._processes or {}).values()):
         process.terminate()
-    pool.shutdown(wait=False, cancel_futures=True)
+    # Waits for the pool's thread, which ends with its workers: at the interpreter's exit the executor wakes that thread
+    # without a lock, through a pipe that it may just be closing.
+    pool.shutdown(cancel_futures=True)
