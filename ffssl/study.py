@@ -32,15 +32,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ffssl.benchmark.machine import describe_machine
 from ffssl.command_line import exit_status
 from ffssl.config import read_options
+from ffssl.data.beton import read_beton
+from ffssl.data.convert import identity
 from ffssl.errors import UserError
 from ffssl.files import make_folder, only_one_in, write_json
 from ffssl.study_file import Run, Study, comparable, read_study
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("ffssl", "torch", "torchvision", "numba", "numpy", "ffcv")
 RECORD = "study.json"  # in a run's folder: how it was started, and when it finished
 EMBEDDED_SPLITS = {"train": "train", "validation": "val"}  # what write_datasets.py calls them
 
@@ -63,8 +63,9 @@ def conduct(study: Study, folder: Path) -> int:
     todo = [(seed, run) for seed in study.seeds for run in study.runs]  # a seed of every run first: they share the machine's moods
     make_folder(folder, "--folder")
     with only_one_in(folder, "study", "--folder") as lock:
+        data = {split: identity(read_beton(path)) for split, path in study.data.items() if path.exists()}
         for seed, run in todo:
-            check_unchanged(study, run, seed, folder)
+            check_unchanged(study, run, seed, folder, data)
         for split, count in study.embedded.items():
             if not study.data[split].exists():
                 study.data[split].parent.mkdir(exist_ok=True)
@@ -76,7 +77,7 @@ def conduct(study: Study, folder: Path) -> int:
             if finished(run.folder(folder, seed)):
                 continue
             print(f"\n[{number} of {len(todo)}] {run.name}, seed {seed}", flush=True)
-            if status := train(run, seed, folder, lock):
+            if status := train(study, run, seed, folder, lock):
                 failed[run.name, seed] = status
                 print(f"{run.name}, seed {seed}: failed with status {status}; the others go on", file=sys.stderr, flush=True)
             report(study, folder, failed)
@@ -84,13 +85,13 @@ def conduct(study: Study, folder: Path) -> int:
     return 1 if failed else 0
 
 
-def train(run: Run, seed: int, study_folder: Path, lock: int) -> int:
+def train(study: Study, run: Run, seed: int, study_folder: Path, lock: int) -> int:
     """Train one run to its end, continuing it where it has begun. Returns the exit status."""
     folder, arguments = run.folder(study_folder, seed), run.command(study_folder, seed)
     record = {
         "command": shlex.join(["python", "ffssl/train.py", *arguments]),
-        "machine": describe_machine(PACKAGES),
         "options": comparable(read_options(arguments)),
+        "data": {split: identity(read_beton(path)) for split, path in study.data.items()},
     }
     write_record(folder, record)
     status = execute("ffssl/train.py", arguments, lock)
@@ -140,9 +141,18 @@ def write_record(folder: Path, record: dict) -> None:
     write_json(folder / RECORD, record)
 
 
-def check_unchanged(study: Study, run: Run, seed: int, study_folder: Path) -> None:
-    """Raises UserError, naming the option, if a run was started with other options than the study now gives it."""
+def check_unchanged(study: Study, run: Run, seed: int, study_folder: Path, data: dict[str, dict]) -> None:
+    """Raises UserError, naming the option or the file, if a run was started with other options or data than the study now gives it.
+
+    data: the identity of each file that is there.
+    """
     record = read_record(run.folder(study_folder, seed))
+    for split, before in (record or {}).get("data", {}).items():
+        if data.get(split, before) != before:
+            raise UserError(
+                f"{study.path}: {study.data[split]} holds other images than those that the run in {run.folder(study_folder, seed)} is trained "
+                "or evaluated on; put that file back, or choose another --folder"
+            )
     now = comparable(read_options(run.command(study_folder, seed)))
     for section, options in record["options"].items() if record else ():
         for name, before in options.items():

@@ -1,6 +1,5 @@
 """What a study found: a table, the same as JSON, and a picture of accuracy over cost."""
 
-import datetime
 import statistics
 from pathlib import Path
 
@@ -10,14 +9,16 @@ from ffssl.data.convert import read_description
 from ffssl.files import replacing, write_json
 from ffssl.figures import COLOURS, MARKERS, flop_unit, label
 from ffssl.run_log import read_log
+from ffssl.run_record import read_starts
 from ffssl.study_file import Run, Study
 
 COSTS = ("flops", "seconds")
 NOTES = """
 Means over the seeds, ± the sample standard deviation. kNN accuracy on the validation images after the last epoch, never the best. FLOPs
-in the standard count (backward = 2 forward); seconds of training, without the evaluations. Speed-ups are ratios of mean costs: that of
-the run that the study compares it with, the baseline, over this run's whole cost, and, "to baseline's accuracy", over what this run had
-cost at the first evaluation at which its accuracy was the baseline's final one or more (means over the seeds; - where it never was).
+in the standard count (backward = 2 forward); seconds of training, without the evaluations, with torch.compile's work where it is on; kWh
+of the GPU. Speed-ups are ratios of mean costs: that of the run that the study compares it with, the baseline, over this run's; and "to
+baseline's accuracy" that of what each had cost at the first evaluation at which its accuracy was the baseline's final one or more (means
+over the seeds; - where a run ends below it).
 """
 
 
@@ -26,18 +27,19 @@ def write_report(study: Study, folder: Path, records: dict[tuple[str, int], dict
 
     records: of the runs that finished, by name and seed (`ffssl.study.train`). failed: the exit status of those that did not.
     """
-    logs = {
-        run.name: {seed: read_log(run.folder(folder, seed)) for seed in study.seeds if (run.name, seed) in records} for run in study.runs
-    }
+    runs = {run.name: run for run in study.runs}
+    logs = {name: {seed: read_log(run.folder(folder, seed)) for seed in study.seeds if (name, seed) in records} for name, run in runs.items()}
     rows = summarise(study.runs, logs)
     for row in rows:
         row["failed"] = {seed: status for (name, seed), status in failed.items() if name == row["run"]}
     settings = sorted({(record["options"]["evaluate"]["k"], record["options"]["evaluate"]["temperature"]) for record in records.values()})
+    starts = [start for name, seed in records for start in read_starts(runs[name].folder(folder, seed))]
     header = {
         "title": study.title,
         "command": command,
-        "machines": sorted({record["machine"] for record in records.values()}),
-        "date": datetime.date.today().isoformat(),
+        "machines": sorted({f"{start['machine']}; on {start['device']}" for start in starts}),
+        "code": sorted({start["git"] for start in starts if start["git"]}),
+        "dates": sorted({start["started"].partition("T")[0] for start in starts}),
         "seeds": study.seeds,
         "data": {split: _describe_data(path) for split, path in study.data.items()},
         "knn": [f"k = {k}, T = {temperature:g}" for k, temperature in settings],
@@ -61,16 +63,19 @@ def summarise(runs: list[Run], logs: dict[str, dict[int, list[dict]]]) -> list[d
     for run in runs:
         row = {"run": run.name, "against": run.against, "seeds": list(logs[run.name])}
         base = finals[run.against or run.name]
-        for key in ("knn", *COSTS):
-            values = [final[key] for final in finals[run.name]]
+        for key in ("knn", *COSTS, "kwh"):
+            values = [final[key] for final in finals[run.name] if key in final]
             row[key] = statistics.fmean(values) if values else None
             row[f"{key}_sd"] = statistics.stdev(values) if len(values) > 1 else None
             row[f"{key}_by_seed"] = values
+        aim = statistics.fmean(final["knn"] for final in base) if base else None
+        base_reached = first_reached(mean_curve(logs[run.against or run.name]), aim) if base else None
+        # Where it ends below, having been there once was luck.
+        reached = first_reached(mean_curve(logs[run.name]), aim) if base and row["seeds"] and row["knn"] >= aim else None
         for cost in COSTS:
             base_cost = statistics.fmean(final[cost] for final in base) if base else None
             row[f"speed_up_{cost}"] = base_cost / row[cost] if base and row["seeds"] else None
-            reached = first_reached(mean_curve(logs[run.name]), statistics.fmean(final["knn"] for final in base)) if base else None
-            row[f"speed_up_to_accuracy_{cost}"] = base_cost / reached[cost] if reached else None
+            row[f"speed_up_to_accuracy_{cost}"] = base_reached[cost] / reached[cost] if reached else None
         summary.append(row)
     return summary
 
@@ -89,7 +94,8 @@ def first_reached(curve: list[dict[str, float]], accuracy: float) -> dict[str, f
 def format_table(rows: list[dict], seeds: int) -> str:
     """The rows of `summarise`, with `failed` (exit status by seed), as a Markdown table."""
     unit, scale = flop_unit(max((row["flops"] or 0 for row in rows), default=0))
-    titles = ("run", "seeds", "kNN (%)", unit, "speed-up", "seconds", "speed-up", f"to baseline's accuracy, {unit}", "and seconds")
+    titles = ["run", "seeds", "kNN (%)", unit, "speed-up", "seconds", "speed-up", f"to baseline's accuracy, {unit}", "and seconds"]
+    counted = any(row["kwh"] is not None for row in rows)
     cells = [
         (
             row["run"],
@@ -101,9 +107,11 @@ def format_table(rows: list[dict], seeds: int) -> str:
             _format_ratio(row["speed_up_seconds"]),
             _format_ratio(row["speed_up_to_accuracy_flops"]),
             _format_ratio(row["speed_up_to_accuracy_seconds"]),
+            *([_format_mean(row["kwh"], None, 1, digits=3)] if counted else []),
         )
         for row in rows
     ]
+    titles += ["kWh"] if counted else []
     widths = [max(map(len, column)) for column in zip(titles, *cells)]
     lines = [
         "| " + " | ".join(f"{cell:<{width}}" if i == 0 else f"{cell:>{width}}" for i, (cell, width) in enumerate(zip(line, widths))) + " |"
@@ -116,7 +124,7 @@ def format_table(rows: list[dict], seeds: int) -> str:
 def _format_header(header: dict) -> str:
     lines = [f"# {header['title']}", "", f"`{header['command']}`", ""]
     lines += [f"- machine: {machine}" for machine in header["machines"]]
-    lines += [f"- date: {header['date']}", f"- seeds: {', '.join(map(str, header['seeds']))}"]
+    lines += [f"- {name}: {', '.join(map(str, header[name]))}" for name in ("code", "dates", "seeds")]
     lines += [f"- {split} images: {description}" for split, description in header["data"].items()]
     lines += [f"- kNN: {'; '.join(header['knn'])}", ""]
     return "\n".join(lines)
@@ -141,10 +149,10 @@ def _describe_status(status: int) -> str:
     return f"status {status}" if status >= 0 else f"signal {-status}"
 
 
-def _format_mean(mean: float | None, deviation: float | None, scale: float) -> str:
+def _format_mean(mean: float | None, deviation: float | None, scale: float, digits: int = 1) -> str:
     if mean is None:
         return "-"
-    return f"{mean * scale:.1f}" + (f" ± {deviation * scale:.1f}" if deviation is not None else "")
+    return f"{mean * scale:.{digits}f}" + (f" ± {deviation * scale:.{digits}f}" if deviation is not None else "")
 
 
 def _format_ratio(ratio: float | None) -> str:

@@ -17,7 +17,7 @@ from ffssl.config import command_line_options
 from ffssl.openmp import share_cores
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds: --help and a mistyped option are answered at once
-    faulthandler.enable()  # tells where, should a disk fail under a mapped file (SIGBUS)
+    faulthandler.enable(2)  # tells where, should a disk fail under a mapped file (SIGBUS)
     OPTIONS = command_line_options(__doc__)
     share_cores()
 
