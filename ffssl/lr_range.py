@@ -12,7 +12,6 @@ starts to decrease, and where it has reached the floor from which it diverges. T
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -37,10 +36,11 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from ffssl import checkpoint, run_log, schedules
+from ffssl.data.beton import read_beton
 from ffssl.data.loader import ViewLoader
 from ffssl.device import choose_device
 from ffssl.errors import UserError
-from ffssl.files import make_folder
+from ffssl.files import make_folder, write_json
 from ffssl.hard_augment import choose_views, without_trace
 from ffssl.methods import Method
 from ffssl.plan import Plan
@@ -119,12 +119,18 @@ def batches(run: Run, loader: ViewLoader) -> Iterator[Tensor]:
 def validation_views(options: SimpleNamespace, method: Method, loader: ViewLoader, images: int) -> list[Tensor]:
     """Two views of each validation image, in uint8 batches (B, 2, 3, R, R) of the training's size: a loss may depend on it.
 
-    Without data.validation the images are taken from those that `loader` serves.
+    Without data.validation the images are taken from those that `loader` serves. Raises UserError where there are too few.
     """
     size = options.training.batch_size
     count = max(images // size, 1)
     changed = {"augment": SimpleNamespace(**vars(options.augment) | {"views": 2})}
     if options.data.validation:
+        found = len(read_beton(options.data.validation))
+        if found < count * size:
+            raise UserError(
+                f"--data.validation: {options.data.validation} has {found} images, of which {count * size} are to be taken, in whole batches of "
+                f"{size}; give fewer --validation-images, or a smaller --training.batch_size, or another file"
+            )
         changed["data"] = SimpleNamespace(**vars(options.data) | {"train": options.data.validation})
     with open_loader(SimpleNamespace(**vars(options) | changed), method) as source:
         if not options.data.validation:
@@ -245,7 +251,7 @@ def main() -> None:
     rates, losses = (np.array([row[name] for row in rows]) for name in ("learning_rate", "validation_loss"))
     limits = suggest_limits(rates, losses, complete=len(rows) == arguments.steps)
     found = {**test, "limits": limits and asdict(limits), "options": as_dict(options), "curve": rows}
-    (folder / CURVE).write_text(json.dumps(found, indent=1) + "\n")
+    write_json(folder / CURVE, found)
     draw(rows, limits, folder / PICTURE)
     print(f"{describe(limits, rows, **test)}\ncurve: {folder / CURVE}, picture: {folder / PICTURE}")
 

@@ -171,6 +171,14 @@ def test_the_program_leaves_a_curve_and_a_picture_and_no_run(beton, tmp_path, mo
     assert "the validation loss" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words, wanted", [(["--validation-images=100"], 96), (["--training.batch_size=20"], 20)])
+def test_too_few_validation_images_are_told(beton, tmp_path, monkeypatch, capsys, words, wanted):
+    convert(Embedded("val", 18), tmp_path / "val.beton")
+    assert program(monkeypatch, beton, tmp_path / "range", f"--data.validation={tmp_path / 'val.beton'}", *words) == 2
+    error = capsys.readouterr().err
+    assert f"--data.validation: {tmp_path / 'val.beton'} has 18 images, of which {wanted} are to be taken" in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", ["checkpoint.pt", "log.jsonl"])
 def test_a_runs_folder_is_left_alone(beton, tmp_path, monkeypatch, capsys, name):
     (tmp_path / name).write_text("")
