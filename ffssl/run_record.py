@@ -38,11 +38,14 @@ def read_starts(folder: Path) -> list[dict]:
 
 
 def git_revision(root: Path = ROOT) -> str | None:
-    """The commit that `root` is a checkout of, with -dirty after it if files have changed since; None if it is no checkout."""
+    """The commit that `root` is a checkout of, with -dirty after it if files have changed since; None if it is no checkout.
+
+    "unknown" if git can't tell: where there is none, or the checkout is another user's.
+    """
     if not (root / ".git").exists():  # asked of git, an installed package would be taken for a part of the repository around it
         return None
     try:
         words = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         return subprocess.run(words, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return None
+        return "unknown"

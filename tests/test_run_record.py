@@ -34,6 +34,8 @@ def test_the_git_revision_is_that_of_the_checkout_and_says_whether_files_have_ch
     assert git_revision(tmp_path) == f"{commit[:12]}-dirty"
     (tmp_path / "installed").mkdir()
     assert git_revision(tmp_path / "installed") is None
+    (tmp_path / "installed" / ".git").write_text("gitdir: nowhere")
+    assert git_revision(tmp_path / "installed") == "unknown"
 
 
 def test_the_machine_names_its_gpus(tmp_path, monkeypatch):
