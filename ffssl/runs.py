@@ -22,6 +22,11 @@ class LoadedRun(NamedTuple):
     method: Method
     state: dict
 
+    @property
+    def steps(self) -> int:
+        """Of the epoch after the finished ones, that its weights have taken; 0 where none was under way."""
+        return len(self.state["tally"]["losses"]) if "tally" in self.state else 0
+
 
 def checkpoint_path(run: str | Path) -> Path:
     """The checkpoint of a run that is given by its folder or by the checkpoint itself. Raises UserError where there is none."""

@@ -9,6 +9,7 @@ from ffssl import checkpoint
 from ffssl.config import as_dict, read_options
 from ffssl.methods import Method
 from ffssl.step import build
+from ffssl.tally import Tally
 
 SMALL = (
     "--model.backbone=resnet-small", "--method.name=simclr", "--method.hidden=16", "--method.projection=8", "--resolution.max=32",
@@ -16,8 +17,11 @@ SMALL = (
 )  # fmt: skip
 
 
-def save_run(folder: Path, *options: str, epoch: int = 3, seed: int = 0) -> Method:
-    """A folder with the checkpoint of an untrained run, whose BatchNorm layers have statistics unlike those of any batch."""
+def save_run(folder: Path, *options: str, epoch: int = 3, steps: int = 0, seed: int = 0) -> Method:
+    """A folder with the checkpoint of an untrained run, whose BatchNorm layers have statistics unlike those of any batch.
+
+    steps: of the epoch after the finished ones.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     parsed = read_options([*SMALL, "--data.train=train.beton", f"--run.folder={folder}", *options])
     torch.manual_seed(seed)
@@ -27,7 +31,8 @@ def save_run(folder: Path, *options: str, epoch: int = 3, seed: int = 0) -> Meth
             module.running_mean.normal_(std=0.1)
             module.running_var.uniform_(0.5, 2)
     spent = {"seconds": 12.0, "flops": 3.5e12}
-    checkpoint.save(folder, {"epoch": epoch, "spent": spent, "options": as_dict(parsed), "method": method.state_dict()})
+    tally = Tally(losses=[torch.tensor(1.0)] * steps, spreads=[torch.tensor(1.0)] * steps).state()
+    checkpoint.save(folder, {"epoch": epoch, "tally": tally, "spent": spent, "options": as_dict(parsed), "method": method.state_dict()})
     return method.eval()
 
 

@@ -20,18 +20,21 @@ def main() -> None:
 
     from ffssl.evaluate.frozen_run import freeze  # imports torch, which takes seconds: not for --help and a mistyped option
     from ffssl.evaluate.linear import Recipe
-    from ffssl.evaluate.results import add_result, markdown_table
+    from ffssl.evaluate.results import add_result, markdown_table, require_recordable
 
     common = {name: arguments.pop(name) for name in ("network", "train", "validation", "resolution", "workers", "device", "amp")}
     for run in runs:
-        freeze(run, **common)  # all are checked before the first takes hours
+        require_recordable(freeze(run, **common).checkpoint.parent)  # all are checked before the first takes hours
     results = []
-    for run in runs:
-        frozen = freeze(run, **common)
-        record = frozen.knn(**arguments) if evaluation == "knn" else frozen.linear(Recipe(**arguments))
-        add_result(frozen.checkpoint.parent, record)
-        results.append((str(run), record))
-    print(markdown_table(results))
+    try:
+        for run in runs:
+            frozen = freeze(run, **common)
+            record = frozen.knn(**arguments) if evaluation == "knn" else frozen.linear(Recipe(**arguments))
+            results.append((str(run), record))
+            add_result(frozen.checkpoint.parent, record)
+    finally:  # what took hours is told, whatever came after it
+        if results:
+            print(markdown_table(results))
 
 
 def parser() -> Parser:

@@ -31,6 +31,7 @@ class FrozenRun:
     checkpoint: Path
     options: SimpleNamespace
     epoch: int
+    steps: int
     network: str
     backbone: nn.Module
     train: Path
@@ -42,7 +43,7 @@ class FrozenRun:
 
     def knn(self, *, k: int, temperature: float) -> dict:
         """Accuracy of the weighted kNN vote of all training images: a record, see `ffssl.evaluate.results`. k is cut to their number."""
-        bank, bank_labels = self.centre_crops(self.train, unit_length=True)
+        bank, bank_labels = self.centre_crops(self.train, unit_length=True, broken=self.options.data.broken)
         queries, labels = self.centre_crops(self.validation, unit_length=True)
         k = min(k, len(bank))
         accuracy = knn_accuracy(
@@ -61,23 +62,27 @@ class FrozenRun:
         sizes = {"images": len(read_beton(self.train)), "features": self.backbone.features, "classes": self.classes}
         common = {**sizes, "device": self.device, "folder": self.checkpoint.parent, "name": name}
         if recipe.cached:
-            classifier = train_probe(cached_batches(*self.centre_crops(self.train), recipe), recipe, **common)
+            cached = self.centre_crops(self.train, broken=self.options.data.broken)
+            classifier = train_probe(cached_batches(*cached, recipe), recipe, **common)
         else:
-            settings = {"policy": AUGMENTATION, "batch_size": recipe.batch_size, "shuffle": True, "seed": recipe.seed}
+            settings = {
+                "policy": AUGMENTATION, "batch_size": recipe.batch_size, "shuffle": True, "seed": recipe.seed, "broken": self.options.data.broken
+            }
             with open_views(self.train, self.options.data, self.resolution, **settings) as loader:
                 classifier = train_probe(augmented_batches(self.backbone, loader, self.device, self.amp), recipe, **common)
         return record | {"scores": top_accuracies(classifier, *self.centre_crops(self.validation)), "probe": name}
 
-    def centre_crops(self, path: Path, *, unit_length: bool = False) -> tuple[Tensor, Tensor]:
-        """Features (N, d) and labels (N,) of a file's centre crops, in the host's memory; see `extract_features`."""
-        with open_views(path, self.options.data, self.resolution) as loader:
+    def centre_crops(self, path: Path, *, unit_length: bool = False, broken: str = "stop") -> tuple[Tensor, Tensor]:
+        """Features (N, d) and labels (N,) of a file's centre crops, in the host's memory; see `extract_features`, `ViewLoader` for broken."""
+        with open_views(path, self.options.data, self.resolution, broken=broken) as loader:
             return extract_features(self.backbone, loader, self.device, self.amp, store=HOST, unit_length=unit_length)
 
     def record(self, evaluation: str, settings: dict, scores: dict) -> dict:
         data = {"train": self.train, "validation": self.validation}
         return {
             "evaluation": evaluation,
-            "checkpoint": self.checkpoint.name, "epoch": self.epoch, "network": self.network, "weights": fingerprint(self.backbone),
+            "checkpoint": self.checkpoint.name, "epoch": self.epoch, "steps": self.steps, "network": self.network,
+            "weights": fingerprint(self.backbone),
             "settings": settings | {"resolution": self.resolution, "classes": self.classes, "precision": precision(self.amp, self.device)},
             "data": {name: describe(path) for name, path in data.items()},
             "machine": describe_machine(PACKAGES),
@@ -96,19 +101,20 @@ def freeze(
     place = choose_device(device, "--device")
     autocast, _ = mixed_precision(amp, place, "--amp")
     path = checkpoint_path(run)
-    options, method, state = load_run(path)
+    loaded = load_run(path)
+    options = loaded.options
     if not validation and not options.data.validation:
         raise UserError(f"{path}: the run had no validation images; name a beton file with --validation")
     train, validation = Path(train or options.data.train), Path(validation or options.data.validation)
     classes = count_classes(train, validation)
-    backbone = backbone_of(method, network).requires_grad_(False).eval()
+    backbone = backbone_of(loaded.method, network).requires_grad_(False).eval()
     resolution = resolution or options.resolution.max
     check_resolutions(options.model.backbone, backbone, {resolution})
     if workers is not None:
         options.data.workers = workers
     return FrozenRun(
-        path, options, state["epoch"], network, backbone.to(place, memory_format=torch.channels_last), train, validation, classes, resolution,
-        place, autocast,
+        path, options, loaded.state["epoch"], loaded.steps, network, backbone.to(place, memory_format=torch.channels_last), train, validation,
+        classes, resolution, place, autocast,
     )  # fmt: skip
 
 
@@ -138,7 +144,11 @@ def precision(amp: torch.autocast, device: torch.device) -> str:
 
 
 def describe(path: Path) -> dict:
-    """A beton file's name and number of images, and a digest of its labels and its images' sizes, which tells it from others of its name."""
+    """A beton file's name and number of images, and a digest that tells it from others of its name.
+
+    The digest is of its labels and its images' sizes, which raw images may share with others, and of the checksum in its description.
+    """
     beton = read_beton(path)
-    digest = hashlib.sha256(beton.labels.tobytes() + beton.image_sizes.tobytes()).hexdigest()
+    checksum = (read_description(path) or {}).get("sha256", "")
+    digest = hashlib.sha256(beton.labels.tobytes() + beton.image_sizes.tobytes() + checksum.encode()).hexdigest()
     return {"file": path.name, "images": len(beton), "digest": digest[:16]}

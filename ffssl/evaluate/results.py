@@ -3,7 +3,8 @@
 The file is a list of records. A record holds
 
     evaluation  "knn" or "linear"
-    checkpoint, epoch, network, weights     what was evaluated; weights is `ffssl.runs.fingerprint`
+    checkpoint, epoch, steps, network, weights      what was evaluated: after how many epochs, and steps of the next, whose backbone;
+                weights is `ffssl.runs.fingerprint`
     settings, data, machine                 how, on which files, on what
     scores      top1, and top5 of a probe: shares in 0..1, or null
 
@@ -11,6 +12,7 @@ and of a probe its checkpoint, "probe".
 """
 
 import json
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,16 +20,28 @@ from ffssl.errors import UserError
 from ffssl.files import write_json
 
 NAME = "evaluation.json"
+COLUMNS = {
+    "network": False, "epoch": True, "evaluation": False, "settings": False, "images": True, "top-1": True, "top-5": True
+}  # of a table of records, and whether they hold numbers
 _SCORED = ("evaluation", "checkpoint", "epoch", "network", "weights", "settings", "data")  # what tells records apart
 
 
 def read_results(folder: Path) -> list[dict]:
-    """The records of a folder, oldest first. Raises UserError for a damaged file."""
+    """The records of a folder, oldest first. Raises UserError for a file that is damaged or can't be read."""
     path = Path(folder) / NAME
     try:
         return json.loads(path.read_text()) if path.exists() else []
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable ({error}); delete it and evaluate again") from error
+
+
+def require_recordable(folder: Path) -> None:
+    """Raises UserError where no result could be added to the folder's."""
+    read_results(folder)
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{folder}: {NAME} can't be written: {error.strerror}") from error
 
 
 def add_result(folder: Path, record: dict) -> None:
@@ -49,14 +63,15 @@ def describe_settings(record: dict) -> str:
     return f"{how}; {settings['resolution']} px, {settings['precision']}"
 
 
+def describe(record: dict) -> tuple[str, ...]:
+    """A record by COLUMNS."""
+    epoch = f"{record['epoch']} + {record['steps']} steps" if record.get("steps") else str(record["epoch"])
+    scores = record["scores"]
+    top1, top5 = (f"{score:.2%}" if score is not None else "-" for score in (scores["top1"], scores.get("top5")))
+    return record["network"], epoch, record["evaluation"], describe_settings(record), str(record["data"]["validation"]["images"]), top1, top5
+
+
 def markdown_table(results: Iterable[tuple[str, dict]]) -> str:
     """A table of named records, a row each."""
-    lines = ["| run | network | epoch | evaluation | settings | images | top-1 | top-5 |", "|---|---|--:|---|---|--:|--:|--:|"]
-    for name, record in results:
-        scores = record["scores"]
-        top1, top5 = (f"{score:.2%}" if score is not None else "-" for score in (scores["top1"], scores.get("top5")))
-        lines.append(
-            f"| {name} | {record['network']} | {record['epoch']} | {record['evaluation']} | {describe_settings(record)} "
-            f"| {record['data']['validation']['images']} | {top1} | {top5} |"
-        )
-    return "\n".join(lines)
+    lines = [f"| run | {' | '.join(COLUMNS)} |", "|---|" + "".join("--:|" if number else "---|" for number in COLUMNS.values())]
+    return "\n".join([*lines, *(f"| {name} | {' | '.join(describe(record))} |" for name, record in results)])

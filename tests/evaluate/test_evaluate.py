@@ -13,13 +13,15 @@ from torch.nn import functional as F
 
 from ffssl import checkpoint
 from ffssl.command_line import exit_status
-from ffssl.data.convert import convert, description_path
+from ffssl.data.beton import read_beton
+from ffssl.data.convert import ConvertOptions, convert, description_path
 from ffssl.data.loader import ViewLoader
 from ffssl.data.policy import EVALUATION
 from ffssl.data.sources.embedded import Embedded
 from ffssl.data.sources.folder import ImageFolder
 from ffssl.evaluate.__main__ import main
-from ffssl.evaluate.frozen_run import freeze
+from ffssl.errors import UserError
+from ffssl.evaluate.frozen_run import FrozenRun, describe, freeze
 from ffssl.evaluate.linear import Recipe
 from ffssl.evaluate.results import read_results
 from ffssl.images import to_input
@@ -123,6 +125,64 @@ def test_files_of_one_name_are_told_apart(tmp_path, betons, run):
     convert(Embedded("val", 160), tmp_path / "other" / "train.beton")
     probes = [freeze(run, train=path, device="cpu").linear(Recipe(1, cached=True)) for path in (betons["train"], tmp_path / "other" / "train.beton")]
     assert probes[0]["data"]["train"]["file"] == probes[1]["data"]["train"]["file"] and probes[0]["probe"] != probes[1]["probe"]
+
+
+def test_raw_images_of_one_size_are_told_apart(tmp_path):
+    digests = set()
+    for colour in ("red", "blue"):
+        for label in "ab":
+            (tmp_path / colour / label).mkdir(parents=True)
+            Image.new("RGB", (40, 40), colour).save(tmp_path / colour / label / "0.png")
+        convert(ImageFolder(tmp_path / colour), tmp_path / f"{colour}.beton", ConvertOptions(compressed_share=0))
+        digests.add(describe(tmp_path / f"{colour}.beton")["digest"])
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize("evaluation", [lambda run: run.knn(k=5, temperature=0.1), lambda run: run.linear(Recipe(1, batch_size=40)),
+                                        lambda run: run.linear(Recipe(1, batch_size=40, cached=True))], ids=["knn", "linear", "cached"])  # fmt: skip
+def test_broken_training_images_are_replaced_where_they_were_in_the_training(tmp_path, betons, evaluation):
+    content = bytearray(betons["train"].read_bytes())
+    begin = int(read_beton(betons["train"]).images["data_ptr"][3])
+    content[begin : begin + 2] = b"\0\0"
+    (tmp_path / "broken.beton").write_bytes(content)
+    data = f"--data.train={tmp_path / 'broken.beton'}", f"--data.validation={betons['val']}"
+    for broken in ("stop", "replace"):
+        save_run(tmp_path / broken, *data, f"--data.broken={broken}")
+    with pytest.raises(UserError, match="broken.beton: image 3 does not decode"):
+        evaluation(freeze(tmp_path / "stop", device="cpu"))
+    assert evaluation(freeze(tmp_path / "replace", device="cpu"))["scores"]["top1"] > 0
+
+
+def test_a_run_within_an_epoch_is_recorded_as_such(tmp_path, betons, monkeypatch, capsys):
+    save_run(tmp_path, *data_of(betons), epoch=1, steps=5)
+    assert evaluate(monkeypatch, "knn", tmp_path, "--device", "cpu") == 0
+    assert "| 1 + 5 steps |" in capsys.readouterr().out
+    (record,) = read_results(tmp_path)
+    assert (record["epoch"], record["steps"]) == (1, 5)
+
+
+def test_what_can_not_be_recorded_is_told_before_any_work(run, monkeypatch, capsys):
+    monkeypatch.setattr(FrozenRun, "knn", lambda *_, **__: pytest.fail("evaluated"))
+    (run / "evaluation.json").write_text("[")
+    assert evaluate(monkeypatch, "knn", run, "--device", "cpu") == 2
+    assert_one_line(capsys, "evaluation.json: not readable")
+    (run / "evaluation.json").unlink()
+    with open(run / "checkpoint.pt") as file:  # in a folder that not even root can write to
+        assert evaluate(monkeypatch, "knn", f"/proc/self/fd/{file.fileno()}", "--device", "cpu") == 2
+    assert_one_line(capsys, "/proc/self/fd: evaluation.json can't be written")
+
+
+def test_an_accuracy_that_can_not_be_recorded_is_told(run, monkeypatch, capsys):
+    knn = FrozenRun.knn
+
+    def knn_then_damage(self, **settings):
+        (run / "evaluation.json").write_text("[")
+        return knn(self, **settings)
+
+    monkeypatch.setattr(FrozenRun, "knn", knn_then_damage)
+    assert evaluate(monkeypatch, "knn", run, "--device", "cpu") == 2
+    told = capsys.readouterr()
+    assert f"| {run} | student | 3 | knn |" in told.out and "not readable" in told.err
 
 
 def test_an_interrupted_probe_with_augmentation_ends_in_the_same_weights(run, interrupted_after):
