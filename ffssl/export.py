@@ -4,8 +4,8 @@
     python -m ffssl.export runs/efficient --to safetensors --output resnet50.safetensors --network teacher
 
 The card, FILE.md, says how to load the file, and, as far as the run recorded it, how it was trained and what it scored. There is no
-classifier in the file. torchvision takes ResNet-18 to -101, timm these and its own networks; neither has the CIFAR stem or resnet-small,
-which safetensors keeps for FFSSL.
+classifier in the file: torchvision's networks load it once their `fc` is an Identity. torchvision takes ResNet-18 to -101, timm these and
+its own networks; neither has the CIFAR stem or resnet-small, which safetensors keeps for FFSSL.
 """
 
 import io
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--network", default="student", choices=NETWORKS, help="whose backbone (default: %(default)s)")
     arguments = parser.parse_args()
     export(arguments.run, arguments.to, arguments.output, arguments.network)
-    print(f"{arguments.output}, {card_path(arguments.output)}")
+    print(f"{arguments.output}; how to load it says {card_path(arguments.output)}")
 
 
 def export(run: Path, to: str, output: Path, network: str = "student") -> None:

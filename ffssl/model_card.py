@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import yaml
 from torch import nn
 
-from ffssl.backbones import RESNETS, TimmModel
+from ffssl.backbones import RESNETS, ResizableViT, TimmModel
 from ffssl.config import as_dict
 from ffssl.data.convert import read_description
+from ffssl.errors import UserError
 from ffssl.evaluate.results import markdown_table, read_results
 from ffssl.images import MEAN, STD
 from ffssl.run_log import read_log
@@ -20,7 +21,7 @@ def model_card(run: LoadedRun, backbone: nn.Module, *, folder: Path, network: st
     options, epoch = run.options, run.state["epoch"]
     weights = fingerprint(backbone)
     title = f"{options.model.backbone}, pre-trained without labels by {options.method.name}"
-    scores = online_knn(options, folder, epoch) if network == "student" else []
+    scores = online_knn(options, folder, epoch) if network == "student" and not run.steps else []
     records = [record for record in read_results(folder) if record["weights"] == weights]
     return "\n".join([
         f"# {title}", "",
@@ -44,7 +45,8 @@ def loading_code(model: SimpleNamespace, backbone: nn.Module, to: str, file: str
             f'backbone.load_state_dict(torch.load("{file}", weights_only=True))'
         )
     if isinstance(backbone, TimmModel) or (name in RESNETS and model.stem == "imagenet"):
-        return f'import timm\n\nbackbone = timm.create_model("{name}", num_classes=0, checkpoint_path="{file}")'
+        sizes = "dynamic_img_size=True, " if isinstance(backbone, ResizableViT) else ""
+        return f'import timm\n\nbackbone = timm.create_model("{name}", num_classes=0, {sizes}checkpoint_path="{file}")'
     return (
         "from safetensors.torch import load_file\n\nfrom ffssl.backbones import build_backbone\n\n"
         f'backbone = build_backbone("{name}", stem="{model.stem}")\nbackbone.load_state_dict(load_file("{file}"))'
@@ -57,11 +59,13 @@ def training(run: LoadedRun) -> list[str]:
     epochs, epoch = options.training.epochs, state["epoch"]
     sides = options.resolution
     resolution = f"{sides.max} px" if sides.schedule == "constant" else f"{sides.min} to {sides.max} px ({sides.schedule})"
+    steps = f" and {run.steps} steps of the next" if run.steps else ""
     lines = [
-        f"{epoch} epochs" if epoch == epochs else f"{epoch} of {epochs} epochs: the run had not finished",
+        f"{epoch} epochs" if epoch == epochs else f"{epoch} of {epochs} epochs{steps}: the run had not finished",
         f"images: {describe_images(Path(options.data.train))}",
         f"{options.training.optimizer} by the schedule {options.training.schedule}, views of {resolution}",
-        f"{state['spent']['flops']:.4g} FLOPs (a backward pass counted as two forward passes), {state['spent']['seconds']:.0f} s of training",
+        f"{state['spent']['flops']:.4g} FLOPs (a backward pass counted as two forward passes), {state['spent']['seconds']:.0f} s of training"
+        + (f", in the {epoch} epochs" if steps else ""),
         f"seed {options.run.seed}",
     ]
     return lines + ([f"last checkpoint written on {state['written_on']}"] if "written_on" in state else [])
@@ -69,7 +73,10 @@ def training(run: LoadedRun) -> list[str]:
 
 def describe_images(beton: Path) -> str:
     """The file's name, and what its converter noted of it."""
-    description = read_description(beton)
+    try:
+        description = read_description(beton)
+    except UserError:  # one that can't be read says as little as none
+        description = None
     if description is None:
         return beton.name
     classes = f" of {len(description['class_names'])} classes" if description["class_names"] else ""

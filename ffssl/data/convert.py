@@ -134,11 +134,11 @@ def description_path(path: Path) -> Path:
 
 
 def read_description(beton: Path) -> dict | None:
-    """What the converter noted beside a beton file, or None where it did not. Raises UserError for a damaged description."""
+    """What the converter noted beside a beton file, or None where it did not. Raises UserError for one that can't be read."""
     path = description_path(beton)
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable description ({error}); convert {beton.name} again, or delete it") from error
 
 
