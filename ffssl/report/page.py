@@ -4,7 +4,10 @@ import datetime
 from collections.abc import Callable
 from html import escape
 
+import torch
+
 from ffssl.errors import UserError
+from ffssl.evaluate import results
 from ffssl.figures import COLOURS, flop_unit, time_unit
 from ffssl.methods import Method
 from ffssl.report.charts import Chart, accuracy_charts, draw_chart, schedule_charts, training_charts
@@ -14,13 +17,13 @@ from ffssl.report.runs import ReportedRun, compare_options
 from ffssl.report.style import CSS
 
 
-def compose(runs: list[ReportedRun]) -> tuple[str, dict[str, bytes]]:
-    """The page, and PNGs of its pictures by file name."""
+def compose(runs: list[ReportedRun], device: torch.device) -> tuple[str, dict[str, bytes]]:
+    """The page, and PNGs of its pictures by file name. The networks compute on `device`, one after the other."""
     gallery = Gallery()
     hard = [i for i, run in enumerate(runs) if run.options is not None and run.options.hard_augment.select == "hard"]
 
     def of_each(show: Callable[[ReportedRun, Method, int, Gallery], str], places: list[int]) -> str:
-        return "".join(f"<div>{_heading(runs, i)}{_shown(show, runs[i], i, gallery)}</div>" for i in places)
+        return "".join(f"<div>{_heading(runs, i)}{_shown(show, runs[i], i, gallery, device)}</div>" for i in places)
 
     everyone = list(range(len(runs)))
     sections = [
@@ -46,14 +49,16 @@ def compose(runs: list[ReportedRun]) -> tuple[str, dict[str, bytes]]:
     return page, gallery.pngs
 
 
-def _shown(show: Callable, run: ReportedRun, place: int, gallery: Gallery) -> str:
+def _shown(show: Callable, run: ReportedRun, place: int, gallery: Gallery, device: torch.device) -> str:
     """The run's part of a section, or why there is none."""
+    if isinstance(run.method, UserError):
+        return _note(f"Not shown: {run.method}.")
     try:
-        if isinstance(run.method, UserError):
-            raise run.method
-        return show(run, run.method, place, gallery)
+        return show(run, run.method.to(device), place, gallery)
     except UserError as error:
         return _note(f"Not shown: {error}.")
+    finally:
+        run.method.cpu()  # a GPU has room for one
 
 
 def _subject(runs: list[ReportedRun]) -> str:
@@ -83,34 +88,37 @@ def _heading(runs: list[ReportedRun], place: int) -> str:
 
 
 def _charts(charts: list[Chart], runs: list[ReportedRun], gallery: Gallery) -> str:
-    names, unfinished = [run.name for run in runs], {i for i, run in enumerate(runs) if not run.finished}
+    names, unfinished = [run.name for run in runs], {i for i, run in enumerate(runs) if run.unfinished}
     return "".join(gallery.draw(draw_chart(chart, names, unfinished), chart.name, chart.title) for chart in charts)
 
 
 def _cost(runs: list[ReportedRun], gallery: Gallery) -> str:
-    """The table of the runs, and Fig. 1."""
+    """The table of the runs, what was measured of their frozen backbones, and Fig. 1."""
     evaluations = {run.evaluation for run in runs if run.last_evaluation}
-    comparable = len(evaluations) == 1 and None not in evaluations
     warning = ""
     if len(evaluations) > 1:
         warning = _note(
             "These accuracies are of different data or measured in different ways, and not to be compared: "
             + "; ".join(f"{run.name}: {_describe_evaluation(run)}" for run in runs if run.last_evaluation) + ".", "warning",
         )  # fmt: skip
-    charts = accuracy_charts(runs)
-    curves = f'<div class="charts large">{_charts(charts, runs, gallery)}</div>' if charts else _note("No accuracy has been measured.")
-    return warning + _table(runs, comparable) + curves
+    charts, evaluated = accuracy_charts(runs), _results(runs)
+    curves = f'<div class="charts large">{_charts(charts, runs, gallery)}</div>' if charts else ""
+    return warning + _table(runs) + (evaluated + curves or _note("No accuracy has been measured."))
 
 
 def _describe_evaluation(run: ReportedRun) -> str:
     if run.options is None:
         return "unknown"
     data, evaluate = run.options.data, run.options.evaluate
-    return f"{data.validation} by {data.train}, k = {evaluate.k}, T = {evaluate.temperature:g}"
+    digest = f" (digest {run.trained_on['digest']})" if run.trained_on else ""
+    return (
+        f"{data.validation} by at most {evaluate.bank_samples} images of {data.train}{digest}, {run.options.resolution.max} px, "
+        f"k = {evaluate.k}, T = {evaluate.temperature:g}"
+    )
 
 
-def _table(runs: list[ReportedRun], comparable: bool) -> str:
-    """What each run reached and cost. comparable: with the first run's cost as a multiple of its own."""
+def _table(runs: list[ReportedRun]) -> str:
+    """What each run reached and cost, compared with the first."""
     flops, flop_scale = flop_unit(max(run.rows[-1]["flops"] for run in runs))
     times, time_scale = time_unit(max(run.rows[-1]["seconds"] for run in runs))
     energy = any("kwh" in run.rows[-1] for run in runs)
@@ -118,16 +126,17 @@ def _table(runs: list[ReportedRun], comparable: bool) -> str:
     lines = []
     for i, run in enumerate(runs):
         row, evaluated = run.rows[-1], run.last_evaluation
-        ratio = {key: _ratio(runs, run, key) if comparable and i else "" for key in ("flops", "seconds", "kwh")}
+        ratio = {key: _ratio(runs[0], run, key) if i else "" for key in ("flops", "seconds", "kwh")}
         method = (run.options.method.name, run.options.model.backbone) if run.options else ("unknown", "")
-        epochs = f"{run.epoch}" if run.finished or not run.options else f"{run.epoch} of {run.options.training.epochs}"
+        epochs = f"{run.epoch} of {run.options.training.epochs}" if run.unfinished else f"{run.epoch}"
         at = f"after epoch {evaluated['epoch']}" if evaluated and evaluated["epoch"] < run.epoch else ""
         cells = [
             (escape(method[0]), escape(method[1])), (epochs, ""), (f"{evaluated['knn']:.1%}" if evaluated else "–", at),
             (f"{row['flops'] * flop_scale:.1f}", ratio["flops"]), (f"{row['seconds'] * time_scale:.1f}", ratio["seconds"]),
             *([(f"{row['kwh']:.2f}" if "kwh" in row else "–", ratio["kwh"])] if energy else []),
         ]  # fmt: skip
-        chip = "" if run.finished else ' <span class="unfinished">unfinished</span>'
+        doubt = "unfinished" if run.unfinished else "" if run.options else "options unknown"
+        chip = f' <span class="chip">{doubt}</span>' if doubt else ""
         cells = [
             f'<td data-label="{title}"{"" if j == 0 else NUMBER}>{text}{f"<small>{more}</small>" if more else ""}</td>'
             for j, (title, (text, more)) in enumerate(zip(titles[1:], cells))
@@ -137,17 +146,46 @@ def _table(runs: list[ReportedRun], comparable: bool) -> str:
     return (
         f'<div class="card scroll"><table class="summary"><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
         '<p class="muted">Accuracy of weighted kNN on the frozen features, the last that was measured. FLOPs in the standard count '
-        "(backward = 2 forward); the time is that of training, without the evaluations.</p>"
+        "(backward = 2 forward); the time is that of training, without the evaluations. Costs are compared where the accuracies are of "
+        "one evaluation, times and energies where the hardware is the same too.</p>"
     )
 
 
 NUMBER = ' class="number"'
 
 
-def _ratio(runs: list[ReportedRun], run: ReportedRun, key: str) -> str:
-    """How many times as much the first run cost; nothing where one of them is unfinished, or has no such cost."""
-    first, own = runs[0].rows[-1].get(key), run.rows[-1].get(key)
-    return f"{first / own:.2f}× less than {escape(runs[0].name)}" if first and own and runs[0].finished and run.finished else ""
+def _ratio(first: ReportedRun, run: ReportedRun, key: str) -> str:
+    """How many times less the run cost than the first, or more; nothing where the two can't be compared in that."""
+    ended = [each for each in (first, run) if each.last_evaluation and not each.unfinished]
+    conditions = [(each.evaluation, "any" if key == "flops" else each.hardware) for each in ended]
+    before, own = first.rows[-1].get(key), run.rows[-1].get(key)
+    if len(ended) < 2 or None in conditions[0] or conditions[0] != conditions[1] or not before or not own:
+        return ""
+    return f"{max(before / own, own / before):.2f}× {'less' if own <= before else 'more'} than {escape(first.name)}"
+
+
+def _results(runs: list[ReportedRun]) -> str:
+    """What `ffssl.evaluate` has recorded of the runs; nothing where that is nothing."""
+    lines, notes = "", ""
+    for i, run in enumerate(runs):
+        try:
+            records = results.read_results(run.folder)
+        except UserError as error:
+            notes += _note(f"Not shown: {error}.")
+            continue
+        for record in records:
+            cells = "".join(
+                f'<td data-label="{title}"{NUMBER if number else ""}>{escape(cell)}</td>'
+                for (title, number), cell in zip(results.COLUMNS.items(), results.describe(record))
+            )
+            lines += f'<tr><th scope="row">{_run_name(runs, i)}</th>{cells}</tr>'
+    if not lines:
+        return notes
+    heads = "".join(f'<th scope="col"{NUMBER if number else ""}>{title}</th>' for title, number in {"run": False, **results.COLUMNS}.items())
+    return (
+        f'{notes}<div class="card scroll"><table class="summary"><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
+        f'{_lead("What python -m ffssl.evaluate has measured of the frozen backbones.")}'
+    )
 
 
 def _schedules(runs: list[ReportedRun], gallery: Gallery) -> str:
@@ -158,7 +196,7 @@ def _schedules(runs: list[ReportedRun], gallery: Gallery) -> str:
     words = (
         '<div class="words">Momentum moves against the learning rate, which keeps the noise scale of the gradient, '
         "ε|D| / (B(1 − β)), in check. Where that noise is large, low resolution does no harm."
-        f"{'' if all(run.finished for run in runs) else ' Dashed: epochs that are still to come.'}</div>"
+        f"{'' if not any(run.unfinished for run in runs) else ' Dashed: epochs that are still to come.'}</div>"
     )
     return f'<div class="charts">{_charts(charts, runs, gallery)}{words}</div>'
 
@@ -205,6 +243,7 @@ def _starts(run: ReportedRun) -> str:
     for i, start in enumerate(run.starts):
         fields = {
             "started" if i == 0 else "continued": start["started"], "command": start["command"], "device": start["device"],
+            **({"processes": start["ranks"]} if start.get("ranks", 1) > 1 else {}),
             "machine": start["machine"], "git revision": start["git"] or "not from a checkout",
         }  # fmt: skip
         lists.append("".join(f"<dt>{name}</dt><dd>{escape(str(value))}</dd>" for name, value in fields.items()))

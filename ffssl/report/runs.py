@@ -5,8 +5,6 @@ from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
-
 from ffssl import checkpoint
 from ffssl.config import as_dict
 from ffssl.data.convert import read_description
@@ -25,7 +23,9 @@ POINTS = 400  # in a schedule's curve, at least
 class ReportedRun:
     """A run as its folder has it.
 
-    rows: its log, never empty. method: with the checkpoint's weights, or why there is none; then options are None. starts: see `run_record`.
+    rows: its log, never empty. method: with the checkpoint's weights, on the CPU, or why there is none; then options are None.
+    trained_on: what tells its training images from others, as `data.convert.identity`; empty where its checkpoint does not say.
+    starts: see `run_record`.
     """
 
     folder: Path
@@ -33,6 +33,7 @@ class ReportedRun:
     rows: list[dict]
     options: SimpleNamespace | None
     method: Method | UserError
+    trained_on: dict[str, object]
     starts: list[dict]
 
     @property
@@ -41,8 +42,9 @@ class ReportedRun:
         return self.rows[-1]["epoch"]
 
     @property
-    def finished(self) -> bool:
-        return self.options is not None and self.epoch >= self.options.training.epochs
+    def unfinished(self) -> bool:
+        """Whether it is known to have epochs still to come."""
+        return self.options is not None and self.epoch < self.options.training.epochs
 
     @property
     def plan(self) -> Plan:
@@ -70,7 +72,15 @@ class ReportedRun:
         if self.options is None:
             return None
         data, evaluate = self.options.data, self.options.evaluate
-        return describe_data(data.train).identity, describe_data(data.validation).identity, evaluate.k, evaluate.temperature
+        images = self.trained_on.get("digest") or describe_data(data.train).identity
+        settings = self.options.resolution.max, evaluate.bank_samples, evaluate.k, evaluate.temperature
+        return images, describe_data(data.validation).identity, *settings
+
+    @property
+    def hardware(self) -> tuple[str, int] | None:
+        """The device that it ran on, and in how many processes; None where these changed, or it kept no record."""
+        kinds = {(start["device"], start.get("ranks", 1)) for start in self.starts}
+        return kinds.pop() if len(kinds) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -84,28 +94,31 @@ class Data:
 
 def describe_data(path: str | None) -> Data:
     """identity: equal for copies of a file where the description is there, else the path."""
-    description = (read_description(Path(path)) if path else None) or {}
+    try:
+        description = (read_description(Path(path)) if path else None) or {}
+    except UserError:  # one that can't be read says as little as none
+        description = {}
     return Data(path or "none", description.get("sha256") or str(Path(path or "none").resolve()), description.get("class_names") or [])
 
 
-def read_runs(folders: list[Path], device: torch.device) -> list[ReportedRun]:
-    """The runs in these folders, their networks on `device`. Raises UserError for a folder without a log."""
+def read_runs(folders: list[Path]) -> list[ReportedRun]:
+    """The runs in these folders. Raises UserError for a folder without a log."""
     tails = [folder.resolve().name for folder in folders]
     names = tails if len(set(tails)) == len(tails) else [str(folder) for folder in folders]
-    return [_read_run(folder, name, device) for folder, name in zip(folders, names)]
+    return [_read_run(folder, name) for folder, name in zip(folders, names)]
 
 
-def _read_run(folder: Path, name: str, device: torch.device) -> ReportedRun:
+def _read_run(folder: Path, name: str) -> ReportedRun:
     rows = read_log(folder)
     if not rows:
         raise UserError(f"{folder}: has no {NAME} with an epoch in it; name the run.folder of a run of ffssl/train.py")
     try:
         if not (folder / checkpoint.NAME).exists():
             raise UserError(f"{folder} holds no checkpoint, from which this would be computed")
-        options, method, _ = load_run(folder, device)
+        options, method, state = load_run(folder)
     except UserError as error:
-        options, method = None, error
-    return ReportedRun(folder, name, rows, options, method, read_starts(folder))
+        options, method, state = None, error, {}
+    return ReportedRun(folder, name, rows, options, method, state.get("data", {}), read_starts(folder))
 
 
 def compare_options(runs: list[ReportedRun]) -> tuple[dict[str, list], dict[str, object]]:

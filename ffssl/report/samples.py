@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ffssl.data.beton import Beton, read_beton
+from ffssl.data.loader import ViewLoader
 from ffssl.evaluate.features import extract_features, open_views
 from ffssl.hard_augment import losses_of_pairs, normalised, pairs
 from ffssl.methods import Method
+from ffssl.methods.base import Progress
 from ffssl.report.runs import ReportedRun, describe_data
 from ffssl.train import open_loader
 
@@ -110,6 +112,7 @@ def views_by_epoch(run: ReportedRun, method: Method) -> list[EpochViews]:
         for epoch in spread(run.options.training.epochs, SHOWN_EPOCHS).tolist():
             resolution, magnitude = plan.resolution(epoch), plan.magnitude(epoch)
             loader.set_epoch(epoch, resolution, magnitude)
+            method.before_step(Progress(epoch * plan.steps_per_epoch, plan.total_steps, epoch))
             for views, _, _ in loader:
                 chosen = None
                 if settings.select == "hard":
@@ -122,13 +125,14 @@ def views_by_epoch(run: ReportedRun, method: Method) -> list[EpochViews]:
 
 def examine_choice(run: ReportedRun, method: Method) -> Choice:
     """How the pair that the cheap pass chooses ranks at the resolution trained on, with the checkpoint's weights and its epoch's views."""
-    settings = run.options.hard_augment
+    settings, plan = run.options.hard_augment, run.plan
     device = next(method.parameters()).device
     method.train()
     epoch = max(run.epoch - 1, 0)
+    method.before_step(Progress(epoch * plan.steps_per_epoch, plan.total_steps, epoch))
     small, large = [], []
     with _fixed_views(run, method, COMPARED_IMAGES) as loader:
-        loader.set_epoch(epoch, run.plan.resolution(epoch), run.plan.magnitude(epoch))
+        loader.set_epoch(epoch, plan.resolution(epoch), plan.magnitude(epoch))
         for views, _, _ in loader:
             images = normalised(views.to(device))
             for losses, resolution in ((small, settings.resolution), (large, loader.resolution)):
@@ -159,16 +163,22 @@ def rank_of(losses: Tensor, chosen: Tensor) -> Tensor:
     return (of_pairs > of_pairs.gather(1, chosen[:, None])).sum(1)
 
 
+def _centre_crops(run: ReportedRun, path: str, resolution: int, indices: np.ndarray) -> ViewLoader:
+    """Of images that do not decode, the training images alone are treated as in the training."""
+    data = run.options.data
+    return open_views(path, data, resolution, indices=indices, broken=data.broken if path == data.train else "stop")
+
+
 def _features(run: ReportedRun, method: Method, path: str, indices: np.ndarray) -> tuple[Tensor, Tensor]:
     """L2-normalised features (n, d) and labels (n,), on the CPU."""
     device = next(method.parameters()).device
-    with open_views(path, run.options.data, run.options.resolution.max, indices=indices) as loader:
+    with _centre_crops(run, path, run.options.resolution.max, indices) as loader:
         features, labels = extract_features(method.backbone, loader, device, contextlib.nullcontext())
     return F.normalize(features, dim=1).cpu(), labels.cpu()
 
 
 def _thumbnails(run: ReportedRun, path: str, indices: np.ndarray) -> Tensor:
-    with open_views(path, run.options.data, min(run.options.resolution.max, THUMBNAIL), indices=indices) as loader:
+    with _centre_crops(run, path, min(run.options.resolution.max, THUMBNAIL), indices) as loader:
         return torch.cat([views[:, 0].clone() for views, _, _ in loader])
 
 

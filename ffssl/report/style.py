@@ -31,8 +31,8 @@ p { margin: 4px 0 12px; max-width: 76ch; }
 nav { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 14px 0 22px; font-size: 14px; }
 a { color: var(--ink0); text-decoration: none; } a:hover { text-decoration: underline; }
 .swatch { flex: none; display: inline-block; width: 12px; height: 12px; border-radius: 3px; background: var(--tone); }
-.unfinished { display: inline-block; font-size: 12px; font-weight: 500; line-height: 1.5; padding: 0 8px; border-radius: 99px; white-space: nowrap; }
-.unfinished { background: var(--mark); border: 1px solid var(--frame); }
+.chip { display: inline-block; font-size: 12px; font-weight: 500; line-height: 1.5; padding: 0 8px; border-radius: 99px; white-space: nowrap; }
+.chip { background: var(--mark); border: 1px solid var(--frame); }
 .charts { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); margin-top: 12px; }
 .charts.large { grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
 .charts.middle { grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); margin-top: 0; }

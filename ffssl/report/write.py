@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ffssl.device import choose_device
 from ffssl.errors import UserError
+from ffssl.files import replacing
 from ffssl.report.page import compose
 from ffssl.report.runs import read_runs
 
@@ -13,13 +14,14 @@ def write_report(folders: list[Path], output: Path, device: str = "auto") -> Pat
 
     Raises UserError for a folder that holds no run, and where nothing can be written.
     """
-    page, pictures = compose(read_runs(folders, choose_device(device, "--device")))
+    place = choose_device(device, "--device")
+    page, pictures = compose(read_runs(folders), place)
     beside = output.with_name(f"{output.stem}_pictures")
     try:
         beside.mkdir(parents=True, exist_ok=True)
-        for name, png in pictures.items():
-            (beside / name).write_bytes(png)
-        output.write_text(page, encoding="utf-8")
+        for path, content in (*((beside / name, png) for name, png in pictures.items()), (output, page.encode())):
+            with replacing(path) as partial:
+                partial.write_bytes(content)
     except OSError as error:
-        raise UserError(f"--output: {error.filename or output} can't be written: {error.strerror}") from error
+        raise UserError(f"--output: {output} and the pictures beside it can't be written: {error.strerror}") from error
     return beside

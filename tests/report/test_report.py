@@ -4,16 +4,23 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import PIL.Image
 import pytest
+import torch
 
+from ffssl import checkpoint
 from ffssl.config import read_options
 from ffssl.data.convert import convert
 from ffssl.data.sources.embedded import Embedded
 from ffssl.errors import UserError
+from ffssl.evaluate.results import add_result
+from ffssl.report import write
+from ffssl.report.page import compose
+from ffssl.report.runs import describe_data, read_runs
 from ffssl.report.write import write_report
 from ffssl.run_log import NAME as LOG_NAME
 from ffssl.train import train
@@ -148,7 +155,7 @@ def unfinished(folder, tmp_path):
 def test_an_unfinished_run_is_marked(folder, unfinished):
     write_report([folder / "<b>", unfinished], unfinished / "report.html", "cpu")
     page = Page((unfinished / "report.html").read_text())
-    assert page.count("span", **{"class": "unfinished"}) == 1 and "1 of 2" in page.text["cost"]
+    assert page.count("span", **{"class": "chip"}) == 1 and "1 of 2" in page.text["cost"]
     assert "less than" not in page.text["cost"] and "still to come" in page.text["schedules"] and "to come" in page.text["views"]
 
 
@@ -174,6 +181,113 @@ def test_without_its_images_a_run_is_still_reported(folder, tmp_path):
     page = Page((tmp_path / "report.html").read_text())
     assert all("train.beton: no such file" in page.text[section] for section in ("views", "choice", "neighbours"))
     assert "Not shown" not in page.text["embeddings"]
+
+
+def cost_of(*runs) -> str:
+    """The text of the section, of runs without their pictures."""
+    return Page(compose([replace(run, method=UserError("left out")) for run in runs], torch.device("cpu"))[0]).text["cost"]
+
+
+def with_last_row(run, **values):
+    return replace(run, rows=[*run.rows[:-1], {**run.rows[-1], **values}])
+
+
+def test_costs_are_multiples_of_the_first_runs(folder):
+    first, run = read_runs([folder / "<b>", folder / "hard"])
+    costs = first.rows[-1]
+    without_accuracy = replace(run, rows=[{name: value for name, value in run.rows[-1].items() if name != "knn"}])
+    text = cost_of(first, with_last_row(run, flops=costs["flops"] * 3, seconds=costs["seconds"] / 4), without_accuracy)
+    assert "3.00× more than <b>" in text and "4.00× less than <b>" in text and text.count("than <b>") == 2
+
+
+def test_times_are_compared_on_the_same_hardware_alone(folder):
+    first, run = read_runs([folder / "<b>", folder / "hard"])
+    costs = first.rows[-1]
+    (start,) = run.starts
+    run = with_last_row(run, flops=costs["flops"] * 2, seconds=costs["seconds"] * 5)
+    others = ([{**start, "ranks": 8}], [{**start, "device": "another"}], [start, {**start, "ranks": 2}], [])
+    text = cost_of(first, *(replace(run, starts=starts) for starts in others))
+    assert text.count("2.00× more than <b>") == len(others) and "5.00×" not in text
+
+
+def test_several_processes_are_shown(folder):
+    (run,) = read_runs([folder / "hard"])
+    (start,) = run.starts
+    run = replace(run, method=UserError("left out"), starts=[start, {**start, "ranks": 8}])
+    text = Page(compose([run], torch.device("cpu"))[0]).text["started"]
+    assert "processes8" in text and text.count("processes") == 1
+
+
+@pytest.mark.parametrize(
+    "section, name, value", [("resolution", "max", 48), ("evaluate", "bank_samples", 30), ("evaluate", "k", 6), ("evaluate", "temperature", 0.2)]
+)
+def test_what_decides_an_accuracy_decides_whether_it_is_comparable(folder, section, name, value):
+    first, run = read_runs([folder / "<b>", folder / "hard"])
+    assert first.evaluation == run.evaluation
+    setattr(getattr(run.options, section), name, value)
+    assert first.evaluation != run.evaluation
+
+
+def test_the_training_images_are_those_that_the_checkpoint_tells(folder, tmp_path):
+    """Not those that lie at the path today, and whatever their path was."""
+
+    def changed(name, change):
+        shutil.copytree(folder / "hard", tmp_path / name)
+        state = checkpoint.load(tmp_path / name)
+        change(state)
+        checkpoint.save(tmp_path / name, state)
+        return tmp_path / name
+
+    moved = changed("moved", lambda state: state["options"]["data"].update(train=str(tmp_path / "gone.beton")))
+    overwritten = changed("overwritten", lambda state: state["data"].update(digest="of others"))
+    first, moved, overwritten = read_runs([folder / "<b>", moved, overwritten])
+    assert first.evaluation == moved.evaluation != overwritten.evaluation
+    assert "of others" in cost_of(first, overwritten)
+
+
+def test_without_its_checkpoint_a_run_is_not_said_to_be_unfinished(folder, tmp_path):
+    shutil.copytree(folder / "hard", tmp_path / "hard")
+    (tmp_path / "hard" / "checkpoint.pt").unlink()
+    text = cost_of(*read_runs([tmp_path / "hard"]))
+    assert "options unknown" in text and "unfinished" not in text
+
+
+def test_recorded_evaluations_are_shown(folder, tmp_path):
+    (run,) = read_runs([folder / "hard"])
+    run = replace(run, folder=tmp_path, rows=[{**row} for row in run.rows])
+    for row in run.rows:
+        row.pop("knn", None)
+    assert "No accuracy has been measured" in cost_of(run)
+    settings = {"k": 20, "temperature": 0.07, "resolution": 32, "precision": "<float32>"}
+    record = {"evaluation": "knn", "checkpoint": "", "epoch": 2, "steps": 7, "network": "teacher", "weights": "", "settings": settings}
+    add_result(tmp_path, {**record, "data": {"validation": {"images": 4321}}, "scores": {"top1": 0.8765}})
+    text = cost_of(run)
+    assert all(fact in text for fact in ("teacher", "2 + 7 steps", "k = 20, T = 0.07; 32 px, <float32>", "4321", "87.65%"))
+    assert "No accuracy" not in text
+    (tmp_path / "evaluation.json").write_text("[")
+    assert "evaluation.json: not readable" in cost_of(run)
+
+
+@pytest.mark.parametrize("damage", [Path.mkdir, lambda path: path.write_text("{")])
+def test_a_description_that_can_not_be_read_is_unknown(tmp_path, damage):
+    path = tmp_path / "a.beton"
+    damage(tmp_path / "a.beton.json")
+    assert describe_data(str(path)).class_names == [] and describe_data(str(path)).identity == str(path)
+
+
+def test_a_disk_that_fills_leaves_the_page_that_was_there(tmp_path, monkeypatch):
+    def fill(path, content):
+        with open(path, "wb") as file:
+            file.write(content[:1])
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "report.html").write_text("before")
+    monkeypatch.setattr(write, "read_runs", lambda *_: [])
+    monkeypatch.setattr(write, "compose", lambda *_: ("after", {}))
+    monkeypatch.setattr(Path, "write_bytes", fill)
+    with pytest.raises(UserError, match="--output: .*report.html.* No space left"):
+        write_report([], tmp_path / "report.html", "cpu")
+    assert (tmp_path / "report.html").read_text() == "before"
 
 
 def test_accuracies_of_different_data_are_said_to_be_different(folder, tmp_path):

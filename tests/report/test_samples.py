@@ -1,7 +1,12 @@
+import json
+
+import pytest
 import torch
+from small_runs import save_run
 
 from ffssl.hard_augment import hardest_pair, pairs
-from ffssl.report.samples import chosen_pairs, project, rank_of, spread
+from ffssl.report.runs import read_runs
+from ffssl.report.samples import chosen_pairs, examine_choice, project, rank_of, spread, views_by_epoch
 
 
 def test_spread_goes_from_end_to_end():
@@ -27,6 +32,27 @@ def test_the_rank_counts_the_harder_pairs():
         ordered = sorted(((high[image, a, b].item(), (a, b)) for a, b in pairs(4).tolist()), reverse=True)
         assert ordered[rank][1] == tuple(pairs(4)[chosen[image]].tolist())
     assert rank_of(low, chosen).sum() == 0
+
+
+def test_the_choice_is_at_the_teachers_temperature_of_the_epoch(tmp_path, betons, monkeypatch):
+    save_run(
+        tmp_path, f"--data.train={betons['train']}", "--method.name=dino", "--method.prototypes=32", "--method.teacher_temperature=0.07",
+        "--method.teacher_temperature_epochs=3", "--augment.views=3", "--hard_augment.select=hard", "--hard_augment.loss=method",
+    )  # fmt: skip
+    (tmp_path / "log.jsonl").write_text(json.dumps({"epoch": 2}) + "\n")
+    (run,) = read_runs([tmp_path])
+    temperatures, pair_losses = [], run.method.pair_losses
+
+    def observed(*arguments):
+        temperatures.append(run.method.teacher_temperature.item())
+        return pair_losses(*arguments)
+
+    monkeypatch.setattr(run.method, "pair_losses", observed)
+    views_by_epoch(run, run.method)
+    assert temperatures == pytest.approx([0.04, 0.055, 0.07])
+    temperatures.clear()
+    examine_choice(run, run.method)
+    assert temperatures and temperatures == pytest.approx([0.055] * len(temperatures))
 
 
 def test_pca_keeps_the_distances_of_what_lies_in_a_plane():
