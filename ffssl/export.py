@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--network", default="student", choices=NETWORKS, help="whose backbone (default: %(default)s)")
     arguments = parser.parse_args()
     export(arguments.run, arguments.to, arguments.output, arguments.network)
-    print(f"{arguments.output}; how to load it says {card_path(arguments.output)}")
+    print(f"{arguments.output}; {card_path(arguments.output)} says how to load it")
 
 
 def export(run: Path, to: str, output: Path, network: str = "student") -> None:

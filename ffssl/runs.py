@@ -40,19 +40,19 @@ def checkpoint_path(run: str | Path) -> Path:
     return path
 
 
-def load_run(run: str | Path, device: torch.device | str = "cpu") -> LoadedRun:
-    """A run, finished or not, from its folder or a checkpoint file.
+def load_run(run: str | Path) -> LoadedRun:
+    """A run, finished or not, from its folder or a checkpoint file, on the CPU.
 
     Options that are newer than the run have their defaults. Raises UserError, naming the file, where there is no checkpoint, where it is
     no run's, and where its weights do not fit its options.
     """
     path = checkpoint_path(run)
-    state = checkpoint.read(path, device)
+    state = checkpoint.read(path)
     if not isinstance(state, dict) or not {"epoch", "spent", "options", "method"} <= state.keys():
         raise UserError(f"{path}: not the checkpoint of a run; ffssl/train.py writes one as {checkpoint.NAME} in its --run.folder")
     try:
         options = from_dict(state["options"])
-        method = build(options, torch.device(device))
+        method = build(options, torch.device("cpu"))
     except UserError as error:
         raise UserError(f"{path}: its options are not those of this version of FFSSL: {error}") from error
     try:

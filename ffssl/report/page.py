@@ -196,7 +196,7 @@ def _schedules(runs: list[ReportedRun], gallery: Gallery) -> str:
     words = (
         '<div class="words">Momentum moves against the learning rate, which keeps the noise scale of the gradient, '
         "ε|D| / (B(1 − β)), in check. Where that noise is large, low resolution does no harm."
-        f"{'' if not any(run.unfinished for run in runs) else ' Dashed: epochs that are still to come.'}</div>"
+        f"{' Dashed: epochs that are still to come.' if any(run.unfinished for run in runs) else ''}</div>"
     )
     return f'<div class="charts">{_charts(charts, runs, gallery)}{words}</div>'
 
