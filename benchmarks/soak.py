@@ -17,7 +17,7 @@ import os
 import statistics
 import sys
 import tempfile
-import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ EPOCHS_BETWEEN_EVALUATIONS = 10
 
 @dataclass(frozen=True)
 class Usage:
-    """What this process holds: resident memory in bytes, threads, open file descriptors."""
+    """What this process holds: resident memory in bytes, threads, not only Python's, open file descriptors."""
 
     memory: int
     threads: int
@@ -43,8 +43,8 @@ class Usage:
     @classmethod
     def now(cls) -> "Usage":
         with open("/proc/self/status") as file:
-            memory = next(1024 * int(line.split()[1]) for line in file if line.startswith("VmRSS:"))
-        return cls(memory, threading.active_count(), len(os.listdir("/proc/self/fd")))
+            status = dict(line.split(":", 1) for line in file)
+        return cls(1024 * int(status["VmRSS"].split()[0]), int(status["Threads"]), len(os.listdir("/proc/self/fd")))
 
 
 def soak(path: Path, epochs: int, batch_size: int) -> Iterator[Usage]:
@@ -60,6 +60,7 @@ def soak(path: Path, epochs: int, batch_size: int) -> Iterator[Usage]:
                 with ViewLoader(path, batch_size=batch_size, views=1, resolution=128, policy=EVALUATION, shuffle=False, drop_last=False) as images:
                     for _ in images:
                         pass
+            time.sleep(0.05)  # a thread that Python has joined is still leaving
             yield Usage.now()
 
 

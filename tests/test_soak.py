@@ -1,10 +1,12 @@
 """The soak, short, and what it calls flat."""
 
+import _thread
 import importlib.util
 import mmap
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,14 @@ def test_forty_epochs_are_flat():
 def test_what_is_called_flat(soak, megabytes, threads, descriptors, flat):
     usages = [soak.Usage(int(1e6 * megabytes(e)), threads(e), descriptors(e)) for e in range(40)]
     assert soak.is_flat(usages) == flat
+
+
+def test_threads_of_libraries_count(soak):
+    """Those that Python knows nothing of."""
+    before, stop = soak.Usage.now().threads, threading.Event()
+    thread = _thread.start_new_thread(stop.wait, ())
+    assert thread and threading.active_count() < soak.Usage.now().threads and soak.Usage.now().threads == before + 1
+    stop.set()
 
 
 def test_an_epoch_that_leaks_is_not_called_flat(soak, beton_of_drawings):
