@@ -16,7 +16,7 @@ from ffssl.errors import UserError
 CONFIG = str(Path(__file__).parent.parent / "rn50_configs" / "imagenette_baseline.yaml")
 MACHINES = Machines(gpus=8, nodes=2, cores=36, memory=100e9, disk=1e12, disk_rate=500e6, network_rate=1.25e9, link_rate=12.5e9)
 WORK = Work(224, epochs=10, gpu=0.001, backward=2 / 3, loader=0.002)
-STEP = {"batch_size": 512, "gradient": 150e6, "image_bytes": 50e3, "storage_rate": 500e6, "overlap": True}
+STEP = {"batch_size": 512, "parts": 1, "gradient": 150e6, "image_bytes": 50e3, "storage_rate": 500e6, "overlap": True}
 
 
 def test_a_ring_carries_twice_the_gradient_but_for_a_share():
@@ -45,6 +45,12 @@ def test_an_exchange_is_hidden_by_the_backward_pass_or_not_at_all():
     assert bare.step == pytest.approx(0.169) and bare.bound == "link"
 
 
+def test_only_the_last_part_of_a_batch_hides_the_exchange():
+    parts = step_times(WORK, MACHINES, **STEP | {"parts": 4})
+    assert parts.gpu == pytest.approx(0.064) and parts.link == pytest.approx(0.021 - 0.064 * 2 / 3 / 4) and parts.bound == "link"
+    assert step_times(WORK, MACHINES, **STEP | {"parts": 4, "overlap": False}).link == pytest.approx(0.021)
+
+
 def test_what_is_slowest_is_the_bound():
     few_cores = step_times(WORK, replace(MACHINES, cores=8), **STEP)
     assert few_cores.step == pytest.approx(0.128) and few_cores.bound == "loader"
@@ -62,7 +68,7 @@ def test_a_file_is_kept_where_it_fits():
 
 
 def test_a_file_that_fits_the_page_cache_is_read_by_every_node_in_the_first_epoch():
-    work, run = [WORK, replace(WORK, resolution=112, gpu=0.00025)], {"images": 10**6, "batch_size": 512, "gradient": 150e6, "overlap": True}
+    work, run = [WORK, replace(WORK, resolution=112, gpu=0.00025)], {"images": 10**6, "batch_size": 512, "parts": 1, "gradient": 150e6, "overlap": True}
     where, rows = schedule(work, MACHINES, **run, beton=60e9)
     assert where == "page cache" and [(row.resolution, row.epochs) for row in rows] == [(224, 1), (224, 9), (112, 10)]
     assert rows[0].times.storage == pytest.approx(512 * 60e3 / 500e6) and rows[1].times.storage == 0
@@ -121,6 +127,14 @@ def test_the_loader_is_measured_on_the_training_file(capsys, tmp_path):
     assert "160   counted in data.train" in text and "measured: the mean in data.train" in text
 
 
+def test_a_plan_knows_in_how_many_parts_a_batch_is_computed(capsys):
+    words = ["--gpus=8", "--cores=64", "--step-ms=100", "--loader-ms=0.1", "--link-gbps=160"]
+    whole, parts = (total_hours(planned(capsys, *words, f"--training.accumulate={n}")) for n in (1, 8))
+    exchange = 2 * 7 / 8 * 4 * 38.2e6 / 20e9
+    assert whole == pytest.approx(800 * 73 * (0.0125 + max(0, exchange - 0.0125 * 2 / 3)) / 3600, abs=0.01)
+    assert parts == pytest.approx(800 * 73 * (0.0125 + exchange - 0.0125 * 2 / 3 / 8) / 3600, abs=0.01)
+
+
 def speedup_of(**configs):
     """What the speed-up benchmark writes, as far as a plan reads it."""
     keys = ("resolution", "steps", "batch_size", "step_ms", "loader_images_per_second_per_core")
@@ -151,6 +165,8 @@ def test_a_measured_file_without_the_configs_stages_is_refused(tmp_path, content
     "words, message",
     [
         (["--gpus=3", "--step-ms=1", "--cores=9"], "3 GPUs.*128 images equally"),
+        (["--gpus=128", "--step-ms=1", "--cores=256"], "128 images equally, with two or more"),
+        (["--gpus=8", "--step-ms=1", "--cores=9", "--training.accumulate=32"], "in each of --training.accumulate=32 parts"),
         (["--gpus=8", "--step-ms=1", "--cores=8"], "--cores: 8 a node leave none"),
         (["--gpus=1", "--cores=4"], "--step-ms.*--measured.*required"),
         (["--gpus=1", "--step-ms=-1"], "--step-ms.*expected a number"),

@@ -78,12 +78,15 @@ def storage_of(beton: float, machines: Machines) -> tuple[str, float]:
 
 
 def step_times(
-    work: Work, machines: Machines, *, batch_size: int, gradient: float, image_bytes: float, storage_rate: float, overlap: bool
+    work: Work, machines: Machines, *, batch_size: int, parts: int, gradient: float, image_bytes: float, storage_rate: float, overlap: bool
 ) -> StepTimes:
-    """A step on `batch_size` images in all. gradient: bytes; image_bytes: read for each image; storage_rate: bytes/s of a node."""
+    """A step on `batch_size` images in all, which each GPU computes in `parts`, one after the other: the gradients are exchanged with the last.
+
+    gradient: bytes; image_bytes: read for each image; storage_rate: bytes/s of a node.
+    """
     gpu = work.gpu * batch_size / machines.gpus
     exchange = exchange_seconds(gradient, machines.gpus, machines.link_rate)
-    link = max(0.0, exchange - work.backward * gpu) if overlap else exchange
+    link = max(0.0, exchange - work.backward * gpu / parts) if overlap else exchange
     loader_cores = machines.cores * machines.nodes - CORES_PER_PROCESS * machines.gpus
     loader = work.loader * batch_size / loader_cores
     return StepTimes(gpu, link, loader, image_bytes * batch_size / machines.nodes / storage_rate, overlap)
@@ -127,7 +130,7 @@ class Row:
 
 
 def schedule(
-    work: Sequence[Work], machines: Machines, *, images: int, batch_size: int, gradient: float, beton: float, overlap: bool
+    work: Sequence[Work], machines: Machines, *, images: int, batch_size: int, parts: int, gradient: float, beton: float, overlap: bool
 ) -> tuple[str, list[Row]]:
     """Where a file of `beton` bytes is read from, and the run's epochs in order.
 
@@ -142,8 +145,9 @@ def schedule(
     for stage, storage_rate in zip(work, rates):
         if stage.epochs:
             times = step_times(
-                stage, machines, batch_size=batch_size, gradient=gradient, image_bytes=beton / images, storage_rate=storage_rate, overlap=overlap
-            )
+                stage, machines, batch_size=batch_size, parts=parts, gradient=gradient, image_bytes=beton / images, storage_rate=storage_rate,
+                overlap=overlap,
+            )  # fmt: skip
             seconds = stage.epochs * (images // batch_size) * times.step
             rows.append(Row(stage.resolution, stage.epochs, times, cores_per_gpu(stage, times), seconds))
     return where, rows

@@ -144,12 +144,13 @@ def report(given: argparse.Namespace, options: SimpleNamespace) -> str:
     """The plan as text: what goes in and where it comes from, then the stages."""
     figures = Figures()
     images = number_of_images(given.images, options.data.train)
-    batch_size = options.training.batch_size
+    batch_size, parts = options.training.batch_size, options.training.accumulate
     machines = machines_of(given, options.data.train, figures)
-    if batch_size % machines.gpus or machines.gpus % machines.nodes:
+    share, rest = divmod(batch_size, machines.gpus * parts)
+    if rest or share < 2 or machines.gpus % machines.nodes:
         raise UserError(
-            f"--gpus: {machines.gpus} GPUs in {machines.nodes} nodes can't share steps of {batch_size} images equally; "
-            "change --gpus, --nodes or --training.batch_size"
+            f"--gpus: {machines.gpus} GPUs in {machines.nodes} nodes can't share steps of {batch_size} images equally, with two or more "
+            f"in each of --training.accumulate={parts} parts; change --gpus, --nodes or --training.batch_size"
         )
     if machines.cores * machines.nodes <= CORES_PER_PROCESS * machines.gpus:
         raise UserError(f"--cores: {machines.cores} a node leave none for the loader beside the processes of {machines.gpus // machines.nodes} GPUs")
@@ -171,7 +172,9 @@ def report(given: argparse.Namespace, options: SimpleNamespace) -> str:
     rest = "assumed, of each GPU's; the rest is the loader's and the page cache's"
     figures.note("for a process", f"{CORES_PER_PROCESS} core, {GB_PER_PROCESS} GB", rest)
     beton = images * image_bytes
-    where, rows = schedule(work, machines, images=images, batch_size=batch_size, gradient=gradient, beton=beton, overlap=given.overlap)
+    where, rows = schedule(
+        work, machines, images=images, batch_size=batch_size, parts=parts, gradient=gradient, beton=beton, overlap=given.overlap
+    )
     run = f"{options.method.name}, {options.model.backbone}, {options.training.epochs} epochs, steps of {batch_size} images"
     read = " after the first epoch" if where == "page cache" else ""
     file = f"The file, {beton / 1e9:.1f} GB, is read from the {where}{read}."
