@@ -1,7 +1,9 @@
 import subprocess
 import sys
+from argparse import Namespace
 
 from ffssl.benchmark import loader
+from ffssl.data.beton import read_beton
 from ffssl.data.convert import convert
 from ffssl.data.policy import choose_policies
 from ffssl.data.sources.embedded import Embedded
@@ -26,6 +28,24 @@ def test_a_peer_that_fails_or_dies_is_named_and_the_others_are_measured(tmp_path
     failed, ended, rates = loader.measure(workload, rounds=2).values()
     assert (failed, ended) == ("failed: RuntimeError: driver too old", "its process ended")
     assert len(rates) == 2 and min(rates) > 0
+
+
+def test_of_a_large_file_some_images_are_drawn(betons, tmp_path):
+    names = ("first", "again")
+    taken = []
+    for name in names:
+        options = Namespace(data=betons["train"], images=None, samples=12)
+        beton, folder = loader.prepare_images(options, tmp_path / name)
+        taken.append([path.read_bytes() for path in sorted(folder.iterdir())])
+        assert len(read_beton(beton)) == 12
+    stored = loader.stored_files(betons["train"], 160)
+    assert taken[0] == taken[1] and len({*taken[0]}) == 12 and {*taken[0]} < {*stored} and len({*stored}) == 160
+
+
+def test_fewer_images_than_asked_for_are_repeated(betons, tmp_path):
+    _, folder = loader.prepare_images(Namespace(data=betons["val"], images=None, samples=100), tmp_path)
+    files = [path.read_bytes() for path in sorted(folder.iterdir())]
+    assert len(files) == 100 and files[:40] == files[40:80] and len({*files}) == 40
 
 
 def test_loader_benchmark_names_every_contender_and_survives_those_that_fail(tmp_path):

@@ -1,6 +1,6 @@
 """Images per second of the loader and of its peers, on the same images, in one run.
 
-    python -m ffssl.benchmark loader                                     # photographs made from scikit-image's
+    python -m ffssl.benchmark loader                                     # scikit-image's photographs, or else drawings
     python -m ffssl.benchmark loader --images photos/ --views 6 --resolution 96
     python -m ffssl.benchmark loader --data train.beton --workers 8
 
@@ -9,6 +9,7 @@ machine whose speed drifts slows all of them alike: trust the ratios, not the im
 """
 
 import argparse
+import importlib.util
 import io
 import multiprocessing
 import os
@@ -28,6 +29,7 @@ from ffssl.benchmark.machine import describe_machine
 from ffssl.benchmark.stages import stage_times
 from ffssl.data.beton import MODE_JPEG, read_beton
 from ffssl.data.convert import ConvertOptions, convert
+from ffssl.data.embedded import EmbeddedDataset
 from ffssl.data.policy import choose_policies
 from ffssl.data.sources.folder import ImageFolder
 from ffssl.errors import UserError
@@ -41,7 +43,7 @@ def main(arguments: list[str]) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--data", type=Path, metavar="FILE", help="a beton file of JPEG images")
     source.add_argument("--images", type=Path, metavar="FOLDER", help="images, re-encoded at a longer side of 500 and quality 90")
-    parser.add_argument("--samples", type=int, default=1000, metavar="N", help="images an epoch at least; fewer are repeated (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=1000, metavar="N", help="images an epoch: fewer are repeated, of more so many are drawn at random (default: %(default)s)")
     parser.add_argument("--views", type=int, default=2, help="views of each image (default: %(default)s)")
     parser.add_argument("--resolution", type=int, default=224, help="side of the views in pixels (default: %(default)s)")
     parser.add_argument("--policy", default="simsiam", help="view policy (default: %(default)s)")
@@ -58,7 +60,7 @@ def main(arguments: list[str]) -> None:
         beton, folder = prepare_images(options, Path(scratch))
         workload = Workload(beton, folder, options.views, options.resolution, policy, options.workers, options.batch_size)
         print(describe_machine(PACKAGES))
-        print(describe_images(beton))
+        print(describe_images(beton, "" if options.data or options.images else stand_ins()))
         print(f"{options.views} views at {options.resolution}, policy {options.policy}, batches of {options.batch_size}, {options.workers} workers\n", flush=True)
         print_rates(measure(workload, options.rounds), options.views)
         print("\nmilliseconds on one core   ", "  ".join(f"{stage} {ms:.3f}" for stage, ms in stage_times(beton, policy, options.resolution).items()))
@@ -67,33 +69,40 @@ def main(arguments: list[str]) -> None:
 
 
 def prepare_images(options: argparse.Namespace, scratch: Path) -> tuple[Path, Path]:
-    """A beton file of the images to use, repeated to `samples`, and a folder of the same JPEG files."""
-    files = stored_files(options.data) if options.data else encoded_photographs(options.images)
+    """A beton file of `samples` images, which are repeated if there are fewer, and a folder of the same JPEG files."""
+    files = stored_files(options.data, options.samples) if options.data else encoded_photographs(options.images, options.samples)
     folder = scratch / "files"
     (folder / "photos").mkdir(parents=True)
-    for i in range(max(options.samples, len(files))):
+    for i in range(options.samples):
         (folder / "photos" / f"{i:07}.jpg").write_bytes(files[i % len(files)])
     beton = scratch / "images.beton"
     convert(ImageFolder(folder), beton, ConvertOptions(progress=False))
     return beton, folder / "photos"
 
 
-def stored_files(path: Path) -> list[bytes]:
-    """The JPEG files in a beton file."""
+def drawn_at_random(count: int, most: int) -> list[int]:
+    """Which of `count` images to take, the same each time."""
+    return np.random.default_rng(0).permutation(count)[:most].tolist()
+
+
+def stored_files(path: Path, most: int) -> list[bytes]:
+    """JPEG files of a beton file."""
     beton = read_beton(path)
     if (beton.images["mode"] != MODE_JPEG).any():
         raise UserError(f"{path}: holds raw pixels; the benchmark compares decoding, and needs JPEG images")
     file = np.memmap(path, np.uint8, "r")
-    return [file[begin : begin + size].tobytes() for begin, size in zip(beton.images["data_ptr"].tolist(), beton.image_sizes.tolist())]
+    taken = drawn_at_random(len(beton), most)
+    begins, sizes = beton.images["data_ptr"][taken].tolist(), beton.image_sizes[taken].tolist()
+    return [file[begin : begin + size].tobytes() for begin, size in zip(begins, sizes)]
 
 
-def encoded_photographs(folder: Path | None) -> list[bytes]:
-    """The images of a folder, or else scikit-image's photographs, reduced to a longer side of 500 and encoded at quality 90."""
+def encoded_photographs(folder: Path | None, most: int) -> list[bytes]:
+    """Images of a folder, or else `stand_ins`, reduced to a longer side of 500 and encoded at quality 90."""
     if folder:
         source = ImageFolder(folder, labels=False)
-        images = (Image.open(io.BytesIO(source.load(i)[0])) for i in range(len(source)))
+        images = (Image.open(io.BytesIO(source.load(i)[0])) for i in drawn_at_random(len(source), most))
     else:
-        images = (cut_photograph(i) for i in range(64))
+        images = map(cut_photograph if has_photographs() else draw, range(64))
     files = []
     for image in images:
         image = image.convert("RGB")
@@ -104,12 +113,24 @@ def encoded_photographs(folder: Path | None) -> list[bytes]:
     return files
 
 
+def has_photographs() -> bool:
+    return importlib.util.find_spec("skimage") is not None
+
+
+def stand_ins() -> str:
+    """What is taken where no images are given."""
+    return "cut from scikit-image's photographs" if has_photographs() else "drawn, since there is no scikit-image to cut photographs from"
+
+
+def draw(index: int) -> Image.Image:
+    """A drawn image at the size of `cut_photograph`'s."""
+    return Image.fromarray(EmbeddedDataset("train", 64)[index][0]).resize((500, 375), Image.LANCZOS)
+
+
 def cut_photograph(index: int) -> Image.Image:
     """A random cut, 500x375, of one of the photographs that scikit-image's package carries."""
-    try:
-        import skimage.data
-    except ImportError:
-        raise UserError("no --data and no --images given, and no scikit-image to take photographs from: pip install '.[bench]'") from None
+    import skimage.data
+
     names = ("astronaut", "chelsea", "coffee", "rocket")
     photograph = Image.fromarray(getattr(skimage.data, names[index % len(names)])()[..., :3])
     generator = np.random.default_rng(index)
@@ -119,10 +140,10 @@ def cut_photograph(index: int) -> Image.Image:
     return photograph.resize((500, 375), Image.LANCZOS, box=(left, top, left + width, top + height))
 
 
-def describe_images(path: Path) -> str:
+def describe_images(path: Path, origin: str = "") -> str:
     beton = read_beton(path)
     width, height, size = (np.median(part) for part in (beton.images["width"], beton.images["height"], beton.image_sizes))
-    return f"{len(beton)} JPEG images, median {width:.0f}x{height:.0f} and {size / 1000:.0f} kB"
+    return f"{len(beton)} JPEG images{origin and f' {origin}'}, median {width:.0f}x{height:.0f} and {size / 1000:.0f} kB"
 
 
 def measure(workload: Workload, rounds: int) -> dict[str, list[float] | str]:

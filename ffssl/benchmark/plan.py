@@ -255,14 +255,11 @@ def times_of_an_image(
 
 
 def measure_on_images(options: SimpleNamespace, method: Method, sides: Sequence[int]) -> tuple[dict[int, float], str]:
-    """`measure_loader` on data.train, or else on photographs, and what to say of it."""
+    """`measure_loader` on data.train, or else on stand-ins, and what to say of it."""
     if options.data.train:
         return measure_loader(options, method, Path(options.data.train), sides), "measured on a core of this machine, on data.train"
-    from ffssl.benchmark.loader import prepare_images
+    from ffssl.benchmark.loader import prepare_images, stand_ins
 
     with tempfile.TemporaryDirectory(prefix="ffssl-plan-") as scratch:
-        try:
-            path, _ = prepare_images(argparse.Namespace(data=None, images=None, samples=64), Path(scratch))
-        except UserError:
-            raise UserError("there is nothing to measure the loader on: give --data.train=FILE or --loader-ms, or pip install '.[bench]'") from None
-        return measure_loader(options, method, path, sides), "measured on a core of this machine, on scikit-image's photographs"
+        path, _ = prepare_images(argparse.Namespace(data=None, images=None, samples=64), Path(scratch))
+        return measure_loader(options, method, path, sides), f"measured on a core of this machine, on images {stand_ins()}"
