@@ -47,6 +47,11 @@ class Run:
     spent: dict[str, float] = field(default_factory=lambda: {"seconds": 0.0, "flops": 0.0})
     data: dict[str, object] = field(default_factory=dict)  # what tells the training images from others
 
+    @property
+    def energy_note(self) -> str:
+        """To be added to what is said of the device: of a GPU whose energy nothing counts; of others nothing."""
+        return "; no energy counter: kWh left out" if self.device.type == "cuda" and self.joules() is None else ""
+
     def state(self) -> dict:
         return {
             "epoch": self.epoch,
@@ -74,6 +79,8 @@ class Run:
 
 def start_run(options: SimpleNamespace, method: Method, plan: Plan, device: torch.device) -> Run:
     """A run at its beginning. method: as `build` makes it; with several ranks, its BatchNorm is synchronised from here on."""
+    # cuDNN tries its algorithms on each new shape and keeps the quickest: a run has a resolution for many epochs, so few shapes.
+    torch.backends.cudnn.benchmark = True  # concerns GPUs alone
     t = options.training
     parallel = share(method.train(), device)
     optimizer = build_optimizer(

@@ -92,7 +92,7 @@ def train(options: SimpleNamespace) -> None:
         if first:
             ranks = f", {world_size()} processes" if world_size() > 1 else ""
             print(f"{loader.describe_memory()}{', on each process' if ranks else ''}", flush=True)
-            print(f"on {device}{ranks}: {describe_precision(options.training.amp, device)}; torch.compile {compiled}", flush=True)
+            print(f"on {device}{ranks}: {describe_precision(options.training.amp, device)}; torch.compile {compiled}{run.energy_note}", flush=True)
             record_start(folder, device)
             log = stack.enter_context(contextlib.closing(open_log(run, folder, resumed)))
             saver = stack.enter_context(

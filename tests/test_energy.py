@@ -7,6 +7,7 @@ import torch
 from ffssl.config import read_options
 from ffssl.energy import energy_counter
 from ffssl.run_log import read_log
+from ffssl.step import Run
 from ffssl.train import train
 
 CUDA = torch.device("cuda", 1)
@@ -47,6 +48,15 @@ def test_without_a_counter_there_are_none(nvml, monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)  # as if it were not installed
     assert energy_counter(CUDA)() is None
     assert energy_counter(torch.device("cpu"))() is None
+
+
+def test_a_gpu_whose_energy_nothing_counts_is_told(nvml):
+    def note(device):
+        return Run(None, None, device, None, None, None, None, None, energy_counter(device)).energy_note
+
+    assert note(CUDA) == note(torch.device("cpu")) == ""
+    nvml.counts = False
+    assert note(CUDA) == "; no energy counter: kWh left out" and note(torch.device("cpu")) == ""
 
 
 def test_a_run_logs_the_energy_of_its_epochs(betons, tmp_path, monkeypatch):

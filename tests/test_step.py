@@ -172,6 +172,12 @@ def test_what_fits_is_found_by_trying(memory_for, images, advice):
 # Mixed precision
 
 
+def test_cudnn_tries_its_algorithms(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    start(options_of("simsiam"))
+    assert torch.backends.cudnn.benchmark
+
+
 def test_precision_falls_back_where_a_gpu_has_no_bf16(monkeypatch):
     cuda = torch.device("cuda")
     for has, expected in ((True, "bf16"), (False, "fp16")):

@@ -136,9 +136,9 @@ def time_resolution(run: Run, side: int, flops: Flops, steps: int, rounds: int) 
     def in_a_row(work: Callable[[], None]) -> float:
         return seconds_of(lambda: [work() for _ in range(steps)], device) / steps
 
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     first = seconds_of(step, device)
+    if device.type == "cuda":  # after cuDNN has tried its algorithms, which may take more memory
+        torch.cuda.reset_peak_memory_stats(device)
     step()
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     ceiling = supervised_step(run, side)  # after the memory of the step was taken
