@@ -7,8 +7,8 @@
 A stage is what a config trains at one resolution. Each is timed with views at hand, with the loader alone, and with both together as in
 training; the stages take turns, round by round, since a machine's speed drifts. What a step takes together, and an epoch's wait for its
 first batch, are then added up over the schedules. torch.compile's work and evaluations are left out. Without --data the images are cut
-from photographs, 500x375. Writes speedup.json, speedup.md and speedup.png to the output folder. Any option of training can be given to
-both configs, as --section.option=value.
+from scikit-image's photographs, or drawn where it is not installed, 500x375. Writes speedup.json, speedup.md and speedup.png to the output
+folder. Any option of training can be given to both configs, as --section.option=value.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ffssl.benchmark.loader import describe_images, prepare_images
+from ffssl.benchmark.loader import describe_images, prepare_images, stand_ins
 from ffssl.benchmark.machine import describe_machine
 from ffssl.benchmark.speedup_report import draw, table_of
 from ffssl.benchmark.timing import seconds_of, where
@@ -73,17 +73,16 @@ def main(arguments: list[str]) -> None:
 
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ffssl-speedup-")))
-        if given.full:  # in which what torch.compile has left on disk would be found
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "compiled")
         most = max(one.training.batch_size for one in options.values())
         data = given.data or prepare_images(Namespace(data=None, images=None, samples=most), scratch)[0]
         images = number_of_images(given.images or (None if given.data else "imagenet"), str(data))
-        print(f"{where(device)}; {describe_machine(PACKAGES)}\n{describe_images(data)}; epochs of {images:,}", flush=True)
         trials = []
         for name, one in options.items():
             one.data.train = str(data)
             trials.append(start_trial(name, one, images, device, stack))
-        measure(trials, given.rounds, given.seconds)
+        origin = "" if given.data else stand_ins()
+        print(f"{where(device)}{trials[0].run.energy_note}; {describe_machine(PACKAGES)}\n{describe_images(data, origin)}; epochs of {images:,}", flush=True)
+        measure(trials, given.rounds, given.seconds, scratch if given.full else None)
         found = {"machine": describe_machine(PACKAGES), "device": where(device), "images": images, "configs": [summarise(trial) for trial in trials]}
     write(found, given.output)
     if given.full:
@@ -140,11 +139,31 @@ def start_trial(name: str, options: Namespace, images: int, device: torch.device
     return Trial(name, run, loader, flops, [Stage(side, of_side) for side, of_side in epochs.items()])
 
 
-def measure(trials: list[Trial], rounds: int, seconds: float) -> None:
-    """Time all stages in turns, each measurement for about so many seconds."""
+def measure(trials: list[Trial], rounds: int, seconds: float, caches: Path | None) -> None:
+    """Time all stages in turns, each measurement for about so many seconds.
+
+    caches: a folder in which torch.compile has empty ones for the first steps of each trial, as if each ran alone; None: those that it has.
+    """
+    for trial in trials:
+        with empty_compile_caches(caches) if caches else contextlib.nullcontext():
+            take_first_steps(trial, seconds)
     stages = [(trial, stage) for trial in trials for stage in trial.stages]
-    for trial, stage in stages:
-        options = trial.run.options
+    for number in range(rounds):
+        for trial, stage in stages:
+            time_stage(trial, stage)
+        print(f"round {number + 1} of {rounds}", flush=True)
+
+
+def empty_compile_caches(folder: Path) -> contextlib.AbstractContextManager:
+    from torch._inductor.utils import fresh_inductor_cache  # takes seconds
+
+    return fresh_inductor_cache(dir=str(folder), delete=False)
+
+
+def take_first_steps(trial: Trial, seconds: float) -> None:
+    """Compile and time the first step of each stage, and choose how many to measure for about so many seconds."""
+    options = trial.run.options
+    for stage in trial.stages:
         shape = (options.training.batch_size, options.augment.views, 3, stage.resolution, stage.resolution)
         views, fits = torch.zeros(shape, dtype=torch.uint8, device=trial.run.device), False
         with contextlib.suppress(torch.OutOfMemoryError):
@@ -154,10 +173,6 @@ def measure(trials: list[Trial], rounds: int, seconds: float) -> None:
             raise UserError(f"{trial.name}: {shape[0]} images of {shape[1]} views at {shape[-1]} px do not fit into the memory; {memory_advice(trial.run, shape)}")
         step = seconds_of(lambda: train_step(trial.run, views, 0), trial.run.device)
         stage.steps = int(min(max(seconds / step, FEWEST_STEPS), MOST_STEPS))
-    for number in range(rounds):
-        for trial, stage in stages:
-            time_stage(trial, stage)
-        print(f"round {number + 1} of {rounds}", flush=True)
 
 
 def time_stage(trial: Trial, stage: Stage) -> None:
@@ -234,7 +249,7 @@ def train_in_full(config: Path, data: Path, overrides: list[str]) -> float:
     """Seconds of training, by its own log, torch.compile's work included."""
     with tempfile.TemporaryDirectory(prefix="ffssl-speedup-") as folder:
         words = [f"--config={config}", *overrides, f"--data.train={data}", "--data.validation=", f"--run.folder={folder}/run"]
-        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/compiled"}
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/compiled", "TRITON_CACHE_DIR": f"{folder}/compiled/triton"}
         status = subprocess.run([sys.executable, str(ROOT / "ffssl" / "train.py"), *words], env=environment).returncode
         if status:
             raise UserError(f"--full: training {config} ended with status {status}")
