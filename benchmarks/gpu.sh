@@ -124,10 +124,12 @@ print(max(round(60 * float(sys.argv[2]) / (standard["seconds"] / standard["epoch
 PY
         ) || exit
         evaluate=("--data.train=$output/train.beton" "--data.validation=$output/val.beton" --evaluate.every=0 ${toy:+--evaluate.k=5})
+        # The configs' learning rates are for batches of 128.
         section 'Imagenette, ResNet-18, standard' "$python" ffssl/train.py --config "${configs[0]}" "${train[@]}" "${evaluate[@]}" \
-            "--training.epochs=$epochs" --training.warmup_epochs=0 "--run.folder=$output/standard"
+            "--training.epochs=$epochs" --training.warmup_epochs=0 --training.learning_rate=0.1 "--run.folder=$output/standard"
         section 'Imagenette, ResNet-18, efficient' "$python" ffssl/train.py --config "${configs[1]}" "${train[@]}" "${evaluate[@]}" \
-            "--training.epochs=$((epochs * 3 / 5))" "--training.warmup_epochs=$((epochs / 10))" "--run.folder=$output/efficient"
+            "--training.epochs=$((epochs * 3 / 5))" "--training.warmup_epochs=$((epochs / 10))" \
+            --training.learning_rate=0.2 "--run.folder=$output/efficient"
         section 'Imagenette, ResNet-18, what they took' "$python" - "$output/standard" "$output/efficient" << 'PY'
 import os, sys
 from ffssl.run_log import read_log
