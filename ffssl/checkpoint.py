@@ -1,6 +1,7 @@
 """Checkpoints: whole or absent, the last few kept, and loaded without running code from the file."""
 
 import contextlib
+import errno
 import functools
 import os
 import sys
@@ -50,22 +51,26 @@ def _written_on() -> str:
     return describe_machine(_PACKAGES)  # runs a program, which is not for every epoch
 
 
-def load(folder: Path, device: torch.device | str = "cpu", name: str = NAME) -> dict | None:
+def load(folder: Path, device: torch.device | str = "cpu", name: str = NAME, *, mend: bool = True) -> dict | None:
     """The folder's latest checkpoint that is whole, or None where there is none.
 
-    Damaged ones that are later are told, and kept beside it as NAME.damaged. Raises UserError where all are damaged.
+    Damaged ones that are later are told, and kept beside it as NAME.damaged. Raises UserError where all are damaged, and where one can't be
+    read. mend: whether files may be renamed; if not, a damaged one that is met is raised as Damaged.
     """
     latest, damaged = folder / name, []
     for path in [*([latest] if latest.exists() else []), *_earlier(latest)]:
         try:
             state = read(path, device)
         except Damaged as error:
+            if not mend:
+                raise
             damaged.append((path, error))
             continue
         for bad, error in damaged:
             os.replace(bad, bad.with_name(f"{bad.name}.damaged"))
             print(f"warning: {error}; kept as {bad.name}.damaged, the one before it, {path.name}, takes its place", file=sys.stderr, flush=True)
-        os.replace(path, latest)
+        if mend:
+            os.replace(path, latest)
         return state
     if damaged:
         raise UserError(f"{damaged[0][1]}; delete it to start anew")
@@ -75,20 +80,18 @@ def load(folder: Path, device: torch.device | str = "cpu", name: str = NAME) -> 
 def read(path: Path, device: torch.device | str = "cpu") -> dict:
     """A checkpoint file. Code that it may hold is refused, not run. Raises Damaged where a byte has changed, or for another kind of file."""
     try:
-        file = open(path, "rb")
-    except OSError as error:
-        raise UserError(f"{path}: the checkpoint can't be read: {error.strerror}") from error
-    with file:
-        try:
+        with open(path, "rb") as file:
             with zipfile.ZipFile(file) as archive:
                 if bad := archive.testzip():  # torch.load doesn't look at the checksums
                     raise zipfile.BadZipFile(f"{bad} has changed")
             file.seek(0)
             return torch.load(file, map_location=device, weights_only=True)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # a damaged archive raises whatever the part hit raises
-            raise Damaged(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a damaged archive raises whatever the part hit raises
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that is of an offset in the archive; others are of the disk
+            raise UserError(f"{path}: the checkpoint can't be read: {error.strerror}") from error
+        raise Damaged(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
 
 
 def _make_earlier(path: Path, keep: int) -> None:
@@ -97,12 +100,12 @@ def _make_earlier(path: Path, keep: int) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.replace(_aged(path, age), _aged(path, age + 1))
     if keep > 1 and path.exists():
-        with replacing(_aged(path, 1)) as link:
-            link.unlink(missing_ok=True)  # of a process that was killed here
-            try:
+        try:
+            with replacing(_aged(path, 1)) as link:
+                link.unlink(missing_ok=True)  # of a process that was killed here
                 os.link(path, link)
-            except OSError:  # no hard links on this file system: for a moment, which `load` can cope with, only the earlier name is there
-                os.replace(path, link)
+        except OSError:  # no hard links on this file system: for a moment, which `load` can cope with, only the earlier name is there
+            os.replace(path, _aged(path, 1))
 
 
 def _aged(path: Path, age: int) -> Path:

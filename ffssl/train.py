@@ -230,7 +230,7 @@ def open_log(run: Run, folder: Path, resumed: bool) -> RunLog:
 
 def resume(run: Run, folder: Path) -> bool:
     """Continue from the folder's checkpoint. Returns whether there was one. Raises UserError if it is of another experiment."""
-    state = checkpoint.load(folder)
+    state = checkpoint.load(folder, mend=rank() == 0)
     if state is None:
         return False
     if run.options.run.resume == "never":

@@ -1,5 +1,8 @@
+import errno
+import itertools
 import os
 import pickle
+import zipfile
 
 import pytest
 import torch
@@ -84,6 +87,56 @@ def test_without_hard_links_the_one_before_is_kept_too(tmp_path, monkeypatch):
     assert_holds(tmp_path, 2)
     (tmp_path / checkpoint.NAME).unlink()  # as if killed between the two renames
     assert_holds(tmp_path, 1)
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_without_hard_links_a_process_stopped_between_two_renames_leaves_the_one_before(tmp_path, monkeypatch, renames):
+    checkpoint.save(tmp_path, state(1), keep=2)
+    replace, calls = os.replace, itertools.count()
+
+    def refused(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    def stopped(*paths):
+        if next(calls) == renames:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", refused)
+        patch.setattr(os, "replace", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(tmp_path, state(2), keep=2)
+    assert (tmp_path / checkpoint.NAME).exists() == (renames == 0)
+    assert_holds(tmp_path, 1)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_fails_is_not_taken_for_damage(tmp_path, monkeypatch, code):
+    for epoch in range(2):
+        checkpoint.save(tmp_path, state(epoch), keep=2)
+
+    def fails(*_):
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile.ZipFile, "testzip", fails)
+        with pytest.raises(UserError, match=f"checkpoint.pt: the checkpoint can't be read: {os.strerror(code)}"):
+            checkpoint.load(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint.1.pt", "checkpoint.pt"]
+    assert_holds(tmp_path, 1)
+
+
+def test_who_may_not_mend_renames_nothing(tmp_path):
+    for epoch in range(2):
+        checkpoint.save(tmp_path, state(epoch), keep=2)
+    (tmp_path / checkpoint.NAME).write_bytes(b"damaged")
+    with pytest.raises(checkpoint.Damaged, match="checkpoint.pt: not a readable checkpoint"):
+        checkpoint.load(tmp_path, mend=False)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint.1.pt", "checkpoint.pt"]
+    (tmp_path / checkpoint.NAME).unlink()
+    assert checkpoint.load(tmp_path, mend=False)["epoch"] == 0
+    assert os.listdir(tmp_path) == ["checkpoint.1.pt"]
 
 
 @pytest.mark.parametrize("place", [0.01, 0.5, 0.99])
