@@ -227,7 +227,8 @@ def shared_options(options: SimpleNamespace) -> dict[str, object]:
     """By their names on the command line, the options that all ranks of a run must have alike; the others are where a rank runs."""
     local = ("data.train", "data.validation", "data.workers", "data.batches_ahead", "run.device")
     names = {f"{section}.{name}": value for section, values in as_dict(options).items() for name, value in values.items()}
-    return {f"--{name}": value for name, value in names.items() if name not in local}
+    shared = {f"--{name}": value for name, value in names.items() if name not in local}
+    return shared | {"--data.validation": "given" if options.data.validation else "left out"}  # all wait where one evaluates
 
 
 def from_dict(sections: dict[str, dict]) -> SimpleNamespace:

@@ -24,7 +24,7 @@ def process_group(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterato
     """Joins the processes that torchrun has started, over NCCL where `device` is a GPU, else gloo. A process alone joins nothing.
 
     All leave together, after Stopped too, which all must raise. timeout: after which a rank no longer waits for the others. Raises
-    ConnectionError where another rank is lost.
+    ConnectionError where another rank is lost, and UserError where some ranks have a GPU and others none.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
@@ -32,7 +32,11 @@ def process_group(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterato
     on_gpu = device.type == "cuda"
     stopped, together = None, False
     try:
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None)
+        store, number, ranks = next(dist.rendezvous("env://", timeout=timeout))
+        _require_one_kind(store, number, ranks, device.type)
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", store=store, rank=number, world_size=ranks, timeout=timeout, device_id=device if on_gpu else None
+        )
         try:
             yield
         except Stopped as reason:  # on all ranks
@@ -51,19 +55,31 @@ def process_group(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterato
         raise stopped
 
 
+def _require_one_kind(store: "dist.Store", number: int, ranks: int, kind: str) -> None:
+    """Before they join: one over NCCL and one over gloo would wait for each other."""
+    store.set(f"device/{number}", kind)
+    kinds = [store.get(f"device/{other}").decode() for other in range(ranks)]
+    if len(set(kinds)) > 1:
+        store.set(f"told/{number}", "")
+        if number == 0:  # which may be the one that holds the store
+            store.wait([f"told/{other}" for other in range(ranks)])
+        other = next(other for other in range(ranks) if kinds[other] != kinds[0])
+        raise UserError(f"--run.device: {kinds[0]} on rank 0, but {kinds[other]} on rank {other}; all ranks need the same")
+
+
 def local_device(device: torch.device) -> torch.device:
-    """The GPU of this rank where `device` is a GPU and torchrun has started this process: that of its number on the machine.
+    """The GPU of this rank where `device` is a GPU and this process is one of several: that of its number on the machine, 0 if it has none.
 
     Raises UserError where the machine has no such GPU, and where all are told to use the same.
     """
-    if device.type != "cuda" or "LOCAL_RANK" not in os.environ:
+    if device.type != "cuda" or "WORLD_SIZE" not in os.environ:
         return device
     ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if ranks > 1 and device.index is not None:
         raise UserError(f"--run.device: {device} can't be that of {ranks} processes; leave it auto")
     if ranks > gpus:
         raise UserError(f"{ranks} processes on this machine, which has {gpus} GPUs: start torchrun with --nproc_per_node={gpus}")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if device.index is None else device.index)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
     torch.cuda.set_device(device)
     return device
 

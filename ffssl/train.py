@@ -36,7 +36,7 @@ from ffssl.cost import count_flops
 from ffssl.data.convert import identity
 from ffssl.data.loader import ViewLoader
 from ffssl.data.policy import choose_policies
-from ffssl.device import choose_device, describe_precision
+from ffssl.device import choose_device, describe_precision, precision
 from ffssl.distributed import check_batch, cores_per_rank, failing_together, local_device, mean_over_ranks, process_group, rank, require_same, world_size
 from ffssl.errors import Stopped, UserError
 from ffssl.evaluate.online import OnlineKnn
@@ -70,7 +70,7 @@ def train(options: SimpleNamespace) -> None:
         stop = stack.enter_context(stop_on_signals())
         stack.enter_context(process_group(device))
         first = rank() == 0  # it evaluates, writes and tells, once for all
-        require_same(shared_options(options))
+        require_same(shared_options(options) | {"--training.amp": precision(options.training.amp, device)})
         check_batch(options.training.batch_size, options.training.accumulate)
         with failing_together():
             loader = stack.enter_context(open_loader(options, method))

@@ -130,22 +130,26 @@ def lose_patience() -> tuple[str, float]:
     return "in time", 0.0
 
 
+def mix_devices(rank: int) -> str:
+    """Of a rank 1 with a GPU, which is not touched."""
+    with pytest.raises(UserError) as refused, distributed.process_group(torch.device("cuda" if rank else "cpu")):
+        pass
+    return str(refused.value)
+
+
 def work(rank, ports, folder, betons):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1"}
-    ports, seconds, answer = iter(ports), {}, {}
+    ports, answer = iter(ports), {}
 
-    @contextlib.contextmanager
-    def next_group(name):
+    def next_group():
         os.environ["MASTER_PORT"] = str(next(ports))
-        started = time.monotonic()
-        yield
-        seconds[name] = time.monotonic() - started
 
     with tiny_backbone():
         for name, more in RUNS.items():
-            with next_group(name):
-                answer[name] = train(options_of(betons, folder / name, f"--method.name={name}", *more))
-        with next_group("stopped"), contextlib.suppress(Stop):
+            next_group()
+            answer[name] = train(options_of(betons, folder / name, f"--method.name={name}", *more))
+        next_group()
+        with contextlib.suppress(Stop):
             train(options_of(betons, folder / "stopped", *CONTINUED), stop_after=1)
         refused = {
             "options": [f"--training.learning_rate={0.1 + rank}"],
@@ -153,25 +157,35 @@ def work(rank, ports, folder, betons):
             "missing": [f"--data.train={folder / 'missing.beton' if rank else betons['train']}"],
             "batch": ["--training.batch_size=33", "--training.accumulate=3"],
             "folders": [f"--run.folder={folder / 'simclr'}", *CONTINUED],
+            "validation": [f"--data.validation={betons['val']}"] * rank,
+            "precision": [],
         }
         for name, more in refused.items():
-            with next_group(name), pytest.MonkeyPatch.context() as patch:
+            next_group()
+            with pytest.MonkeyPatch.context() as patch:
                 if name == "folders" and rank == 1:  # of which rank 1 sees another
-                    patch.setattr(checkpoint, "load", lambda *_: None)
+                    patch.setattr(checkpoint, "load", lambda *_, **__: None)
+                if name == "precision":
+                    patch.setattr(ffssl.train, "precision", lambda *_: ("bf16", "fp16")[rank])
                 answer[name] = refusal(options_of(betons, folder / "refused", *more))
-        with next_group("evaluating"), pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped) as stopped:
+        next_group()
+        answer["devices"] = mix_devices(rank)
+        next_group()
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped) as stopped:
             patch.setattr(OnlineKnn, "accuracy", lambda *_: signal.raise_signal(signal.SIGTERM))
             train(options_of(betons, folder / "evaluating", f"--data.validation={betons['val']}"))
         answer["evaluating"] = str(stopped.value)
-        with next_group("patience"):
-            answer["patience"] = lose_patience()
-        torch.save((answer, seconds), folder / f"{rank}.pt")
+        next_group()
+        answer["patience"] = lose_patience()
+        torch.save(answer, folder / f"{rank}.pt")
 
         def die(step):
             if rank == 1 and step == 7:
+                (folder / "died.txt").write_text(str(time.time()))
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        with next_group("lost"), pytest.raises(ConnectionError) as lost:
+        next_group()
+        with pytest.raises(ConnectionError) as lost:
             train(options_of(betons, folder / "lost"), at_step=die)
         (folder / "lost.txt").write_text(f"{time.time()} {lost.value}")
 
@@ -195,7 +209,7 @@ def files(betons, tmp_path_factory):
 def folder(files, tmp_path_factory):
     """What two processes leave, of which the second dies in the end."""
     folder = tmp_path_factory.mktemp("ranks")
-    server, ports = multiprocessing.get_context("forkserver"), free_ports(13)
+    server, ports = multiprocessing.get_context("forkserver"), free_ports(16)
     server.set_forkserver_preload(["pytest", "ffssl.train"])  # what takes seconds to import is imported once
     processes = [server.Process(target=work, args=(rank, ports, folder, files)) for rank in range(RANKS)]
     for process in processes:
@@ -212,7 +226,7 @@ def folder(files, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def answers(folder):
-    return [torch.load(folder / f"{rank}.pt")[0] for rank in range(RANKS)]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -233,6 +247,9 @@ def test_two_ranks_train_as_one_process_does(answers, betons, tmp_path, name):
     ("missing", "missing.beton: no such file; write it with write_datasets.py (rank 1)"),
     ("batch", "--training.batch_size: 33 is no multiple, or less than twice, of 6 (2 processes, --training.accumulate=3)"),
     ("folders", "a checkpoint of epoch 4, step 0' on rank 0, but 'no checkpoint' on rank 1"),
+    ("validation", "--data.validation: 'left out' on rank 0, but 'given' on rank 1; all ranks need the same"),
+    ("precision", "--training.amp: 'bf16' on rank 0, but 'fp16' on rank 1; all ranks need the same"),
+    ("devices", "--run.device: cpu on rank 0, but cuda on rank 1; all ranks need the same"),
 ])  # fmt: skip
 def test_what_ranks_can_not_train_on_together_all_of_them_refuse(answers, name, message):
     assert answers[0][name] == answers[1][name]
@@ -249,8 +266,10 @@ def test_a_rank_that_does_not_answer_is_waited_for_no_longer_than_the_timeout(an
     assert 1 <= seconds < 10
 
 
-def test_a_rank_that_dies_stops_the_others(folder):
-    assert "rank 0 of 2 has lost another rank (" in (folder / "lost.txt").read_text()
+def test_a_rank_that_dies_stops_the_others_at_once(folder):
+    noticed, message = (folder / "lost.txt").read_text().split(maxsplit=1)
+    assert message.startswith("rank 0 of 2 has lost another rank (")
+    assert 0 < float(noticed) - float((folder / "died.txt").read_text()) < 10
     assert checkpoint.load(folder / "lost")["epoch"] == 1
 
 
