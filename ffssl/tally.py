@@ -16,7 +16,7 @@ class Tally:
     """An epoch under way, on this rank.
 
     losses, spreads: of each step's loss and embeddings, scalars on the device. seconds: of training, `waited` of them for data.
-    replaced: images that did not decode. kwh: of this rank's GPU; None where nothing counts them.
+    replaced: images that did not decode. kwh: of this rank's GPU; None where nothing has counted them, or only a part.
     """
 
     losses: list[Tensor] = field(default_factory=list)
@@ -42,13 +42,16 @@ class Tally:
         self.kwh = None if kwh != kwh else kwh
 
     def state(self) -> dict:
-        """For a checkpoint."""
+        """For a checkpoint, of any number of ranks: `replaced` and kwh are of all together. Called once they have shared."""
+        kwh = None if self.kwh is None else self.kwh * world_size()
         lists = {name: torch.stack(values) if values else torch.empty(0) for name, values in (("losses", self.losses), ("spreads", self.spreads))}
-        return {"seconds": self.seconds, "waited": self.waited, "replaced": self.replaced, "kwh": self.kwh} | lists
+        return {"seconds": self.seconds, "waited": self.waited, "replaced": self.replaced * world_size(), "kwh": kwh} | lists
 
     @classmethod
     def restored(cls, state: dict, device: torch.device) -> "Tally":
-        return cls(**state | {name: list(state[name].to(device)) for name in ("losses", "spreads")})
+        kwh = None if state["kwh"] is None else state["kwh"] / world_size()
+        lists = {name: list(state[name].to(device)) for name in ("losses", "spreads")}
+        return cls(seconds=state["seconds"], waited=state["waited"], replaced=state["replaced"] / world_size(), kwh=kwh, **lists)
 
 
 class Meter:
@@ -67,7 +70,9 @@ class Meter:
 
     def charge(self) -> None:
         now, joules = time.perf_counter(), self._read_joules()
-        self._tally.seconds += now - self._time
-        if joules is not None:
+        if joules is None or (self._tally.kwh is None and self._tally.seconds):  # now or before; the rest would pass for the whole
+            self._tally.kwh = None
+        else:
             self._tally.kwh = (self._tally.kwh or 0.0) + (joules - self._joules) / JOULES_PER_KWH
+        self._tally.seconds += now - self._time
         self._time, self._joules = now, joules

@@ -183,8 +183,10 @@ def end_epoch(run: Run, loader: ViewLoader, flops: dict[int, int]) -> dict[str, 
     run.epoch += 1
     run.spent["seconds"] += tally.seconds
     run.spent["flops"] += tally.steps * flops[loader.resolution]
-    if tally.kwh is not None:
+    if tally.kwh is not None and (run.epoch == 1 or "kwh" in run.spent):
         run.spent["kwh"] = run.spent.get("kwh", 0.0) + tally.kwh * world_size()
+    else:  # for good: what a part of the run has used would pass for the whole
+        run.spent.pop("kwh", None)
     last = run.epoch * run.plan.steps_per_epoch - 1
     learning_rate, momentum = run.plan.learning_rate_and_momentum(last)
     broken = {"replaced": round(tally.replaced * world_size())} if loader.broken == "replace" else {}

@@ -8,12 +8,13 @@ from torch import distributed as dist
 from torch import multiprocessing, nn
 
 from ffssl import batch_norm
-from ffssl.distributed import gather, gather_with_gradient, mean_over_ranks, rank, world_size
+from ffssl.distributed import gather, gather_with_gradient, local_device, mean_over_ranks, rank, world_size
 from ffssl.errors import UserError
 from ffssl.methods import build_method
 from ffssl.methods.barlow_twins import redundancy_reduction
 from ffssl.methods.simclr import nt_xent, nt_xent_of_pairs
 from ffssl.methods.vicreg import vicreg
+from ffssl.tally import Tally
 
 RANKS, IMAGES, WIDTH = 2, 6, 8
 
@@ -157,3 +158,26 @@ def test_one_process_keeps_what_it_has():
     assert (rank(), world_size()) == (0, 1)
     assert torch.equal(gather(x), x) and not gather(x).requires_grad
     assert gather_with_gradient(x) is x and mean_over_ranks(x) is x
+
+
+@pytest.mark.parametrize("number, index", [("3", 3), (None, 0)])
+def test_a_rank_takes_the_gpu_of_its_number_on_the_machine_and_the_first_where_it_has_none(monkeypatch, number, index):
+    environment = {"WORLD_SIZE": "8", "RANK": "7", "LOCAL_WORLD_SIZE": number and "4", "LOCAL_RANK": number}
+    for name, value in environment.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert local_device(torch.device("cuda")) == torch.device("cuda", index)
+    assert chosen == [torch.device("cuda", index)]
+
+
+def test_what_is_saved_of_an_epoch_goes_on_in_another_number_of_ranks(monkeypatch):
+    tally = Tally([torch.tensor(1.0)] * 3, [torch.tensor(2.0)] * 3, seconds=10.0, waited=1.0, replaced=1.5, kwh=0.5)  # the means of four
+    monkeypatch.setattr("ffssl.tally.world_size", lambda: 4)
+    saved = tally.state()
+    for ranks in (1, 2, 4):
+        monkeypatch.setattr("ffssl.tally.world_size", lambda: ranks)
+        goes_on = Tally.restored(saved, torch.device("cpu"))
+        assert (goes_on.replaced * ranks, goes_on.kwh * ranks) == (6, 2)
+        assert (goes_on.seconds, goes_on.waited, goes_on.steps) == (10, 1, 3)

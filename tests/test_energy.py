@@ -8,6 +8,7 @@ from ffssl.config import read_options
 from ffssl.energy import energy_counter
 from ffssl.run_log import read_log
 from ffssl.step import Run
+from ffssl.tally import Meter, Tally
 from ffssl.train import train
 
 CUDA = torch.device("cuda", 1)
@@ -59,10 +60,29 @@ def test_a_gpu_whose_energy_nothing_counts_is_told(nvml):
     assert note(CUDA) == "; no energy counter: kWh left out" and note(torch.device("cpu")) == ""
 
 
+def train_with_counter(betons, folder, monkeypatch, joules):
+    """Two epochs of two steps each. joules: called for each reading."""
+    monkeypatch.setattr("ffssl.step.energy_counter", lambda device: joules)
+    words = ["--model.backbone=resnet-small", "--method.name=simclr", "--method.hidden=8", "--method.projection=8", "--resolution.max=16", "--resolution.step=16"]
+    options = read_options([*words, f"--data.train={betons['train']}", f"--run.folder={folder}", "--training.epochs=2", "--training.batch_size=64", "--run.tensorboard=false"])
+    train(options)
+
+
 def test_a_run_logs_the_energy_of_its_epochs(betons, tmp_path, monkeypatch):
     reads = iter(range(0, 10**9, 3_600_000))
-    monkeypatch.setattr("ffssl.step.energy_counter", lambda device: lambda: next(reads))
-    words = ["--model.backbone=resnet-small", "--method.name=simclr", "--method.hidden=8", "--method.projection=8", "--resolution.max=16", "--resolution.step=16"]
-    options = read_options([*words, f"--data.train={betons['train']}", f"--run.folder={tmp_path}", "--training.epochs=2", "--training.batch_size=64", "--run.tensorboard=false"])
-    train(options)
+    train_with_counter(betons, tmp_path, monkeypatch, lambda: next(reads))
     assert [row["kwh"] for row in read_log(tmp_path)] == [2.0, 4.0]  # one between two readings, at the start of an epoch and at its two steps
+
+
+@pytest.mark.parametrize("counted, logged", [("111000", [2.0, None]), ("000111", [None, None]), ("110111", [None, None])])
+def test_the_energy_of_some_epochs_does_not_pass_for_that_of_the_run(betons, tmp_path, monkeypatch, counted, logged):
+    reads = iter([3_600_000 * i if is_counted == "1" else None for i, is_counted in enumerate(counted)])  # three an epoch
+    train_with_counter(betons, tmp_path, monkeypatch, lambda: next(reads))
+    assert [row.get("kwh") for row in read_log(tmp_path)] == logged
+
+
+def test_nor_does_that_of_the_rest_of_an_epoch():
+    tally = Tally()
+    for counter, kwh in ((iter([0, 3_600_000]), 1.0), (iter([None, None]), None), (iter([0, 3_600_000]), None)):  # as the epoch is continued
+        Meter(tally, lambda: next(counter)).charge()
+        assert tally.kwh == kwh
