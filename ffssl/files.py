@@ -38,10 +38,18 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text in place of the file before, see `replacing`. It survives a power cut."""
+    with replacing(path) as partial, open(partial, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(path.parent)
+
+
 def write_json(path: Path, content: object) -> None:
-    """Write indented JSON in place of the file before, see `replacing`."""
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
+    """Write indented JSON, as `write_text`."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def make_folder(folder: Path, option: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ffssl.errors import UserError
-from ffssl.files import replacing
+from ffssl.files import write_text
 
 NAME = "log.jsonl"
 
@@ -27,15 +27,14 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, *, last_epoch: int, tensorboard: bool, wandb: str | None = None, options: dict | None = None):
-        self._viewers = [WandbViewer(folder, wandb, options, resumed=last_epoch >= 0)] if wandb else []
         self._folder = folder
-        kept = [row for row in _whole_rows(folder / NAME) if row["epoch"] <= last_epoch]
         with self._named():
-            with replacing(folder / NAME) as partial:
-                partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            self._viewers = [WandbViewer(folder, wandb, options, resumed=last_epoch >= 0)] if wandb else []
+            kept = [row for row in _whole_rows(folder / NAME) if row["epoch"] <= last_epoch]
+            write_text(folder / NAME, "".join(json.dumps(row) + "\n" for row in kept))
             self._file = open(folder / NAME, "ab", buffering=0)
-        if tensorboard:
-            self._viewers.append(TensorBoardViewer(folder, last_epoch))
+            if tensorboard:
+                self._viewers.append(TensorBoardViewer(folder, last_epoch))
 
     def write(self, row: dict) -> None:
         """Add one row; `row["epoch"]` counts finished epochs."""

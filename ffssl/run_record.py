@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 
 from ffssl.benchmark.machine import describe_machine
 from ffssl.distributed import world_size
+from ffssl.errors import UserError
 from ffssl.files import write_json
 
 NAME = "run.json"
@@ -19,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def record_start(folder: Path, device: torch.device) -> None:
-    """Add this process's start to the folder's record."""
+    """Add this process's start to the folder's record. One that is damaged is told, and kept as NAME.damaged. Raises UserError on a full disk."""
     start = {
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
@@ -28,13 +30,26 @@ def record_start(folder: Path, device: torch.device) -> None:
         "machine": describe_machine(PACKAGES),
         "git": git_revision(),
     }
-    write_json(folder / NAME, [*read_starts(folder), start])
+    path = folder / NAME
+    try:
+        try:
+            before = read_starts(folder)
+        except UserError as error:
+            os.replace(path, path.with_name(f"{NAME}.damaged"))
+            print(f"warning: {error}; kept as {NAME}.damaged", file=sys.stderr, flush=True)
+            before = []
+        write_json(path, [*before, start])
+    except OSError as error:
+        raise UserError(f"{path}: the record of the run can't be written: {error.strerror}") from error
 
 
 def read_starts(folder: Path) -> list[dict]:
-    """The starts of a run, oldest first; none of a run of a version that kept no record."""
+    """The starts of a run, oldest first; none of a run of a version that kept no record. Raises UserError for a damaged record."""
     path = folder / NAME
-    return json.loads(path.read_text()) if path.exists() else []
+    try:
+        return json.loads(path.read_text()) if path.exists() else []
+    except ValueError as error:
+        raise UserError(f"{path}: not a readable record of the run's starts ({error})") from error
 
 
 def git_revision(root: Path = ROOT) -> str | None:

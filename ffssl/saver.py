@@ -14,7 +14,8 @@ class Saver:
     """Writes a folder's checkpoints in a thread, at most one at a time. `save` takes as long as copying the state to the host's memory.
 
     device: of the run's tensors. keep: how many there are to be, see `checkpoint.save`. minutes: after which one is `due`; 0: never.
-    What goes wrong in the thread is raised by the next call of any method, UserError for a full disk.
+    What goes wrong in the thread is raised by the next call of any method: UserError for a full disk, FloatingPointError for weights
+    (the state's "method") that are not finite, and not written.
     """
 
     def __init__(self, folder: Path, device: torch.device, *, keep: int, minutes: float):
@@ -43,6 +44,12 @@ class Saver:
     def _write(self, state: dict, copied: "torch.cuda.Event | None") -> None:
         if copied is not None:
             copied.synchronize()
+        for name, tensor in state.get("method", {}).items():  # a gradient may be infinite where the loss that it is of is not
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise FloatingPointError(
+                    f"{name} is no longer finite, {state['epoch']} epochs done; the last checkpoint in {self._folder} is untouched. Try a smaller "
+                    "--training.learning_rate or a longer --training.warmup_epochs"
+                )
         checkpoint.save(self._folder, state, keep=self._keep)
 
     def wait(self) -> None:

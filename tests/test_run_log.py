@@ -76,6 +76,15 @@ def test_a_full_disk_is_told_in_a_line(tmp_path, monkeypatch):
     log.close()
 
 
+def test_a_disk_that_is_full_when_tensorboard_starts_is_told_in_a_line(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", full)
+    with pytest.raises(UserError, match=f"{tmp_path}: the log can't be written: No space left on device"):
+        RunLog(tmp_path, last_epoch=-1, tensorboard=True)
+
+
 def test_tensorboard_gets_the_same_numbers(tmp_path):
     log = RunLog(tmp_path, last_epoch=-1, tensorboard=True)
     for row in rows(0, 1, 2):

@@ -1,9 +1,11 @@
 import json
 import subprocess
 
+import pytest
 import torch
 
 from ffssl.benchmark import machine
+from ffssl.errors import UserError
 from ffssl.run_record import NAME, git_revision, read_starts, record_start
 
 
@@ -16,6 +18,21 @@ def test_every_start_is_kept(tmp_path):
     assert torch.__version__.split("+")[0] in first["machine"]
     assert json.loads((tmp_path / NAME).read_text()) == [first, second]
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
+
+
+def test_a_damaged_record_is_put_aside_and_a_full_disk_told(tmp_path, capsys):
+    record_start(tmp_path, torch.device("cpu"))
+    damaged = (tmp_path / NAME).read_text()[:50]
+    (tmp_path / NAME).write_text(damaged)
+    with pytest.raises(UserError, match=f"{tmp_path / NAME}: not a readable record"):
+        read_starts(tmp_path)
+    record_start(tmp_path, torch.device("cpu"))
+    assert len(read_starts(tmp_path)) == 1 and (tmp_path / f"{NAME}.damaged").read_text() == damaged
+    assert capsys.readouterr().err.startswith(f"warning: {tmp_path / NAME}: not a readable record")
+    (tmp_path / f".{NAME}.partial").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=f"{tmp_path / NAME}: the record of the run can't be written: No space left on device"):
+        record_start(tmp_path, torch.device("cpu"))
+    assert len(read_starts(tmp_path)) == 1
 
 
 def git(folder, *words):

@@ -50,6 +50,18 @@ def test_what_goes_wrong_in_the_thread_is_raised_by_the_next_call_and_the_checkp
     assert checkpoint.load(tmp_path)["step"] == 1
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, value):
+    saver, weights = Saver(tmp_path, CPU, keep=2, minutes=1), {"steps": torch.tensor(3), "projector.weight": torch.ones(3)}
+    saver.save({"epoch": 4, "method": weights})
+    weights["projector.weight"][1] = value
+    saver.save({"epoch": 5, "method": weights})
+    with pytest.raises(FloatingPointError, match=f"projector.weight is no longer finite, 5 epochs done; the last checkpoint in {tmp_path} is"):
+        saver.wait()
+    saver.close()
+    assert checkpoint.load(tmp_path)["epoch"] == 4
+
+
 def test_a_checkpoint_is_due_when_the_last_is_old_enough(tmp_path, monkeypatch):
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
