@@ -74,7 +74,7 @@ def local_device(device: torch.device) -> torch.device:
     """
     if device.type != "cuda" or "WORLD_SIZE" not in os.environ:
         return device
-    ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    ranks, gpus = ranks_here(), torch.cuda.device_count()
     if ranks > 1 and device.index is not None:
         raise UserError(f"--run.device: {device} can't be that of {ranks} processes; leave it auto")
     if ranks > gpus:
@@ -84,9 +84,14 @@ def local_device(device: torch.device) -> torch.device:
     return device
 
 
+def ranks_here() -> int:
+    """How many of the ranks are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def cores_per_rank() -> int:
     """This process's share of the cores that it and the others on its machine may use."""
-    return max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+    return max(len(os.sched_getaffinity(0)) // ranks_here(), 1)
 
 
 def check_batch(batch_size: int, parts: int) -> None:
@@ -113,11 +118,11 @@ def failing_together() -> Iterator[None]:
 
 
 def require_same(facts: dict[str, object]) -> None:
-    """Raises UserError on all ranks, naming the first of `facts` in which a rank is not like rank 0."""
+    """Raises UserError on all ranks, naming the first of `facts` that a rank and rank 0 both know, and in which they differ."""
     first, *others = gather_objects(facts)
     for other, theirs in enumerate(others, start=1):
         for name, value in first.items():
-            if theirs[name] != value:
+            if theirs.get(name, value) != value:
                 raise UserError(f"{name}: {value!r} on rank 0, but {theirs[name]!r} on rank {other}; all ranks need the same")
 
 

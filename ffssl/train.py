@@ -37,7 +37,9 @@ from ffssl.data.convert import identity
 from ffssl.data.loader import ViewLoader
 from ffssl.data.policy import choose_policies
 from ffssl.device import choose_device, describe_precision, precision
-from ffssl.distributed import check_batch, cores_per_rank, failing_together, local_device, mean_over_ranks, process_group, rank, require_same, world_size
+from ffssl.distributed import (
+    check_batch, cores_per_rank, failing_together, local_device, mean_over_ranks, process_group, rank, ranks_here, require_same, world_size,
+)  # fmt: skip
 from ffssl.errors import Stopped, UserError
 from ffssl.evaluate.online import OnlineKnn
 from ffssl.files import make_folder, only_one_in
@@ -76,7 +78,7 @@ def train(options: SimpleNamespace) -> None:
             loader = stack.enter_context(open_loader(options, method))
             knn = stack.enter_context(contextlib.closing(OnlineKnn(options, device))) if options.data.validation and first else None
             data = identity(loader.beton)
-        require_same({"--data.train": "{samples} samples, digest {digest}".format(**data)})
+        require_same({f"--data.train: {name}": value for name, value in data.items()})
         run = start_run(options, method, Plan(options, len(loader)), device)
         compiled = compile_passes(method, PASSES, options.training.compile, device)
         run.data = data
@@ -219,7 +221,7 @@ def open_loader(options: SimpleNamespace, method: Method) -> ViewLoader:
         options.data.train, batch_size=options.training.batch_size // world_size(), views=augment.views, policy=policies,
         resolution=options.resolution.max, seed=options.run.seed, workers=options.data.workers or cores_per_rank(),
         batches_ahead=options.data.batches_ahead, scaled_decoding=options.data.scaled_decoding, broken=options.data.broken,
-        rank=rank(), world_size=world_size(),
+        rank=rank(), world_size=world_size(), loaders_here=ranks_here(),
     )  # fmt: skip
 
 
@@ -244,10 +246,11 @@ def resume(run: Run, folder: Path) -> bool:
                 raise UserError(
                     f"--{section}.{name}: the run in {folder} has {before!r}, not {now[section][name]!r}; choose another --run.folder"
                 )
-    if state.get("data", run.data) != run.data:
+    data = state.get("data", {})
+    if any(data[name] != run.data[name] for name in data.keys() & run.data.keys()):
         raise UserError(
             f"--data.train: {run.options.data.train} does not hold the images that the run in {folder} is trained on: it has "
-            f"{run.data['samples']} others; put back the file of {state['data']['samples']}, or choose another --run.folder"
+            f"{run.data['samples']} others; put back the file of {data['samples']}, or choose another --run.folder"
         )
     run.restore(state)
     return True

@@ -143,15 +143,15 @@ def read_description(beton: Path) -> dict | None:
 
 
 def identity(beton: Beton) -> dict[str, object]:
-    """What tells a beton file's samples from others: their number and a digest.
+    """What tells a beton file's samples from others: their number, a digest of the tables and, where it is described, the file's sha256.
 
     Raises UserError where the description beside the file is of other samples.
     """
     found = {"samples": len(beton), "digest": beton.digest()}
-    described = (read_description(beton.path) or {}).get("digest", found["digest"])
-    if described != found["digest"]:
+    description = read_description(beton.path) or {}
+    if description.get("digest", found["digest"]) != found["digest"]:
         raise UserError(f"{beton.path}: damaged, or not the file that {description_path(beton.path).name} describes; write or copy both again")
-    return found
+    return found | {name: description[name] for name in ("sha256",) if name in description}
 
 
 def select_subset(count: int, subset: int | None, seed: int) -> np.ndarray:

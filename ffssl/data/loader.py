@@ -24,7 +24,7 @@ from ffssl.data.beton import read_beton
 from ffssl.data.decoder import ViewSettings, render_samples
 from ffssl.data.image_file import ImageFile
 from ffssl.data.memory import available_memory
-from ffssl.data.order import epoch_order
+from ffssl.data.order import epoch_order, share
 from ffssl.data.policy import STANDARD_MAGNITUDE, ViewPolicy
 from ffssl.data.view_kernel import compile_view_kernel
 from ffssl.errors import UserError
@@ -49,7 +49,7 @@ class ViewLoader:
     drop_last: leave out the incomplete last batch. workers: threads, 0 for one per core.
     batches_ahead: batches in memory, each at `max_resolution`: the one being consumed and those rendered meanwhile. With 1, none is.
     kernel: a function (view, key) that Numba compiles, applied in place to every finished view, see `compile_view_kernel`.
-    rank, world_size: this process's share of every epoch.
+    rank, world_size: this process's share of every epoch. loaders_here: on this machine, each of which takes as much memory.
     broken: what becomes of an image that does not decode: "stop" names it, "replace" serves another sample of the epoch in its place.
 
     A batch's views are a window on a buffer that is reused: they hold until the next batch is asked for (on CUDA, until the work
@@ -78,6 +78,7 @@ class ViewLoader:
         kernel: Callable | None = None,
         rank: int = 0,
         world_size: int = 1,
+        loaders_here: int = 1,
         broken: str = "stop",
     ):
         self.beton = read_beton(path)
@@ -107,7 +108,7 @@ class ViewLoader:
         self._settings = ViewSettings(views, resolution, policy, seed, scaled_decoding)
         self._kernel = compile_view_kernel(kernel) if kernel is not None else None
         self._buffer: torch.Tensor | None = None
-        self._require_memory()
+        self._require_memory(loaders_here)
         self._file = ImageFile(self.beton.path)
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="ffssl-views")
         self._running: weakref.ref[_Iteration] | None = None  # weak: a loop left by break then ends its iteration at once
@@ -195,19 +196,19 @@ class ViewLoader:
             raise UserError(f"{path}: indices from {chosen.min()} to {chosen.max()}, but it holds {total} samples")
         return chosen.astype(np.int64)
 
-    def _require_memory(self) -> None:
+    def _require_memory(self, loaders: int = 1) -> None:
+        """For so many like this one, before any of them has taken its own."""
         available = available_memory()
-        if available is not None and self.memory_bytes > available:
+        if available is not None and loaders * self.memory_bytes > available:
+            each = f" on each of {loaders} processes" if loaders > 1 else ""
             raise UserError(
-                f"{self.beton.path}: {self.describe_memory()}; {available / 1e9:.2f} GB are available: "
+                f"{self.beton.path}: {self.describe_memory()}{each}; {available / 1e9:.2f} GB are available: "
                 "lower batch_size, views, batches_ahead or the largest resolution"
             )
 
     def _batches(self) -> Iterator[Batch]:
-        order = epoch_order(
-            len(self.samples), seed=self.seed, epoch=self.epoch, shuffle=self.shuffle, rank=self.rank, world_size=self.world_size
-        )
-        order = self.samples[order]
+        whole = self.samples[epoch_order(len(self.samples), seed=self.seed, epoch=self.epoch, shuffle=self.shuffle)]
+        order = share(whole, self.rank, self.world_size)
         served = order.copy()
         slots = self._take_slots()
         starts = iter(range(self.first_batch * self.batch_size, len(self) * self.batch_size, self.batch_size))
@@ -223,7 +224,7 @@ class ViewLoader:
             self._file.prefetch(self.beton.images["data_ptr"][indices], self.beton.image_sizes[indices])
             tasks = [
                 self._pool.submit(
-                    self._render, indices[i : i + SAMPLES_PER_TASK], views.numpy()[i : i + SAMPLES_PER_TASK], self._consumed, order, start + i
+                    self._render, indices[i : i + SAMPLES_PER_TASK], views.numpy()[i : i + SAMPLES_PER_TASK], self._consumed, whole, start + i
                 )
                 for i in range(0, len(indices), SAMPLES_PER_TASK)
             ]
@@ -265,8 +266,8 @@ class ViewLoader:
         shape = (self.batches_ahead, self.batch_size, self._settings.views, 3, self.resolution, self.resolution)
         return self._buffer[: math.prod(shape)].view(shape)
 
-    def _render(self, indices: np.ndarray, views: np.ndarray, after: "torch.cuda.Event | None", order: np.ndarray, start: int) -> None:
-        """Render the views of the samples at `indices`, which are order[start], order[start + 1], ... until one is replaced."""
+    def _render(self, indices: np.ndarray, views: np.ndarray, after: "torch.cuda.Event | None", whole: np.ndarray, start: int) -> None:
+        """Render the views of the samples at `indices`, from the place `start` of this rank's share of the `whole` epoch on."""
         if after is not None:
             after.synchronize()
         done = attempts = 0
@@ -281,11 +282,11 @@ class ViewLoader:
                 broken = error.args[-1]
                 at = done + int(np.flatnonzero(indices[done:] == broken)[0])
                 attempts = attempts + 1 if at == done else 1
-                if self.broken == "stop" or attempts > len(order):
+                if self.broken == "stop" or attempts > len(whole):
                     raise UserError(
                         f"{self.beton.path}: image {broken} does not decode; write the file again, with --skip-broken to leave it out"
                     ) from error
-                done, indices[at] = at, substitute(order, start + at, attempts)
+                done, indices[at] = at, substitute(whole, (start + at) * self.world_size + self.rank, attempts)
         if self._kernel is not None:
             self._kernel(self._settings.counters, indices, views)
 

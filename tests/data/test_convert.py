@@ -286,7 +286,7 @@ def test_another_file_beside_the_description_is_refused(folder):
     with pytest.raises(UserError, match="out.beton: damaged, or not the file that out.beton.json describes"):
         identity(read_beton(path))
     Path(f"{path}.json").unlink()
-    assert identity(read_beton(path)) == identity(read_beton(other))
+    assert identity(read_beton(path)) | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()} == identity(read_beton(other))
 
 
 def test_bytes_do_not_depend_on_workers(folder):

@@ -9,7 +9,7 @@ import torch
 
 from ffssl.data.beton import read_beton
 from ffssl.data.loader import ViewLoader
-from ffssl.data.order import epoch_order
+from ffssl.data.order import epoch_order, share
 from ffssl.data.policy import uniform, view_key
 from ffssl.data.view_kernel import compile_view_kernel
 from ffssl.errors import UserError
@@ -96,8 +96,8 @@ def test_resolution_may_fall_and_rise_beyond_the_first(beton):
 
 @pytest.mark.parametrize("samples, world_size", [(20, 4), (23, 4), (7, 3)])
 def test_ranks_share_an_epoch_equally_without_overlap(samples, world_size):
-    shares = [epoch_order(samples, seed=1, epoch=5, rank=rank, world_size=world_size) for rank in range(world_size)]
-    assert {len(share) for share in shares} == {samples // world_size}
+    shares = [share(epoch_order(samples, seed=1, epoch=5), rank, world_size) for rank in range(world_size)]
+    assert {len(own) for own in shares} == {samples // world_size}
     visited = np.concatenate(shares)
     assert len(set(visited)) == len(visited) and set(visited) <= set(range(samples))
 
@@ -122,7 +122,7 @@ def test_the_ranks_batches_and_parts_of_them_are_together_those_of_one_process(b
 
 def test_over_the_epochs_every_rank_visits_every_sample():
     for rank in range(4):
-        visited = {int(i) for epoch in range(60) for i in epoch_order(23, seed=1, epoch=epoch, rank=rank, world_size=4)}
+        visited = {int(i) for epoch in range(60) for i in share(epoch_order(23, seed=1, epoch=epoch), rank, 4)}
         assert visited == set(range(23))
 
 
@@ -175,6 +175,17 @@ def test_a_broken_image_is_replaced_by_another_of_the_epoch(beton, tmp_path, opt
         candidates = [place, *((place + 11 + k) % 23 for k in range(23))]
         expected.append(next(int(order[at]) for at in candidates if order[at] not in broken))
     assert indices.tolist() == expected
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_what_replaces_a_broken_image_does_not_depend_on_the_number_of_ranks(beton, tmp_path, ranks):
+    path = break_images(beton, tmp_path / "broken.beton", [1, 4, 5, 9, 17, 20])
+
+    def served(rank, ranks):
+        with open_loader(path, batch_size=8 // ranks, rank=rank, world_size=ranks, broken="replace") as loader:
+            return epoch_of(loader, 2)[2]
+
+    assert torch.stack([served(rank, ranks) for rank in range(ranks)], dim=1).flatten().tolist() == served(0, 1).tolist()
 
 
 def test_a_file_of_broken_images_ends_even_if_they_are_to_be_replaced(beton, tmp_path):

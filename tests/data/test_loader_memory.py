@@ -198,6 +198,17 @@ def test_more_memory_than_the_machine_has_is_refused_before_it_is_taken(beton):
         ViewLoader(beton, batch_size=10**7, views=32, resolution=1024, drop_last=False)
 
 
+def test_the_loaders_of_a_machine_share_its_memory_until_they_have_taken_theirs(beton, monkeypatch):
+    words = {"batch_size": 8, "views": 2, "resolution": 64, "workers": 1}
+    with ViewLoader(beton, **words) as loader:
+        monkeypatch.setattr(loader_module, "available_memory", lambda: 2 * loader.memory_bytes)
+        with ViewLoader(beton, **words, loaders_here=2) as second:
+            monkeypatch.setattr(loader_module, "available_memory", lambda: loader.memory_bytes)
+            next(iter(second))  # when the other has taken its half
+        with pytest.raises(UserError, match=r"images\.beton.*threads on each of 2 processes; .* are available"):
+            ViewLoader(beton, **words, loaders_here=2)
+
+
 def test_a_resolution_that_grows_beyond_the_memory_is_refused_when_its_epoch_begins(beton, monkeypatch):
     monkeypatch.setattr(loader_module, "available_memory", lambda: 10**7)
     with ViewLoader(beton, batch_size=8, views=2, resolution=64) as loader:
