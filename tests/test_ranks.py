@@ -12,6 +12,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import multiprocessing
@@ -21,7 +22,9 @@ import ffssl.train
 from ffssl import checkpoint, distributed
 from ffssl.backbones import SmallResNet
 from ffssl.config import read_options
+from ffssl.data.beton import read_beton
 from ffssl.data.convert import ConvertOptions, convert
+from ffssl.data.order import epoch_order
 from ffssl.data.sources.embedded import Embedded
 from ffssl.errors import Stopped, UserError
 from ffssl.evaluate.online import OnlineKnn
@@ -190,6 +193,25 @@ def work(rank, ports, folder, betons):
         (folder / "lost.txt").write_text(f"{time.time()} {lost.value}")
 
 
+def torchrun(ranks: int, arguments: list[str], *, stop_when=None) -> tuple[int, str, str]:
+    """Its status, output and errors. stop_when: SIGTERM is sent to it as soon as this returns true."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master-port={free_ports(1)[0]}"]
+    process = subprocess.Popen(
+        [*command, str(ROOT / "ffssl" / "train.py"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    try:
+        while stop_when and process.poll() is None:
+            if stop_when():
+                process.terminate()
+                break
+            time.sleep(0.01)
+        output, errors = process.communicate(timeout=GENEROUS)
+    finally:
+        process.kill()
+    return process.returncode, output, errors
+
+
 def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
@@ -243,7 +265,7 @@ def test_two_ranks_train_as_one_process_does(answers, betons, tmp_path, name):
 
 @pytest.mark.parametrize("name, message", [
     ("options", "--training.learning_rate: 0.1 on rank 0, but 1.1 on rank 1; all ranks need the same"),
-    ("files", "--data.train: '160 samples, digest "),
+    ("files", "--data.train: digest: '"),
     ("missing", "missing.beton: no such file; write it with write_datasets.py (rank 1)"),
     ("batch", "--training.batch_size: 33 is no multiple, or less than twice, of 6 (2 processes, --training.accumulate=3)"),
     ("folders", "a checkpoint of epoch 4, step 0' on rank 0, but 'no checkpoint' on rank 1"),
@@ -289,15 +311,11 @@ def test_a_run_of_one_process_goes_on_with_torchrun_which_writes_and_tells_once(
         train(options_of(betons, tmp_path / "run", *options), stop_after=2)
     shutil.copytree(tmp_path / "run", tmp_path / "alone")
     _, _, alone = train(options_of(betons, tmp_path / "alone", *options))
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={RANKS}", f"--master-port={free_ports(1)[0]}"]
-    result = subprocess.run(
-        [*command, str(ROOT / "ffssl" / "train.py"), *options_of(betons, tmp_path / "run", *options)],
-        capture_output=True, text=True, timeout=GENEROUS, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    told = result.stdout.splitlines()
+    status, output, errors = torchrun(RANKS, options_of(betons, tmp_path / "run", *options))
+    assert status == 0, errors
+    told = output.splitlines()
     assert [line.split()[1] for line in told if line.startswith("epoch ")] == ["3/4", "4/4"]
-    assert len(told) == 4 and "on cpu, 2 processes: " in result.stdout
+    assert len(told) == 4 and "on cpu, 2 processes: " in output
     ours, theirs = read_log(tmp_path / "run"), read_log(tmp_path / "alone")
     assert [row["epoch"] for row in ours] == [0, 1, 2, 3, 4]
     for name in ("loss", "embedding_std", "flops", "resolution", "learning_rate"):
@@ -309,3 +327,53 @@ def test_a_run_of_one_process_goes_on_with_torchrun_which_writes_and_tells_once(
     assert files == ["checkpoint.1.pt", "checkpoint.pt", "log.jsonl", "run.json"]
     state = checkpoint.load(tmp_path / "run")["method"]
     assert_close(state, alone, atol=2e-4)  # of a network as deep as the program's
+
+
+STOPPED = [  # of 20 steps; at a rate so small that rounding stays small in a network as deep as the program's
+    "--method.name=simclr", "--method.temperature=1", "--training.batch_size=16", "--training.epochs=2", "--training.learning_rate=0.00003",
+    "--data.broken=replace", "--run.checkpoint_minutes=0",
+]  # fmt: skip
+BROKEN = range(0, 160, 4)
+
+
+@pytest.fixture(scope="module")
+def stopped(betons, tmp_path_factory):
+    """What torchrun leaves of two ranks when it is told to stop in the midst of an epoch: the file that they train on, and their folder."""
+    folder = tmp_path_factory.mktemp("stopped")
+    data = bytearray(betons["train"].read_bytes())
+    for begin in read_beton(betons["train"]).images["data_ptr"][BROKEN].tolist():
+        data[begin : begin + 20] = bytes(20)
+    (folder / "broken.beton").write_bytes(data)
+    files, run = {"train": folder / "broken.beton"}, folder / "run"
+    status, _, errors = torchrun(RANKS, options_of(files, run, *STOPPED), stop_when=(run / checkpoint.NAME).exists)
+    assert status == 1 and "stopped by SIGTERM; the same command continues where it was" in errors, errors
+    return files, run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(stopped, tmp_path_factory):
+    """The folder of the same run in one process, and the losses of its steps."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return folder, train(options_of(stopped[0], folder, *STOPPED))[0]
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_run_of_two_ranks_that_torchrun_was_told_to_stop_goes_on_in_another_number_of_them(stopped, undisturbed, tmp_path, ranks):
+    (files, before), (alone, expected), run = stopped, undisturbed, tmp_path / "run"
+    shutil.copytree(before, run)
+    state = checkpoint.load(run)
+    steps = len(state["tally"]["losses"])
+    assert state["epoch"] == 0 and 0 < steps < 10
+    assert state["tally"]["losses"].tolist() == pytest.approx(expected[:steps], abs=1e-3)
+    assert state["tally"]["replaced"] == np.isin(epoch_order(160, seed=0, epoch=0)[: 16 * steps], BROKEN).sum() > 0
+    if ranks == 1:
+        losses, _, _ = train(options_of(files, run, *STOPPED))
+        assert losses == pytest.approx(expected[steps:], abs=1e-3)
+    else:
+        status, _, errors = torchrun(ranks, options_of(files, run, *STOPPED))
+        assert status == 0, errors
+    ours, theirs = read_log(run), read_log(alone)
+    assert [row["replaced"] for row in ours] == [row["replaced"] for row in theirs] == [len(BROKEN)] * 2
+    for name in ("loss", "flops", "learning_rate"):
+        assert [row[name] for row in ours] == pytest.approx([row[name] for row in theirs], rel=1e-3), name
+    assert_close(checkpoint.load(run)["method"], checkpoint.load(alone)["method"], atol=2e-4)
