@@ -3,7 +3,9 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -16,7 +18,7 @@ from ffssl import checkpoint
 from ffssl import train as train_module
 from ffssl.config import read_options
 from ffssl.data.beton import read_beton
-from ffssl.data.convert import convert
+from ffssl.data.convert import convert, description_path
 from ffssl.errors import Stopped, UserError
 from ffssl.plan import Plan
 from ffssl.run_log import RunLog, read_log
@@ -183,6 +185,28 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(beton
     assert all(torch.isfinite(tensor).all() for tensor in state["method"].values())
 
 
+def test_a_checkpoint_in_an_epoch_holds_it_up_for_less_than_a_step(betons, tmp_path, monkeypatch):
+    saves, steps, save, step = [], [], Saver.save, train_module.train_step
+
+    def timed_save(saver, state):
+        written, started = saver._writing is None, time.perf_counter()
+        save(saver, state)
+        if written:  # after an epoch it waits for the one before
+            saves.append(time.perf_counter() - started)
+
+    def timed_step(*words):
+        started = time.perf_counter()
+        result = step(*words)
+        steps.append(time.perf_counter() - started)
+        return result
+
+    monkeypatch.setattr(Saver, "save", timed_save)
+    monkeypatch.setattr(train_module, "train_step", timed_step)
+    train(read_options(arguments(betons, tmp_path, "--training.epochs=4", "--run.checkpoint_minutes=1e-9")))
+    print(f"the longest {max(saves):.4f} s, a step {statistics.median(steps):.4f} s")
+    assert len(saves) > 10 and max(saves) < statistics.median(steps)
+
+
 def test_a_finished_run_is_not_trained_again(betons, tmp_path):
     options = arguments(betons, tmp_path, "--training.epochs=1")
     train(read_options(options))
@@ -201,6 +225,17 @@ def test_what_a_folder_holds_is_not_mixed_with_another_experiment(betons, tmp_pa
         train(read_options(arguments(betons, tmp_path, "--training.epochs=1", "--run.seed=1")))
     with pytest.raises(UserError, match=f"--data.train: {betons['val']} does not hold the images .* has 40 others; put back the file of 160"):
         train(read_options(arguments(betons | {"train": betons["val"]}, tmp_path, "--training.epochs=1")))
+
+
+def test_a_file_of_other_pixels_is_refused_where_both_are_described(betons, tmp_path):
+    own = betons | {"train": tmp_path / "train.beton"}
+    description = description_path(own["train"])
+    shutil.copyfile(betons["train"], own["train"])
+    told = json.loads(description_path(betons["train"]).read_text())
+    for sha256, refused in ((told["sha256"], False), ("0" * 64, True), (None, False)):
+        description.write_text(json.dumps(told | {"sha256": sha256})) if sha256 else description.unlink()
+        with pytest.raises(UserError, match="does not hold the images") if refused else contextlib.nullcontext():
+            train(read_options(arguments(own, tmp_path / "run", "--training.epochs=1")))
 
 
 def test_a_damaged_checkpoint_costs_no_more_than_the_steps_since_the_one_before(betons, tmp_path, capsys):
