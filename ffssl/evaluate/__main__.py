@@ -18,8 +18,9 @@ def main() -> None:
     arguments = vars(parser().parse_args())
     runs, evaluation = arguments.pop("runs"), arguments.pop("evaluation")
 
+    from ffssl.data.beton import read_beton
     from ffssl.evaluate.frozen_run import freeze  # imports torch, which takes seconds: not for --help and a mistyped option
-    from ffssl.evaluate.linear import Recipe
+    from ffssl.evaluate.linear import Recipe, usual_batch_size
     from ffssl.evaluate.results import add_result, markdown_table, require_recordable
 
     common = {name: arguments.pop(name) for name in ("network", "train", "validation", "resolution", "workers", "device", "amp")}
@@ -29,7 +30,11 @@ def main() -> None:
     try:
         for run in runs:
             frozen = freeze(run, **common)
-            record = frozen.knn(**arguments) if evaluation == "knn" else frozen.linear(Recipe(**arguments))
+            if evaluation == "knn":
+                record = frozen.knn(**arguments)
+            else:
+                batch_size = arguments["batch_size"] or usual_batch_size(len(read_beton(frozen.train)))
+                record = frozen.linear(Recipe(**arguments | {"batch_size": batch_size}))
             results.append((str(run), record))
             add_result(frozen.checkpoint.parent, record)
     finally:  # what took hours is told, whatever came after it
@@ -58,7 +63,7 @@ def parser() -> Parser:
     linear = commands.add_parser("linear", parents=[common], help="a linear classifier, trained with LARS (section B of the paper)")
     linear.add_argument("--epochs", type=checked(integer), default=90, help="default: %(default)s")
     linear.add_argument("--learning-rate", type=checked(positive), default=0.8, help="its peak, of a cosine (default: %(default)s)")
-    linear.add_argument("--batch-size", type=checked(integer), default=2048, help="default: %(default)s")
+    linear.add_argument("--batch-size", type=checked(integer), help="default: 2048, or 1/64 of fewer than 131,072 images")
     linear.add_argument("--cached", action="store_true", help="train on features of centre crops, computed once: no augmentation")
     return whole
 

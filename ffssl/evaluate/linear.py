@@ -44,6 +44,11 @@ class Recipe:
         return "on cached features: no augmentation" if self.cached else "on random crops and flips"
 
 
+def usual_batch_size(images: int) -> int:
+    """Section B's 2048, which is for ImageNet; of a smaller set less, since a classifier needs steps, too: at least 64 an epoch."""
+    return max(min(2048, images // 64), 1)
+
+
 def augmented_batches(backbone: nn.Module, loader: ViewLoader, device: torch.device, amp: torch.autocast) -> Batches:
     """Features of the loader's views, computed anew in every epoch. `backbone` must be in evaluation mode."""
 

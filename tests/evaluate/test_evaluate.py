@@ -22,7 +22,7 @@ from ffssl.data.sources.folder import ImageFolder
 from ffssl.evaluate.__main__ import main
 from ffssl.errors import UserError
 from ffssl.evaluate.frozen_run import FrozenRun, describe, freeze
-from ffssl.evaluate.linear import Recipe
+from ffssl.evaluate.linear import Recipe, usual_batch_size
 from ffssl.evaluate.results import read_results
 from ffssl.images import to_input
 from ffssl.runs import fingerprint
@@ -100,6 +100,11 @@ def test_a_probe_leaves_the_backbone_alone_and_says_what_it_was_trained_on(run, 
     assert record["scores"] == {"top1": pytest.approx(right[1]), "top5": pytest.approx(right[5])}
     assert evaluate(monkeypatch, *words) == 0
     assert "continued after epoch 2" in capsys.readouterr().out and len(read_results(run)) == 1
+
+
+def test_a_probes_batch_size_suits_the_training_images(run, monkeypatch):
+    assert evaluate(monkeypatch, "linear", run, "--epochs", 1, "--cached", "--device", "cpu") == 0
+    assert [record["settings"]["batch_size"] for record in read_results(run)] == [2]  # of 160
 
 
 def test_a_frozen_backbone_keeps_its_weights_and_statistics(run):
@@ -271,15 +276,16 @@ def test_classes_in_another_order_are_told(tmp_path, betons, run, monkeypatch, c
 
 
 @pytest.mark.slow
-def test_cached_features_cost_a_probe_less_than_a_point(tmp_path, betons):
+def test_cached_features_cost_a_probe_of_the_demo_less_than_a_point(tmp_path):
     from ffssl.config import read_options
     from ffssl.train import train
 
     paths = {split: tmp_path / f"{split}.beton" for split in ("train", "val")}
     for split, path in paths.items():
-        convert(Embedded(split, 2000 if split == "train" else 1000), path)
+        convert(Embedded(split, 4000 if split == "train" else 1000), path)
     train(read_options([
         "--config", "rn50_configs/demo_efficient.yaml", *data_of(paths), f"--run.folder={tmp_path / 'run'}", "--run.tensorboard=false",
     ]))  # fmt: skip
-    full, cached = (freeze(tmp_path / "run").linear(Recipe(30, 5.0, 256, cached=cached))["scores"]["top1"] for cached in (False, True))
-    assert full > 0.8 and abs(full - cached) < 0.01
+    recipes = [Recipe(batch_size=usual_batch_size(4000), cached=cached) for cached in (False, True)]
+    full, cached = (freeze(tmp_path / "run").linear(recipe)["scores"]["top1"] for recipe in recipes)
+    assert full > 0.95 and abs(full - cached) < 0.01

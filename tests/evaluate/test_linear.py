@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from ffssl import checkpoint
 from ffssl.errors import UserError
-from ffssl.evaluate.linear import Recipe, cached_batches, top_accuracies, train_probe
+from ffssl.evaluate.linear import Recipe, cached_batches, top_accuracies, train_probe, usual_batch_size
 
 CPU = torch.device("cpu")
 
@@ -91,3 +91,8 @@ def test_accuracies_are_those_of_a_sorted_list(classes):
     share = {k: sum(y in rank[:k] for rank, y in zip(ranks, labels.tolist())) / 70 for k in (1, 5)}
     found = top_accuracies(classifier, features, labels, batch_size=16)
     assert found == {"top1": pytest.approx(share[1]), "top5": pytest.approx(share[5]) if classes > 5 else None}
+
+
+def test_a_small_set_has_enough_steps():
+    assert usual_batch_size(1_281_167) == 2048
+    assert [math.ceil(images / usual_batch_size(images)) for images in (131_071, 9469, 4000, 64, 3)] == [65, 65, 65, 64, 3]
