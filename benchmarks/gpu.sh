@@ -91,9 +91,11 @@ if [[ $imagenette && ! (-f $output/train.beton && -f $output/val.beton) ]]; then
         found[$split]=${folders[0]}
     done
     for split in train val; do
+        rm -f "$output/$split.beton"  # of a call that was ended before it had both
         only='*' section "Conversion: $split" "$python" write_datasets.py folder --input "${found[$split]}" --output "$output/$split.beton"
         ((status == 0)) || exit $status
     done
+    [[ $only == '*' ]] || ran=0  # they were not asked for
 fi
 
 for method in simsiam byol; do

@@ -89,7 +89,7 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a damaged archive raises whatever the part hit raises
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that is of an offset in the archive; others are of the disk
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # those are of the archive; others of the disk
             raise UserError(f"{path}: the checkpoint can't be read: {error.strerror}") from error
         raise Damaged(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
 

@@ -148,7 +148,8 @@ def check_unchanged(study: Study, run: Run, seed: int, study_folder: Path, data:
     """
     record = read_record(run.folder(study_folder, seed))
     for split, before in (record or {}).get("data", {}).items():
-        if data.get(split, before) != before:
+        now = data.get(split, {})
+        if any(now[name] != before[name] for name in now.keys() & before.keys()):
             raise UserError(
                 f"{study.path}: {study.data[split]} holds other images than those that the run in {run.folder(study_folder, seed)} is trained "
                 "or evaluated on; put that file back, or choose another --folder"

@@ -329,8 +329,8 @@ def test_a_run_of_one_process_goes_on_with_torchrun_which_writes_and_tells_once(
     assert_close(state, alone, atol=2e-4)  # of a network as deep as the program's
 
 
-STOPPED = [  # of 20 steps; at a rate so small that rounding stays small in a network as deep as the program's
-    "--method.name=simclr", "--method.temperature=1", "--training.batch_size=16", "--training.epochs=2", "--training.learning_rate=0.00003",
+STOPPED = [  # of 40 steps; at a rate so small that rounding stays small in a network as deep as the program's
+    "--method.name=simclr", "--method.temperature=1", "--training.batch_size=16", "--training.epochs=4", "--training.learning_rate=0.00003",
     "--data.broken=replace", "--run.checkpoint_minutes=0",
 ]  # fmt: skip
 BROKEN = range(0, 160, 4)
@@ -362,18 +362,19 @@ def test_a_run_of_two_ranks_that_torchrun_was_told_to_stop_goes_on_in_another_nu
     (files, before), (alone, expected), run = stopped, undisturbed, tmp_path / "run"
     shutil.copytree(before, run)
     state = checkpoint.load(run)
-    steps = len(state["tally"]["losses"])
-    assert state["epoch"] == 0 and 0 < steps < 10
-    assert state["tally"]["losses"].tolist() == pytest.approx(expected[:steps], abs=1e-3)
-    assert state["tally"]["replaced"] == np.isin(epoch_order(160, seed=0, epoch=0)[: 16 * steps], BROKEN).sum() > 0
+    epoch, steps = state["epoch"], len(state["tally"]["losses"])
+    done = 10 * epoch + steps
+    assert 0 < done < 40
+    assert state["tally"]["losses"].tolist() == pytest.approx(expected[10 * epoch : done], abs=1e-3)
+    assert state["tally"]["replaced"] == np.isin(epoch_order(160, seed=0, epoch=epoch)[: 16 * steps], BROKEN).sum()
     if ranks == 1:
         losses, _, _ = train(options_of(files, run, *STOPPED))
-        assert losses == pytest.approx(expected[steps:], abs=1e-3)
+        assert losses == pytest.approx(expected[done:], abs=1e-3)
     else:
         status, _, errors = torchrun(ranks, options_of(files, run, *STOPPED))
         assert status == 0, errors
     ours, theirs = read_log(run), read_log(alone)
-    assert [row["replaced"] for row in ours] == [row["replaced"] for row in theirs] == [len(BROKEN)] * 2
+    assert [row["replaced"] for row in ours] == [row["replaced"] for row in theirs] == [len(BROKEN)] * 4
     for name in ("loss", "flops", "learning_rate"):
         assert [row[name] for row in ours] == pytest.approx([row[name] for row in theirs], rel=1e-3), name
     assert_close(checkpoint.load(run)["method"], checkpoint.load(alone)["method"], atol=2e-4)

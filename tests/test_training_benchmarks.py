@@ -172,7 +172,7 @@ def test_what_full_runs_took_stands_beside_the_prediction():
 def test_the_prediction_is_near_what_full_runs_take(configs, betons, tmp_path):
     speedup.main(["--configs", *map(str, configs), f"--data={betons['train']}", f"--output={tmp_path}", "--full", *SMALL])
     for config in json.loads((tmp_path / "speedup.json").read_text())["configs"]:
-        assert config["seconds"] + config["first_step_s"] == pytest.approx(config["full_seconds"], rel=0.4)  # of a few seconds
+        assert config["seconds"] + config["first_step_s"] == pytest.approx(config["full_seconds"], rel=0.6)  # of a few seconds
 
 
 def test_before_full_runs_each_config_compiles_with_caches_of_its_own(configs, betons, tmp_path, monkeypatch):
