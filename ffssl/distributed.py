@@ -94,10 +94,15 @@ def cores_per_rank() -> int:
     return max(len(os.sched_getaffinity(0)) // ranks_here(), 1)
 
 
+def can_share(batch_size: int, ranks: int, parts: int) -> bool:
+    """Whether ranks can deal a batch out equally, each in so many parts, of two images or more."""
+    share, rest = divmod(batch_size, ranks * parts)
+    return not rest and share >= 2
+
+
 def check_batch(batch_size: int, parts: int) -> None:
     """Raise UserError where the ranks can't deal a batch out, in so many parts that are computed one after the other."""
-    share, rest = divmod(batch_size, parts * world_size())
-    if rest or share < 2:
+    if not can_share(batch_size, world_size(), parts):
         each = f"{parts * world_size()} ({world_size()} processes, --training.accumulate={parts})"
         raise UserError(f"--training.batch_size: {batch_size} is no multiple, or less than twice, of {each}")
 

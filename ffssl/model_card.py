@@ -8,8 +8,7 @@ from torch import nn
 
 from ffssl.backbones import RESNETS, ResizableViT, TimmModel
 from ffssl.config import as_dict
-from ffssl.data.convert import read_description
-from ffssl.errors import UserError
+from ffssl.data.convert import description_or_empty
 from ffssl.evaluate.results import markdown_table, read_results
 from ffssl.images import MEAN, STD
 from ffssl.run_log import read_log
@@ -73,11 +72,8 @@ def training(run: LoadedRun) -> list[str]:
 
 def describe_images(beton: Path) -> str:
     """The file's name, and what its converter noted of it."""
-    try:
-        description = read_description(beton)
-    except UserError:  # one that can't be read says as little as none
-        description = None
-    if description is None:
+    description = description_or_empty(beton)
+    if not description:
         return beton.name
     classes = f" of {len(description['class_names'])} classes" if description["class_names"] else ""
     return f"{beton.name}, {description['samples']}{classes}, source {description['source']['kind']}, sha256 {description['sha256']}"

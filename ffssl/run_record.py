@@ -7,21 +7,26 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from ffssl.benchmark.machine import describe_machine
-from ffssl.distributed import world_size
 from ffssl.errors import UserError
 from ffssl.files import write_json
+
+if TYPE_CHECKING:
+    import torch
 
 NAME = "run.json"
 PACKAGES = ("ffssl", "torch", "torchvision", "timm", "numba", "numpy", "ffcv")
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def record_start(folder: Path, device: torch.device) -> None:
+def record_start(folder: Path, device: "torch.device") -> None:
     """Add this process's start to the folder's record. One that is damaged is told, and kept as NAME.damaged. Raises UserError on a full disk."""
+    import torch  # takes seconds, which those who only read the record are spared
+
+    from ffssl.distributed import world_size
+
     start = {
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),

@@ -35,7 +35,7 @@ from pathlib import Path
 from ffssl.command_line import exit_status
 from ffssl.config import read_options
 from ffssl.data.beton import read_beton
-from ffssl.data.convert import identity
+from ffssl.data.convert import identity, same_samples
 from ffssl.errors import UserError
 from ffssl.files import make_folder, only_one_in, write_json
 from ffssl.study_file import Run, Study, comparable, read_study
@@ -148,8 +148,7 @@ def check_unchanged(study: Study, run: Run, seed: int, study_folder: Path, data:
     """
     record = read_record(run.folder(study_folder, seed))
     for split, before in (record or {}).get("data", {}).items():
-        now = data.get(split, {})
-        if any(now[name] != before[name] for name in now.keys() & before.keys()):
+        if not same_samples(before, data.get(split, {})):
             raise UserError(
                 f"{study.path}: {study.data[split]} holds other images than those that the run in {run.folder(study_folder, seed)} is trained "
                 "or evaluated on; put that file back, or choose another --folder"

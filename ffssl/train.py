@@ -33,7 +33,7 @@ from tqdm import tqdm
 from ffssl import checkpoint
 from ffssl.config import as_dict, shared_options
 from ffssl.cost import count_flops
-from ffssl.data.convert import identity
+from ffssl.data.convert import identity, same_samples
 from ffssl.data.loader import ViewLoader
 from ffssl.data.policy import choose_policies
 from ffssl.device import choose_device, describe_precision, precision
@@ -247,7 +247,7 @@ def resume(run: Run, folder: Path) -> bool:
                     f"--{section}.{name}: the run in {folder} has {before!r}, not {now[section][name]!r}; choose another --run.folder"
                 )
     data = state.get("data", {})
-    if any(data[name] != run.data[name] for name in data.keys() & run.data.keys()):
+    if not same_samples(data, run.data):
         raise UserError(
             f"--data.train: {run.options.data.train} does not hold the images that the run in {folder} is trained on: it has "
             f"{run.data['samples']} others; put back the file of {data['samples']}, or choose another --run.folder"

@@ -27,6 +27,7 @@ from ffssl.config import Number, read_options
 from ffssl.cost import Flops
 from ffssl.cost.runs import RunCosts, number_of_images
 from ffssl.data.beton import read_beton
+from ffssl.distributed import can_share
 from ffssl.errors import UserError
 from ffssl.methods import Method
 from ffssl.plan import Plan
@@ -146,8 +147,7 @@ def report(given: argparse.Namespace, options: SimpleNamespace) -> str:
     images = number_of_images(given.images, options.data.train)
     batch_size, parts = options.training.batch_size, options.training.accumulate
     machines = machines_of(given, options.data.train, figures)
-    share, rest = divmod(batch_size, machines.gpus * parts)
-    if rest or share < 2 or machines.gpus % machines.nodes:
+    if not can_share(batch_size, machines.gpus, parts) or machines.gpus % machines.nodes:
         raise UserError(
             f"--gpus: {machines.gpus} GPUs in {machines.nodes} nodes can't share steps of {batch_size} images equally, with two or more "
             f"in each of --training.accumulate={parts} parts; change --gpus, --nodes or --training.batch_size"

@@ -142,6 +142,14 @@ def read_description(beton: Path) -> dict | None:
         raise UserError(f"{path}: not a readable description ({error}); convert {beton.name} again, or delete it") from error
 
 
+def description_or_empty(beton: Path) -> dict:
+    """`read_description` for whoever can do without: empty where there is none that can be read."""
+    try:
+        return read_description(beton) or {}
+    except UserError:
+        return {}
+
+
 def identity(beton: Beton) -> dict[str, object]:
     """What tells a beton file's samples from others: their number, a digest of the tables and, where it is described, the file's sha256.
 
@@ -152,6 +160,11 @@ def identity(beton: Beton) -> dict[str, object]:
     if description.get("digest", found["digest"]) != found["digest"]:
         raise UserError(f"{beton.path}: damaged, or not the file that {description_path(beton.path).name} describes; write or copy both again")
     return found | {name: description[name] for name in ("sha256",) if name in description}
+
+
+def same_samples(one: dict[str, object], other: dict[str, object]) -> bool:
+    """Whether two identities are of the same samples, by what both of them say."""
+    return all(one[name] == other[name] for name in one.keys() & other.keys())
 
 
 def select_subset(count: int, subset: int | None, seed: int) -> np.ndarray:

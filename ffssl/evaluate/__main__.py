@@ -18,7 +18,6 @@ def main() -> None:
     arguments = vars(parser().parse_args())
     runs, evaluation = arguments.pop("runs"), arguments.pop("evaluation")
 
-    from ffssl.data.beton import read_beton
     from ffssl.evaluate.frozen_run import freeze  # imports torch, which takes seconds: not for --help and a mistyped option
     from ffssl.evaluate.linear import Recipe, usual_batch_size
     from ffssl.evaluate.results import add_result, markdown_table, require_recordable
@@ -33,7 +32,7 @@ def main() -> None:
             if evaluation == "knn":
                 record = frozen.knn(**arguments)
             else:
-                batch_size = arguments["batch_size"] or usual_batch_size(len(read_beton(frozen.train)))
+                batch_size = arguments["batch_size"] or usual_batch_size(frozen.images)
                 record = frozen.linear(Recipe(**arguments | {"batch_size": batch_size}))
             results.append((str(run), record))
             add_result(frozen.checkpoint.parent, record)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,6 +42,11 @@ class FrozenRun:
     device: torch.device
     amp: torch.autocast
 
+    @cached_property
+    def images(self) -> int:
+        """In the training file."""
+        return len(read_beton(self.train))
+
     def knn(self, *, k: int, temperature: float) -> dict:
         """Accuracy of the weighted kNN vote of all training images: a record, see `ffssl.evaluate.results`. k is cut to their number."""
         bank, bank_labels = self.centre_crops(self.train, unit_length=True, broken=self.options.data.broken)
@@ -59,7 +65,7 @@ class FrozenRun:
         record = self.record("linear", asdict(recipe) | {"training": recipe.training}, {})
         decisive = {name: value for name, value in record.items() if name != "machine"}
         name = f"linear-{hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:8]}.pt"
-        sizes = {"images": len(read_beton(self.train)), "features": self.backbone.features, "classes": self.classes}
+        sizes = {"images": self.images, "features": self.backbone.features, "classes": self.classes}
         common = {**sizes, "device": self.device, "folder": self.checkpoint.parent, "name": name}
         if recipe.cached:
             cached = self.centre_crops(self.train, broken=self.options.data.broken)

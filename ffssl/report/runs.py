@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 from ffssl import checkpoint
 from ffssl.config import as_dict
-from ffssl.data.convert import read_description
+from ffssl.data.convert import description_or_empty
 from ffssl.errors import UserError
 from ffssl.methods import Method
 from ffssl.plan import Plan
@@ -94,10 +94,7 @@ class Data:
 
 def describe_data(path: str | None) -> Data:
     """identity: equal for copies of a file where the description is there, else the path."""
-    try:
-        description = (read_description(Path(path)) if path else None) or {}
-    except UserError:  # one that can't be read says as little as none
-        description = {}
+    description = description_or_empty(Path(path)) if path else {}
     return Data(path or "none", description.get("sha256") or str(Path(path or "none").resolve()), description.get("class_names") or [])
 
 

@@ -163,7 +163,7 @@ def test_the_first_batch_comes_within_seconds_when_the_kernels_are_compiled(beto
     )
 
 
-@pytest.mark.parametrize("statement", ["import ffssl", "import ffssl.data", "import ffssl.data.memory, ffssl.data.beton"])
+@pytest.mark.parametrize("statement", ["import ffssl", "import ffssl.data", "import ffssl.data.memory, ffssl.data.beton", "import ffssl.study, ffssl.study_report"])
 def test_light_imports_bring_neither_torch_nor_ffcv_nor_numba(statement):
     code = f"import sys; {statement}; assert not {{'torch', 'ffcv', 'numba', 'torchvision'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
