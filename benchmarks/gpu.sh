@@ -3,8 +3,8 @@
 # SimSiam and BYOL; then ResNet-18 trained on Imagenette at 128 px, by the standard recipe and by the efficient one.
 #
 #   benchmarks/gpu.sh OUTPUT                                       # the benchmarks
-#   benchmarks/gpu.sh OUTPUT --imagenette FOLDER --minutes 10      # on the images in FOLDER's tars *train*.tar and *val*.tar, and the training;
-#                                                                  # minutes: of the standard recipe; the efficient one has 60 % of its epochs
+#   benchmarks/gpu.sh OUTPUT --imagenette FOLDER --minutes 10      # on FOLDER/train and FOLDER/val, or its tars *train*.tar and *val*.tar, and the
+#                                             # training; minutes: of the standard recipe; the efficient one has 60 % of its epochs
 #   benchmarks/gpu.sh OUTPUT ... --only 'Step: byol*'              # the sections with such titles, added to the report, on what is there already
 #   benchmarks/gpu.sh OUTPUT ... --toy                             # everything, tiny: a smoke test that a CPU can run
 #
@@ -29,8 +29,12 @@ while (($#)); do
 done
 [[ $output ]] || { usage; exit 2; }
 for split in ${imagenette:+train val}; do
-    compgen -G "$imagenette/*$split*.tar" > /dev/null || fail "--imagenette: no *$split*.tar in $imagenette"
+    [[ -d $imagenette/$split ]] || compgen -G "$imagenette/*$split*.tar" > /dev/null ||
+        fail "--imagenette: neither a folder $split nor *$split*.tar in $imagenette"
 done
+if [[ $only == '*' && ! -f $output/report.md ]] && compgen -G "$output/*" > /dev/null; then
+    fail "$output: holds other things than this script's; name a new folder"
+fi
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python}
 mkdir -p "$output" || exit
@@ -82,6 +86,10 @@ fi
 if [[ $imagenette && ! (-f $output/train.beton && -f $output/val.beton) ]]; then
     declare -A found
     for split in train val; do
+        if [[ -d $imagenette/$split ]]; then
+            found[$split]=$imagenette/$split
+            continue
+        fi
         images=$output/images/$split
         rm -rf "$images" && mkdir -p "$images"
         for tar in "$imagenette"/*$split*.tar; do tar -xf "$tar" -C "$images" || fail "--imagenette: $tar can't be unpacked"; done

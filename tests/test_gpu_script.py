@@ -98,7 +98,7 @@ def test_chosen_sections_are_added_to_the_report(tmp_path):
 
 def test_tars_that_do_not_hold_one_folder_of_each_split_are_refused_at_once(tmp_path):
     stranger(tmp_path / "train-0.tar", "a/train/n0/0.JPEG")
-    assert run(tmp_path / "out", "--imagenette", tmp_path).stderr.startswith("error: --imagenette: no *val*.tar in")
+    assert run(tmp_path / "out", "--imagenette", tmp_path).stderr.startswith("error: --imagenette: neither a folder val nor *val*.tar in")
     stranger(tmp_path / "val.tar", "a/test/n0/0.JPEG")
     message = "error: --imagenette: *val*.tar must hold one folder called val, not 0\n"
     assert run(tmp_path / "out", "--imagenette", tmp_path, python="false").stderr == message
@@ -107,7 +107,17 @@ def test_tars_that_do_not_hold_one_folder_of_each_split_are_refused_at_once(tmp_
     assert run(tmp_path / "out", "--imagenette", tmp_path, python="false").stderr == message
 
 
+def test_folders_of_both_splits_need_no_tars(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / "images" / split).mkdir(parents=True)
+    assert run(tmp_path / "out", "--imagenette", tmp_path / "images", python="echo").returncode == 0
+    conversions = [text for title, text in sections_of(tmp_path / "out" / "report.md").items() if title.startswith("Conversion")]
+    assert [f"--input {tmp_path / 'images' / split} " in text for split, text in zip(("train", "val"), conversions)] == [True, True]
+
+
 def test_mistakes_are_named(tmp_path):
     assert run("--tiny").stderr.startswith("error: --tiny: unknown option")
-    assert run(tmp_path / "out", "--imagenette", tmp_path).stderr.startswith("error: --imagenette: no *train*.tar in")
+    assert run(tmp_path / "out", "--imagenette", tmp_path).stderr.startswith("error: --imagenette: neither a folder train nor *train*.tar in")
+    (tmp_path / "train.beton").touch()
+    assert "holds other things" in run(tmp_path).stderr and (tmp_path / "train.beton").exists()
     assert run().returncode == 2 and "benchmarks/gpu.sh OUTPUT" in run("--help").stdout
