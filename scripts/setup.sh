@@ -46,7 +46,7 @@ rm -f $stamp
 if [[ $fresh -eq 1 ]]; then
     say "making .venv with $("$python" --version)"
     rm -rf .venv
-    "$uv" venv --quiet --python "$python" .venv
+    "$uv" venv --quiet --seed --python "$python" .venv
 fi
 say "installing the packages of requirements.txt (6 GB with CUDA's libraries; minutes, the first time)"
 "$uv" pip install --quiet --python .venv/bin/python --build-constraints requirements.txt -r requirements.txt
