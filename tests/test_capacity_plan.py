@@ -110,7 +110,7 @@ def test_hours_and_gradient_of_a_run(capsys):
     # backbone, projector and predictor of SimSiam
     parameters = 23_508_032 + 3 * 2048**2 + 2 * 2 * 2048 + 2048 * 512 + 2 * 512 + 512 * 2048 + 2048
     assert f"{4 * parameters / 1e6:.1f} MB   counted" in text
-    assert "0.781 ms   given: 100 ms for 128 images at 224 px" in text and "1.000 ms   given" in text and "0.5 GB, is read from the page cache" in text
+    assert "0.781 ms   given: 100 ms for 128 images at 224 px" in text and "1.000 ms   given" in text and "1.0 GB, is read from the page cache" in text
     assert "500 MB/s   assumed" in text
     loader_bound = planned(capsys, "--gpus=1", "--cores=2", "--step-ms=100", "--loader-ms=1")
     assert total_hours(loader_bound) == pytest.approx(800 * 73 * 0.128 / 3600, abs=0.005) and " loader " in loader_bound.split("bound")[1]
@@ -128,7 +128,7 @@ def test_the_loader_is_measured_on_the_training_file(capsys, tmp_path):
 
 
 def test_a_plan_knows_in_how_many_parts_a_batch_is_computed(capsys):
-    words = ["--gpus=8", "--cores=64", "--step-ms=100", "--loader-ms=0.1", "--link-gbps=160"]
+    words = ["--gpus=8", "--cores=64", "--step-ms=100", "--loader-ms=0.1", "--link-gbps=160", "--image-kb=1"]
     whole, parts = (total_hours(planned(capsys, *words, f"--training.accumulate={n}")) for n in (1, 8))
     exchange = 2 * 7 / 8 * 4 * 38.2e6 / 20e9
     assert whole == pytest.approx(800 * 73 * (0.0125 + max(0, exchange - 0.0125 * 2 / 3)) / 3600, abs=0.01)
