@@ -107,7 +107,10 @@ def convert(source: Source, path: str | os.PathLike, options: ConvertOptions = C
             )
         sha256 = writer.finish()
         # A description must never lie beside a file it does not describe, even if this process is killed here.
-        description_path(path).unlink(missing_ok=True)
+        try:
+            description_path(path).unlink(missing_ok=True)
+        except OSError as error:
+            raise ConversionError(f"{description_path(path)}: cannot be replaced: {error.strerror}; {path} was not written") from error
     summary = Summary(
         path=path,
         samples=sum(counts.values()),
@@ -123,8 +126,11 @@ def convert(source: Source, path: str | os.PathLike, options: ConvertOptions = C
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """Raise UserError unless a beton file may be put at `path`."""
+    """Raise UserError unless a beton file may be put at `path`, and its description beside it."""
     check_writable(path)
+    description = description_path(path)
+    if description.exists() and not description.is_file():
+        raise UserError(f"{description}: is not a file, and the description of {path.name} belongs there; choose another name, or move it away")
     if path.exists() and not overwrite:
         raise UserError(f"{path}: exists already; pass --overwrite to replace it")
 

@@ -1,29 +1,27 @@
 """Stored images to views: each image is decoded once, and all its views are rendered while the pixels are in cache."""
 
-import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
 
 import llvmlite.binding
 import numpy as np
 from numba import types
 
+from ffssl.data.beton import MODE_RAW
 from ffssl.data.compiled import compiled
+from ffssl.data.jpeg import ffcv_library
 from ffssl.data.policy import (
     AFFINE_JITTER, P_HEIGHT, P_LEFT, P_TOP, P_WIDTH, PARAMETER_COLUMNS, POLICY_COLUMNS, STANDARD_MAGNITUDE, ViewPolicy, draw, view_key,
 )  # fmt: skip
 from ffssl.data.render import render
 from ffssl.errors import UserError
 
-RAW = 1  # mode of an image that is stored as pixels; 0 is JPEG
 # Side of a crop in scaled pixels over that of its view, at least. With 1.5 the views of photographs differ from those of the full decode
 # by 0.3 to 1 of 255 levels in the mean, a few by more than 2; with 1 by twice as much.
 SCALED_PIXELS = 1.5
 
 # libjpeg-turbo by way of ffcv's library, which is linked to it, without importing the package, which takes seconds. As external
 # symbols, unlike as ctypes pointers, its functions let Numba cache those that call them.
-_library = next(Path(importlib.util.find_spec("ffcv").origin).parent.glob("_libffcv*.so"))
-llvmlite.binding.load_library_permanently(str(_library))
+llvmlite.binding.load_library_permanently(str(ffcv_library()))
 _pointer, _integer = types.voidptr, types.int32
 _new_decompressor = types.ExternalFunction("tjInitDecompress", _pointer())
 _read_header = types.ExternalFunction("tjDecompressHeader3", _integer(_pointer, _pointer, types.uint64, _pointer, _pointer, _pointer, _pointer))
@@ -69,7 +67,7 @@ def decode(data, mode, height, width, pixels, denominator=1):
     A JPEG is decoded at the scale 1/denominator (1, 2, 4 or 8), each side rounded up: of an 8 x 8 block only the lowest
     frequencies are transformed. Returns whether it decoded cleanly, to that size.
     """
-    if mode == RAW:
+    if mode == MODE_RAW:
         if data.shape[0] != height * width * 3:
             return False
         pixels[: data.shape[0]] = data
@@ -111,7 +109,7 @@ def render_sample(data, mode, height, width, counters, policy_rows, sample, scal
     for v in range(views.shape[0]):
         draw(view_key(counters[0], counters[1], sample, v), height, width, policy_rows[v % policy_rows.shape[0]], drawn[v])
     denominator = 1
-    if scaled_decoding and mode != RAW:
+    if scaled_decoding and mode != MODE_RAW:
         denominator = choose_denominator(drawn, views.shape[2])
     if not decode(data, mode, height, width, pixels, denominator):
         return False

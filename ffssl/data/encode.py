@@ -27,6 +27,7 @@ from ffssl.errors import UserError
 
 JPEG_MAX_SIDE = 65500  # libjpeg's own limit
 RAW_MAX_BYTES = 1 << 30
+PIL.Image.MAX_IMAGE_PIXELS = RAW_MAX_BYTES // 3 // 2  # Pillow warns of more, and refuses more than twice as many
 _SUBSAMPLING_444, _SUBSAMPLING_420 = 0, 2
 _LOSSY_FORMATS = {"JPEG", "MPO", "WEBP", "GIF"}
 _UPRIGHT = {
@@ -100,10 +101,8 @@ def encode_image(image: Image, encoding: Encoding, compressed: bool = True) -> E
                 raise BrokenImage(str(error)) from error
         else:
             pixels, lossless = _decode_with_pil(image)
-    elif isinstance(image, np.ndarray):
-        pixels = PIL.Image.fromarray(_checked_pixels(image))
     else:
-        pixels = _to_rgb(image)
+        pixels = PIL.Image.fromarray(_checked_pixels(image))
     return _encode_pixels(_reduce(pixels, encoding.max_side), encoding.jpeg_quality, compressed, lossless)
 
 
@@ -150,6 +149,8 @@ def _decode_with_pil(data: bytes) -> tuple[PIL.Image.Image, bool]:
     except PIL.UnidentifiedImageError:
         what = "is empty" if not data else "is not an image of a known format"
         raise BrokenImage(what) from None
+    except PIL.Image.DecompressionBombError:
+        raise BrokenImage(f"has more than {RAW_MAX_BYTES // 3 // 10**6} million pixels, too many to convert; reduce it first") from None
     except (BrokenImage, MemoryError):
         raise
     except Exception as error:  # PIL's decoders raise nearly anything on damaged data: SyntaxError, struct.error, ...

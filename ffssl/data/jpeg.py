@@ -19,7 +19,7 @@ import numpy as np
 BASELINE, EXTENDED, PROGRESSIVE = 0xC0, 0xC1, 0xC2
 _FRAME_MARKERS = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # without DHT, JPG, DAC
 _STANDALONE_MARKERS = {0x01, *range(0xD0, 0xD9)}
-_START_OF_SCAN, _END_OF_IMAGE, _APP1, _APP14 = 0xDA, 0xD9, 0xE1, 0xEE
+_START_OF_SCAN, _END_OF_IMAGE, _APP1 = 0xDA, 0xD9, 0xE1
 # Any but those that occur within a scan: stuffed zeros, restarts, fill bytes.
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)
 _ORIENTATION_TAG, _SHORT = 0x0112, 3
@@ -43,7 +43,6 @@ class JpegHeader:
     components: int
     precision: int
     process: int
-    adobe_transform: int | None
     orientation: int
 
     @property
@@ -60,7 +59,7 @@ def parse_header(data: bytes) -> JpegHeader:
     """Read the markers up to the first scan. Raises JpegError when they are cut short or make no sense, a size beyond the data's included."""
     if not is_jpeg(data):
         raise JpegError("does not begin like a JPEG file")
-    frame, adobe_transform, orientation = None, None, 1
+    frame, orientation = None, 1
     try:
         position = 2
         while True:
@@ -82,8 +81,6 @@ def parse_header(data: bytes) -> JpegHeader:
                 frame = (marker, *struct.unpack_from(">BHHB", segment))
             elif marker == _APP1 and segment.startswith(b"Exif\0\0"):
                 orientation = _exif_orientation(segment[6:])
-            elif marker == _APP14 and segment.startswith(b"Adobe") and len(segment) >= 12:
-                adobe_transform = segment[11]
             elif marker == _START_OF_SCAN:
                 break
     except (ValueError, IndexError, struct.error) as error:
@@ -91,9 +88,11 @@ def parse_header(data: bytes) -> JpegHeader:
     if frame is None:
         raise JpegError("has a scan before its frame header")
     process, precision, height, width, components = frame
+    if width == 0 or height == 0:
+        raise JpegError("has no width or no height")
     if process in (BASELINE, EXTENDED, PROGRESSIVE) and width * height > MOST_PIXELS_PER_BYTE * len(data):
         raise JpegError(f"claims {width} x {height} pixels, more than {len(data)} bytes can hold")
-    return JpegHeader(width, height, components, precision, process, adobe_transform, orientation)
+    return JpegHeader(width, height, components, precision, process, orientation)
 
 
 def _exif_orientation(tiff: bytes) -> int:
@@ -178,15 +177,22 @@ class _Transform(ctypes.Structure):
     ]
 
 
-@functools.cache
-def _turbojpeg() -> ctypes.CDLL:
-    """ffcv's extension module: looking a name up in it also finds those of the libraries it was linked to."""
+def ffcv_library() -> Path:
+    """ffcv's extension module, found without importing ffcv. Raises ImportError where there is none.
+
+    Looking a name up in it also finds those of the libraries that it was linked to, libjpeg-turbo among them.
+    """
     spec = importlib.util.find_spec("ffcv")
     folder = Path(spec.submodule_search_locations[0]) if spec else None
     paths = sorted([*folder.glob("_libffcv*"), *folder.parent.glob("_libffcv*")]) if folder else []
     if not paths:
         raise ImportError("ffcv's extension module _libffcv was not found; reinstall ffcv")
-    library = ctypes.CDLL(str(paths[0]))
+    return paths[0]
+
+
+@functools.cache
+def _turbojpeg() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(ffcv_library()))
     size, integer, handle = ctypes.c_ulong, ctypes.c_int, ctypes.c_void_p
     library.tjInitDecompress.restype = library.tjInitTransform.restype = handle
     library.tjDecompress2.argtypes = [handle, ctypes.c_char_p, size, handle] + [integer] * 5
@@ -207,8 +213,6 @@ def _instance(create: Callable[[], int]) -> Iterator[int]:
 
 
 def _decompress(data: bytes, header: JpegHeader, pixel_format: int, denominator: int) -> np.ndarray:
-    if header.width == 0 or header.height == 0:
-        raise JpegError("has no width or no height")
     width, height = -(-header.width // denominator), -(-header.height // denominator)
     channels = {_TJPF_RGB: (3,), _TJPF_GRAY: (), _TJPF_CMYK: (4,)}[pixel_format]
     pixels = np.empty((height, width, *channels), np.uint8)

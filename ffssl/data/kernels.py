@@ -14,7 +14,7 @@ from ffssl.data.compiled import compiled
 from ffssl.data.lanes import BLOCK, LANES, sum_pixel, transpose, weighted_sum
 
 _ZERO, _ONE, _WHITE, _HALF = np.float32(0), np.float32(1), np.float32(255), np.float32(0.5)
-_RED, _GREEN, _BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)  # ITU-R 601-2 luma, as torchvision rounds it
+RED, GREEN, BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)  # ITU-R 601-2 luma, as torchvision rounds it
 
 
 # Resizing
@@ -101,7 +101,7 @@ def grey_sum(red, green, blue):
     """Sum of the luma over the slice; its mean over the view is what contrast blends towards."""
     total = _ZERO
     for i in range(red.shape[0]):
-        total += _RED * red[i] + _GREEN * green[i] + _BLUE * blue[i]
+        total += RED * red[i] + GREEN * green[i] + BLUE * blue[i]
     return total
 
 
@@ -117,7 +117,7 @@ def adjust_contrast(red, green, blue, factor, mean):
 def adjust_saturation(red, green, blue, factor):
     rest = _ONE - factor
     for i in range(red.shape[0]):
-        grey = rest * (_RED * red[i] + _GREEN * green[i] + _BLUE * blue[i])
+        grey = rest * (RED * red[i] + GREEN * green[i] + BLUE * blue[i])
         red[i] = _clip(factor * red[i] + grey)
         green[i] = _clip(factor * green[i] + grey)
         blue[i] = _clip(factor * blue[i] + grey)
@@ -181,7 +181,7 @@ def apply_colour_matrix(red, green, blue, matrix):
 @compiled
 def to_grey(red, green, blue):
     for i in range(red.shape[0]):
-        grey = _RED * red[i] + _GREEN * green[i] + _BLUE * blue[i]
+        grey = RED * red[i] + GREEN * green[i] + BLUE * blue[i]
         red[i] = grey
         green[i] = grey
         blue[i] = grey

@@ -90,6 +90,10 @@ class ViewLoader:
             raise UserError(f"{path}: resolution {resolution} is more than max_resolution {max_resolution}")
         if not 0 <= rank < world_size:
             raise UserError(f"{path}: rank {rank} of {world_size}: must lie in 0..{world_size - 1}")
+        if broken not in ("stop", "replace"):
+            raise UserError(f"{path}: broken is {broken!r}, must be 'stop' or 'replace'")
+        if len(self.samples) < world_size:
+            raise UserError(f"{path}: {len(self.samples)} samples are fewer than the {world_size} processes; start fewer")
         if drop_last and len(self.samples) // world_size < batch_size:
             each = f" on each of {world_size} processes" if world_size > 1 else ""
             raise UserError(f"{path}: {len(self.samples)} samples are fewer than one batch of {batch_size}{each}; lower batch_size")
@@ -155,11 +159,9 @@ class ViewLoader:
         self._stop()
         if not 0 <= first_batch <= len(self):
             raise UserError(f"{self.beton.path}: an epoch of {len(self)} batches can't begin at batch {first_batch}")
-        resolution = resolution or self.resolution
-        if resolution > self._max_resolution:
-            self._max_resolution = resolution
+        self._settings.set_epoch(epoch, self.resolution if resolution is None else resolution, magnitude)
+        self._max_resolution = max(self._max_resolution, self.resolution)
         self.epoch, self.first_batch = epoch, first_batch
-        self._settings.set_epoch(epoch, resolution, magnitude)
 
     def __iter__(self) -> Iterator[Batch]:
         self._stop()

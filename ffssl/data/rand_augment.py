@@ -9,6 +9,7 @@ import math
 import numpy as np
 
 from ffssl.data.compiled import compiled
+from ffssl.data.kernels import BLUE, GREEN, RED
 
 (IDENTITY, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, ROTATE, BRIGHTNESS, COLOUR, CONTRAST, SHARPNESS, POSTERISE, SOLARISE,
  AUTOCONTRAST, EQUALISE) = range(14)  # fmt: skip
@@ -28,7 +29,6 @@ _STRENGTHS = np.array([
 ])  # fmt: skip
 
 _WHITE, _HALF = np.float32(255), np.float32(0.5)
-_RED, _GREEN, _BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)
 
 
 @compiled
@@ -105,7 +105,7 @@ def _level(value):
 
 @compiled
 def _luma(red, green, blue):
-    return np.floor(_RED * np.float32(red) + _GREEN * np.float32(green) + _BLUE * np.float32(blue))
+    return np.floor(RED * np.float32(red) + GREEN * np.float32(green) + BLUE * np.float32(blue))
 
 
 @compiled

@@ -55,7 +55,10 @@ def _in_chunks(pool: ProcessPoolExecutor, items: Sequence, max_pending: int, siz
     submitted, done, largest = 0, 0, 0
     try:
         while done < len(items):
-            while submitted < len(items) and len(pending) < max_pending:
+            # Two at least, so that there is work while a result is consumed.
+            while submitted < len(items) and (
+                len(pending) < 2 or len(pending) < max_pending and (len(pending) + 1) * largest <= IN_FLIGHT_BYTES
+            ):
                 # One item each until sizes are known.
                 chunk = min(MAX_CHUNK, IN_FLIGHT_BYTES // (largest * max_pending)) if largest else 1
                 pending.append(pool.submit(_run_chunk, items[submitted : submitted + max(1, chunk)]))

@@ -5,6 +5,9 @@ import io
 import json
 import os
 import signal
+import struct
+import zlib
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +15,14 @@ import PIL.Image
 import PIL.ImageOps
 import pytest
 
+from ffssl.data import workers
 from ffssl.data.beton import MODE_JPEG, MODE_RAW, read_beton
 from ffssl.data.convert import ConversionError, ConvertOptions, convert, identity, is_compressed, select_subset
 from ffssl.data.encode import BrokenImage, Encoding, How, encode_image
 from ffssl.data.sources import Source
 from ffssl.data.sources.folder import ImageFolder
 from ffssl.errors import UserError
+from damage import frame_size_at
 
 QUIET = {"progress": False}
 
@@ -186,6 +191,32 @@ def test_broken_images_say_why(data, reason):
         encode_image(data, Encoding())
 
 
+def without_height(data):
+    place = frame_size_at(data)
+    return data[:place] + b"\0\0" + data[place + 2 :]
+
+
+@pytest.mark.parametrize("quick_check", [False, True])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}])
+def test_a_jpeg_without_height_is_broken(options, quick_check):
+    with pytest.raises(BrokenImage, match="no width or no height"):
+        encode_image(without_height(save(picture(), **options)), Encoding(quick_check=quick_check))
+
+
+def claims(width, height):
+    """A bilevel PNG of that size by its header, cut off as its data begin."""
+    data = save(PIL.Image.new("1", (1, 1)), "PNG")
+    header = b"IHDR" + struct.pack(">II", width, height) + data[24:29]
+    return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:43]
+
+
+def test_what_pillow_refuses_for_its_size_is_what_the_format_cannot_hold():
+    with pytest.raises(BrokenImage, match="more than 357 million pixels"):
+        encode_image(claims(20_000, 17_900), Encoding())
+    with pytest.raises(BrokenImage, match="does not decode: .*truncated"):
+        encode_image(claims(20_000, 17_800), Encoding())
+
+
 def test_options_are_checked():
     for make in (
         lambda: Encoding(jpeg_quality=101),
@@ -238,7 +269,7 @@ def test_a_whole_run(folder):
     assert summary.counts == {"kept": 12, "baseline": 6, "encoded": 6, "raw": 0} and summary.samples == 24
     assert beton.labels.tolist() == [0] * 12 + [1] * 12
     for i, (row, size) in enumerate(zip(beton.images, beton.image_sizes)):
-        original, label, name = source.read(i)
+        (original, label), name = source.load(i), source.name(i)
         stored = data[int(row["data_ptr"]) :][: int(size)]
         assert label == beton.labels[i]
         reference = PIL.Image.open(name)
@@ -347,6 +378,53 @@ def test_existing_output_is_kept_unless_told(folder):
         convert_folder(folder, overwrite=True)
     assert path.read_bytes() == before
     assert json.loads(Path(f"{path}.json").read_text())["sha256"] == hashlib.sha256(before).hexdigest()
+
+
+def test_a_description_that_cannot_be_put_beside_the_file_is_refused_first(folder):
+    (folder.parent / "out.beton.json").mkdir()
+    with pytest.raises(UserError, match="out.beton.json: is not a file"):
+        convert_folder(folder)
+    assert sorted(os.listdir(folder.parent)) == ["images", "out.beton.json"]
+
+
+def test_a_description_that_cannot_be_removed_ends_the_run_by_name(folder, monkeypatch):
+    path, _ = convert_folder(folder)
+    before = path.read_bytes()
+    unlink = Path.unlink
+
+    def refuse(self, *arguments, **options):
+        if self.suffix == ".json":
+            raise PermissionError(1, "Operation not permitted", str(self))
+        unlink(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(ConversionError, match="out.beton.json: cannot be replaced: Operation not permitted"):
+        convert_folder(folder, overwrite=True, subset=3)
+    assert path.read_bytes() == before
+
+
+class Unpooled:
+    """A pool whose workers finish at once; `ahead`: results that wait for their consumer, after each submission."""
+
+    def __init__(self):
+        self.waiting, self.ahead = 0, []
+
+    def submit(self, _, items):
+        self.waiting += len(items)
+        self.ahead.append(self.waiting)
+        future = Future()
+        future.set_result(([size for size in items], None))
+        return future
+
+
+@pytest.mark.parametrize("size, most", [(10, 10), (40, 2), (1000, 2)])
+def test_results_ahead_of_their_consumer_are_held_to_a_number_of_bytes(monkeypatch, size, most):
+    monkeypatch.setattr(workers, "IN_FLIGHT_BYTES", 100)
+    pool = Unpooled()
+    for result in workers._in_chunks(pool, [size] * 50, 10, size_of=lambda result: result):
+        assert result == size
+        pool.waiting -= 1
+    assert max(pool.ahead[10:]) == most  # the first ten are handed out before any size is known
 
 
 class Deadly(Source):

@@ -15,7 +15,7 @@ import pytest
 import ffssl.data
 from ffssl.data.beton import MODE_JPEG, MODE_RAW
 from ffssl.data.beton_writer import BetonWriter
-from ffssl.data.decoder import RAW, decode, render_samples
+from ffssl.data.decoder import decode, render_samples
 from ffssl.data.loader import ViewLoader
 from ffssl.data.policy import POLICIES, ViewPolicy
 from damage import without_segments
@@ -88,7 +88,7 @@ def test_damaged_jpegs_and_raw_images_of_a_wrong_length_do_not_decode():
     pixels = np.zeros(3 * 64 * 64, np.uint8)
     for damaged in (data[: len(data) // 2], b"\0" * len(data), data[:200] + b"\0" * (len(data) - 200)):
         assert not decode(np.frombuffer(damaged, np.uint8), 0, 64, 64, pixels)
-    assert not decode(pixels[1:], RAW, 64, 64, pixels.copy())
+    assert not decode(pixels[1:], MODE_RAW, 64, 64, pixels.copy())
 
 
 @pytest.mark.parametrize("height, width", [(48, 65), (47, 64), (96, 128), (24, 32), (64, 48), (60000, 60000)])

@@ -151,6 +151,13 @@ def test_an_epoch_cannot_begin_after_its_end(beton):
         loader.set_epoch(0, first_batch=6)
 
 
+def test_an_epoch_without_pixels_is_refused_and_changes_nothing(beton):
+    with open_loader(beton) as loader:
+        with pytest.raises(UserError, match="resolution 0"):
+            loader.set_epoch(3, 0, first_batch=2)
+        assert (loader.resolution, loader.epoch, len(list(loader))) == (24, 0, 5)
+
+
 def break_images(beton, path, broken):
     """A copy of a beton file in which these images don't decode."""
     data = bytearray(beton.read_bytes())
@@ -284,6 +291,8 @@ def test_too_few_samples_for_a_batch_are_refused_or_served_as_one(beton):
         open_loader(beton, batch_size=24)
     with pytest.raises(UserError, match="2 processes"):
         open_loader(beton, batch_size=12, world_size=2)
+    with pytest.raises(UserError, match="23 samples are fewer than the 24 processes"):
+        open_loader(beton, drop_last=False, world_size=24)
     with open_loader(beton, batch_size=50, drop_last=False) as loader:
         (batch,) = loader
         assert sorted(batch.indices.tolist()) == list(range(23))
@@ -309,6 +318,7 @@ def test_missing_labels_are_minus_one_and_can_be_required(images, tmp_path):
     [
         {"views": 0}, {"resolution": 0}, {"batches_ahead": 0}, {"batch_size": 0}, {"batch_size": -4}, {"max_resolution": 8},
         {"workers": -1}, {"indices": range(20, 24)}, {"indices": [-1, 0, 1, 2]}, {"indices": []}, {"policy": ()}, {"rank": 1},
+        {"broken": "replaced"},
     ],
 )  # fmt: skip
 def test_senseless_settings_are_refused_in_a_line_that_names_them(beton, options):

@@ -1,9 +1,13 @@
 """Every source on a small stand-in of its real layout: images, labels, names, pickling, and what it refuses."""
 
+import hashlib
 import io
 import json
+import os
 import pickle
+import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -37,7 +41,7 @@ def contents(source):
     """All samples, read from a pickled copy as a worker does, in scattered order."""
     copy = pickle.loads(pickle.dumps(source))
     order = np.random.default_rng(0).permutation(len(source))
-    samples = {int(i): copy.read(int(i)) for i in order}
+    samples = {i: (*copy.load(i), copy.name(i)) for i in order.tolist()}
     return [samples[i] for i in range(len(source))]
 
 
@@ -176,6 +180,12 @@ def test_imagenet_refuses(tmp_path):
         ImageNet(tmp_path, "train")
 
 
+def test_imagenet_takes_no_other_split_for_the_one_that_is_missing(tmp_path):
+    put(tmp_path / "train" / WNIDS[0] / "x.JPEG")
+    with pytest.raises(UserError, match="train: not a class of ImageNet.* or val or ILSVRC2012_img_val or"):
+        ImageNet(tmp_path, "val")
+
+
 def test_imagenette_layout(tmp_path):
     (
         put(tmp_path / "imagenette2-160/val/n01440764/a.JPEG", b"1"),
@@ -183,6 +193,31 @@ def test_imagenette_layout(tmp_path):
     )
     source = Imagenette(tmp_path, "val", "160px")
     assert [(data, label) for data, label, _ in contents(source)] == [(b"1", 0), (b"2", 1)]
+
+
+def test_an_interrupted_extraction_of_imagenette_is_begun_again(tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    for name in ("a", "b"):
+        put(tmp_path / "packed/imagenette2-160/val/n01440764" / f"{name}.JPEG")
+    archive = tmp_path / "imagenette2-160.tgz"
+    with tarfile.open(archive, "w:gz") as file:
+        file.add(tmp_path / "packed/imagenette2-160", "imagenette2-160")
+    shutil.rmtree(tmp_path / "packed")
+    # With its own checksum, torchvision takes the archive for one it has downloaded.
+    digest = hashlib.md5(archive.read_bytes()).hexdigest()
+    monkeypatch.setitem(datasets.Imagenette._ARCHIVES, "160px", (f"https://nowhere.invalid/{archive.name}", digest))
+
+    def interrupted(_, to_path, *arguments):
+        put(Path(to_path, "imagenette2-160/val/n01440764/a.JPEG"))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(datasets.utils, "extract_archive", interrupted)
+        Imagenette(tmp_path, "val", "160px")
+    assert os.listdir(tmp_path) == [archive.name]
+    assert len(Imagenette(tmp_path, "val", "160px")) == 2
+    assert sorted(os.listdir(tmp_path)) == ["imagenette2-160", archive.name]
 
 
 def test_cifar10(tmp_path):
@@ -236,7 +271,7 @@ def test_downloads_need_a_folder(tmp_path):
 
 def test_embedded():
     source = Embedded("val", 12, seed=3)
-    (image, label, _), same = contents(source)[11], Embedded("val", 12, seed=3).read(11)
+    (image, label, _), same = contents(source)[11], Embedded("val", 12, seed=3).load(11)
     assert len(source) == 12 and image.dtype == np.uint8 and image.ndim == 3 and 0 <= label < len(source.class_names)
     np.testing.assert_array_equal(image, same[0])
     with pytest.raises(UserError):
@@ -298,9 +333,18 @@ def test_webdataset_refuses(tmp_path):
         with pytest.raises(UserError, match=message):
             WebDataset([str(make_shard(tmp_path / "y.tar", members))])
     whole = make_shard(tmp_path / "cut.tar", [("a.jpg", b"1" * 4000), ("b.jpg", b"2" * 4000)]).read_bytes()
-    (tmp_path / "cut.tar").write_bytes(whole[:6000])
-    with pytest.raises(UserError, match="cut.tar"):
-        WebDataset([str(tmp_path / "cut.tar")])
+    second = 512 + 4096  # where its header begins
+    for damaged, message in [
+        (whole[:6000], "cut.tar"),
+        (whole[:4800], f"cut.tar: damaged or cut short at byte {second};"),
+        (whole[:second], f"cut.tar: damaged or cut short at byte {second};"),
+        (whole[:second] + b"?" * 512 + whole[second + 512 :], f"cut.tar: damaged or cut short at byte {second};"),
+        (whole[:second] + bytes(512) + whole[second + 512 :], f"cut.tar: damaged or cut short at byte {second};"),
+        (whole + whole, f"cut.tar: damaged or cut short at byte {2 * second};"),
+    ]:
+        (tmp_path / "cut.tar").write_bytes(damaged)
+        with pytest.raises(UserError, match=message):
+            WebDataset([str(tmp_path / "cut.tar")])
 
 
 @pytest.fixture
@@ -349,6 +393,13 @@ def test_huggingface_refuses(tmp_path, parquet):
         HuggingFace([path])
     with pytest.raises(UserError, match="no column 'img'"):
         HuggingFace([path], image_column="img")
+    labelled = parquet("b.parquet", [{"bytes": b"x", "path": ""}], [0])
+    unlabelled = parquet("c.parquet", [{"bytes": b"x", "path": ""}])
+    for files in ([labelled, unlabelled], [unlabelled, labelled]):
+        with pytest.raises(UserError, match=r"c.parquet: no column 'label' \(has image\)"):
+            HuggingFace(files)
+    with pytest.raises(UserError, match="d.parquet: no column 'image'"):
+        HuggingFace([labelled, parquet("d.parquet", [{"bytes": b"x", "path": ""}], [0], column="img")])
     with pytest.raises(UserError, match="no Parquet files of split 'val'"):
         HuggingFace([str(tmp_path)], split="val")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 nonsense")

@@ -6,11 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-import PIL.Image
 
 UNLABELLED = -1
 IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .ppm .pgm .pbm".split())
-Image = bytes | PIL.Image.Image | np.ndarray
+Image = bytes | np.ndarray
 
 
 class Source(ABC):
@@ -31,14 +30,10 @@ class Source(ABC):
 
     @abstractmethod
     def load(self, index: int) -> tuple[Image, int]:
-        """The image, as a file's bytes, a PIL image or uint8 pixels (height, width, 3), and its label or UNLABELLED.
+        """The image, as a file's bytes or uint8 pixels (height, width, 3), and its label or UNLABELLED.
 
         Raises OSError when the storage fails.
         """
-
-    def read(self, index: int) -> tuple[Image, int, str]:
-        """Image, label and name of sample `index`."""
-        return (*self.load(index), self.name(index))
 
 
 class PackedStrings(Sequence):

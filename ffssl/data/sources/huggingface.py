@@ -31,15 +31,16 @@ class HuggingFace(Source):
         _import_parquet()  # its absence is worth its own message, before any file is looked for
         self.files = [file for path in paths for file in _expand(path, split)]
         self.origin = " ".join(map(str, paths)) + (f", {split}" if split else "")
-        schema = _opened(self.files[0]).schema_arrow
-        self.image_column = image_column or _guess_image_column(self.files[0], schema)
+        schemas = [_opened(file).schema_arrow for file in self.files]
+        self.image_column = image_column or _guess_image_column(self.files[0], schemas[0])
         self.label_column = label_column or next(
-            (n for n in ("label", "labels", "fine_label") if n in schema.names), None
+            (n for n in ("label", "labels", "fine_label") if any(n in schema.names for schema in schemas)), None
         )
-        for column in filter(None, (self.image_column, self.label_column)):
-            if column not in schema.names:
-                raise UserError(f"{self.files[0]}: no column '{column}' (has {', '.join(schema.names)})")
-        self.class_names = _class_names(schema, self.label_column)
+        for path, schema in zip(self.files, schemas):
+            for column in filter(None, (self.image_column, self.label_column)):
+                if column not in schema.names:
+                    raise UserError(f"{path}: no column '{column}' (has {', '.join(schema.names)}), which every file needs")
+        self.class_names = _class_names(schemas[0], self.label_column)
 
         groups, labels = [], []
         for number, path in enumerate(self.files):

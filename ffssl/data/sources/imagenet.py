@@ -17,6 +17,7 @@ from ffssl.errors import UserError
 
 _SPLIT_FOLDERS = ("{}", "ILSVRC2012_img_{}", "Data/CLS-LOC/{}", "ILSVRC/Data/CLS-LOC/{}")
 _DEVKITS = ("ILSVRC2012_devkit_t12", "ILSVRC2012_devkit_t12.tar.gz", "devkit", "LOC_val_solution.csv")
+_CLASS_ID = re.compile(r"n\d{8}")
 _VALIDATION_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\.", re.IGNORECASE)
 _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
@@ -37,6 +38,7 @@ class ImageNet(ImageFolder):
         folder = next((folder for folder in folders if folder.is_dir()), root)
         if has_subfolders(folder) and not (split == "val" and _is_flat(folder)):
             super().__init__(folder)
+            self._require_class_ids(split)
             return
         if split == "train":
             raise UserError(f"{folder}: no class folders in it; extract ILSVRC2012_img_train.tar, one folder a class")
@@ -44,6 +46,16 @@ class ImageNet(ImageFolder):
         labels = _find_labels(val_labels, [folder, folder.parent, root, root.parent])
         wnid_of = _read_devkit(labels) if _is_devkit(labels) else _read_label_file(labels)
         self._label_flat_images(labels, wnid_of)
+
+    def _require_class_ids(self, split: str) -> None:
+        # Where the split's folder is missing, those of other splits would count as classes.
+        odd = next((name for name in self.class_names if not _CLASS_ID.fullmatch(name)), None)
+        if odd:
+            looked_for = " or ".join(pattern.format(split) for pattern in _SPLIT_FOLDERS)
+            raise UserError(
+                f"{self.root / odd}: not a class of ImageNet, whose folders are named like n01440764; "
+                f"--input must hold those, or {looked_for} with them in it"
+            )
 
     def _label_flat_images(self, labels: Path, wnid_of: dict[str, str]) -> None:
         paths = [path for path in self._paths if os.sep not in path]
@@ -84,7 +96,7 @@ def _read_label_file(path: Path) -> dict[str, str]:
         columns = line.replace(",", " ").split()
         if not columns or (number == 1 and columns[0] == "ImageId"):  # Kaggle's file has a title line
             continue
-        if len(columns) < 2 or not re.fullmatch(r"n\d{8}", columns[1]):
+        if len(columns) < 2 or not _CLASS_ID.fullmatch(columns[1]):
             raise UserError(f"{path}, line {number}: expected a file name and a WordNet id such as n01440764")
         wnid_of[re.sub(r"\.jpe?g$", "", columns[0], flags=re.IGNORECASE)] = columns[1]
     return wnid_of

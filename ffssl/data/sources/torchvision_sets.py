@@ -3,10 +3,14 @@
 Read without torchvision: importing it would cost every worker seconds, and its STL-10 holds 2.7 GB in memory.
 """
 
+import contextlib
 import functools
 import os
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
 
 import numpy as np
 
@@ -23,7 +27,11 @@ class Imagenette(ImageFolder):
     def __init__(self, root: str | os.PathLike, split: str, size: str = "full"):
         folder = Path(root) / _IMAGENETTE_FOLDERS[size]
         if not folder.is_dir():
-            _download(root, "Imagenette", folder, split=split, size=size)
+            # torchvision extracts in place, and takes what an interruption leaves of it for the whole.
+            with _downloading(root, "Imagenette", folder) as datasets, TemporaryDirectory(dir=root, prefix=f".{folder.name}-") as partial:
+                url, md5 = datasets.Imagenette._ARCHIVES[size]
+                datasets.utils.download_and_extract_archive(url, str(root), partial, md5=md5)
+                os.replace(Path(partial, folder.name), folder)
         super().__init__(folder / split)
 
 
@@ -33,7 +41,8 @@ class Cifar10(Source):
     def __init__(self, root: str | os.PathLike, split: str):
         self.folder = Path(root) / "cifar-10-batches-py"
         if not self.folder.is_dir():
-            _download(root, "CIFAR10", self.folder, train=split == "train")
+            with _downloading(root, "CIFAR10", self.folder) as datasets:
+                datasets.CIFAR10(str(root), train=split == "train", download=True)
         self.origin = f"{self.folder}, {split}"
         self._batches = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
         self.class_names = list(_unpickled(self.folder / "batches.meta")["label_names"])
@@ -81,7 +90,8 @@ class Stl10(Source):
     def __init__(self, root: str | os.PathLike, split: str):
         self.folder = Path(root) / "stl10_binary"
         if not self.folder.is_dir():
-            _download(root, "STL10", self.folder, split=split)
+            with _downloading(root, "STL10", self.folder) as datasets:
+                datasets.STL10(str(root), split=split, download=True)
         self.origin = f"{self.folder}, {split}"
         try:
             self.class_names = (self.folder / "class_names.txt").read_text().split()
@@ -118,13 +128,15 @@ class Stl10(Source):
         return pixels.reshape(3, 96, 96).transpose(2, 1, 0), int(self._labels[index])
 
 
-def _download(root: str | os.PathLike, dataset: str, folder: Path, **options) -> None:
+@contextlib.contextmanager
+def _downloading(root: str | os.PathLike, dataset: str, folder: Path) -> Iterator[ModuleType]:
+    """torchvision.datasets, with which the block downloads what belongs in `folder`. Raises UserError where that fails."""
     if not Path(root).is_dir():
         raise UserError(f"{root}: no such folder; create it, and {dataset} is downloaded into it")
     from torchvision import datasets
 
     try:
-        getattr(datasets, dataset)(str(root), download=True, **options)
+        yield datasets
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"{folder}: not there, and downloading {dataset} failed ({error}); put it there yourself"

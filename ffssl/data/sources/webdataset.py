@@ -102,12 +102,22 @@ def _scan(shard: str):
                 found = _scan_sample(archive, f"{shard}:{key}", list(group))
                 if found:
                     yield key, *found
+            _require_end(archive, shard)
     except tarfile.TarError as error:
         raise UserError(
             f"{shard}: not a sound, uncompressed tar file ({error}); decompress or download it again"
         ) from error
     except OSError as error:
         raise UserError(f"{shard}: cannot be read: {error.strerror}; check the file and its permissions") from error
+
+
+def _require_end(archive: tarfile.TarFile, shard: str) -> None:
+    """Raise UserError unless nothing but zeros, a block or more, follows the last member: tarfile takes what it can't read for the end."""
+    archive.fileobj.seek(archive.offset)
+    end = archive.fileobj.read(tarfile.BLOCKSIZE)
+    padding = iter(lambda: archive.fileobj.read(1 << 20), b"")
+    if end != bytes(tarfile.BLOCKSIZE) or any(part.strip(b"\0") for part in padding):
+        raise UserError(f"{shard}: damaged or cut short at byte {archive.offset}; download or pack it again")
 
 
 def _scan_sample(archive: tarfile.TarFile, name: str, members: list[tarfile.TarInfo]) -> tuple[int, int, int] | None:
