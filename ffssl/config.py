@@ -113,7 +113,7 @@ def declare() -> Config:
         "model", "The encoder",
         backbone=Param(str, "resnet18, -34, -50 or -101, resnet-small for CPUs, or a name of timm, as vit_small_patch16_224", "resnet50"),
         stem=Param(Choice("imagenet", "cifar"), "cifar: 3x3, stride 1 and no pooling, for 64 px and below (resnet18 to 101)", "imagenet"),
-        zero_init_residual=Param(Switch(), "start each residual block as the identity (resnet18 to 101; timm's networks start as timm has them)", False),
+        zero_init_residual=Param(Switch(), "start each residual block as the identity (resnet18 to 101; timm's start as timm has them)", False),
     )  # fmt: skip
     section(
         "method", "The self-supervised method; options left out are its authors'",

@@ -178,9 +178,9 @@ def test_views_that_the_patches_do_not_divide_are_named_before_data_is_read(name
 @pytest.mark.parametrize("select", ["off", "random"])
 def test_where_no_view_is_made_smaller_the_selections_side_is_not_asked_about(select, tmp_path):
     views = 2 if select == "off" else 3
-    random = f"--hard_augment.select={select}", f"--augment.views={views}", "--hard_augment.resolution=24"
     options = read_options([
-        f"--config={CONFIGS / 'imagenette_efficient.yaml'}", "--data.train=none", "--run.folder=none", "--model.backbone=vit_tiny_patch16_224", *random,
+        f"--config={CONFIGS / 'imagenette_efficient.yaml'}", "--data.train=none", "--run.folder=none", "--model.backbone=vit_tiny_patch16_224",
+        f"--hard_augment.select={select}", f"--augment.views={views}", "--hard_augment.resolution=24",
     ])  # fmt: skip
     with torch.device("meta"):
         build(options, torch.device("meta"))
