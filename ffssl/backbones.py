@@ -3,6 +3,7 @@
 import copy
 import difflib
 import functools
+from collections.abc import Mapping
 
 import torch
 import torchvision
@@ -56,8 +57,8 @@ class TimmModel(nn.Module):
 class ResizableViT(TimmModel):
     """A vision transformer of timm (`VisionTransformer`) for images of any size that its patches divide.
 
-    Its position embeddings are resampled to the images' grid by a matrix that is computed once for each grid: what a step costs is
-    one small product, through which the embeddings are learned. ValueError for other sizes.
+    Its position embeddings are resampled to the images' grid by a matrix, through which they are learned. In eager mode it is computed
+    once for each grid, and a step costs one small product; code of torch.compile computes it anew. ValueError for other sizes.
     """
 
     def __init__(self, network: nn.Module):
@@ -97,7 +98,6 @@ def _resampling_matrix(old: tuple[int, int], new: tuple[int, int], device: torch
     return F.interpolate(units, new, mode="bicubic", antialias=True).view(positions, -1).T.contiguous()
 
 
-STEMS = ("imagenet", "cifar")
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 BACKBONES = ("resnet-small", *RESNETS, "vit_small_patch16_224", "vit_base_patch16_224")
 
@@ -143,16 +143,17 @@ def _timm_model(name: str) -> nn.Module:
     return ResizableViT(network) if isinstance(network, VisionTransformer) else TimmModel(network)
 
 
-def check_resolutions(name: str, backbone: nn.Module, resolutions: set[int]) -> None:
-    """Raises UserError where `backbone`, called `name`, has no pooled features of images of one of the `resolutions`.
+def check_resolutions(name: str, backbone: nn.Module, resolutions: Mapping[int, str]) -> None:
+    """Raises UserError where `backbone`, called `name`, has no pooled features of images of one of the `resolutions`, naming the option
+    that this one comes from.
 
-    Computes nothing: shapes alone go through the network.
+    resolutions: sides in pixels, and the option of each. Computes nothing: shapes alone go through the network.
     """
     probe = copy.deepcopy(backbone).to("meta")
-    for side in sorted(resolutions):
+    for side, option in sorted(resolutions.items()):
         try:
             features = probe(torch.empty(2, 3, side, side, device="meta"))
         except Exception as error:  # timm's models refuse a size by whatever their layers raise
-            raise UserError(f"model.backbone: {name} can't take views of {side} px: {' '.join(str(error).split())}") from error
+            raise UserError(f"{option}: {name} can't take views of {side} px: {' '.join(str(error).split())}") from error
         if getattr(features, "shape", None) != (2, backbone.features):
             raise UserError(f"model.backbone: {name} has no pooled features; choose one of {', '.join(BACKBONES)}, or another of timm")

@@ -113,7 +113,7 @@ def declare() -> Config:
         "model", "The encoder",
         backbone=Param(str, "resnet18, -34, -50 or -101, resnet-small for CPUs, or a name of timm, as vit_small_patch16_224", "resnet50"),
         stem=Param(Choice("imagenet", "cifar"), "cifar: 3x3, stride 1 and no pooling, for 64 px and below (resnet18 to 101)", "imagenet"),
-        zero_init_residual=Param(Switch(), "start each residual block as the identity (resnet18 to 101)", False),
+        zero_init_residual=Param(Switch(), "start each residual block as the identity (resnet18 to 101; timm's start as timm has them)", False),
     )  # fmt: skip
     section(
         "method", "The self-supervised method; options left out are its authors'",
@@ -151,7 +151,10 @@ def declare() -> Config:
         momentum_high=Param(_number(0, 0.9999), "of the one-cycle schedules, at their ends", 0.95),
         weight_decay=Param(_number(0), "L2 penalty; of adamw, decoupled", 1e-4),
         decay_norm_and_bias=Param(Switch(), "decay biases and the parameters of normalisation too; default: the method's own"),
-        accumulate=Param(_integer(1), "parts of a batch that are computed one after the other, to save memory; BatchNorm and loss see one at a time", 1),
+        accumulate=Param(
+            _integer(1), "parts of a batch that are computed one after the other, to save memory; BatchNorm and loss see one at a time, and "
+            "after each move the queue (mocov2plus) and the centre (dino)", 1,
+        ),
         joint_views=Param(Switch(), "pass both views as one batch, which BatchNorm normalises together; default: as the method's authors do"),
         compile=Param(Choice("auto", "off", "default", "reduce-overhead", "max-autotune"), "torch.compile's mode; auto: default on a GPU, off on CPU", "auto"),
         amp=Param(Choice("auto", "bf16", "fp16", "off"), "mixed precision; auto: bf16 where the GPU has it, else fp16, off on CPU", "auto"),
@@ -325,7 +328,10 @@ def _check_together(options: SimpleNamespace) -> None:
             )
     if resolution.schedule != "constant" and resolution.min > resolution.max:
         raise UserError(f"--resolution.min: {resolution.min} is larger than --resolution.max={resolution.max}")
-    if training.warmup_epochs >= training.epochs:
+    if training.schedule == "1-clr":
+        if training.warmup_share == 1:
+            raise UserError("--training.warmup_share: 1 leaves no training after the warm-up; give less")
+    elif training.warmup_epochs >= training.epochs:
         raise UserError(f"--training.warmup_epochs: {training.warmup_epochs:g} of {training.epochs} epochs leave none after the warm-up")
     part, rest = divmod(training.batch_size, training.accumulate)
     if rest or part < 2:
@@ -336,5 +342,7 @@ def _check_together(options: SimpleNamespace) -> None:
         raise UserError(f"--augment.views: {augment.views} views, of which only 2 would be used; set --hard_augment.select=hard")
     if options.hard_augment.select != "off" and augment.views < 3:
         raise UserError(f"--augment.views: {augment.views} views leave no pair to choose; hard_augment needs 3 or more")
+    if options.hard_augment.loss == "method" and options.hard_augment.select != "hard":
+        raise UserError("--hard_augment.loss: pairs are compared to find the hardest alone; set --hard_augment.select=hard, or leave this out")
     if options.hard_augment.extra_targets and options.hard_augment.select == "off":
         raise UserError("--hard_augment.extra_targets: they are the views not chosen; set --hard_augment.select=hard or random, and 3 views or more")

@@ -29,7 +29,13 @@ def precision(amp: str, device: torch.device) -> str:
     """"bf16", "fp16" or "off", float32. amp: one of these, or "auto": bf16 where the GPU has it, else fp16; on CPU, off."""
     if amp != "auto":
         return amp
-    return "off" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "off" if device.type != "cuda" else "bf16" if has_bf16(device) else "fp16"
+
+
+def has_bf16(gpu: torch.device) -> bool:
+    """Whether a GPU computes in bf16 itself: where it is emulated, nothing is gained by it."""
+    with torch.cuda.device(gpu):  # torch asks the current one
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def describe_precision(amp: str, device: torch.device) -> str:
@@ -46,6 +52,8 @@ def mixed_precision(amp: str, device: torch.device, option: str = "--training.am
     amp = precision(amp, device)
     if amp == "fp16" and device.type == "cpu":
         raise UserError(f"{option}: fp16 needs a GPU; use bf16 or off")
+    if amp == "bf16" and device.type == "cuda" and not has_bf16(device):
+        raise UserError(f"{option}: {device} has no bf16; use fp16 or off")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
     return autocast, torch.amp.GradScaler(device.type, enabled=amp == "fp16")

@@ -12,6 +12,7 @@ starts to decrease, and where it has reached the floor from which it diverges. T
 """
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -45,7 +46,7 @@ from ffssl.hard_augment import choose_views, without_trace
 from ffssl.methods import Method
 from ffssl.plan import Plan
 from ffssl.step import Run, build, start_run, train_step
-from ffssl.train import open_loader
+from ffssl.train import open_loader, out_of_memory
 
 CURVE, PICTURE = "lr_range.json", "lr_range.png"
 FALL_STARTS, FALL_ENDS = 0.1, 0.9  # shares of the fall of the validation loss, at the lower limit and at the upper
@@ -91,7 +92,12 @@ def range_test(options: SimpleNamespace, *, low: float, high: float, steps: int,
         run = start_run(options, method, Sweep(options, len(loader), low, high, steps), device)
         for group in run.optimizer.param_groups:
             group.pop("constant_lr", None)  # the peak at which it would stay is what is sought
-        return sweep(run, loader, validation)
+        rows = None
+        with contextlib.suppress(torch.OutOfMemoryError):
+            rows = sweep(run, loader, validation)
+        if rows is None:  # the failed step's tensors are free again by now
+            raise UserError(out_of_memory(run, loader))
+        return rows
 
 
 def sweep(run: Run, loader: ViewLoader, validation: list[Tensor]) -> list[dict[str, float]]:
@@ -153,11 +159,11 @@ def held_out(loader: ViewLoader, count: int, seed: int) -> tuple[np.ndarray, np.
 
 
 def validation_loss(run: Run, validation: list[Tensor]) -> float:
-    """The method's loss on the views, with BatchNorm by the batch as in training. Changes nothing of the run."""
+    """The method's loss on the views, by parts and with BatchNorm by the part as in training. Changes nothing of the run."""
     losses = []
     with without_trace(run.method, run.device), run.amp:
         torch.manual_seed(run.options.run.seed)  # dropout, if there is any, drops the same every time
-        for views in validation:
+        for views in (part for batch in validation for part in batch.chunk(run.options.training.accumulate)):
             buffers = {name: buffer.clone() for name, buffer in run.method.named_buffers()}  # among them a queue, a centre
             loss, _ = functional_call(run.method, buffers, choose_views(run.method, views.to(run.device)))
             losses.append(loss)

@@ -59,9 +59,15 @@ class Plan:
         )
 
 
-def input_sides(options: SimpleNamespace) -> set[int]:
-    """Every side in pixels of the images that a run's backbone sees: of views, of the selection pass and of the evaluation."""
-    sides = set(Plan(options, steps_per_epoch=1).resolutions)
-    if options.hard_augment.select != "off":
-        sides |= {min(side, options.hard_augment.resolution) for side in sides}
-    return sides | ({options.resolution.max} if options.data.validation else set())
+def input_sides(options: SimpleNamespace) -> dict[int, str]:
+    """Every side in pixels of the images that a run's backbone sees, of views, of Hard Augment's low-resolution pass and of the
+    evaluation, with the option that it comes from.
+    """
+    r, hard_augment = options.resolution, options.hard_augment
+    bounds = {r.min: "--resolution.min", r.max: "--resolution.max"}
+    sides = {side: bounds.get(side, "--resolution.step") for side in Plan(options, steps_per_epoch=1).resolutions}
+    if hard_augment.select == "hard" or hard_augment.extra_targets:
+        sides.setdefault(min(hard_augment.resolution, max(sides)), "--hard_augment.resolution")
+    if options.data.validation:
+        sides[r.max] = "--resolution.max"
+    return sides

@@ -144,9 +144,10 @@ def train_step(run: Run, views: Tensor, step: int, mark: Callable[[str], None] =
     if run.device.type == "cuda":  # before the first part alone: the gradients of one must last while the next adds to them
         torch.compiler.cudagraph_mark_step_begin()
     parts = views.chunk(options.training.accumulate)
+    seeds = [(options.run.seed + step) * len(parts) + part for part in range(len(parts))]  # no part's pairs are drawn as another's
     with local_gradients(run.parallel):
-        results = [add_gradients(run, part, options.run.seed + step, len(parts), mark) for part in parts[:-1]]
-    results.append(add_gradients(run, parts[-1], options.run.seed + step, len(parts), mark))
+        results = [add_gradients(run, part, seed, len(parts), mark) for part, seed in zip(parts[:-1], seeds)]
+    results.append(add_gradients(run, parts[-1], seeds[-1], len(parts), mark))
     run.method.after_backward(progress)
     run.scaler.step(run.optimizer)
     run.scaler.update()

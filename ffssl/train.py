@@ -114,7 +114,7 @@ def train(options: SimpleNamespace) -> None:
             with contextlib.suppress(torch.OutOfMemoryError):
                 trained = train_epoch(run, loader, log, saver, stop)
             if not trained:  # the failed step's tensors are free again by now
-                raise UserError(out_of_memory(run, loader))
+                raise UserError(f"{out_of_memory(run, loader)}. The last checkpoint is untouched")
             run.tally.share()
             accuracy, done = {}, run.epoch + 1
             if options.data.validation and (done == epochs or (options.evaluate.every and done % options.evaluate.every == 0)):
@@ -280,12 +280,13 @@ def diverged(run: Run, step: int) -> str:
 
 
 def out_of_memory(run: Run, loader: ViewLoader) -> str:
+    """What is told after a step on one of the loader's batches has not fitted into the device's memory."""
     views = (loader.batch_size, run.options.augment.views, 3, loader.resolution, loader.resolution)
     # Trying what fits takes all ranks, of which only this one may have run out of memory.
     advice = memory_advice(run, views) if world_size() == 1 else "take a larger --training.accumulate, or more GPUs"
     return (
         f"--training.batch_size: a step with {views[0]} images of {views[1]} views at {views[-1]} px needs more memory than {run.device} has; "
-        f"{advice}. The last checkpoint is untouched"
+        f"{advice}"
     )
 
 

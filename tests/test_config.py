@@ -165,6 +165,7 @@ def test_files_that_are_each_others_base_are_refused(config):
         (["--resolution.schedule=spl", "--resolution.min=100"], r"resolution\.min: 100"),
         (["--resolution.schedule=spl", "--resolution.min=256"], r"resolution\.min: 256 is larger"),
         (["--training.epochs=5", "--training.warmup_epochs=5"], r"training\.warmup_epochs: 5 of 5"),
+        (["--training.schedule=1-clr", "--training.warmup_share=1"], r"training\.warmup_share: 1 leaves no training"),
         (["--training.momentum_low=0.96"], r"training\.momentum_low: 0\.96"),
         (["--augment.views=6"], r"augment\.views: 6 .*hard_augment\.select"),
         (["--hard_augment.select=hard"], r"augment\.views: 2 .*hard_augment"),
@@ -172,6 +173,8 @@ def test_files_that_are_each_others_base_are_refused(config):
         (["--hard_augment.select=hard", "--augment.views=1"], r"augment\.views: expected an integer of 2 or more"),
         (["--hard_augment.select=hard", "--hard_augment.extra_targets=true", "--augment.views=2"], r"augment\.views: 2"),
         (["--hard_augment.extra_targets=true"], r"hard_augment\.extra_targets: .*hard_augment\.select"),
+        (["--hard_augment.loss=method"], r"hard_augment\.loss: .*hard_augment\.select=hard"),
+        (["--hard_augment.loss=method", "--hard_augment.select=random", "--augment.views=3"], r"hard_augment\.loss: .*hard_augment\.select=hard"),
     ],
 )
 def test_options_at_odds_with_each_other_are_refused(arguments, message):
@@ -186,6 +189,9 @@ def test_options_at_odds_with_each_other_are_refused(arguments, message):
         ["--augment.views=3", "--hard_augment.select=hard"],
         ["--training.momentum_low=0.95"],
         ["--training.epochs=5", "--training.warmup_epochs=4.9"],
+        ["--training.epochs=5", "--training.warmup_epochs=10", "--training.schedule=1-clr", "--training.warmup_share=0.9"],
+        ["--training.warmup_share=1"],  # plays no role but for 1-clr
+        ["--augment.views=3", "--hard_augment.select=hard", "--hard_augment.loss=method"],
     ],
 )
 def test_options_that_agree_are_not(arguments):

@@ -164,8 +164,23 @@ def test_a_vision_transformer_trains_through_all_resolutions(beton, tmp_path):
     assert all(isfinite(row["loss"]) for row in rows)
 
 
-@pytest.mark.parametrize("option", ["--resolution.max=40", "--hard_augment.resolution=24"])
-def test_views_that_the_patches_do_not_divide_are_named_before_data_is_read(option, tmp_path):
-    vit = "--training.warmup_epochs=1", "--resolution.step=8", "--model.backbone=vit_tiny_patch16_224"
-    with pytest.raises(UserError, match=r"vit_tiny_patch16_224 can't take views of (40|24) px: its patches of 16 px do not divide"):
-        run(CONFIGS / "imagenette_efficient.yaml", tmp_path / "missing.beton", tmp_path, *vit, option)
+@pytest.mark.parametrize("name, side, more", [
+    ("--resolution.max", 40, ["--resolution.schedule=constant"]), ("--resolution.min", 24, []), ("--resolution.step", 8, ["--resolution.max=48"]),
+    ("--hard_augment.resolution", 24, ["--resolution.step=16"]),
+    ("--hard_augment.resolution", 24, ["--resolution.step=16", "--hard_augment.select=random", "--hard_augment.extra_targets=true"]),
+])  # fmt: skip
+def test_views_that_the_patches_do_not_divide_are_named_before_data_is_read(name, side, more, tmp_path):
+    vit = "--training.warmup_epochs=1", "--training.epochs=9", "--resolution.step=8", "--model.backbone=vit_tiny_patch16_224"
+    with pytest.raises(UserError, match=rf"^{name}: vit_tiny_patch16_224 can't take views of (40|24) px: its patches of 16 px do not divide"):
+        run(CONFIGS / "imagenette_efficient.yaml", tmp_path / "missing.beton", tmp_path, *vit, *more, f"{name}={side}")
+
+
+@pytest.mark.parametrize("select", ["off", "random"])
+def test_where_no_view_is_made_smaller_the_selections_side_is_not_asked_about(select, tmp_path):
+    views = 2 if select == "off" else 3
+    options = read_options([
+        f"--config={CONFIGS / 'imagenette_efficient.yaml'}", "--data.train=none", "--run.folder=none", "--model.backbone=vit_tiny_patch16_224",
+        f"--hard_augment.select={select}", f"--augment.views={views}", "--hard_augment.resolution=24",
+    ])  # fmt: skip
+    with torch.device("meta"):
+        build(options, torch.device("meta"))

@@ -13,6 +13,7 @@ from ffssl.data.convert import convert
 from ffssl.data.sources.embedded import Embedded
 from ffssl.errors import UserError
 from ffssl.lr_range import Sweep, held_out, range_test, suggest_limits, validation_loss, validation_views
+from ffssl.methods.base import Method
 from ffssl.step import build, start_run, train_step
 from ffssl.train import open_loader
 
@@ -118,6 +119,16 @@ def test_validating_leaves_no_trace_and_always_finds_the_same(beton, method):
         assert validation_loss(run, validation) != losses[0]
 
 
+def test_the_validation_loss_is_of_parts_as_large_as_those_trained_on(beton):
+    options = options_of(beton, "--training.accumulate=2")
+    with open_loader(options, build(options, torch.device("cpu"))) as loader:
+        run = start(options, loader)
+        validation = validation_views(options, run.method, loader, 16)
+        by_parts = validation_loss(run, validation)
+        options.training.accumulate = 1
+        assert by_parts == validation_loss(run, [half for views in validation for half in views.chunk(2)]) != validation_loss(run, validation)
+
+
 def test_validation_images_are_not_trained_on(beton):
     options = options_of(beton)
     with open_loader(options, build(options, torch.device("cpu"))) as loader:
@@ -177,6 +188,19 @@ def test_too_few_validation_images_are_told(beton, tmp_path, monkeypatch, capsys
     assert program(monkeypatch, beton, tmp_path / "range", f"--data.validation={tmp_path / 'val.beton'}", *words) == 2
     error = capsys.readouterr().err
     assert f"--data.validation: {tmp_path / 'val.beton'} has 18 images, of which {wanted} are to be taken" in error and error.count("\n") == 1
+
+
+def test_what_fits_into_the_memory_is_told(beton, tmp_path, monkeypatch, capsys):
+    def forward(method, first, second):
+        if len(first) > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return method.loss(first, second)
+
+    monkeypatch.setattr(Method, "forward", forward)
+    assert program(monkeypatch, beton, tmp_path) == 2
+    error = capsys.readouterr().err
+    assert "error: --training.batch_size: a step with 16 images of 2 views at 16 px needs more memory than cpu has" in error
+    assert "take --training.batch_size=8, or --training.accumulate=2" in error and "Traceback" not in error
 
 
 @pytest.mark.parametrize("name", ["checkpoint.pt", "log.jsonl"])

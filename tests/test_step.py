@@ -1,3 +1,4 @@
+import contextlib
 import copy
 
 import numpy as np
@@ -11,7 +12,7 @@ from ffssl.config import read_options
 from ffssl.data.convert import ConvertOptions, convert
 from ffssl.data.loader import ViewLoader
 from ffssl.data.sources.embedded import Embedded
-from ffssl.device import describe_precision, precision
+from ffssl.device import describe_precision, mixed_precision, precision
 from ffssl.errors import UserError
 from ffssl.images import MEAN, STD, to_input
 from ffssl.methods import METHODS
@@ -127,6 +128,16 @@ def test_gradients_of_parts_add_up_to_those_of_their_mean():
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_each_part_of_each_step_draws_pairs_of_its_own(monkeypatch):
+    seeds, choose_views = [], hard_augment.choose_views
+    monkeypatch.setattr(hard_augment, "choose_views", lambda *args, seed, **options: seeds.append(seed) or choose_views(*args, seed=seed, **options))
+    for parts in (1, 4):
+        run = start(options_of("vicreg", "--augment.views=3", "--hard_augment.select=random", f"--training.accumulate={parts}", "--run.seed=7"))
+        for step in range(3):
+            train_step(run, batch(views=3), step)
+    assert seeds[:3] == [7, 8, 9] and len({*seeds[3:]}) == 12
+
+
 @pytest.mark.parametrize("parts", [3, 16])
 def test_parts_that_a_batch_does_not_have_are_refused(parts):
     with pytest.raises(UserError, match=f"--training.accumulate: {parts} equal parts of 2 images or more can't be made"):
@@ -178,13 +189,34 @@ def test_cudnn_tries_its_algorithms(monkeypatch):
     assert torch.backends.cudnn.benchmark
 
 
-def test_precision_falls_back_where_a_gpu_has_no_bf16(monkeypatch):
-    cuda = torch.device("cuda")
-    for has, expected in ((True, "bf16"), (False, "fp16")):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has)
-        assert precision("auto", cuda) == expected
-        assert describe_precision("auto", cuda).endswith("since this GPU has no bf16") == (not has)
+@pytest.fixture
+def gpus(monkeypatch):
+    """An older GPU, which emulates bf16 and is the current one, and one that has it."""
+    old, new = torch.device("cuda:0"), torch.device("cuda:1")
+    current = [old]
+
+    @contextlib.contextmanager
+    def made_current(gpu):
+        current.append(gpu)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", made_current)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or current[-1] == new)
+    return old, new
+
+
+def test_precision_falls_back_where_a_gpu_has_no_bf16(gpus):
+    for gpu, expected in zip(gpus, ("fp16", "bf16")):
+        assert precision("auto", gpu) == expected
+        assert describe_precision("auto", gpu).endswith("since this GPU has no bf16") == (expected == "fp16")
     assert precision("auto", CPU) == "off" and precision("bf16", CPU) == "bf16"
+
+
+def test_a_precision_that_a_device_does_not_have_is_refused(gpus):
+    for amp, device, message in (("bf16", gpus[0], "--amp: cuda:0 has no bf16; use fp16 or off"), ("fp16", CPU, "--amp: fp16 needs a GPU")):
+        with pytest.raises(UserError, match=message):
+            mixed_precision(amp, device, "--amp")
 
 
 def test_the_scale_of_fp16_is_checkpointed():

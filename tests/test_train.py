@@ -272,7 +272,7 @@ def test_broken_images_end_a_run_by_name_or_are_replaced_and_counted(betons, tmp
         ("--method.name=simclrr", "unknown method 'simclrr'; known are .*simclr, simsiam"),
         ("--method.predictor=8", "simclr has no such option"),
         ("--method.name=mocov2plus --method.queue=100", "--method.queue: 100 must be a multiple of --training.batch_size=32"),
-        ("--method.name=vicreg --hard_augment.loss=method", "--hard_augment.loss: vicreg has no loss of single images"),
+        ("--method.name=vicreg --hard_augment.loss=method --hard_augment.select=hard --augment.views=3", "--hard_augment.loss: vicreg has no loss"),
         ("--hard_augment.extra_targets=true --hard_augment.select=hard --augment.views=3", "--hard_augment.extra_targets: simclr does not predict"),
         ("--augment.policy=none", "unknown policy 'none'"),
         ("--run.device=cuda:99", "cuda:99 can't be used here"),

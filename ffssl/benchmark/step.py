@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
     torch.manual_seed(options.run.seed)
     run = start_run(options, build(options, device), Plan(options, steps_per_epoch=1000), device)
     sides = given.resolutions or run.plan.resolutions
-    check_resolutions(options.model.backbone, run.method.backbone, set(sides))
+    check_resolutions(options.model.backbone, run.method.backbone, dict.fromkeys(sides, "--resolutions"))
     flops = {side: count_run_step(run.plan, run.method, side) for side in sides}
     compile_passes(run.method, PASSES, options.training.compile, device)
     with run.amp:

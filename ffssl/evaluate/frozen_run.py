@@ -115,7 +115,7 @@ def freeze(
     classes = count_classes(train, validation)
     backbone = backbone_of(loaded.method, network).requires_grad_(False).eval()
     resolution = resolution or options.resolution.max
-    check_resolutions(options.model.backbone, backbone, {resolution})
+    check_resolutions(options.model.backbone, backbone, {resolution: "--resolution"})
     if workers is not None:
         options.data.workers = workers
     return FrozenRun(

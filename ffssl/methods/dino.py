@@ -12,8 +12,9 @@ CENTRE_MOMENTUM = 0.9
 
 
 class DINO(TeacherMethod):
-    """Caron et al. 2021, after the official code, without local crops. The student predicts how the teacher assigns the other view to
-    prototypes; centring and sharpening of the teacher's assignments prevent a collapse.
+    """Caron et al. 2021, after the official code, without local crops, and without its clipping of each parameter's gradient at a norm
+    of 3. The student predicts how the teacher assigns the other view to prototypes; centring and sharpening of the teacher's assignments
+    prevent a collapse.
 
     hidden, projection: widths of the projector (2048 and 256); its outputs are L2-normalised. prototypes: outputs of the last,
     weight-normed layer (65536). head_norm: BatchNorm in the projector's hidden layers, an option of the authors that helps convolutional
