@@ -18,7 +18,7 @@ folder are replaced after every run. A study file:
       efficient: {against: baseline, config: ../demo_efficient.yaml}
     groups:                                                # may be left out; with it, every run is made once for each group
       simclr: {options: {method: {name: simclr}}}
-      simsiam: {options: {method: {name: simsiam}}, runs: {efficient: {training: {learning_rate: 0.1}}}}
+      simsiam: {options: {method: {name: simsiam}}, runs: {efficient: {training: {learning_rate: 0.1}}}, leave_out: [warm-up]}
 
 An option is taken from the command line, else from the group's `runs`, the group, the run, the study, the config.
 """

@@ -187,20 +187,32 @@ def _grid(content: dict, path: Path, given: dict[str, str]) -> Iterator[Run]:
         raise UserError(f"{path}: the study holds no runs; give at least one under runs")
     for group, group_content in (_named(content.get("groups"), f"{path}: groups") or {None: {}}).items():
         where = f"{path}: group {group}"
-        group_content = _keys(group_content, where, ("options", "runs"))
+        group_content = _keys(group_content, where, ("options", "runs", "leave_out"))
+        kept = _kept(list(runs), group_content.get("leave_out"), where)
         of_group = _options(group_content.get("options"), where)
         of_runs = _keys(group_content.get("runs"), f"{where}: runs", tuple(runs))
         prefix = f"{group}/" if group else ""
-        for name, run in runs.items():
+        for name in kept:
+            run = runs[name]
             against = run.get("against")
             if against is not None and (against == name or against not in list(runs)):
                 raise UserError(f"{path}: run {name}: against must name another run of the study, got {against!r}; there are {', '.join(runs)}")
+            if against is not None and against not in kept:
+                raise UserError(f"{where}: leave_out: {against} is what {name} is compared with")
             config = run.get("config", content.get("config"))
             options = common | _options(run.get("options"), f"{path}: run {name}") | of_group | _options(of_runs.get(name), f"{where}: run {name}")
             arguments = [f"--{option}={value}" for option, value in (options | given).items()]
             if config:
                 arguments = ["--config", str(path.parent / _word(config, f"{path}: run {name}: config")), *arguments]
             yield Run(prefix + name, group, against and prefix + against, arguments)
+
+
+def _kept(runs: list[str], leave_out: object, where: str) -> list[str]:
+    """The runs without those that a group leaves out."""
+    names = [] if leave_out is None else leave_out
+    if not isinstance(names, list) or not all(name in runs for name in names):
+        raise UserError(f"{where}: leave_out must be a list of runs, of {', '.join(runs)}; got {names!r}")
+    return [name for name in runs if name not in names]
 
 
 def _named(value: object, where: str) -> dict:

@@ -210,6 +210,9 @@ def test_a_second_study_in_the_same_folder_is_refused(toy):
         ({"runs": ["a", "b"]}, "runs: expected names with values"),
         ({"groups": {"g": {"runs": {"small-er": {}}}}}, "group g: runs: unknown key 'small-er'; did you mean small?"),
         ({"groups": {"g": {"options": {"method": {"names": "byol"}}}}}, "run g/baseline: --method.names: unknown option"),
+        ({"groups": {"g": {"leave_out": ["small-er"]}}}, "group g: leave_out must be a list of runs, of .*; got .'small-er'."),
+        ({"groups": {"g": {"leave_out": "small"}}}, "group g: leave_out must be a list of runs"),
+        ({"groups": {"g": {"leave_out": ["baseline"]}}}, "group g: leave_out: baseline is what small is compared with"),
         ({"run": {}}, "unknown key 'run'; did you mean runs?"),
         ({"seeds": []}, "seeds must be a list"),
         ({"seeds": [0, -1]}, "seeds must be a list of integers of 0 or more"),
@@ -274,6 +277,14 @@ def test_options_come_from_the_nearest_place(tmp_path):
     assert (options.model.backbone, options.run.seed, options.run.folder) == ("resnet18", 7, str(tmp_path / "seed7" / "g" / "a"))
     assert read_options(runs["h/b"].command(tmp_path, 0)).training.epochs == 2
     assert {read_options(run.command(tmp_path, 0)).data.train for run in runs.values()} == {str(tmp_path / "data" / "train-100.beton")}
+
+
+def test_a_group_leaves_runs_out(tmp_path):
+    path = write(
+        tmp_path, runs={"a": None, "b": {"against": "a", "options": {"model": {"backbone": "resnet18"}}}},
+        groups={"g": {"leave_out": ["b"]}, "h": {"options": {"training": {"batch_size": 4}}}},
+    )  # fmt: skip
+    assert [run.name for run in read_study(path, tmp_path, []).runs] == ["g/a", "h/a", "h/b"]
 
 
 def test_threads_and_places_may_change_between_two_calls(tmp_path):
