@@ -156,7 +156,7 @@ def declare() -> Config:
             "after each move the queue (mocov2plus) and the centre (dino)", 1,
         ),
         joint_views=Param(Switch(), "pass both views as one batch, which BatchNorm normalises together; default: as the method's authors do"),
-        compile=Param(Choice("auto", "off", "default", "reduce-overhead", "max-autotune"), "torch.compile's mode; auto: default on a GPU, off on CPU", "auto"),
+        compile=Param(Choice("auto", "off", "default", "reduce-overhead", "max-autotune"), "torch.compile's mode; auto: default on a GPU, off on CPU and where GPUs share BatchNorm", "auto"),
         amp=Param(Choice("auto", "bf16", "fp16", "off"), "mixed precision; auto: bf16 where the GPU has it, else fp16, off on CPU", "auto"),
     )  # fmt: skip
     section(

@@ -319,3 +319,11 @@ def test_compiled_equals_eager(name, drawn_batches):
 def test_by_default_only_a_gpu_compiles():
     method = build(options_of("simsiam"), CPU)
     assert compile_passes(method, PASSES, "auto", CPU) == "off" and "loss" not in vars(method)
+
+
+def test_a_gpus_ranks_compile_only_what_has_no_batchnorm_to_synchronise():
+    gpu = torch.device("cuda")  # nothing is compiled before it is called
+    for norm, mode in ((torch.nn.SyncBatchNorm, "off"), (torch.nn.BatchNorm2d, "default")):
+        network = torch.nn.Sequential(norm(1))
+        assert compile_passes(network, ["forward"], "auto", gpu) == mode
+        assert ("forward" in vars(network)) == (mode != "off")
