@@ -125,7 +125,8 @@ class ViewLoader:
     @property
     def buffer_bytes(self) -> int:
         """Bytes of all view buffers, which are taken when the first epoch starts and held until `close`."""
-        return self.batches_ahead * self.batch_size * self._settings.views * 3 * self._max_resolution**2
+        needed = self.batches_ahead * self.batch_size * self._settings.views * 3 * self._max_resolution**2
+        return 1 << (needed - 1).bit_length() if torch.cuda.is_available() else needed  # torch pins memory by powers of two
 
     @property
     def memory_bytes(self) -> int:

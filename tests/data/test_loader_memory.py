@@ -49,6 +49,13 @@ def large_beton(tmp_path_factory):
     path.unlink()
 
 
+def test_pinned_buffers_are_announced_as_torch_takes_them(betons, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for batch_size, expected in ((8, 2**14), (11, 2**15)):
+        with ViewLoader(betons["train"], batch_size=batch_size, views=2, resolution=16, batches_ahead=1, workers=1) as loader:
+            assert batch_size * 2 * 3 * 16 * 16 <= loader.buffer_bytes == expected
+
+
 def test_memory_at_its_peak_is_what_was_announced(large_beton):
     run_alone(
         """
