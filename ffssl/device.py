@@ -14,6 +14,8 @@ def choose_device(name: str, option: str = "--run.device") -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # for pinned memory and events, which are the current GPU's
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"{option}: {name} can't be used here: {str(error).splitlines()[0]}") from error
     return device
