@@ -62,12 +62,13 @@ section() {
     echo "== $1" >&2
     local public="s#$output#OUTPUT#g; s#$root/##g; s#^    \$ $python#    \$ python#"
     { echo; echo "## $1"; echo; echo '    $' "${*:2}" | sed "$public"; echo; echo '```'; } >> "$report"
-    "${@:2}" 2> "$output/errors.txt" | tr '\r' '\n' | sed "$public" | tee -a "$report"
+    # By lines: a time limit kills them all at once, and what is in a buffer then is lost.
+    "${@:2}" 2> "$output/errors-$ran.txt" | stdbuf -oL tr '\r' '\n' | sed -u "$public" | tee -a "$report"
     local failed=${PIPESTATUS[0]}
     echo '```' >> "$report"
     if ((failed)); then
         status=1
-        { echo; echo "**Failed with status $failed:**"; echo; tail -n 5 "$output/errors.txt" | sed 's/^/    /'; } | tee -a "$report"
+        { echo; echo "**Failed with status $failed:**"; echo; tail -n 40 "$output/errors-$ran.txt" | sed 's/^/    /'; } | tee -a "$report"
     fi
 }
 
@@ -113,8 +114,10 @@ for method in simsiam byol; do
         configs=(rn50_configs/${prefix}baseline.yaml rn50_configs/${prefix}efficient.yaml)
         for compile in off default reduce-overhead; do
             [[ $toy && $compile != off ]] && continue
+            sides=()  # of the schedule's five, each of which takes minutes to compile
+            [[ $compile != off ]] && sides=(--resolutions 96 224)
             section "Step: $method, $network, torch.compile $compile" "$python" -m ffssl.benchmark step --config "${configs[1]}" \
-                "${options[@]}" "--training.compile=$compile" "${measured[@]}" --json "$output/step-$method-$network-$compile.json"
+                "${options[@]}" "--training.compile=$compile" "${measured[@]}" "${sides[@]}" --json "$output/step-$method-$network-$compile.json"
         done
         section "Speed-up: $method, $network" "$python" -m ffssl.benchmark speedup --configs "${configs[@]}" "${options[@]}" "${measured[@]}" \
             ${toy:+--seconds=0.1} "--images=$images_an_epoch" ${imagenette:+"--data=$output/train.beton"} --output "$output/speedup-$method-$network"

@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
     torch.manual_seed(options.run.seed)
     run = start_run(options, build(options, device), Plan(options, steps_per_epoch=1000), device)
     sides = given.resolutions or run.plan.resolutions
-    check_resolutions(options.model.backbone, run.method.backbone, dict.fromkeys(sides, "--resolutions"))
+    check_resolutions(options.model.backbone, run.method.backbone, dict.fromkeys(given.resolutions or (), "--resolutions"))
     flops = {side: count_run_step(run.plan, run.method, side) for side in sides}
     compile_passes(run.method, PASSES, options.training.compile, device)
     with run.amp:
@@ -69,13 +69,13 @@ def main(arguments: list[str]) -> None:
         if row is None:  # the failed step's tensors are free again by now
             views = (options.training.batch_size, options.augment.views, 3, side, side)
             print(f"{side:>4}  {views[0]} images do not fit into the memory; {memory_advice(run, views)}", flush=True)
-            continue
-        rows.append(row)
-        print_row(row, peak)
+        else:
+            rows.append(row)
+            print_row(row, peak)
+        if given.json:  # now: the next resolution may fail, or a time limit end it
+            found = {"machine": describe_machine(PACKAGES), "run": describe(options, device), "peak_flops_per_second": peak, "rows": rows}
+            write_json(given.json, found)
     print("\nMedians. first: the first step, torch.compile's work included. teacher: its update. share: of the product's FLOP/s.")
-    if given.json:
-        found = {"machine": describe_machine(PACKAGES), "run": describe(options, device), "peak_flops_per_second": peak, "rows": rows}
-        write_json(given.json, found)
 
 
 def describe(options: SimpleNamespace, device: torch.device) -> str:
