@@ -64,7 +64,7 @@ def train_with_counter(betons, folder, monkeypatch, joules):
     """Two epochs of two steps each. joules: called for each reading."""
     monkeypatch.setattr("ffssl.step.energy_counter", lambda device: joules)
     words = ["--model.backbone=resnet-small", "--method.name=simclr", "--method.hidden=8", "--method.projection=8", "--resolution.max=16", "--resolution.step=16"]
-    options = read_options([*words, f"--data.train={betons['train']}", f"--run.folder={folder}", "--training.epochs=2", "--training.batch_size=64", "--run.tensorboard=false"])
+    options = read_options([*words, f"--data.train={betons['train']}", f"--run.folder={folder}", "--training.epochs=2", "--training.batch_size=64", "--run.tensorboard=false", "--run.device=cpu"])
     train(options)
 
 

@@ -93,8 +93,8 @@ def test_a_probe_leaves_the_backbone_alone_and_says_what_it_was_trained_on(run, 
     (record,) = read_results(run)
     assert record["settings"]["training"] == label and record["settings"]["cached"] == cached
     state = checkpoint.load(run, name=record["probe"])
-    network = freeze(run).backbone
-    features, labels = centre_crops(network, freeze(run).validation)
+    frozen = freeze(run, device="cpu")
+    features, labels = centre_crops(frozen.backbone, frozen.validation)
     ranks = (features @ state["classifier"]["weight"].double().T + state["classifier"]["bias"]).argsort(1, descending=True).tolist()
     right = {k: np.mean([label in rank[:k] for rank, label in zip(ranks, labels.tolist())]) for k in (1, 5)}
     assert record["scores"] == {"top1": pytest.approx(right[1]), "top5": pytest.approx(right[5])}
