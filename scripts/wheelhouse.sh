@@ -20,8 +20,8 @@ pinned() { grep -oE "^$1==[^ ;]+" requirements.txt || fail "$1 is not pinned in 
 # FFCV asks for opencv-python, of which it needs only what the headless build has too. The headless build works without
 # libGL, and this version is the last, and so the most current, of less than 50 MB.
 opencv="opencv-python-headless==4.11.0.86"
-names=(assertpy fastargs lightning-utilities packaging psutil pytorch-pfn-extras pyyaml setuptools terminaltables
-       torchmetrics tqdm ${ADD:-})
+names=(assertpy fastargs lightning-utilities nvidia-ml-py packaging psutil pytorch-pfn-extras pyyaml safetensors setuptools
+       terminaltables timm torchmetrics tqdm ${ADD:-})
 requirements=()
 for name in "${names[@]}"; do
     if [[ " ${SKIP:-} " != *" $name "* ]]; then requirements+=("$(pinned "$name")"); fi
