@@ -48,12 +48,11 @@ def ours(workload: Workload, jitter_form: str) -> Epoch:
 
 def decode_only(workload: Workload) -> Epoch:
     """The limit: every image decoded once with ffcv's decoder, nothing else."""
-    from numba import njit
-
     from ffssl.data.beton import read_beton
+    from ffssl.data.compiled import compiled_uncached
     from ffssl.data.decoder import decode, most_pixels
 
-    @njit(nogil=True, fastmath=True, error_model="numpy")  # not cached: what guards the caches knows the package's own kernels only
+    @compiled_uncached
     def decode_samples(file, pointers, sizes, images, indices):
         pixels = np.empty(3 * most_pixels(images, indices), np.uint8)
         for i in indices:

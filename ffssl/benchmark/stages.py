@@ -4,9 +4,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-from numba import njit
 
 from ffssl.data.beton import read_beton
+from ffssl.data.compiled import compiled_uncached
 from ffssl.data.decoder import decode
 from ffssl.data.kernels import store
 from ffssl.data.policy import AFFINE_JITTER, P_GREY, P_JITTER, P_OPERATION, P_SIGMA, P_SOLARISE, PARAMETER_COLUMNS, ViewPolicy, draw, view_key
@@ -62,7 +62,7 @@ def stage_times(path: Path, policy: ViewPolicy, resolution: int) -> dict[str, fl
     }  # fmt: skip
 
 
-@njit(nogil=True, fastmath=True, error_model="numpy")  # not cached: what guards the caches knows the package's own kernels only
+@compiled_uncached
 def _store_view(planes, view):
     for c in range(3):
         for y in range(planes.shape[1]):

@@ -7,8 +7,10 @@ from numba import njit
 
 _MODULES = ("compiled.py", "lanes.py", "kernels.py", "rand_augment.py", "policy.py", "render.py", "decoder.py")
 
+_OPTIONS = {"nogil": True, "fastmath": True, "error_model": "numpy"}
 
-compiled = njit(cache=True, nogil=True, fastmath=True, error_model="numpy")
+compiled = njit(cache=True, **_OPTIONS)
+compiled_uncached = njit(**_OPTIONS)  # for functions of other modules that call kernels: _drop_stale_cache knows only these modules'
 
 
 def _drop_stale_cache() -> None:
