@@ -189,7 +189,10 @@ def draw(study: Study, rows: list[dict], logs: dict[str, dict[int, list[dict]]],
     if shown:
         finals = [100 * row["knn"] for _, row in shown]
         room = max(max(finals) - min(finals), 4)
-        axes[0].set_ylim(max(min(finals) - room, 0), min(max(finals) + 0.3 * room, 101))  # the ends, where the runs differ
+        curves = [point["knn"] for run, _ in shown for point in mean_curve(logs[run.name])]
+        lowest = 100 * min([row["knn"] - (row["knn_sd"] or 0) for _, row in shown] + curves)
+        bottom = max(min(finals) - room, lowest - 0.1 * room, 0)  # the ends, where the runs differ, and of the curves what is as high
+        axes[0].set_ylim(bottom, min(max(finals) + 0.3 * room, 101))
     figure.suptitle(study.title, fontsize=14)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # the labels are placed for the layout as it is now
