@@ -170,9 +170,10 @@ def draw(study: Study, rows: list[dict], logs: dict[str, dict[int, list[dict]]],
     families = list(dict.fromkeys(run.group or run.name for run in study.runs))
     recipes = list(dict.fromkeys(run.name.rpartition("/")[2] for run in study.runs))
     colours = {run.name: COLOURS[families.index(run.group or run.name) % len(COLOURS)] for run in study.runs}
+    curves = {run.name: mean_curve(logs[run.name]) for run, _ in shown}
     for axis, cost, title, factor in zip(axes, COSTS, (unit, "seconds of training"), (scale, 1)):
         for run, row in shown:
-            colour, curve = colours[run.name], mean_curve(logs[run.name])
+            colour, curve = colours[run.name], curves[run.name]
             axis.plot([point[cost] * factor for point in curve], [100 * point["knn"] for point in curve], color=colour, lw=1.4, alpha=0.4)
             axis.errorbar(
                 row[cost] * factor, 100 * row["knn"], xerr=(row[f"{cost}_sd"] or 0) * factor, yerr=100 * (row["knn_sd"] or 0), color=colour,
@@ -189,8 +190,8 @@ def draw(study: Study, rows: list[dict], logs: dict[str, dict[int, list[dict]]],
     if shown:
         finals = [100 * row["knn"] for _, row in shown]
         room = max(max(finals) - min(finals), 4)
-        curves = [point["knn"] for run, _ in shown for point in mean_curve(logs[run.name])]
-        lowest = 100 * min([row["knn"] - (row["knn_sd"] or 0) for _, row in shown] + curves)
+        spreads = [row["knn"] - (row["knn_sd"] or 0) for _, row in shown]
+        lowest = 100 * min([*spreads, *(point["knn"] for curve in curves.values() for point in curve)])
         bottom = max(min(finals) - room, lowest - 0.1 * room, 0)  # the ends, where the runs differ, and of the curves what is as high
         axes[0].set_ylim(bottom, min(max(finals) + 0.3 * room, 101))
     figure.suptitle(study.title, fontsize=14)

@@ -62,6 +62,7 @@ def main(arguments: list[str]) -> None:
     print(f"the product of large matrices: {peak / 1e12:.3g} TFLOP/s\n")
     print_header()
     rows = []
+    found = {"machine": describe_machine(PACKAGES), "run": describe(options, device), "peak_flops_per_second": peak, "rows": rows}
     for side in sides:
         row = None
         with contextlib.suppress(torch.OutOfMemoryError):
@@ -73,7 +74,6 @@ def main(arguments: list[str]) -> None:
             rows.append(row)
             print_row(row, peak)
         if given.json:  # now: the next resolution may fail, or a time limit end it
-            found = {"machine": describe_machine(PACKAGES), "run": describe(options, device), "peak_flops_per_second": peak, "rows": rows}
             write_json(given.json, found)
     print("\nMedians. first: the first step, torch.compile's work included. teacher: its update. share: of the product's FLOP/s.")
 
