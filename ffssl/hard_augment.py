@@ -40,14 +40,14 @@ def choose_views(
     """
     pair, targets = (views[:, 0], views[:, 1]), None
     if select == "hard":
-        chosen, targets = select_hardest(method, normalised(views), resolution, loss=loss, extra_targets=extra_targets)
+        chosen, targets = select_hardest(method, views, resolution, loss=loss, extra_targets=extra_targets)
         pair = take_pair(views, chosen)
     elif select == "random":
         device = views.device if views.device.type == "cuda" else "cpu"  # numbers drawn on the GPU need not wait to get there
         everyones = random_pair(len(views) * world_size(), views.shape[1], torch.Generator(device).manual_seed(seed))
         chosen = everyones[rank() :: world_size()].to(views.device)  # as the images are dealt out
         pair = take_pair(views, chosen)
-        targets = targets_of(method, normalised(take_rest(views, chosen)), resolution) if extra_targets else None
+        targets = targets_of(method, take_rest(views, chosen), resolution) if extra_targets else None
     pair = tuple(to_input(view, autocast_dtype(views.device)) for view in pair)
     return pair if targets is None else (*pair, targets)
 
@@ -95,26 +95,24 @@ def select_hardest(
 ) -> tuple[Tensor, Tensor | None]:
     """The selection pass: int64 (B, 2), the chosen views of each image, and targets (B, m - 2, d) from the others if asked for.
 
-    views: (B, m, 3, R, R), normalised. The extra targets come from the same pass where it has them: where they are the student's
+    views: uint8 (B, m, 3, R, R). The extra targets come from the same pass where it has them: where they are the student's
     projections, or the pairs are compared by the method's loss. Otherwise the teacher sees the other views too.
     """
     batch = views.shape[:2]
     with without_trace(method, views.device):
-        images = downsample(views.flatten(0, 1), resolution)
-        losses, projections, targets = _compare(method, images, batch, loss)
+        losses, projections, targets = _compare(method, small_input(views, resolution), batch, loss)
         chosen = hardest_pair(losses)
         if not extra_targets:
             return chosen, None
         if targets is not None:
             return chosen, take_rest(targets, chosen)
-        others, projections = take_rest(images.unflatten(0, batch), chosen), take_rest(projections, chosen)
-        return chosen, targets_of(method, others, resolution, projections)
+        return chosen, targets_of(method, take_rest(views, chosen), resolution, take_rest(projections, chosen))
 
 
 def losses_of_pairs(method: Method, views: Tensor, resolution: int, *, loss: str = "cosine") -> Tensor:
-    """What the selection pass compares: (B, m, m), symmetric, of views (B, m, 3, R, R), normalised."""
+    """What the selection pass compares: (B, m, m), symmetric, of uint8 views (B, m, 3, R, R)."""
     with without_trace(method, views.device):
-        return _compare(method, downsample(views.flatten(0, 1), resolution), views.shape[:2], loss)[0]
+        return _compare(method, small_input(views, resolution), views.shape[:2], loss)[0]
 
 
 def _compare(method: Method, images: Tensor, batch: tuple[int, int], loss: str) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -127,23 +125,20 @@ def _compare(method: Method, images: Tensor, batch: tuple[int, int], loss: str) 
 
 
 def targets_of(method: Method, views: Tensor, resolution: int, projections: Tensor | None = None) -> Tensor:
-    """The method's targets (B, n, d) of views (B, n, 3, R, R) at `resolution`. projections: theirs, if they are known."""
+    """The method's targets (B, n, d) of uint8 views (B, n, 3, R, R) at `resolution`. projections (B, n, d'): theirs, if they are known."""
     with without_trace(method, views.device):
-        images = downsample(views.flatten(0, 1), resolution)
-        targets = method.targets(images, None if projections is None else projections.flatten(0, 1))
+        targets = method.targets(small_input(views, resolution), None if projections is None else projections.flatten(0, 1))
     return targets.unflatten(0, views.shape[:2])
 
 
-def normalised(views: Tensor) -> Tensor:
-    """uint8 views (B, n, 3, R, R) in float32."""
-    return to_input(views.flatten(0, 1)).unflatten(0, views.shape[:2])
-
-
-def downsample(images: Tensor, resolution: int) -> Tensor:
-    """Images (N, 3, R, R) at `resolution`, with antialiasing, where they are larger; channels_last."""
-    if images.shape[-1] > resolution:
-        images = F.interpolate(images, (resolution, resolution), mode="bilinear", antialias=True)
-    return images.contiguous(memory_format=torch.channels_last)
+def small_input(views: Tensor, resolution: int) -> Tensor:
+    """A network's input (B n, 3, r, r) from uint8 views (B, n, 3, R, R): downsampled to `resolution`, with antialiasing, where they are
+    larger, then normalised in float32, channels_last.
+    """
+    images = views.flatten(0, 1)
+    if images.shape[-1] > resolution:  # before they are normalised: of all views at full resolution that takes three times as long
+        images = F.interpolate(images.float(), (resolution, resolution), mode="bilinear", antialias=True)
+    return to_input(images)
 
 
 def take_pair(views: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:

@@ -111,10 +111,10 @@ def without_dropout(method):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_selection_is_the_hardest_pair_of_one_forward_pass_over_all_views(method, training):
-    views = torch.randn(7, 4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    views = uint8_views(7, 4, 3, 32, 32)
     without_dropout(method).train(training)
     with torch.no_grad():
-        projections = copy.deepcopy(method).project(views.flatten(0, 1)).view(7, 4, -1)
+        projections = copy.deepcopy(method).project(by_torchvision(views).flatten(0, 1)).view(7, 4, -1)
     expected = []
     for z in F.normalize(projections.double(), dim=2):
         expected.append(list(min(itertools.combinations(range(4), 2), key=lambda pair: (z[pair[0]] @ z[pair[1]]).item())))
@@ -125,18 +125,19 @@ def test_selection_is_the_hardest_pair_of_one_forward_pass_over_all_views(method
 @pytest.mark.parametrize("name", WITH_PAIR_LOSSES)
 def test_selection_by_the_methods_loss_is_that_of_a_loop_over_images_and_pairs(name):
     method = without_dropout(build(name)).eval()  # in eval mode a view's outputs do not depend on the others in its batch
-    views = torch.randn(7, 4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    views = uint8_views(7, 4, 3, 32, 32)
+    images = by_torchvision(views)
     losses = {pair: torch.zeros(7) for pair in itertools.combinations(range(4), 2)}
     with torch.no_grad():
         for i, j in losses:
             if name == "simclr":  # its loss of an image is among the batch: what the gradient of one image's terms would see
-                z = F.normalize(torch.cat([method.project(views[:, i]), method.project(views[:, j])]), dim=1)
+                z = F.normalize(torch.cat([method.project(images[:, i]), method.project(images[:, j])]), dim=1)
                 similarity = (z @ z.T / method.temperature).fill_diagonal_(float("-inf"))
                 terms = F.cross_entropy(similarity, torch.arange(14).roll(7), reduction="none")
                 losses[i, j] = (terms[:7] + terms[7:]) / 2
             else:
                 for b in range(7):
-                    losses[i, j][b], _ = copy.deepcopy(method).loss(views[b : b + 1, i], views[b : b + 1, j])  # a copy: it changes queue and centre
+                    losses[i, j][b], _ = copy.deepcopy(method).loss(images[b : b + 1, i], images[b : b + 1, j])  # a copy: it changes queue and centre
         chosen, _ = select_hardest(method, views, 32, loss="method")
     expected = [max(losses, key=lambda pair: losses[pair][b].item()) for b in range(7)]
     assert [tuple(pair) for pair in chosen.tolist()] == expected
@@ -147,12 +148,13 @@ def test_selection_by_the_methods_loss_is_that_of_a_loop_over_images_and_pairs(n
 @pytest.mark.parametrize("loss", ["cosine", "method"])
 def test_extra_targets_are_the_targets_of_the_views_not_chosen_at_the_selections_resolution(name, loss):
     method = without_dropout(build(name)).eval()
-    views = torch.randn(5, 4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    views = uint8_views(5, 4, 3, 32, 32)
+    images = by_torchvision(views)
     chosen, extra = select_hardest(method, views, 16, loss=loss, extra_targets=True)
     assert torch.equal(chosen, select_hardest(method, views, 16, loss=loss)[0]) and not extra.requires_grad
     for b in range(5):
         rest = [v for v in range(4) if v not in chosen[b].tolist()]
-        small = F.interpolate(views[b, rest], (16, 16), mode="bilinear", antialias=True)
+        small = F.interpolate(images[b, rest], (16, 16), mode="bilinear", antialias=True)
         torch.testing.assert_close(extra[b], method.targets(small), atol=1e-5, rtol=1e-4)
 
 
@@ -184,7 +186,7 @@ def test_the_pair_is_in_autocasts_precision_rounded_once(method):
         pair = choose_views(method, views, select="hard", resolution=16)
     assert [view.dtype for view in pair] == [torch.bfloat16] * 2
     with torch.autocast("cpu", torch.bfloat16):
-        chosen, _ = select_hardest(method, by_torchvision(views), 16)
+        chosen, _ = select_hardest(method, views, 16)
     for view, exact in zip(pair, take_pair(by_torchvision(views), chosen)):
         torch.testing.assert_close(view.float(), exact, rtol=2**-8, atol=1e-6)  # half of bfloat16's last place
 
@@ -208,12 +210,13 @@ def test_what_a_method_has_not_is_refused(name):
 
 
 def test_selection_sees_antialiased_views_and_never_enlarges_them():
-    views = torch.rand(2, 3, 3, 96, 96)
+    views = uint8_views(2, 3, 3, 96, 96)
     recorder = Recorder()
     select_hardest(recorder, views, 32)
-    torch.testing.assert_close(recorder.seen, V.resize(views.flatten(0, 1), [32, 32], antialias=True))
+    torch.testing.assert_close(recorder.seen, V.resize(by_torchvision(views).flatten(0, 1), [32, 32], antialias=True))
+    assert recorder.seen.is_contiguous(memory_format=torch.channels_last)
     select_hardest(recorder, views, 128)
-    assert torch.equal(recorder.seen, views.flatten(0, 1))
+    torch.testing.assert_close(recorder.seen, by_torchvision(views).flatten(0, 1))
 
 
 OPTIONS_OF_THE_PASS = [

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ffssl.data.beton import Beton, read_beton
 from ffssl.data.loader import ViewLoader
 from ffssl.evaluate.features import extract_features, open_views
-from ffssl.hard_augment import losses_of_pairs, normalised, pairs
+from ffssl.hard_augment import losses_of_pairs, pairs
 from ffssl.methods import Method
 from ffssl.methods.base import Progress
 from ffssl.report.runs import ReportedRun, describe_data
@@ -116,7 +116,7 @@ def views_by_epoch(run: ReportedRun, method: Method) -> list[EpochViews]:
             for views, _, _ in loader:
                 chosen = None
                 if settings.select == "hard":
-                    losses = losses_of_pairs(method, normalised(views.to(device)), settings.resolution, loss=settings.loss)
+                    losses = losses_of_pairs(method, views.to(device), settings.resolution, loss=settings.loss)
                     candidates = pairs(views.shape[1])
                     chosen = candidates[chosen_pairs(losses.cpu())][kept]
                 shown.append(EpochViews(epoch, resolution, magnitude, views[kept].clone(), chosen))
@@ -134,7 +134,7 @@ def examine_choice(run: ReportedRun, method: Method) -> Choice:
     with _fixed_views(run, method, COMPARED_IMAGES) as loader:
         loader.set_epoch(epoch, plan.resolution(epoch), plan.magnitude(epoch))
         for views, _, _ in loader:
-            images = normalised(views.to(device))
+            images = views.to(device)
             for losses, resolution in ((small, settings.resolution), (large, loader.resolution)):
                 losses.append(losses_of_pairs(method, images, resolution, loss=settings.loss).float().cpu())
         resolution = loader.resolution
