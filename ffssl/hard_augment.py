@@ -136,7 +136,7 @@ def small_input(views: Tensor, resolution: int) -> Tensor:
     larger, then normalised in float32, channels_last.
     """
     images = views.flatten(0, 1)
-    if images.shape[-1] > resolution:  # before they are normalised: of all views at full resolution that takes three times as long
+    if images.shape[-1] > resolution:  # first, since normalising all views at full resolution would take longer than this does
         images = F.interpolate(images.float(), (resolution, resolution), mode="bilinear", antialias=True)
     return to_input(images)
 
