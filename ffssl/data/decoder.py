@@ -1,5 +1,6 @@
 """Stored images to views: each image is decoded once, and all its views are rendered while the pixels are in cache."""
 
+import ctypes
 from collections.abc import Sequence
 
 import llvmlite.binding
@@ -20,8 +21,11 @@ from ffssl.errors import UserError
 SCALED_PIXELS = 1.5
 
 # libjpeg-turbo by way of ffcv's library, which is linked to it, without importing the package, which takes seconds. As external
-# symbols, unlike as ctypes pointers, its functions let Numba cache those that call them.
-llvmlite.binding.load_library_permanently(str(ffcv_library()))
+# symbols, unlike as ctypes pointers, its functions let Numba cache those that call them. They are named to it one by one, since it would
+# load the library for all of the process: OpenCV's BLAS, the reference one, would then compute torch's products, 30 times slower.
+_library = ctypes.CDLL(str(ffcv_library()))
+for _name in ("tjInitDecompress", "tjDecompressHeader3", "tjDecompress2", "tjDestroy"):
+    llvmlite.binding.add_symbol(_name, ctypes.cast(_library[_name], ctypes.c_void_p).value)
 _pointer, _integer = types.voidptr, types.int32
 _new_decompressor = types.ExternalFunction("tjInitDecompress", _pointer())
 _read_header = types.ExternalFunction("tjDecompressHeader3", _integer(_pointer, _pointer, types.uint64, _pointer, _pointer, _pointer, _pointer))

@@ -213,3 +213,13 @@ def test_importing_the_ffcv_decoder_leaves_torchs_and_numbas_threads_alone():
         "assert (torch.get_num_threads(), numba.get_num_threads()) == before"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_library_that_decodes_is_not_loaded_for_all_of_the_process():
+    """Of the libraries that it is linked to, torch would take the BLAS for its own, and be 30 times slower."""
+    code = (
+        "import ctypes; process = ctypes.CDLL(None)\n"
+        "import ffssl.data.decoder\n"
+        "for symbol in ('sgemm_', 'tjDecompress2'): assert not hasattr(process, symbol), symbol"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
