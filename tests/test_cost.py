@@ -161,14 +161,14 @@ def test_the_total_of_a_run_is_what_training_counts():
     stages = costs.stages(options)
     assert [(stage.resolution, stage.epochs) for stage in stages] == [(48, 1), (32, 4), (48, 3)]
     method = build_method("simclr", build_backbone("resnet-small"), {"hidden": 8, "projection": 8, "temperature": 0.2})
-    plan = Plan(options, steps_per_epoch=31)
+    plan = Plan(options, steps_per_epoch=62)
     per_step = count_flops(plan, method)
-    assert petaflop(stages, 31 * 128) * 1e15 == pytest.approx(sum(31 * per_step[plan.resolution(epoch)] for epoch in range(8)))
+    assert petaflop(stages, 62 * 64) * 1e15 == pytest.approx(sum(62 * per_step[plan.resolution(epoch)] for epoch in range(8)))
     assert costs.stages(options) == stages
 
 
 @pytest.mark.parametrize(
-    "change", ["--method.hidden=16", "--augment.views=5", "--hard_augment.resolution=16", "--hard_augment.select=random", "--training.batch_size=64"]
+    "change", ["--method.hidden=16", "--augment.views=5", "--hard_augment.resolution=16", "--hard_augment.select=random", "--training.batch_size=128"]
 )
 def test_what_was_counted_is_not_taken_for_another_run(change):
     costs, changed = RunCosts(), options_of("demo_efficient", *TOY, change)
