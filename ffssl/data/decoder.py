@@ -9,7 +9,7 @@ from numba import types
 
 from ffssl.data.beton import MODE_RAW
 from ffssl.data.compiled import compiled
-from ffssl.data.jpeg import ffcv_library
+from ffssl.data.jpeg import turbojpeg
 from ffssl.data.policy import (
     AFFINE_JITTER, P_HEIGHT, P_LEFT, P_TOP, P_WIDTH, PARAMETER_COLUMNS, POLICY_COLUMNS, STANDARD_MAGNITUDE, ViewPolicy, draw, view_key,
 )  # fmt: skip
@@ -20,19 +20,25 @@ from ffssl.errors import UserError
 # by 0.3 to 1 of 255 levels in the mean, a few by more than 2; with 1 by twice as much.
 SCALED_PIXELS = 1.5
 
-# libjpeg-turbo by way of ffcv's library, which is linked to it, without importing the package, which takes seconds. As external
-# symbols, unlike as ctypes pointers, its functions let Numba cache those that call them. They are named to it one by one, since it would
-# load the library for all of the process: OpenCV's BLAS, the reference one, would then compute torch's products, 30 times slower.
-_library = ctypes.CDLL(str(ffcv_library()))
-for _name in ("tjInitDecompress", "tjDecompressHeader3", "tjDecompress2", "tjDestroy"):
-    llvmlite.binding.add_symbol(_name, ctypes.cast(_library[_name], ctypes.c_void_p).value)
 _pointer, _integer = types.voidptr, types.int32
-_new_decompressor = types.ExternalFunction("tjInitDecompress", _pointer())
-_read_header = types.ExternalFunction("tjDecompressHeader3", _integer(_pointer, _pointer, types.uint64, _pointer, _pointer, _pointer, _pointer))
-_decompress = types.ExternalFunction(
+
+
+def _external(name: str, signature: types.Type) -> types.ExternalFunction:
+    """A function of libjpeg-turbo as an external symbol: unlike ctypes pointers, these let Numba cache the functions that call them.
+
+    llvmlite is told its address. Would it load the library itself, it would do so for all of the process: OpenCV's BLAS, the reference
+    one, would then compute torch's products, 30 times slower.
+    """
+    llvmlite.binding.add_symbol(name, ctypes.cast(turbojpeg()[name], ctypes.c_void_p).value)
+    return types.ExternalFunction(name, signature)
+
+
+_new_decompressor = _external("tjInitDecompress", _pointer())
+_read_header = _external("tjDecompressHeader3", _integer(_pointer, _pointer, types.uint64, _pointer, _pointer, _pointer, _pointer))
+_decompress = _external(
     "tjDecompress2", _integer(_pointer, _pointer, types.uint64, _pointer, _integer, _integer, _integer, _integer, _integer)
 )
-_free_decompressor = types.ExternalFunction("tjDestroy", _integer(_pointer))
+_free_decompressor = _external("tjDestroy", _integer(_pointer))
 _TJPF_RGB, _TJFLAG_FASTDCT = 0, 2048  # the format and the transform that ffcv decodes with
 
 

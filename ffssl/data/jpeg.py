@@ -149,7 +149,7 @@ def to_baseline(data: bytes) -> bytes:
 
     Raises UnsupportedJpeg when its subsampling is one that turbojpeg has no name for, JpegError when it is damaged.
     """
-    library = _turbojpeg()
+    library = turbojpeg()
     output, output_size = ctypes.c_void_p(), ctypes.c_ulong()
     transform = _Transform(options=_TJXOPT_COPYNONE)
     with _instance(library.tjInitTransform) as handle:
@@ -177,7 +177,7 @@ class _Transform(ctypes.Structure):
     ]
 
 
-def ffcv_library() -> Path:
+def _ffcv_library() -> Path:
     """ffcv's extension module, found without importing ffcv. Raises ImportError where there is none.
 
     Looking a name up in it also finds those of the libraries that it was linked to, libjpeg-turbo among them.
@@ -191,8 +191,9 @@ def ffcv_library() -> Path:
 
 
 @functools.cache
-def _turbojpeg() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(ffcv_library()))
+def turbojpeg() -> ctypes.CDLL:
+    """libjpeg-turbo by way of ffcv's library, which is linked to it, without importing the package, which takes seconds."""
+    library = ctypes.CDLL(str(_ffcv_library()))
     size, integer, handle = ctypes.c_ulong, ctypes.c_int, ctypes.c_void_p
     library.tjInitDecompress.restype = library.tjInitTransform.restype = handle
     library.tjDecompress2.argtypes = [handle, ctypes.c_char_p, size, handle] + [integer] * 5
@@ -209,18 +210,18 @@ def _instance(create: Callable[[], int]) -> Iterator[int]:
     try:
         yield handle
     finally:
-        _turbojpeg().tjDestroy(handle)
+        turbojpeg().tjDestroy(handle)
 
 
 def _decompress(data: bytes, header: JpegHeader, pixel_format: int, denominator: int) -> np.ndarray:
     width, height = -(-header.width // denominator), -(-header.height // denominator)
     channels = {_TJPF_RGB: (3,), _TJPF_GRAY: (), _TJPF_CMYK: (4,)}[pixel_format]
     pixels = np.empty((height, width, *channels), np.uint8)
-    with _instance(_turbojpeg().tjInitDecompress) as handle:
-        if _turbojpeg().tjDecompress2(handle, data, len(data), pixels.ctypes.data, width, 0, height, pixel_format, 0):
+    with _instance(turbojpeg().tjInitDecompress) as handle:
+        if turbojpeg().tjDecompress2(handle, data, len(data), pixels.ctypes.data, width, 0, height, pixel_format, 0):
             raise JpegError(_error_text(handle))
     return pixels
 
 
 def _error_text(handle: int) -> str:
-    return _turbojpeg().tjGetErrorStr2(handle).decode("ascii", "replace")
+    return turbojpeg().tjGetErrorStr2(handle).decode("ascii", "replace")
