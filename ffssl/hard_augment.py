@@ -4,6 +4,7 @@ The loss of all pairs comes from one forward pass over all views of the batch, w
 were not chosen may serve, at that resolution, as extra targets of the chosen two (the paper's Table 9).
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,7 +17,7 @@ from ffssl.device import autocast_dtype
 from ffssl.distributed import rank, world_size
 from ffssl.errors import UserError
 from ffssl.images import to_input
-from ffssl.methods.base import Method, cosines
+from ffssl.methods.base import Method, cosines, full_precision
 from ffssl.methods.prediction import PredictionMethod
 
 
@@ -137,8 +138,21 @@ def small_input(views: Tensor, resolution: int) -> Tensor:
     """
     images = views.flatten(0, 1)
     if images.shape[-1] > resolution:  # first, since normalising all views at full resolution would take longer than this does
-        images = F.interpolate(images.float(), (resolution, resolution), mode="bilinear", antialias=True)
+        shrink = shrinking_matrix(images.shape[-1], resolution, images.device)
+        with full_precision(images):
+            images = shrink @ images.float() @ shrink.T
     return to_input(images)
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a tensor made in inference mode could not be used in training later
+def shrinking_matrix(side: int, resolution: int, device: torch.device) -> Tensor:
+    """What antialiased bilinear downsampling is along an axis: float32 (resolution, side).
+
+    As matrix products it takes a quarter of the time that torch's interpolation of views of 48 pixels takes on a CPU.
+    """
+    identity = torch.eye(side, device=device)[None, None]
+    return F.interpolate(identity, (resolution, side), mode="bilinear", antialias=True)[0, 0].contiguous()
 
 
 def take_pair(views: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ OPTIMIZERS = ("sgd", "lars", "adamw")  # those of training.optimizer
 
 
 def build_optimizer(
-    name: str, groups: list[dict], *, weight_decay: float, decay_norm_and_bias: bool | None, momentum: float, device: torch.device
+    name: str, groups: list[dict], *, weight_decay: float, decay_norm_and_bias: bool | None, momentum: float
 ) -> Optimizer:
     """One of OPTIMIZERS, at a learning rate of 0, over a method's parameter groups (`Method.parameter_groups`).
 
@@ -21,7 +21,7 @@ def build_optimizer(
 
     if name == "lars" or decay_norm_and_bias is not None:
         groups = [part for group in groups for part in _by_kind(group, weight_decay, decay_norm_and_bias)]
-    fused = device.type == "cuda"
+    fused = all(p.device.type in ("cuda", "cpu") for group in groups for p in group["params"])  # on a CPU too it takes a third of the time
     if name == "sgd":
         optimizer = SGD(groups, lr=0.0, momentum=momentum, fused=fused)
         # From the beginning, to the same effect: the fused step fails where only some parameters have had a gradient yet, and

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ffssl import batch_norm, hard_augment
 from ffssl.backbones import build_backbone, check_resolutions
 from ffssl.config import as_dict
-from ffssl.device import mixed_precision
+from ffssl.device import keep_freed_memory, mixed_precision
 from ffssl.distributed import world_size
 from ffssl.energy import energy_counter
 from ffssl.methods import Method, build_method
@@ -81,11 +81,13 @@ def start_run(options: SimpleNamespace, method: Method, plan: Plan, device: torc
     """A run at its beginning. method: as `build` makes it; with several ranks, its BatchNorm is synchronised from here on."""
     # cuDNN tries its algorithms on each new shape and keeps the quickest: a run has a resolution for many epochs, so few shapes.
     torch.backends.cudnn.benchmark = True  # concerns GPUs alone
+    if device.type == "cpu":
+        keep_freed_memory()
     t = options.training
     parallel = share(method.train(), device)
     optimizer = build_optimizer(
-        t.optimizer, method.parameter_groups(t.weight_decay), weight_decay=t.weight_decay, decay_norm_and_bias=t.decay_norm_and_bias,
-        momentum=t.momentum, device=device,
+        t.optimizer, method.parameter_groups(t.weight_decay), weight_decay=t.weight_decay,
+        decay_norm_and_bias=t.decay_norm_and_bias, momentum=t.momentum,
     )  # fmt: skip
     return Run(options, plan, device, method, parallel, optimizer, *mixed_precision(t.amp, device), energy_counter(device))
 

@@ -8,7 +8,6 @@ from ffssl.backbones import build_backbone
 from ffssl.methods import METHODS, build_method
 from ffssl.optimizers import OPTIMIZERS, build_optimizer, set_learning_rate_and_momentum
 
-CPU = torch.device("cpu")
 STEPS = [(0.5, 0.95), (1.0, 0.9), (0.25, 0.85)]  # learning rate and momentum
 
 
@@ -25,7 +24,7 @@ def groups(net: nn.Module, weight_decay: float, decay_all: bool) -> list[dict]:
 def trained(name: str, net: nn.Module, weight_decay: float, *, decay_all: bool = False, decay_norm_and_bias: bool | None = None) -> None:
     """Steps with gradients that are those of a fixed sum of squares."""
     optimizer = build_optimizer(
-        name, groups(net, weight_decay, decay_all), weight_decay=weight_decay, decay_norm_and_bias=decay_norm_and_bias, momentum=0.9, device=CPU
+        name, groups(net, weight_decay, decay_all), weight_decay=weight_decay, decay_norm_and_bias=decay_norm_and_bias, momentum=0.9
     )
     for step, (learning_rate, momentum) in enumerate(STEPS):
         set_learning_rate_and_momentum(optimizer, learning_rate, momentum, peak=1.0)
@@ -81,7 +80,7 @@ def test_three_steps_follow_the_formula(name, formula, weight_decay, decay_norm_
 def test_learning_rate_and_momentum_reach_every_group(name):
     parameters = [[nn.Parameter(torch.ones(2, 2))] for _ in range(2)]
     given = [{"params": parameters[0], "weight_decay": 0.1}, {"params": parameters[1], "weight_decay": 0.1, "constant_lr": True}]
-    optimizer = build_optimizer(name, given, weight_decay=0.1, decay_norm_and_bias=None, momentum=0.9, device=CPU)
+    optimizer = build_optimizer(name, given, weight_decay=0.1, decay_norm_and_bias=None, momentum=0.9)
     set_learning_rate_and_momentum(optimizer, 0.25, 0.87, peak=2.0)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 2.0]
     assert [group["betas"] if name == "adamw" else group["momentum"] for group in optimizer.param_groups] == [
@@ -99,7 +98,7 @@ def test_a_state_that_was_saved_continues_as_if_nothing_had_been(name, tmp_path)
 
     def start():
         net = network()
-        return net, build_optimizer(name, groups(net, 0.1, False), weight_decay=0.1, decay_norm_and_bias=None, momentum=0.9, device=CPU)
+        return net, build_optimizer(name, groups(net, 0.1, False), weight_decay=0.1, decay_norm_and_bias=None, momentum=0.9)
 
     net, optimizer = start()
     step(net, optimizer, 0)
@@ -114,12 +113,15 @@ def test_a_state_that_was_saved_continues_as_if_nothing_had_been(name, tmp_path)
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), other.parameters()))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_a_fused_step_takes_parameters_whose_first_gradient_comes_later(name):
-    """As that of DINO's last layer does. The fused steps for a GPU compute on a CPU too."""
+    """As that of DINO's last layer does."""
     nets = network(), network()
-    for net, device in zip(nets, ("cpu", "cuda")):
-        optimizer = build_optimizer(name, groups(net, 0.1, False), weight_decay=0.1, decay_norm_and_bias=None, momentum=0.9, device=torch.device(device))
+    for net, fused in zip(nets, (True, False)):
+        optimizer = build_optimizer(name, groups(net, 0.1, False), weight_decay=0.1, decay_norm_and_bias=None, momentum=0.9)
+        assert all(group["fused"] for group in optimizer.param_groups)
+        for group in optimizer.param_groups:
+            group["fused"] = fused
         for i in range(3):
             set_learning_rate_and_momentum(optimizer, *STEPS[i], peak=1.0)
             for k, p in enumerate(net.parameters()):
@@ -136,7 +138,7 @@ def test_every_parameter_of_a_method_is_in_one_group_with_the_decay_asked_for(me
     built = build_method(method, build_backbone("resnet-small"), {})
     given = built.parameter_groups(0.01)
     default = {p: group["weight_decay"] for group in given for p in group["params"]}
-    optimizer = build_optimizer(name, given, weight_decay=0.01, decay_norm_and_bias=decay_norm_and_bias, momentum=0.9, device=CPU)
+    optimizer = build_optimizer(name, given, weight_decay=0.01, decay_norm_and_bias=decay_norm_and_bias, momentum=0.9)
     held = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(held) == len(set(held)) and set(held) == set(default)
     decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -103,3 +105,22 @@ def test_a_copy_from_the_gpu_is_of_the_state_before_the_steps_that_follow(tmp_pa
         saver.wait()
         assert (checkpoint.load(tmp_path)["weights"] == step).all()
     saver.close()
+
+
+def test_the_thread_starts_no_threads_of_openmp(tmp_path):
+    """With more OpenMP threads than cores those of the training no longer spin between operations, and its steps take longer."""
+    program = (
+        "import os, sys, torch\n"
+        "from pathlib import Path\n"
+        "from ffssl.saver import Saver\n"
+        "torch.set_num_threads(2)\n"
+        "weights = torch.randn(1 << 20)\n"
+        "weights.isfinite().all()\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "saver = Saver(Path(sys.argv[1]), torch.device('cpu'), keep=1, minutes=1)\n"
+        "saver.save({'method': {'weight': weights, 'step': torch.tensor(3)}})\n"
+        "saver.wait()\n"
+        "print(len(os.listdir('/proc/self/task')) - before)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert ran.stdout == "1\n"

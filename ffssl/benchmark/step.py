@@ -93,7 +93,7 @@ def supervised_step(run: Run, side: int) -> Callable[[], None]:
     network = classifier(options, device)
     compile_passes(network, ("forward",), t.compile, device)
     groups = [{"params": list(network.parameters()), "weight_decay": t.weight_decay}]
-    optimizer = build_optimizer(t.optimizer, groups, weight_decay=t.weight_decay, decay_norm_and_bias=None, momentum=t.momentum, device=device)
+    optimizer = build_optimizer(t.optimizer, groups, weight_decay=t.weight_decay, decay_norm_and_bias=None, momentum=t.momentum)
     images = torch.randn(2 * t.batch_size // t.accumulate, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
     labels = torch.arange(len(images), device=device) % CLASSES
 

@@ -84,7 +84,7 @@ def train_probe(
     nn.init.zeros_(classifier.bias)
     classifier.to(device)
     groups = [{"params": list(classifier.parameters()), "weight_decay": 0.0}]
-    optimizer = build_optimizer("lars", groups, weight_decay=0.0, decay_norm_and_bias=None, momentum=MOMENTUM, device=device)
+    optimizer = build_optimizer("lars", groups, weight_decay=0.0, decay_norm_and_bias=None, momentum=MOMENTUM)
     steps, done = math.ceil(images / recipe.batch_size), 0
     if state := checkpoint.load(folder, device, name):
         classifier.load_state_dict(state["classifier"])
