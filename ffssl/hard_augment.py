@@ -140,12 +140,11 @@ def small_input(views: Tensor, resolution: int) -> Tensor:
     if images.shape[-1] > resolution:  # first, since normalising all views at full resolution would take longer than this does
         shrink = shrinking_matrix(images.shape[-1], resolution, images.device)
         with full_precision(images):
-            images = shrink @ images.float() @ shrink.T
+            images = shrink @ (images.float() @ shrink.T)
     return to_input(images)
 
 
 @functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)  # a tensor made in inference mode could not be used in training later
 def shrinking_matrix(side: int, resolution: int, device: torch.device) -> Tensor:
     """What antialiased bilinear downsampling is along an axis: float32 (resolution, side).
 
