@@ -193,7 +193,8 @@ def draw(study: Study, rows: list[dict], logs: dict[str, dict[int, list[dict]]],
         spreads = [row["knn"] - (row["knn_sd"] or 0) for _, row in shown]
         lowest = 100 * min([*spreads, *(point["knn"] for curve in curves.values() for point in curve)])
         bottom = max(min(finals) - room, lowest - 0.1 * room, 0)  # the ends, where the runs differ, and of the curves what is as high
-        axes[0].set_ylim(bottom, min(max(finals) + 0.3 * room, 101))
+        highest = 100 * max(row["knn"] + (row["knn_sd"] or 0) for _, row in shown)
+        axes[0].set_ylim(bottom, min(max(max(finals) + 0.3 * room, highest + 0.05 * room), 101))
     figure.suptitle(study.title, fontsize=14)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # the labels are placed for the layout as it is now
