@@ -52,9 +52,10 @@ def test_what_goes_wrong_in_the_thread_is_raised_by_the_next_call_and_the_checkp
     assert checkpoint.load(tmp_path)["step"] == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_not_saved(tmp_path, value):
-    saver, weights = Saver(tmp_path, CPU, keep=2, minutes=1), {"steps": torch.tensor(3), "projector.weight": torch.ones(3)}
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, value, dtype):
+    saver, weights = Saver(tmp_path, CPU, keep=2, minutes=1), {"steps": torch.tensor(3), "projector.weight": torch.ones(3, dtype=dtype)}
     saver.save({"epoch": 4, "method": weights})
     weights["projector.weight"][1] = value
     saver.save({"epoch": 5, "method": weights})
