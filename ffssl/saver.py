@@ -5,7 +5,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import numpy
+import numpy as np
 import torch
 
 from ffssl import checkpoint
@@ -48,7 +48,7 @@ class Saver:
         # By NumPy: for a reduction of torch this thread would start OpenMP threads of its own, and with more of them than cores those of
         # the training would no longer spin between operations, in all that follows: a step of small images then took 1.35 times as long.
         for name, tensor in state.get("method", {}).items():  # a gradient may be infinite where the loss that it is of is not
-            if tensor.is_floating_point() and not numpy.isfinite(tensor.float().numpy()).all():
+            if tensor.is_floating_point() and not np.isfinite(tensor.float().numpy()).all():
                 raise FloatingPointError(
                     f"{name} is no longer finite, {state['epoch']} epochs done; the last checkpoint in {self._folder} is untouched. Try a smaller "
                     "--training.learning_rate or a longer --training.warmup_epochs"
