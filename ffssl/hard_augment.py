@@ -138,7 +138,9 @@ def small_input(views: Tensor, resolution: int) -> Tensor:
     """
     images = views.flatten(0, 1)
     if images.shape[-1] > resolution:  # first, since normalising all views at full resolution would take longer than this does
-        if images.device.type == "cpu":  # as matrix products it takes a quarter of the time of the interpolation of views of 48 pixels
+        # On a CPU as matrix products, in a quarter of the time of the interpolation of views of 48 pixels. Not on the meta device: there
+        # FLOPs are counted, which are to be those of networks alone.
+        if images.device.type == "cpu":
             shrink = shrinking_matrix(images.shape[-1], resolution)
             with full_precision(images):
                 images = shrink @ (images.float() @ shrink.T)
