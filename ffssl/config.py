@@ -106,7 +106,14 @@ def declare() -> Config:
         "hard_augment", "Which pair of an image's views is trained on",
         select=Param(Choice("off", "hard", "random"), "hard: the pair with the largest loss; random: for comparison", "off"),
         resolution=Param(_integer(1), "side in pixels of the views in the selection pass", 64),
-        loss=Param(Choice("cosine", "method"), "cosine: of the projections, negative; method: the method's own loss", "cosine"),
+        loss=Param(
+            Choice("method", "cosine"), "what pairs are compared by; method: the loss that is trained; cosine: the negative cosine of the "
+            "projections; default: method, or cosine where it ranks pairs alike (simclr, mocov2plus) or has to (barlow_twins)",
+        ),
+        start_epoch=Param(_integer(0), "first epoch in which pairs are chosen, counted from 0; before it two views are rendered; default: after the warm-up"),
+        share_min=Param(_number(0, 1), "share of the images that get their hardest pair, when that starts; the others get a random one", 1.0),
+        share_max=Param(_number(0, 1), "share of the images that get their hardest pair in the last epoch", 1.0),
+        across_policies=Param(Switch(), "compare only views of different view policies; default: true where the views have two"),
         extra_targets=Param(Switch(), "also compare the pair with the views not chosen, at this resolution", False),
     )  # fmt: skip
     section(
@@ -342,7 +349,17 @@ def _check_together(options: SimpleNamespace) -> None:
         raise UserError(f"--augment.views: {augment.views} views, of which only 2 would be used; set --hard_augment.select=hard")
     if options.hard_augment.select != "off" and augment.views < 3:
         raise UserError(f"--augment.views: {augment.views} views leave no pair to choose; hard_augment needs 3 or more")
-    if options.hard_augment.loss == "method" and options.hard_augment.select != "hard":
+    hard_augment = options.hard_augment
+    if hard_augment.loss is not None and hard_augment.select != "hard":
         raise UserError("--hard_augment.loss: pairs are compared to find the hardest alone; set --hard_augment.select=hard, or leave this out")
+    if hard_augment.start_epoch is not None:
+        if hard_augment.select == "off":
+            raise UserError("--hard_augment.start_epoch: no pairs are chosen; set --hard_augment.select=hard, or leave this out")
+        if hard_augment.start_epoch >= training.epochs:
+            raise UserError(f"--hard_augment.start_epoch: {hard_augment.start_epoch} is past the last epoch, {training.epochs - 1}; epochs count from 0")
+    if hard_augment.share_min > hard_augment.share_max:
+        raise UserError(f"--hard_augment.share_min: {hard_augment.share_min} is larger than --hard_augment.share_max={hard_augment.share_max}")
+    if (hard_augment.share_min, hard_augment.share_max) != (1, 1) and hard_augment.select != "hard":
+        raise UserError("--hard_augment.share_min: only hard pairs have a share; set --hard_augment.select=hard, or leave this out")
     if options.hard_augment.extra_targets and options.hard_augment.select == "off":
         raise UserError("--hard_augment.extra_targets: they are the views not chosen; set --hard_augment.select=hard or random, and 3 views or more")

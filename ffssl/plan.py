@@ -3,8 +3,18 @@
 import itertools
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import NamedTuple
 
-from ffssl import schedules
+from ffssl import methods, schedules
+from ffssl.data.policy import ViewPolicy, choose_policies
+from ffssl.hard_augment import Selection
+
+
+class StepShape(NamedTuple):
+    """What a step's cost depends on: the side of its views in pixels, and how many of each image."""
+
+    resolution: int
+    views: int
 
 
 @dataclass(frozen=True)
@@ -30,15 +40,45 @@ class Plan:
         )
 
     @property
-    def stages(self) -> list[tuple[int, int]]:
-        """The epochs by resolution, in their order: the resolution, and of how many consecutive epochs it is."""
-        resolutions = itertools.groupby(self.resolution(epoch) for epoch in range(self.options.training.epochs))
-        return [(resolution, len(list(epochs))) for resolution, epochs in resolutions]
+    def selection_start(self) -> int:
+        """The first epoch in which Hard Augment chooses pairs: by default the one after the warm-up."""
+        start, epochs = self.options.hard_augment.start_epoch, self.options.training.epochs
+        return min(round(self.warmup_epochs), epochs - 1) if start is None else start
+
+    def views(self, epoch: int) -> int:
+        """Views rendered of each image: two before pairs are chosen."""
+        return self.options.augment.views if epoch >= self.selection_start else 2
+
+    def selection(self, epoch: int) -> Selection:
+        """How the pair of views that is trained on is chosen."""
+        h, epochs = self.options.hard_augment, self.options.training.epochs
+        if h.select == "off" or epoch < self.selection_start:
+            return Selection()
+        policies = len(view_policies(self.options)) if h.across_policies is not False else 1
+        share = schedules.hard_share(
+            epoch, epochs=epochs, start=self.selection_start, low=h.share_min, high=h.share_max
+        )
+        return Selection(h.select, h.resolution, h.loss, h.extra_targets, share, policies)
+
+    def shape(self, epoch: int) -> StepShape:
+        return StepShape(self.resolution(epoch), self.views(epoch))
+
+    @property
+    def stages(self) -> list[tuple[StepShape, int]]:
+        """The consecutive epochs whose steps cost the same: the shape of their steps, and how many they are."""
+        shapes = itertools.groupby(self.shape(epoch) for epoch in range(self.options.training.epochs))
+        return [(shape, len(list(epochs))) for shape, epochs in shapes]
+
+    @property
+    def first_epochs(self) -> dict[StepShape, int]:
+        """The first epoch of each shape of a step, by resolution in ascending order."""
+        epochs = reversed(range(self.options.training.epochs))
+        return dict(sorted((self.shape(epoch), epoch) for epoch in epochs))
 
     @property
     def resolutions(self) -> list[int]:
         """All of the run, in ascending order."""
-        return sorted({resolution for resolution, _ in self.stages})
+        return sorted({shape.resolution for shape, _ in self.stages})
 
     def magnitude(self, epoch: int) -> float:
         a = self.options.augment
@@ -57,6 +97,17 @@ class Plan:
         return schedules.noise_scale(
             learning_rate=learning_rate, momentum=momentum, samples=samples, batch_size=self.options.training.batch_size
         )
+
+
+def view_policies(options: SimpleNamespace) -> tuple[ViewPolicy, ...]:
+    """The policies that a run's views are dealt out to in turn. Raises UserError for an unknown name."""
+    augment = options.augment
+    return choose_policies(
+        augment.policy or methods.METHODS[options.method.name].policy,
+        crop_scale_min=augment.crop_scale_min,
+        blur=augment.blur,
+        jitter_form=augment.jitter_form,
+    )
 
 
 def input_sides(options: SimpleNamespace) -> dict[int, str]:

@@ -13,19 +13,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from ffssl import batch_norm, hard_augment
+from ffssl import batch_norm, gauge, hard_augment
 from ffssl.backbones import build_backbone, check_resolutions
 from ffssl.config import as_dict
 from ffssl.device import keep_freed_memory, mixed_precision
 from ffssl.distributed import world_size
+from ffssl.errors import UserError
 from ffssl.energy import energy_counter
 from ffssl.methods import Method, build_method
 from ffssl.methods.base import Progress
 from ffssl.optimizers import build_optimizer, set_learning_rate_and_momentum
-from ffssl.plan import Plan, input_sides
-from ffssl.tally import Tally
+from ffssl.plan import Plan, input_sides, view_policies
+from ffssl.tally import StepResult, Tally
 
-PASSES = ("loss", "project", "targets", "pair_losses")  # of a method: all that computes with networks
+PASSES = ("loss", "project", "targets", "compare")  # of a method: all that computes with networks
 SHAPES_COMPILED = 64  # for how many shapes and states torch.compile makes code before it gives up: resolutions, and each method's own
 
 
@@ -112,7 +113,12 @@ def build(options: SimpleNamespace, device: torch.device) -> Method:
     settings = {name: value for name, value in vars(options.method).items() if name != "name"}
     method = build_method(options.method.name, backbone, settings)
     method.check(training.batch_size)
-    hard_augment.check(method, **vars(options.hard_augment))
+    if options.hard_augment.across_policies and len(view_policies(options)) == 1:
+        raise UserError(
+            "--hard_augment.across_policies: the views have one policy alone; leave this out, or "
+            "take --augment.policy=byol"
+        )
+    hard_augment.check(method, Plan(options, steps_per_epoch=1).selection(training.epochs - 1))
     if training.joint_views is not None:
         method.joint_views = training.joint_views
     return method.to(device, memory_format=torch.channels_last)
@@ -135,11 +141,10 @@ def compile_passes(module: nn.Module, passes: Iterable[str], mode: str, device: 
     return mode
 
 
-def train_step(run: Run, views: Tensor, step: int, mark: Callable[[str], None] = lambda part: None) -> tuple[Tensor, Tensor]:
+def train_step(run: Run, views: Tensor, step: int, mark: Callable[[str], None] = lambda part: None) -> StepResult:
     """One step of the optimiser on this rank's uint8 views (B, m, 3, R, R) on the run's device, without waiting for it.
 
-    mark: called with the name of each part when it has been given to the device. Returns the loss and the spread of the embeddings,
-    of this rank.
+    mark: called with the name of each part when it has been given to the device.
     """
     options, progress = run.options, Progress(step, run.plan.total_steps, run.epoch)
     learning_rate, momentum = run.plan.learning_rate_and_momentum(step)
@@ -152,15 +157,19 @@ def train_step(run: Run, views: Tensor, step: int, mark: Callable[[str], None] =
     seeds = [(options.run.seed + step) * len(parts) + part for part in range(len(parts))]  # no part's pairs are drawn as another's
     with local_gradients(run.parallel):
         results = [add_gradients(run, part, seed, len(parts), mark) for part, seed in zip(parts[:-1], seeds)]
-    results.append(add_gradients(run, parts[-1], seeds[-1], len(parts), mark))
+    steps_per_epoch = run.plan.steps_per_epoch
+    measured = gauge.is_due(step % steps_per_epoch, steps_per_epoch)
+    results.append(add_gradients(run, parts[-1], seeds[-1], len(parts), mark, measured=measured))
     run.method.after_backward(progress)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     mark("optimiser")
     run.method.after_step(progress)
     mark("teacher")
-    loss, spread = (torch.stack(values).mean() for values in zip(*results))
-    return loss, spread
+    losses, spreads, embeddings, gauges = zip(*results)
+    return StepResult(
+        torch.stack(losses).mean(), torch.stack(spreads).mean(), torch.cat(embeddings), gauges[-1]
+    )
 
 
 class Lead:
@@ -184,17 +193,49 @@ def local_gradients(network: nn.Module) -> contextlib.AbstractContextManager:
     return network.no_sync() if isinstance(network, DistributedDataParallel) else contextlib.nullcontext()
 
 
-def add_gradients(run: Run, views: Tensor, seed: int, parts: int = 1, mark: Callable[[str], None] = lambda part: None) -> tuple[Tensor, Tensor]:
+def add_gradients(
+    run: Run,
+    views: Tensor,
+    seed: int,
+    parts: int = 1,
+    mark: Callable[[str], None] = lambda part: None,
+    measured: bool = False,
+) -> StepResult:
     """Forward and backward pass over one of the equal `parts` of a batch, as `train_step`."""
+    selection = run.plan.selection(run.epoch)
     with run.amp:
-        chosen = hard_augment.choose_views(run.method, views, seed=seed, **vars(run.options.hard_augment))
+        chosen = hard_augment.choose_views(run.method, views, selection, seed)
     mark("selection")
     with run.amp:  # anew: before torch 2.10 autocast keeps the weights that it cast without gradient, and none would reach the real ones
         loss, embeddings = run.parallel(*chosen)
     mark("forward")
+    gauges = None
+    if measured:
+        with run.amp:
+            gauges = measure(run.method, views, chosen[:2], selection, seed, embeddings.detach())
     run.scaler.scale(loss / parts).backward()
     mark("backward")
-    return loss.detach().clone(), embedding_spread(embeddings.detach())  # clone: CUDA graphs write the next loss to the same place
+    # Copies: CUDA graphs write the next results to the same place.
+    loss, embeddings = loss.detach().clone(), embeddings.detach().clone()
+    return StepResult(loss, embedding_spread(embeddings), embeddings, gauges)
+
+
+def measure(
+    method: Method,
+    views: Tensor,
+    chosen: tuple[Tensor, Tensor],
+    selection: hard_augment.Selection,
+    seed: int,
+    embeddings: Tensor,
+) -> Tensor:
+    """The gauges of a step, see `StepResult`: (3,), NaN for what is not measured."""
+    gauges = embeddings.new_full((3,), float("nan"), dtype=torch.float32)
+    if selection.select == "hard" and views.shape[1] > 2:
+        gauges[:2] = torch.stack(gauge.hardness(method, views, chosen, selection, seed))
+    cosine = gauge.predictor_cosine(method, embeddings)
+    if cosine is not None:
+        gauges[2] = cosine
+    return gauges
 
 
 def embedding_spread(embeddings: Tensor) -> Tensor:

@@ -318,7 +318,10 @@ def test_a_run_of_one_process_goes_on_with_torchrun_which_writes_and_tells_once(
     assert len(told) == 4 and "on cpu, 2 processes: " in output
     ours, theirs = read_log(tmp_path / "run"), read_log(tmp_path / "alone")
     assert [row["epoch"] for row in ours] == [0, 1, 2, 3, 4]
-    for name in ("loss", "embedding_std", "flops", "resolution", "learning_rate"):
+    assert ["hardness" in row for row in ours[1:]] == [False, True, True, True]
+    for row, other in zip(ours[2:], theirs[2:]):
+        assert row["hardness"] == pytest.approx(other["hardness"], abs=2e-3)
+    for name in ("loss", "embedding_std", "effective_rank", "flops", "resolution", "learning_rate"):
         rel = 0.02 if name == "embedding_std" else 1e-3  # the mean of the ranks' spreads, not that of the joint batch
         assert [row[name] for row in ours[1:]] == pytest.approx([row[name] for row in theirs[1:]], rel=rel), name
     assert [("knn" in row) for row in ours] == [True, False, False, True, True]

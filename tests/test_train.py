@@ -17,12 +17,15 @@ import torch
 from ffssl import checkpoint
 from ffssl import train as train_module
 from ffssl.config import read_options
+from ffssl.cost import count_flops, count_step
 from ffssl.data.beton import read_beton
-from ffssl.data.convert import convert, description_path
+from ffssl.data.convert import ConvertOptions, convert, description_path
+from ffssl.data.sources.embedded import Embedded
 from ffssl.errors import Stopped, UserError
-from ffssl.plan import Plan
+from ffssl.plan import Plan, StepShape
 from ffssl.run_log import RunLog, read_log
 from ffssl.saver import Saver
+from ffssl.step import build
 from ffssl.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,9 +61,53 @@ def test_efficient_run_follows_its_schedules_and_logs_them(betons, tmp_path):
     assert [row["magnitude"] for row in rows[1:]] == [4, 4.5, 5, 5.5, 6]
     assert [("knn" in row) for row in rows] == [True, False, False, False, False, True]
     flops = [b["flops"] - a["flops"] for a, b in zip(rows, rows[1:])]
-    assert flops[1] == flops[2] < flops[0] == flops[3] == flops[4]
+    assert flops[1] == flops[2] < flops[0] < flops[3] == flops[4]  # no pass in the warm-up
     assert rows[-1]["loss"] < rows[1]["loss"]
     assert all(0 <= row["data_wait"] <= 1 and row["embedding_std"] > 0 for row in rows[1:])
+
+
+def test_a_run_watches_its_pairs_its_predictor_and_the_rank_of_its_embeddings(betons, tmp_path):
+    simsiam = ["--method.name=simsiam", "--method.predictor=8", *EFFICIENT]
+    train(read_options(arguments(betons, tmp_path, *simsiam, "--training.epochs=3")))
+    rows = read_log(tmp_path)
+    assert ["hardness" in row for row in rows] == [False, True, True]  # after the warm-up
+    assert all(-1 <= row["predictor_cosine"] <= 1 for row in rows)
+    assert all(1 <= row["effective_rank"] <= 16 for row in rows)  # dimensions of a projection
+    flops = [b - a for a, b in zip([0, rows[0]["flops"]], (row["flops"] for row in rows))]
+    options = read_options(arguments(betons, tmp_path, *simsiam, "--training.epochs=3"))
+    plan, method = Plan(options, 5), build(options, torch.device("cpu"))
+    assert flops[0] == 5 * count_step(method, StepShape(32, 2), batch_size=32).total()
+    assert flops[1] == 5 * count_flops(plan, method)[16, 3]
+
+
+def test_the_cosine_turns_simsiams_predictor_round_and_the_default_does_not(tmp_path, capsys):
+    convert(Embedded("train", 640), tmp_path / "train.beton", ConvertOptions(progress=False))
+    options = [
+        *SMALL,
+        f"--data.train={tmp_path / 'train.beton'}",
+        "--method.name=simsiam",
+        "--method.hidden=64",
+        "--method.projection=64",
+        "--method.predictor=16",
+        "--augment.policy=simsiam",
+        "--augment.blur=0",
+        "--augment.views=4",
+        "--hard_augment.select=hard",
+        "--hard_augment.resolution=16",
+        "--hard_augment.start_epoch=0",
+        "--training.optimizer=adamw",
+        "--training.learning_rate=0.004",
+        "--training.epochs=2",
+    ]
+    rows = {}
+    for name, more in {"cosine": ["--hard_augment.loss=cosine"], "default": []}.items():
+        train(read_options([*options, *more, f"--run.folder={tmp_path / name}"]))
+        rows[name], told = read_log(tmp_path / name)[-1], capsys.readouterr().err
+        warned = "warning: epoch 2: the loss of the chosen pairs" in told
+        assert warned == (name == "cosine")
+        assert told.count("--hard_augment.loss=method") == told.count("warning")
+    assert rows["cosine"]["predictor_cosine"] < -0.2 < 0 < rows["default"]["predictor_cosine"]
+    assert rows["cosine"]["hardness"] < 0 < rows["default"]["hardness"]
 
 
 def test_steps_are_shown_live(betons, tmp_path, monkeypatch):
@@ -92,6 +139,8 @@ def test_a_missing_wandb_is_told_before_anything_is_read(tmp_path, monkeypatch):
 def test_every_method_trains_and_goes_on_from_its_checkpoint_with_the_same_weights(betons, tmp_path, method):
     name, *heads = method.split()
     options = [f"--method.name={name}", *heads, "--hard_augment.select=hard", "--hard_augment.resolution=16", "--augment.views=3"]
+    # The selection begins in the epoch that is interrupted.
+    options += ["--hard_augment.start_epoch=1", "--hard_augment.share_min=0.5"]
     if name not in ("barlow_twins", "vicreg"):
         options += ["--hard_augment.loss=method", "--hard_augment.extra_targets=true"]
     unbroken = arguments(betons, tmp_path / "unbroken", *options, "--training.epochs=2")
@@ -112,6 +161,10 @@ def test_every_method_trains_and_goes_on_from_its_checkpoint_with_the_same_weigh
         train(read_options(arguments(betons, tmp_path / "stopped", *options, "--training.epochs=2")))
     train(read_options(arguments(betons, tmp_path / "stopped", *options, "--training.epochs=2")))
     assert_equal(weights(tmp_path / "unbroken"), weights(tmp_path / "stopped"))
+    ours, theirs = (read_log(tmp_path / name)[-1] for name in ("stopped", "unbroken"))
+    for gauge in ("hardness", "hardness_error", "predictor_cosine", "effective_rank"):
+        assert ours.get(gauge) == theirs.get(gauge)
+    assert "hardness" in ours
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "stopped").values())
 
 
@@ -272,7 +325,8 @@ def test_broken_images_end_a_run_by_name_or_are_replaced_and_counted(betons, tmp
         ("--method.name=simclrr", "unknown method 'simclrr'; known are .*simclr, simsiam"),
         ("--method.predictor=8", "simclr has no such option"),
         ("--method.name=mocov2plus --method.queue=100", "--method.queue: 100 must be a multiple of --training.batch_size=32"),
-        ("--method.name=vicreg --hard_augment.loss=method --hard_augment.select=hard --augment.views=3", "--hard_augment.loss: vicreg has no loss"),
+        ("--method.name=barlow_twins --hard_augment.loss=method --hard_augment.select=hard --augment.views=3", "--hard_augment.loss: barlow_twins has no loss"),
+        ("--hard_augment.across_policies=true --hard_augment.select=hard --augment.views=3", "--hard_augment.across_policies: the views have one policy"),
         ("--hard_augment.extra_targets=true --hard_augment.select=hard --augment.views=3", "--hard_augment.extra_targets: simclr does not predict"),
         ("--augment.policy=none", "unknown policy 'none'"),
         ("--run.device=cuda:99", "cuda:99 can't be used here"),

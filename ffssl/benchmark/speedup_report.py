@@ -19,12 +19,12 @@ def table_of(found: dict) -> str:
     work, per_flop = flop_unit(max(config["flops"] for config in configs))
     lines = [
         f"{found['machine']}; {found['device']}; epochs of {found['images']:,} images", "",
-        f"| config | px | epochs | step, ms | loader, ms | together, ms | bound by | cores needed | {time} | first step, s |",
-        "|---|--:|--:|--:|--:|--:|---|--:|--:|--:|",
+        f"| config | px | views | epochs | step, ms | loader, ms | together, ms | bound by | cores needed | {time} | first step, s |",
+        "|---|--:|--:|--:|--:|--:|--:|---|--:|--:|--:|",
     ]  # fmt: skip
     for config in configs:
         lines += [
-            f"| {config['name']} | {stage['resolution']} | {stage['epochs']} | {stage['step_ms']:.1f} | {stage['loader_ms']:.1f} | {stage['together_ms']:.1f} "
+            f"| {config['name']} | {stage['resolution']} | {stage['views']} | {stage['epochs']} | {stage['step_ms']:.1f} | {stage['loader_ms']:.1f} | {stage['together_ms']:.1f} "
             f"| {stage['bound']} | {stage['cores_needed']:.2g} | {stage['seconds'] * per_second:.3g} | {stage['first_step_s']:.1f} |"
             for stage in config["stages"]
         ]

@@ -46,26 +46,30 @@ class ViewSettings:
     """What to render of each image: `views` views of `resolution` pixels by `policy` (one, or one a view, dealt out in turn).
 
     With `scaled_decoding` a JPEG that is large beside its views is decoded at 1/2, 1/4 or 1/8 of its size, see `choose_denominator`.
-    Epoch, resolution and magnitude change by `set_epoch`, without recompiling: the compiled code reads `counters` (int64: seed,
+    Epoch, resolution, magnitude and the number of views, `views` at most, change by `set_epoch`, without recompiling: the compiled code reads `counters` (int64: seed,
     epoch) and `policy_rows` (float64, (policies, POLICY_COLUMNS)), whose addresses never change.
     """
 
     def __init__(self, views: int, resolution: int, policy: ViewPolicy | Sequence[ViewPolicy], seed: int, scaled_decoding: bool = True):
         if views < 1:
             raise UserError(f"{views} views asked for, at least 1 is needed")
-        self.views = views
+        self.most_views = views
         self.policies = (policy,) if isinstance(policy, ViewPolicy) else tuple(policy)
         if not self.policies:
             raise UserError("no view policy given, at least one is needed")
         self.scaled_decoding = scaled_decoding
         self.counters = np.array([seed, 0])
         self.policy_rows = np.zeros((len(self.policies), POLICY_COLUMNS))
-        self.set_epoch(0, resolution)
+        self.set_epoch(0, resolution, views)
 
-    def set_epoch(self, epoch: int, resolution: int, magnitude: float = STANDARD_MAGNITUDE) -> None:
+    def set_epoch(
+        self, epoch: int, resolution: int, views: int, magnitude: float = STANDARD_MAGNITUDE
+    ) -> None:
         if resolution < 1:
             raise UserError(f"resolution {resolution} asked for, at least 1 pixel is needed")
-        self.resolution = resolution
+        if not 1 <= views <= self.most_views:
+            raise UserError(f"{views} views asked for, of 1 to {self.most_views}")
+        self.resolution, self.views = resolution, views
         self.counters[1] = epoch
         self.policy_rows[:] = [policy.row(magnitude) for policy in self.policies]
 

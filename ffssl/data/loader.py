@@ -123,9 +123,13 @@ class ViewLoader:
         return self._settings.resolution
 
     @property
+    def views(self) -> int:
+        return self._settings.views
+
+    @property
     def buffer_bytes(self) -> int:
         """Bytes of all view buffers, which are taken when the first epoch starts and held until `close`."""
-        needed = self.batches_ahead * self.batch_size * self._settings.views * 3 * self._max_resolution**2
+        needed = self.batches_ahead * self.batch_size * self._settings.most_views * 3 * self._max_resolution**2
         return 1 << (needed - 1).bit_length() if torch.cuda.is_available() else needed  # torch pins memory by powers of two
 
     @property
@@ -139,7 +143,7 @@ class ViewLoader:
         """What the loader will hold, in a line."""
         return (
             f"the loader will hold {self.memory_bytes / 1e9:.2f} GB: {self.batches_ahead} batches of {self.batch_size} x "
-            f"{self._settings.views} views at {self._max_resolution} px, and {(self.memory_bytes - self.buffer_bytes) / 1e6:.0f} MB for "
+            f"{self._settings.most_views} views at {self._max_resolution} px, and {(self.memory_bytes - self.buffer_bytes) / 1e6:.0f} MB for "
             f"{self.workers} threads"
         )
 
@@ -154,13 +158,24 @@ class ViewLoader:
             raise UserError(f"{self.beton.path}: the online kNN needs labels, and this file lacks some; train without --data.validation")
 
     def set_epoch(
-        self, epoch: int, resolution: int | None = None, magnitude: float = STANDARD_MAGNITUDE, *, first_batch: int = 0
+        self,
+        epoch: int,
+        resolution: int | None = None,
+        magnitude: float = STANDARD_MAGNITUDE,
+        *,
+        views: int | None = None,
+        first_batch: int = 0,
     ) -> None:
-        """Choose what the next iteration serves, from which of the epoch's batches on. Ends an iteration that is under way."""
+        """Choose what the next iteration serves. Ends an iteration that is under way.
+
+        resolution, views: by default as before; of the views at most as many as the loader was
+        made for, of which the first are served. first_batch: of the epoch's batches.
+        """
         self._stop()
         if not 0 <= first_batch <= len(self):
             raise UserError(f"{self.beton.path}: an epoch of {len(self)} batches can't begin at batch {first_batch}")
-        self._settings.set_epoch(epoch, self.resolution if resolution is None else resolution, magnitude)
+        resolution = self.resolution if resolution is None else resolution
+        self._settings.set_epoch(epoch, resolution, self.views if views is None else views, magnitude)
         self._max_resolution = max(self._max_resolution, self.resolution)
         self.epoch, self.first_batch = epoch, first_batch
 

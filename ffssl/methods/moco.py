@@ -19,6 +19,7 @@ class MoCoV2Plus(TeacherMethod):
     """
 
     name = "mocov2plus"
+    pair_loss = "cosine"  # InfoNCE ranks an image's pairs alike, and its keys cost a teacher's pass
     direction_weight = 1.0  # the authors' symmetric code adds the two directions
 
     def __init__(

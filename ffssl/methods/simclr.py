@@ -13,6 +13,7 @@ class SimCLR(Method):
     """
 
     name = "simclr"
+    pair_loss = "cosine"  # NT-Xent ranks an image's pairs alike: its negatives differ little
     policy = "simclr"
     joint_views = True  # the authors pass both views at once
     decay_all = False  # the authors exclude biases and BatchNorm parameters from weight decay

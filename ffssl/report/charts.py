@@ -99,6 +99,9 @@ def training_charts(runs: list[ReportedRun]) -> list[Chart]:
     charts = [
         _logged(runs, "loss", "loss", "loss"),
         replace(_logged(runs, "embedding_std", "embedding-spread", "spread of the embeddings (0: collapse)"), from_zero=True),
+        _logged(runs, "hardness", "hardness", "loss of the chosen pairs - of random ones (below 0: easy pairs)"),
+        _logged(runs, "predictor_cosine", "predictor-cosine", "cosine of projection and prediction (-1: upside down)"),
+        replace(_logged(runs, "effective_rank", "effective-rank", "effective rank of the embeddings"), from_zero=True),
         replace(_logged(runs, "knn", "accuracy-epochs", "kNN accuracy (%)", scale=100), marks=True),
         replace(_logged(runs, "images_per_second", "throughput", "images per second"), from_zero=True),
         replace(_logged(runs, "data_wait", "data-wait", "waiting for data (% of the time)", scale=100), from_zero=True),

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from ffssl.figures import COLOURS
-from ffssl.hard_augment import pairs
 from ffssl.methods import Method
 from ffssl.report import samples
 from ffssl.report.charts import draw_points, draw_shares
@@ -31,7 +30,7 @@ NEIGHBOURS = (
 
 def show_views(run: ReportedRun, method: Method, place: int, gallery: Gallery) -> str:
     epochs = samples.views_by_epoch(run, method)
-    count, largest = epochs[0].views.shape[1], max(one.resolution for one in epochs)
+    count, largest = max(one.views.shape[1] for one in epochs), max(one.resolution for one in epochs)
     across = math.ceil(count**0.5)
     zoom = max(1, SHOWN_SIDE // largest)
     rows, sheet = [], []
@@ -70,7 +69,7 @@ def _view(view: torch.Tensor, *, chosen: bool) -> str:
 def show_choice(run: ReportedRun, method: Method, place: int, gallery: Gallery) -> str:
     """How good the cheap choice is, and whether it prefers views by their place."""
     choice = samples.examine_choice(run, method)
-    candidates = pairs(choice.views).tolist()
+    candidates = choice.candidates.tolist()
     ranks = torch.bincount(choice.ranks, minlength=len(candidates)).numpy() / len(choice.ranks)
     positions = torch.bincount(choice.positions, minlength=len(candidates)).numpy() / len(choice.positions)
     colour = COLOURS[place % len(COLOURS)]

@@ -94,6 +94,21 @@ def test_resolution_may_fall_and_rise_beyond_the_first(beton):
             assert epoch_of(loader, epoch, resolution)[0].shape == (20, 2, 3, resolution, resolution)
 
 
+def test_an_epoch_may_serve_the_first_of_the_views_alone(beton):
+    with open_loader(beton, views=5, scaled_decoding=False) as loader:
+        loader.set_epoch(3, views=5)
+        every = torch.cat([views.clone() for views, _, _ in loader])
+        for count in (2, 1, 5):
+            loader.set_epoch(3, views=count)
+            assert torch.equal(torch.cat([v.clone() for v, _, _ in loader]), every[:, :count])
+            assert loader.views == count
+        loader.set_epoch(4)
+        assert loader.views == 5
+        for count in (0, 6):
+            with pytest.raises(UserError, match=f"{count} views asked for, of 1 to 5"):
+                loader.set_epoch(3, views=count)
+
+
 @pytest.mark.parametrize("samples, world_size", [(20, 4), (23, 4), (7, 3)])
 def test_ranks_share_an_epoch_equally_without_overlap(samples, world_size):
     shares = [share(epoch_order(samples, seed=1, epoch=5), rank, world_size) for rank in range(world_size)]

@@ -93,7 +93,7 @@ def test_every_section_is_there_and_shows_its_pictures(folder, page):
     assert [own["id"] for tag, own in page.elements if tag == "section"] == list(SECTIONS)
     assert page.misnested == []
     assert "Not shown" not in "".join(page.text.values())
-    assert page.count("svg") == 2 + 5 + 6 + 2 + 2
+    assert page.count("svg") == 2 + 5 + 8 + 2 + 2
     views = 2 * 4 * 2 + 2 * 4 * 3  # epochs, images, views, of both runs
     assert page.count("img", **{"class": "chosen"}) == 2 * 4 * 2
     assert page.count("img") == views + 2 * 6 * (1 + 8)
