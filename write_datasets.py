@@ -120,10 +120,16 @@ def build_parser() -> Parser:
     def add_split(source: Parser, *names: str) -> None:
         source.add_argument("--split", choices=names, default=names[0], help=f"default: {names[0]}")
 
+    def add_no_labels(source: Parser) -> None:
+        source.add_argument(
+            "--no-labels", action="store_true", help="all images without labels (label -1)"
+        )
+
     folder = add(
         "folder",
         "images in a folder, one folder a class",
-        "Without class folders the images are unlabelled (label -1).",
+        "Without class folders the images are unlabelled (label -1). Links are followed; an image\n"
+        "is taken once.",
     )
     add_input(folder, "DIR", "the folder")
     folder.add_argument(
@@ -136,7 +142,8 @@ def build_parser() -> Parser:
     imagenet.add_argument(
         "--val-labels",
         metavar="PATH",
-        help="labels of validation images in one folder: the devkit (folder or .tar.gz) or LOC_val_solution.csv (default: found beside them)",
+        help="labels of validation images that do not lie in class folders: the devkit (folder or "
+        ".tar.gz) or LOC_val_solution.csv (default: found beside them)",
     )
 
     imagenette = add("imagenette", "Imagenette, downloaded if need be")
@@ -156,14 +163,29 @@ def build_parser() -> Parser:
         "huggingface", "Hugging Face data sets in Parquet files", "Needs pyarrow: pip install 'ffssl[huggingface]'."
     )
     add_input(huggingface, "PATH", "Parquet files, patterns, or the folder that holds them", nargs="+")
-    huggingface.add_argument("--split", metavar="NAME", help="in a folder, only files called NAME-*.parquet")
+    huggingface.add_argument(
+        "--split",
+        metavar="NAME",
+        help="in a folder, only the files of this split, as NAME-*.parquet",
+    )
     huggingface.add_argument("--image-column", metavar="NAME", help="default: found by its type")
-    huggingface.add_argument("--label-column", metavar="NAME", help="default: label, where there is one")
+    huggingface.add_argument(
+        "--label-column",
+        metavar="NAME",
+        help="numbers or texts (default: the column with class names, or label)",
+    )
+    add_no_labels(huggingface)
 
-    webdataset = add("webdataset", "WebDataset tar shards, images (.jpg, .png, .webp) and labels (.cls)")
+    webdataset = add(
+        "webdataset",
+        "WebDataset tar shards, images (.jpg, .png, .webp, ...) and labels (.cls, .json, .txt)",
+        "A label is the integer in .cls; or what .json has under label, cls, class or target; or,\n"
+        "where all .txt are integers, that.",
+    )
     add_input(
         webdataset, "SHARDS", "shards, in quotes: 'train-{000..146}.tar', 'shards/*.tar', or their folder", nargs="+"
     )
+    add_no_labels(webdataset)
 
     embedded = add("embedded", "FFSSL's own small data set, drawn on the spot")
     add_split(embedded, "train", "val")
@@ -198,11 +220,14 @@ def open_source(options: argparse.Namespace):
         case "huggingface":
             from ffssl.data.sources.huggingface import HuggingFace
 
-            return HuggingFace(options.input, options.split, options.image_column, options.label_column)
+            labels = not options.no_labels and options.label_column != ""
+            return HuggingFace(
+                options.input, options.split, options.image_column, options.label_column, labels
+            )
         case "webdataset":
             from ffssl.data.sources.webdataset import WebDataset
 
-            return WebDataset(options.input)
+            return WebDataset(options.input, labels=not options.no_labels)
         case "embedded":
             from ffssl.data.sources.embedded import Embedded
 
@@ -228,11 +253,21 @@ def run(options: argparse.Namespace) -> None:
 
 
 def print_summary(summary) -> None:
-    classes = f"{len(summary.class_names)} classes" if summary.class_names else "no class names"
+    classes = f"{summary.labels} different labels without names" if summary.labels else "no labels"
+    if summary.class_names:
+        classes = f"{len(summary.class_names)} classes"
     rate = summary.samples / summary.seconds
     print(f"{summary.path}: {summary.samples} samples, {classes}, {summary.file_bytes / 1e6:.1f} MB")
     print(f"  {', '.join(f'{count} {how}' for how, count in summary.counts.items() if count)}; {rate:.0f} image/s")
     print(f"  sha256 {summary.sha256}")
+    if summary.unlabelled and summary.labels:
+        print(f"  {summary.unlabelled} samples without a label (-1)")
+    if summary.passed_over:
+        total = sum(count for _, count, _ in summary.passed_over)
+        kinds = ", ".join(f"{count} {kind}" for kind, count, _ in summary.passed_over)
+        print(f"  {total} files passed over: {kinds}")
+        firsts = ", ".join(_printable(first) for _, _, first in summary.passed_over)
+        print(f"    the first of each: {firsts}")
     if summary.skipped:
         print(f"  {len(summary.skipped)} broken images skipped:")
         for name, reason in summary.skipped:
@@ -248,6 +283,8 @@ def main() -> int:
     """Exit status: 0; 1 when the run failed, at a broken image say; 2 for a mistake in the options; 130 for Ctrl-C."""
     # As an exception, so that the unfinished file is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for stream in (sys.stdout, sys.stderr):  # a terminal that knows only ASCII
+        stream.reconfigure(errors="backslashreplace")
     options = build_parser().parse_args()
     try:
         run(options)

@@ -1,11 +1,13 @@
 """The converter as its users meet it: the program, its messages, its exit status, its end by signal."""
 
 import hashlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -147,6 +149,63 @@ def test_file_names_that_are_not_text(images, tmp_path):
     with open(odd, "wb") as file:
         file.write(b"broken")
     assert_refused(run("folder", "--input", images, "--output", tmp_path / "x.beton"), 1, r"\udcff\n.jpg")
+
+
+def test_labels_without_names_are_counted(images, tmp_path):
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        for i in range(6):
+            archive.add(images / "ab"[i % 2] / f"{i}.jpg", f"{i}.jpg")
+            if i < 5:
+                label = tarfile.TarInfo(f"{i}.cls")
+                label.size = 10
+                archive.addfile(label, io.BytesIO(b"140000000%d" % (i % 2)))
+    result = run("webdataset", "--input", tmp_path / "s.tar", "--output", tmp_path / "x.beton")
+    assert (
+        "6 samples, 2 different labels without names" in result.stdout
+        and "  1 samples without a label (-1)\n" in result.stdout
+    )
+    assert read_beton(tmp_path / "x.beton").labels.tolist() == [
+        1400000000,
+        1400000001,
+        1400000000,
+        1400000001,
+        1400000000,
+        -1,
+    ]
+    result = run(
+        "webdataset",
+        "--input",
+        tmp_path / "s.tar",
+        "--output",
+        tmp_path / "x.beton",
+        "--overwrite",
+        "--no-labels",
+    )
+    assert (
+        "6 samples, no labels" in result.stdout and "5 files passed over: 5 .cls" in result.stdout
+    )
+
+
+def test_what_is_left_out_is_told_on_a_terminal_that_knows_only_ascii(images, tmp_path):
+    for name in ("x.heic", "y.heic", "\u00e9"):
+        (images / "a" / name).write_bytes(b"")
+    (images / "a" / "\u00e4.jpg").write_bytes(b"broken")
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    result = run(
+        "folder",
+        "--input",
+        images,
+        "--output",
+        tmp_path / "x.beton",
+        "--skip-broken",
+        env=ascii_only,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "  3 files passed over: 2 .heic, 1 without suffix\n" in result.stdout
+    assert (
+        "    the first of each: a/x.heic, a/\\xe9\n" in result.stdout
+        and r"a/\xe4.jpg: is not an" in result.stdout
+    )
 
 
 def limit_file_size():

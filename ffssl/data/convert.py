@@ -6,11 +6,13 @@
     if __name__ == "__main__":  # worker processes import the main module
         summary = convert(ImageFolder("photos"), "photos.beton", ConvertOptions(Encoding(max_side=500)))
 
-Beside the file goes `photos.beton.json`: class names, options, counts, what was skipped, and the file's checksum.
+Beside the file goes `photos.beton.json`: class names, options, counts, what was left out, and the
+file's checksum.
 """
 
 import json
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -25,8 +27,8 @@ import ffssl
 from ffssl.data.beton import Beton, read_beton
 from ffssl.data.beton_writer import BetonWriter, check_writable
 from ffssl.data.encode import BrokenImage, EncodedImage, Encoding, How, encode_image
-from ffssl.data.sources import Source
-from ffssl.data.workers import WorkerDied, map_in_order
+from ffssl.data.sources import UNLABELLED, Source
+from ffssl.data.workers import WorkerDied, WorkersNotStarted, leave_if_worker, map_in_order
 from ffssl.errors import UserError
 from ffssl.files import write_json
 
@@ -65,14 +67,23 @@ class ConvertOptions:
 
 @dataclass(frozen=True)
 class Summary:
-    """What was written. counts: samples by `How`; skipped: (name, reason) of each broken image left out."""
+    """What was written.
+
+    counts: samples by `How`. skipped: (name, reason) of each broken image that was left out.
+    passed_over: (kind, count, first name) of the files that the source does not take for images.
+    labels: how many different ones. unlabelled: how many samples without.
+    Names are text that can be printed: a byte that is no UTF-8 is written as \\xe9.
+    """
 
     path: Path
     samples: int
     class_names: list[str] | None
+    labels: int
+    unlabelled: int
     file_bytes: int
     counts: dict[str, int]
     skipped: list[tuple[str, str]]
+    passed_over: list[tuple[str, int, str]]
     sha256: str
     seconds: float
 
@@ -80,15 +91,18 @@ class Summary:
 def convert(source: Source, path: str | os.PathLike, options: ConvertOptions = ConvertOptions()) -> Summary:
     """Write the images and labels of `source` to a beton file at `path`, and a description to `path`.json.
 
-    The file appears under its name when it is whole; a failed or interrupted run leaves what was there before.
-    Raises UserError for options that do not fit, ConversionError for a broken image, a failing source or a worker
-    that was killed, BetonWriteError when writing fails.
+    The file appears under its name when it is whole; a failed or interrupted run leaves what was
+    there before. Raises UserError for options that do not fit and for a program that workers can't
+    import, ConversionError for a broken image, a failing source or a worker that was killed,
+    BetonWriteError when writing fails.
     """
+    leave_if_worker()
     path = Path(path)
     started = time.monotonic()
     check_output(path, options.overwrite)
     indices = select_subset(len(source), options.subset, options.subset_seed)
     counts: Counter[str] = Counter()
+    labels: Counter[int] = Counter()
     skipped: list[tuple[str, str]] = []
     # Closed explicitly: an exception's traceback would keep the generator, and its workers, alive.
     with BetonWriter(path, max_samples=len(indices)) as writer, closing(_encoded(source, indices, options)) as results:
@@ -101,6 +115,7 @@ def convert(source: Source, path: str | os.PathLike, options: ConvertOptions = C
             image, label = result
             writer.add(image.data, image.mode, image.width, image.height, label)
             counts[image.how.value] += 1
+            labels[label] += 1
         if len(writer) == 0:
             raise ConversionError(
                 f"{path}: not written: all {len(skipped)} images are broken; the first, {': '.join(skipped[0])}"
@@ -114,15 +129,33 @@ def convert(source: Source, path: str | os.PathLike, options: ConvertOptions = C
     summary = Summary(
         path=path,
         samples=sum(counts.values()),
-        class_names=source.class_names,
+        class_names=None
+        if source.class_names is None
+        else [_as_text(name) for name in source.class_names],
+        labels=len(labels.keys() - {UNLABELLED}),
+        unlabelled=labels[UNLABELLED],
         file_bytes=path.stat().st_size,
         counts={how.value: counts[how.value] for how in How},
-        skipped=skipped,
+        skipped=[(_as_text(name), _as_text(reason)) for name, reason in skipped],
+        passed_over=[
+            (_as_text(kind), count, _as_text(first)) for kind, count, first in source.passed_over
+        ],
         sha256=sha256,
         seconds=time.monotonic() - started,
     )
     _write_description(summary, source, options)
     return summary
+
+
+def _as_text(name: str) -> str:
+    """A name that can be printed: bytes that are no UTF-8, and control characters, as \\xe9."""
+
+    def escape(found: re.Match) -> str:
+        code = ord(found[0])
+        code -= 0xDC00 if 0xDC80 <= code <= 0xDCFF else 0  # where Python keeps such a byte
+        return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+    return re.sub("[\x00-\x1f\x7f\ud800-\udfff]", escape, name)
 
 
 def check_output(path: Path, overwrite: bool) -> None:
@@ -236,6 +269,12 @@ def _encoded(source: Source, indices: np.ndarray, options: ConvertOptions) -> It
     bar = tqdm(results, total=len(samples), unit=" images", smoothing=0.05, disable=None if options.progress else True)
     try:
         yield from bar
+    except WorkersNotStarted:
+        raise UserError(
+            "the worker processes did not start: they import the program first, and it calls "
+            'convert() again there, or fails; put the call under `if __name__ == "__main__":`, '
+            "or pass one worker"
+        ) from None
     except WorkerDied as error:
         first = source.name(int(indices[error.position]))
         raise ConversionError(
@@ -259,7 +298,12 @@ def _write_description(summary: Summary, source: Source, options: ConvertOptions
         "samples": summary.samples,
         "digest": read_beton(summary.path).digest(),
         "class_names": summary.class_names,
-        "source": {"kind": type(source).__name__, "origin": source.origin, "samples": len(source)},
+        "unlabelled": summary.unlabelled,
+        "source": {
+            "kind": type(source).__name__,
+            "origin": _as_text(source.origin),
+            "samples": len(source),
+        },
         "options": {
             **asdict(options.encoding),
             "compressed_share": options.compressed_share,
@@ -269,6 +313,10 @@ def _write_description(summary: Summary, source: Source, options: ConvertOptions
         },
         "counts": summary.counts,
         "skipped": [{"name": name, "reason": reason} for name, reason in summary.skipped],
+        "passed_over": [
+            {"kind": kind, "files": count, "first": first}
+            for kind, count, first in summary.passed_over
+        ],
     }
     target = description_path(summary.path)
     try:

@@ -24,6 +24,20 @@ class WorkerDied(RuntimeError):
         self.position = position
 
 
+class WorkersNotStarted(RuntimeError):
+    """A worker process ended before it began: it imports the main module first, and that failed."""
+
+
+def leave_if_worker() -> None:
+    """End a process that is just starting as a worker, and is here since it imports the program.
+
+    It would start workers of its own, and each of them others. Its parent raises WorkersNotStarted.
+    """
+    # By this, multiprocessing tells it too, but it prints a traceback.
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise SystemExit(1)
+
+
 def map_in_order(
     function: Callable[[Item], Result],
     items: Sequence[Item],
@@ -32,8 +46,9 @@ def map_in_order(
 ) -> Iterator[Result]:
     """Yield function(item) for each item, in order, computed by `workers` processes, or in this one if there is 1.
 
-    Results computed ahead of the consumer are held to about IN_FLIGHT_BYTES, judged by `size_of` the largest so far.
-    `function` is pickled once a worker. What it raises is raised here, and WorkerDied when a worker is killed. Closing
+    Results computed ahead of the consumer are held to about IN_FLIGHT_BYTES, judged by `size_of`
+    the largest so far. `function` is pickled once a worker. What it raises is raised here,
+    WorkerDied when a worker is killed, and WorkersNotStarted when none could be started. Closing
     the iterator ends the workers at once.
     """
     if workers == 1 or len(items) <= 1:
@@ -46,6 +61,13 @@ def map_in_order(
     try:
         yield from _in_chunks(pool, items, 2 * workers + 2, size_of)
         pool.shutdown()
+    except WorkerDied as error:
+        processes = list((pool._processes or {}).values())
+        pool.shutdown()  # waits for them to end
+        # What ends with an exception, and not by a signal, ends with 1.
+        if error.position == 0 and any(process.exitcode == 1 for process in processes):
+            raise WorkersNotStarted from None
+        raise
     finally:
         _stop(pool)
 

@@ -3,6 +3,7 @@
 Labels are ranks of the sorted WordNet ids in every case, the order that torchvision and published weights use.
 """
 
+import codecs
 import io
 import os
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ffssl.data.sources.base import PackedStrings
-from ffssl.data.sources.folder import ImageFolder, has_subfolders, require_folder
+from ffssl.data.sources.folder import ImageFolder, class_of, has_subfolders, require_folder
 from ffssl.errors import UserError
 
 _SPLIT_FOLDERS = ("{}", "ILSVRC2012_img_{}", "Data/CLS-LOC/{}", "ILSVRC/Data/CLS-LOC/{}")
@@ -25,9 +26,11 @@ _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 class ImageNet(ImageFolder):
     """ImageNet's `split`, "train" or "val", under `root`, or `root` itself where it holds the images.
 
-    val_labels: where the labels of a flat validation folder are; looked for beside it when None. Either the devkit
-    (its folder or .tar.gz; reading its meta.mat needs scipy), or a text file with a file name and a WordNet id a line,
-    separated by a space or a comma, such as Kaggle's LOC_val_solution.csv.
+    val_labels: where the labels of validation images are that do not all lie in class folders;
+    looked for beside them when None. Either the devkit (its folder or .tar.gz; reading its meta.mat
+    needs scipy), or a text file with a file name and a WordNet id a line, separated by a space or a
+    comma, such as Kaggle's LOC_val_solution.csv. All images named there are found, wherever they
+    lie below the split's folder.
 
     Raises UserError when images or labels are missing or do not match.
     """
@@ -36,40 +39,75 @@ class ImageNet(ImageFolder):
         root = require_folder(root)
         folders = (root / pattern.format(split) for pattern in _SPLIT_FOLDERS)
         folder = next((folder for folder in folders if folder.is_dir()), root)
-        if has_subfolders(folder) and not (split == "val" and _is_flat(folder)):
+        by_name = split == "val" and (val_labels is not None or _is_flat(folder))
+        if has_subfolders(folder) and not by_name:
+            _require_class_ids(folder, split)
             super().__init__(folder)
-            self._require_class_ids(split)
             return
         if split == "train":
             raise UserError(f"{folder}: no class folders in it; extract ILSVRC2012_img_train.tar, one folder a class")
         super().__init__(folder, labels=False)
         labels = _find_labels(val_labels, [folder, folder.parent, root, root.parent])
         wnid_of = _read_devkit(labels) if _is_devkit(labels) else _read_label_file(labels)
-        self._label_flat_images(labels, wnid_of)
+        self._label_by_name(labels, wnid_of)
 
-    def _require_class_ids(self, split: str) -> None:
-        # Where the split's folder is missing, those of other splits would count as classes.
-        odd = next((name for name in self.class_names if not _CLASS_ID.fullmatch(name)), None)
-        if odd:
-            looked_for = " or ".join(pattern.format(split) for pattern in _SPLIT_FOLDERS)
-            raise UserError(
-                f"{self.root / odd}: not a class of ImageNet, whose folders are named like n01440764; "
-                f"--input must hold those, or {looked_for} with them in it"
-            )
-
-    def _label_flat_images(self, labels: Path, wnid_of: dict[str, str]) -> None:
-        paths = [path for path in self._paths if os.sep not in path]
-        unknown = [path for path in paths if _stem(path) not in wnid_of]
+    def _label_by_name(self, labels: Path, wnid_of: dict[str, str]) -> None:
+        """Label images that may partly lie in class folders, as an interrupted move leaves them."""
+        path_of: dict[str, str] = {}
+        unknown = []
+        for path in self._paths:
+            stem, folder = _stem(path), class_of(path)
+            in_class = os.sep in path and bool(_CLASS_ID.fullmatch(folder))
+            if stem not in wnid_of:
+                # Those of another split lie below `root` where it holds the images itself.
+                if os.sep in path and not in_class:
+                    self.passed_over.add("not of the validation images", path)
+                else:
+                    unknown.append(path)
+                continue
+            if stem in path_of:
+                other = self.root / path_of[stem]
+                raise UserError(f"{self.root / path}: is also at {other}; remove one of them")
+            if in_class and folder != wnid_of[stem]:
+                raise UserError(
+                    f"{self.root / path}: {labels} says class {wnid_of[stem]}; "
+                    "move it there, or correct that"
+                )
+            path_of[stem] = path
         if unknown:
             raise UserError(f"{self.root / unknown[0]}: no label for it in {labels} ({len(unknown)} such images)")
+        missing = sorted(wnid_of.keys() - path_of.keys())
+        if missing:
+            raise UserError(
+                f"{self.root}: {missing[0]} is not in it, though {labels} names it "
+                f"({len(missing)} such images); extract or move it there, "
+                "or pass a --val-labels that names only what is there"
+            )
+        paths = sorted(path_of.values())
         self._paths = PackedStrings(paths)
         self.class_names = sorted(set(wnid_of.values()))
         rank = {wnid: label for label, wnid in enumerate(self.class_names)}
         self._labels = np.array([rank[wnid_of[_stem(path)]] for path in paths], np.int64)
 
 
+def _require_class_ids(folder: Path, split: str) -> None:
+    # Where the split's folder is missing, those of other splits would count as classes.
+    names = sorted(
+        entry.name
+        for entry in os.scandir(folder)
+        if entry.is_dir() and not entry.name.startswith(".")
+    )
+    odd = next((name for name in names if not _CLASS_ID.fullmatch(name)), None)
+    if odd:
+        looked_for = " or ".join(pattern.format(split) for pattern in _SPLIT_FOLDERS)
+        raise UserError(
+            f"{folder / odd}: not a class of ImageNet, whose folders are named like n01440764; "
+            f"--input must hold those, or {looked_for} with them in it"
+        )
+
+
 def _stem(path: str) -> str:
-    return path.rsplit(".", 1)[0]
+    return os.path.basename(path).rsplit(".", 1)[0]
 
 
 def _is_flat(folder: Path) -> bool:
@@ -91,14 +129,27 @@ def _find_labels(given: str | os.PathLike | None, places: list[Path]) -> Path:
 
 def _read_label_file(path: Path) -> dict[str, str]:
     """WordNet id of each file name without its suffix."""
-    wnid_of = {}
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
-        columns = line.replace(",", " ").split()
-        if not columns or (number == 1 and columns[0] == "ImageId"):  # Kaggle's file has a title line
+    data = path.read_bytes()
+    # Spreadsheets write a byte-order mark, quotes, and semicolons for commas.
+    text = data.decode(
+        "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig",
+        "replace",
+    )
+    wnid_of: dict[str, str] = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        columns = re.sub("[,;\"']", " ", line).split()
+        if not columns or (
+            number == 1 and columns[0].lower() == "imageid"
+        ):  # Kaggle's file has a title line
             continue
         if len(columns) < 2 or not _CLASS_ID.fullmatch(columns[1]):
             raise UserError(f"{path}, line {number}: expected a file name and a WordNet id such as n01440764")
-        wnid_of[re.sub(r"\.jpe?g$", "", columns[0], flags=re.IGNORECASE)] = columns[1]
+        stem = re.sub(r"\.jpe?g$", "", os.path.basename(columns[0]), flags=re.IGNORECASE)
+        if wnid_of.setdefault(stem, columns[1]) != columns[1]:
+            raise UserError(
+                f"{path}, line {number}: another class for {stem} than before; remove one of the "
+                "lines"
+            )
     return wnid_of
 
 

@@ -1,4 +1,4 @@
-"""WebDataset shards: tar files in which files of one sample follow each other and share their name up to the first dot.
+"""WebDataset shards: tar files in which the files of a sample share their name up to the first dot.
 
 Each shard is scanned once for where its files begin; samples are then read from there.
 """
@@ -8,36 +8,88 @@ import glob
 import itertools
 import os
 import re
-import tarfile
-from pathlib import Path
 
 import numpy as np
 
-from ffssl.data.sources.base import IMAGE_SUFFIXES, UNLABELLED, PackedStrings, Source, natural_order
+from ffssl.data.sources.base import (
+    UNLABELLED,
+    PackedStrings,
+    PassedOver,
+    Source,
+    kind_of_name,
+    natural_order,
+    number_classes,
+)
+from ffssl.data.sources.shards import (
+    below_common_folder,
+    require_all_shards,
+    require_distinct,
+    require_file,
+    require_one_split,
+)
+from ffssl.data.sources.tar_shard import INSTEAD, Caption, Label, scan
 from ffssl.errors import UserError
+
+_COMPRESSED = re.compile(
+    r"\.(tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zstd?|lz4|lzma|z|br))$", re.IGNORECASE
+)
 
 
 class WebDataset(Source):
-    """The images (.jpg, .jpeg, .png, .webp, ...) and labels (.cls, an integer; optional) of tar shards.
+    """The images (.jpg, .png, .webp, ...) of tar shards, and their labels, where they have any.
 
-    patterns: paths with braces ("train-{000..146}.tar", "{a,b}.tar"), wildcards, or folders of tar files.
-    Raises UserError for missing, compressed or broken shards, and samples with two images or an odd label.
+    patterns: paths with braces ("train-{000..146}.tar", "{a,b}.tar"), wildcards, or folders of tar
+    files. labels=False leaves all images unlabelled.
+
+    A label is the integer of a sample's .cls; else what its .json has under "label", "cls", "class"
+    or "target", an integer, or a text, which is numbered as class folders are; else, where every
+    .txt is an integer, that. Files of a sample need not follow each other. Links inside the tar are
+    followed. A sample without an image by its key up to the first dot may have keys with dots: it
+    is split at the last ones, where that leaves no label without its image.
+
+    Raises UserError for missing, compressed or broken shards, a folder of several splits or without
+    all its shards, links that lead out of their shard, and samples with two images or an odd label.
     """
 
-    def __init__(self, patterns: list[str]):
-        self.shards = [shard for pattern in patterns for shard in _expand(pattern)]
-        self.origin = " ".join(map(str, patterns))
-        keys, rows = [], []
-        for number, shard in enumerate(self.shards):
-            for key, offset, size, label in _scan(shard):
-                keys.append(key)
-                rows.append((number, offset, size, label))
+    def __init__(self, patterns: list[str], labels: bool = True):
+        self.passed_over = PassedOver()
+        patterns = list(map(str, patterns))
+        self.shards = [path for pattern in patterns for path in _expand(pattern, self.passed_over)]
+        require_distinct(self.shards)
+        self.origin = " ".join(patterns)
+        keys, rows, found = [], [], []
+        for number, path in enumerate(self.shards):
+            for image in scan(path, labels, self.passed_over):
+                keys.append(image.key)
+                rows.append((number, image.offset, image.size))
+                found.append(image.label)
         if not rows:
             raise UserError(
-                f"{' '.join(patterns)}: no images in {len(self.shards)} shards (looked for .jpg, .png, ...)"
+                f"{self.origin}: no images in {len(self.shards)} shards{self.passed_over.only()}"
             )
         self._keys = PackedStrings(keys)
         self._rows = np.array(rows, np.int64)
+        self.class_names, self._labels = self._number(found)
+
+    def _number(self, found: list[Label]) -> tuple[list[str] | None, np.ndarray]:
+        """Class names, where the labels are texts, and labels: int64."""
+        captions = [at for at, label in enumerate(found) if isinstance(label, Caption)]
+        are_numbers = all(found[at].number is not None for at in captions)
+        if not are_numbers:
+            self.passed_over.add(".txt", f"{self.name(captions[0])}.txt", len(captions))
+        for at in captions:
+            found[at] = found[at].number if are_numbers else None
+        text = next((at for at, label in enumerate(found) if isinstance(label, str)), None)
+        number = next((at for at, label in enumerate(found) if isinstance(label, int)), None)
+        if text is None:
+            labels = (UNLABELLED if label is None else label for label in found)
+            return None, np.fromiter(labels, np.int64, len(found))
+        if number is not None:
+            raise UserError(
+                f"{self.name(text)}: its label is the text {found[text]!r}, "
+                f"and {self.name(number)} has a number; {INSTEAD}"
+            )
+        return number_classes(found)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -46,11 +98,11 @@ class WebDataset(Source):
         return f"{self.shards[self._rows[index, 0]]}:{self._keys[index]}"
 
     def load(self, index: int) -> tuple[bytes, int]:
-        shard, offset, size, label = self._rows[index].tolist()
+        shard, offset, size = self._rows[index].tolist()
         data = os.pread(_descriptor(self.shards[shard]), size, offset)
         if len(data) != size:
             raise OSError(0, "ends early; has it changed since it was indexed?", self.shards[shard])
-        return data, label
+        return data, int(self._labels[index])
 
 
 @functools.lru_cache(maxsize=64)
@@ -78,72 +130,43 @@ def _brace_choices(inside: str) -> list[str]:
     return [str(number).zfill(width) for number in range(int(first), int(last) + 1)]
 
 
-def _expand(pattern: str) -> list[str]:
+def _expand(pattern: str, passed_over: PassedOver) -> list[str]:
     paths = []
-    for path in expand_braces(str(pattern)):
-        if Path(path).is_dir():
-            found = [str(entry) for entry in Path(path).glob("*.tar")]
+    for path in expand_braces(pattern):
+        if os.path.isdir(path):
+            found = _shards_in(path, passed_over)
+        elif os.path.exists(path):
+            found = [path]
         else:
-            found = [path] if Path(path).exists() else glob.glob(path)
+            found = sorted(glob.glob(path), key=natural_order)
         if not found:
             raise UserError(
                 f"{path}: no such shard; check --input (quote patterns so that the shell leaves them alone)"
             )
-        paths.extend(sorted(found, key=natural_order))
+        if found != [path]:
+            _, names = below_common_folder(found)
+            require_one_split(path, names, "name the shards of one, as 'train-*.tar'")
+            require_all_shards(path, names)
+        paths += map(require_file, found)
     return paths
 
 
-def _scan(shard: str):
-    """Yield (key, offset, size, label) of each image in the order of the shard."""
-    try:
-        with tarfile.open(shard, "r:") as archive:
-            members = (member for member in archive if member.isfile() and not _is_hidden(member.name))
-            for key, group in itertools.groupby(members, key=lambda member: _split_name(member.name)[0]):
-                found = _scan_sample(archive, f"{shard}:{key}", list(group))
-                if found:
-                    yield key, *found
-            _require_end(archive, shard)
-    except tarfile.TarError as error:
-        raise UserError(
-            f"{shard}: not a sound, uncompressed tar file ({error}); decompress or download it again"
-        ) from error
-    except OSError as error:
-        raise UserError(f"{shard}: cannot be read: {error.strerror}; check the file and its permissions") from error
-
-
-def _require_end(archive: tarfile.TarFile, shard: str) -> None:
-    """Raise UserError unless nothing but zeros, a block or more, follows the last member: tarfile takes what it can't read for the end."""
-    archive.fileobj.seek(archive.offset)
-    end = archive.fileobj.read(tarfile.BLOCKSIZE)
-    padding = iter(lambda: archive.fileobj.read(1 << 20), b"")
-    if end != bytes(tarfile.BLOCKSIZE) or any(part.strip(b"\0") for part in padding):
-        raise UserError(f"{shard}: damaged or cut short at byte {archive.offset}; download or pack it again")
-
-
-def _scan_sample(archive: tarfile.TarFile, name: str, members: list[tarfile.TarInfo]) -> tuple[int, int, int] | None:
-    image, label = None, UNLABELLED
-    for member in members:
-        suffix = _split_name(member.name)[1]
-        if suffix == ".cls":
-            text = archive.extractfile(member).read().strip()
-            if not text.isdigit():
-                raise UserError(f"{name}.cls: holds {text[:20]!r}, not a class number; repair the shard")
-            label = int(text)
-        elif suffix in IMAGE_SUFFIXES:
-            if image:
-                raise UserError(f"{name}: two images under one key; give each sample its own")
-            if member.issparse():
-                raise UserError(f"{name}: stored as a sparse file; pack the shard again without --sparse")
-            image = member
-    return (image.offset_data, image.size, label) if image else None
-
-
-def _is_hidden(name: str) -> bool:
-    return os.path.basename(name).startswith(".")
-
-
-def _split_name(name: str) -> tuple[str, str]:
-    """Key and suffix. WebDataset splits at the first dot of the base name: a.seg.png is not an image of a."""
-    folder, base = os.path.split(name)
-    stem, dot, suffix = base.partition(".")
-    return os.path.join(folder, stem), (dot + suffix).lower()
+def _shards_in(folder: str, passed_over: PassedOver) -> list[str]:
+    here = PassedOver()
+    found = []
+    for entry in os.scandir(folder):
+        if entry.is_dir():
+            here.add("hidden" if entry.name.startswith(".") else "folders", entry.path)
+        elif _COMPRESSED.search(entry.name):
+            raise UserError(
+                f"{entry.path}: a compressed shard can't be read in any order; "
+                "decompress it, or name the shards to take"
+            )
+        elif not entry.name.startswith(".") and entry.name.lower().endswith(".tar"):
+            found.append(entry.path)
+        else:
+            here.add(kind_of_name(entry.name), entry.path)
+    if not found:
+        raise UserError(f"{folder}: no .tar in it{here.only()}; name the folder of the shards")
+    passed_over.update(here)
+    return sorted(found, key=natural_order)
