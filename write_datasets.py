@@ -7,7 +7,9 @@ import signal
 import sys
 from pathlib import Path
 
+from ffssl.command_line import exit_status
 from ffssl.errors import UserError
+from ffssl.printable import printable
 
 EXAMPLES = """\
 examples:
@@ -271,12 +273,7 @@ def print_summary(summary) -> None:
     if summary.skipped:
         print(f"  {len(summary.skipped)} broken images skipped:")
         for name, reason in summary.skipped:
-            print(f"    {_printable(name)}: {reason}")
-
-
-def _printable(text: str) -> str:
-    # File names need not be valid in the terminal's encoding, nor of one line.
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+            print(f"    {printable(name)}: {reason}")
 
 
 def main() -> int:
@@ -292,7 +289,7 @@ def main() -> int:
         from ffssl.data.beton_writer import BetonWriteError
         from ffssl.data.convert import ConversionError
 
-        print(f"error: {_printable(str(error))}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1 if isinstance(error, (BetonWriteError, ConversionError)) else 2
     except KeyboardInterrupt:
         print(f"interrupted; {options.output} was not written", file=sys.stderr)
@@ -301,4 +298,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

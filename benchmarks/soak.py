@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ffssl.command_line import exit_status
 from ffssl.data.convert import ConvertOptions, convert
 from ffssl.data.loader import ViewLoader
 from ffssl.data.policy import EVALUATION
@@ -132,4 +133,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

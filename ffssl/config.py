@@ -16,6 +16,7 @@ from fastargs.config import Config
 from fastargs.exceptions import MissingValueError, ValidationError
 from fastargs.validation import Checker
 
+from ffssl.command_line import exit_status
 from ffssl.errors import UserError
 from ffssl.schedules import LEARNING_RATE_SCHEDULES, RESOLUTION_SCHEDULES
 
@@ -80,6 +81,7 @@ def declare() -> Config:
         "data", "Where the images come from",
         train=Param(str, "beton file to train on", required=True),
         validation=Param(str, "beton file with labels for the online kNN; none: no evaluation"),
+        label_field=Param(str, "field of the files that holds the labels, integers or whole numbers; default: label, or else the only such field"),
         workers=Param(_integer(0), "threads that render views; 0: one per core", 0),
         batches_ahead=Param(_integer(1), "batches in memory: the one trained on, and those rendered meanwhile", 3),
         broken=Param(Choice("stop", "replace"), "what an image that does not decode does: stop the run, or be replaced by another, and counted in the log", "stop"),
@@ -215,17 +217,14 @@ def read_options(arguments: list[str], defaults: Mapping[str, object] = MappingP
     return options
 
 
-def command_line_options(usage: str) -> SimpleNamespace:
+def command_line_options(usage: str | None) -> SimpleNamespace:
     """The options of this process's command line. Prints the help, or what is wrong in one line, and leaves with status 0 or 2."""
-    arguments = sys.argv[1:]
+    arguments, found = sys.argv[1:], []
     if {"-h", "--help"} & set(arguments):
-        print(help_text(usage))
-        sys.exit(0)
-    try:
-        return read_options(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(exit_status(lambda: print(help_text(usage)), interrupted=""))
+    if status := exit_status(lambda: found.append(read_options(arguments))):
+        sys.exit(status)
+    return found[0]
 
 
 def as_dict(options: SimpleNamespace) -> dict[str, dict]:
@@ -250,10 +249,10 @@ def from_dict(sections: dict[str, dict]) -> SimpleNamespace:
     return _validated(config, settings)
 
 
-def help_text(usage: str) -> str:
-    """The program's usage, then each option with its check, default and meaning, by section."""
+def help_text(usage: str | None) -> str:
+    """The program's usage, which python -OO takes away, then each option with its check, default and meaning, by section."""
     config = declare()
-    lines = [usage.strip(), ""]
+    lines = [(usage or "usage: --config FILE --section.option=value ...").strip(), ""]
     for path, entries in config.sections_to_entries.items():
         lines.append(f"{config.sections[path].desc}:")
         for entry in entries:
@@ -278,7 +277,7 @@ def _check_name(name: str, where: str, config: Config) -> None:
 def _read_file(path: Path, config: Config, built_on_it: tuple[Path, ...] = ()) -> dict[str, object]:
     """A YAML file's options by dotted name, on top of its bases'."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: the config can't be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

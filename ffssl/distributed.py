@@ -24,9 +24,10 @@ def process_group(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterato
     """Joins the processes that torchrun has started, over NCCL where `device` is a GPU, else gloo. A process alone joins nothing.
 
     All leave together, after Stopped too, which all must raise. timeout: after which a rank no longer waits for the others. Raises
-    ConnectionError where another rank is lost, and UserError where some ranks have a GPU and others none.
+    ConnectionError where another rank is lost, and UserError where some ranks have a GPU and others none, and where the environment does not
+    say how to join.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if launched() == 1:
         yield
         return
     on_gpu = device.type == "cuda"
@@ -67,26 +68,58 @@ def _require_one_kind(store: "dist.Store", number: int, ranks: int, kind: str) -
         raise UserError(f"--run.device: {kinds[0]} on rank 0, but {kinds[other]} on rank {other}; all ranks need the same")
 
 
+def launched() -> int:
+    """How many processes have been started as this one's ranks. Raises UserError where the environment says that in part only."""
+    ranks = _variable("WORLD_SIZE", 1, least=1)
+    if ranks > 1:
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name, "").strip()]
+        if missing:
+            raise UserError(
+                f"WORLD_SIZE is {ranks} in the environment, but not {', '.join(missing)}; start "
+                "with torchrun, which sets them all, or for one process alone unset WORLD_SIZE"
+            )
+        _variable("MASTER_PORT", 0, least=1)
+        if _variable("RANK", 0) >= ranks:
+            raise UserError(f"RANK is {os.environ['RANK']} in the environment, but WORLD_SIZE is {ranks}; start with torchrun, which sets both")
+    return ranks
+
+
+def _variable(name: str, default: int, *, least: int = 0) -> int:
+    """A number that a launcher has set in the environment; one that is empty is as one that is not there. Raises UserError."""
+    text = os.environ.get(name, "").strip()
+    try:
+        value = int(text or default)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise UserError(f"{name} is {text!r} in the environment, which must be an integer of {least} or more; unset it, or start with torchrun")
+    return value
+
+
 def local_device(device: torch.device) -> torch.device:
     """The GPU of this rank where `device` is a GPU and this process is one of several: that of its number on the machine, 0 if it has none.
 
-    Raises UserError where the machine has no such GPU, and where all are told to use the same.
+    Raises UserError where the machine has no such GPU, where all are told to use the same, and as `launched` does.
     """
-    if device.type != "cuda" or "WORLD_SIZE" not in os.environ:
+    if launched() == 1 or device.type != "cuda":
         return device
     ranks, gpus = ranks_here(), torch.cuda.device_count()
     if ranks > 1 and device.index is not None:
         raise UserError(f"--run.device: {device} can't be that of {ranks} processes; leave it auto")
     if ranks > gpus:
         raise UserError(f"{ranks} processes on this machine, which has {gpus} GPUs: start torchrun with --nproc_per_node={gpus}")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
+    if device.index is None:
+        number = _variable("LOCAL_RANK", 0)
+        if number >= gpus:
+            raise UserError(f"LOCAL_RANK is {number}, but this machine has {gpus} GPUs, counted from 0; start with torchrun, which sets it")
+        device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device
 
 
 def ranks_here() -> int:
     """How many of the ranks are on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return _variable("LOCAL_WORLD_SIZE", 1, least=1)
 
 
 def cores_per_rank() -> int:

@@ -49,7 +49,7 @@ def export(run: Path, to: str, output: Path, network: str = "student") -> None:
     backbone = backbone_of(loaded.method, network)
     check_fit(loaded.options.model, to)
     card = model_card(loaded, backbone, folder=checkpoint_path(run).parent, network=network, to=to, file=output.name)
-    for path, content in ((output, serialised(native_weights(backbone), to)), (card_path(output), card.encode())):
+    for path, content in ((output, serialised(native_weights(backbone), to)), (card_path(output), card.encode("utf-8", "backslashreplace"))):
         try:
             with replacing(path) as partial:
                 partial.write_bytes(content)

@@ -1,9 +1,15 @@
 """What the project's pictures share: colours and marks that are told apart without colour vision, units, and texts beside their points."""
 
+import contextlib
+import functools
+import warnings
+from collections.abc import Iterator
+
 import matplotlib
 
 matplotlib.use("Agg")
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.patheffects import withStroke
@@ -17,6 +23,45 @@ MARKERS = "osD^vP*X"
 def ink(colour: str) -> str:
     """The colour of a text that belongs to a curve: darker than the curve, or the lighter ones would be hard to read."""
     return to_hex(0.75 * np.array(to_rgb(colour)))
+
+
+@functools.cache
+def _fonts_for(characters: frozenset[str]) -> tuple[tuple[str, ...], frozenset[str]]:
+    """Families that have between them what matplotlib's own font lacks of `characters`, and what none of the installed ones has."""
+    lacking = characters - _characters_in(font_manager.findfont(font_manager.FontProperties(family=["sans-serif"])), characters)
+    families = []
+    for font in sorted(font_manager.fontManager.ttflist, key=lambda font: (font.name, font.style != "normal", abs(int(font.weight) - 400))):
+        if not lacking:
+            break
+        if font.name in families or font.name.startswith("Last Resort"):  # which has boxes for all of Unicode
+            continue
+        if found := _characters_in(font.fname, lacking):
+            families.append(font.name)
+            lacking -= found
+    return tuple(families), lacking
+
+
+def _characters_in(path: str, characters: frozenset[str]) -> frozenset[str]:
+    try:
+        glyphs = font_manager.get_font(path).get_charmap()
+    except (OSError, RuntimeError):  # fonts that are gone, and of kinds that matplotlib can't read
+        return frozenset()
+    return frozenset(character for character in characters if ord(character) in glyphs)
+
+
+@contextlib.contextmanager
+def any_script(*texts: str) -> Iterator[None]:
+    """Inside, figures are made that hold these texts: in matplotlib's own font, and in installed ones what that lacks, as Chinese."""
+    families, _ = _fonts_for(frozenset("".join(texts)))
+    with matplotlib.rc_context({"font.family": ["sans-serif", *families]}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from")  # in an SVG the reader's font has it; for others see `drawable`
+        yield
+
+
+def drawable(text: str) -> str:
+    """`text`, with what no installed font has escaped, as in \\u4e2d: an empty box would say nothing."""
+    _, lacking = _fonts_for(frozenset(text))
+    return "".join(c.encode("unicode_escape").decode() if c in lacking else c for c in text)
 
 
 def flop_unit(largest: float) -> tuple[str, float]:

@@ -37,8 +37,9 @@ from ffssl.config import read_options
 from ffssl.data.beton import read_beton
 from ffssl.data.convert import identity, same_samples
 from ffssl.errors import UserError
+from ffssl.evaluate.labels import shared_classes
 from ffssl.files import make_folder, only_one_in, write_json
-from ffssl.study_file import Run, Study, comparable, read_study
+from ffssl.study_file import SPLITS, Run, Study, comparable, read_study
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = "study.json"  # in a run's folder: how it was started, and when it finished
@@ -64,6 +65,7 @@ def conduct(study: Study, folder: Path) -> int:
     make_folder(folder, "--folder")
     with only_one_in(folder, "study", "--folder") as lock:
         data = {split: identity(read_beton(path)) for split, path in study.data.items() if path.exists()}
+        check_classes(study, folder)
         for seed, run in todo:
             check_unchanged(study, run, seed, folder, data)
         for split, count in study.embedded.items():
@@ -139,6 +141,16 @@ def read_record(folder: Path) -> dict | None:
 def write_record(folder: Path, record: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RECORD, record)
+
+
+def check_classes(study: Study, folder: Path) -> None:
+    """Raises UserError where the files are there, and their labels not of the same classes, before any run takes hours."""
+    if all(path.exists() for path in study.data.values()):
+        for field in {read_options(run.command(folder, study.seeds[0])).data.label_field for run in study.runs}:
+            try:
+                shared_classes(*(read_beton(study.data[split], field) for split in SPLITS))
+            except UserError as error:
+                raise UserError(f"{study.path}: {error}") from error
 
 
 def check_unchanged(study: Study, run: Run, seed: int, study_folder: Path, data: dict[str, dict]) -> None:

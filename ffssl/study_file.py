@@ -91,7 +91,7 @@ class _Words(yaml.BaseLoader):
 
 def _load(path: Path) -> object:
     try:
-        return yaml.load(path.read_text(), _Words)
+        return yaml.load(path.read_text(encoding="utf-8"), _Words)
     except OSError as error:
         raise UserError(f"{path}: the study can't be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -6,8 +6,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from ffssl.data.convert import read_description
-from ffssl.files import replacing, write_json
-from ffssl.figures import COLOURS, MARKERS, flop_unit, label
+from ffssl.figures import COLOURS, MARKERS, any_script, drawable, flop_unit, label
+from ffssl.files import replacing, write_json, write_text
 from ffssl.run_log import read_log
 from ffssl.run_record import read_starts
 from ffssl.study_file import Run, Study
@@ -45,8 +45,7 @@ def write_report(study: Study, folder: Path, records: dict[tuple[str, int], dict
         "knn": [f"k = {k}, T = {temperature:g}" for k, temperature in settings],
     }
     table = format_table(rows, len(study.seeds))
-    with replacing(folder / "table.md") as path:
-        path.write_text(f"{_format_header(header)}\n{table}\n{NOTES}")
+    write_text(folder / "table.md", f"{_format_header(header)}\n{table}\n{NOTES}")
     write_json(folder / "table.json", header | {"runs": rows})
     with replacing(folder / "picture.png") as path:
         draw(study, rows, logs, path)
@@ -195,10 +194,13 @@ def draw(study: Study, rows: list[dict], logs: dict[str, dict[int, list[dict]]],
         bottom = max(min(finals) - room, lowest - 0.1 * room, 0)  # the ends, where the runs differ, and of the curves what is as high
         highest = 100 * max(row["knn"] + (row["knn_sd"] or 0) for _, row in shown)
         axes[0].set_ylim(bottom, min(max(max(finals) + 0.3 * room, highest + 0.05 * room), 101))
-    figure.suptitle(study.title, fontsize=14)
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # the labels are placed for the layout as it is now
-    for axis, cost, factor in zip(axes, COSTS, (scale, 1)):
-        label(axis, [(run.name.replace("/", " "), (row[cost] * factor, 100 * row["knn"]), colours[run.name]) for run, row in shown])
-    figure.savefig(path, format="png")
+    with any_script(study.title, *(run.name for run in study.runs)):
+        figure.suptitle(drawable(study.title), fontsize=14, parse_math=False)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # the labels are placed for the layout as it is now
+        for axis, cost, factor in zip(axes, COSTS, (scale, 1)):
+            names = (drawable(run.name.replace("/", " ")) for run, _ in shown)
+            ends = ((row[cost] * factor, 100 * row["knn"]) for _, row in shown)
+            label(axis, list(zip(names, ends, (colours[run.name] for run, _ in shown))))
+        figure.savefig(path, format="png")
     plt.close(figure)

@@ -24,6 +24,7 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds: --h
 import contextlib
 import math
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,6 +34,7 @@ from tqdm import tqdm
 from ffssl import checkpoint
 from ffssl.config import as_dict, shared_options
 from ffssl.cost import count_flops
+from ffssl.data.beton import LABEL
 from ffssl.data.convert import identity, same_samples
 from ffssl.data.loader import ViewLoader
 from ffssl.device import choose_device, describe_precision, precision
@@ -95,6 +97,8 @@ def train(options: SimpleNamespace) -> None:
             ranks = f", {world_size()} processes" if world_size() > 1 else ""
             print(f"{loader.describe_memory()}{', on each process' if ranks else ''}", flush=True)
             print(f"on {device}{ranks}: {describe_precision(options.training.amp, device)}; torch.compile {compiled}{run.energy_note}", flush=True)
+            if knn and knn.label_field != LABEL:
+                print(f"labels for the kNN: the field '{knn.label_field}'", flush=True)
             record_start(folder, device)
             log = stack.enter_context(contextlib.closing(open_log(run, folder, resumed)))
             saver = stack.enter_context(
@@ -217,12 +221,14 @@ def evaluate(run: Run, knn: OnlineKnn | None, stop: StopRequest) -> dict[str, fl
 
 def open_loader(options: SimpleNamespace) -> ViewLoader:
     """A run's training views: this rank's share of every batch."""
-    return ViewLoader(
-        options.data.train, batch_size=options.training.batch_size // world_size(), views=options.augment.views, policy=view_policies(options),
-        resolution=options.resolution.max, seed=options.run.seed, workers=options.data.workers or cores_per_rank(),
-        batches_ahead=options.data.batches_ahead, scaled_decoding=options.data.scaled_decoding, broken=options.data.broken,
-        rank=rank(), world_size=world_size(), loaders_here=ranks_here(),
-    )  # fmt: skip
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of labels, which are not trained on
+        return ViewLoader(
+            options.data.train, batch_size=options.training.batch_size // world_size(), views=options.augment.views,
+            policy=view_policies(options), resolution=options.resolution.max, seed=options.run.seed,
+            workers=options.data.workers or cores_per_rank(), batches_ahead=options.data.batches_ahead,
+            scaled_decoding=options.data.scaled_decoding, broken=options.data.broken, rank=rank(),
+            world_size=world_size(), loaders_here=ranks_here(), label_field=options.data.label_field,
+        )  # fmt: skip
 
 
 def open_log(run: Run, folder: Path, resumed: bool) -> RunLog:

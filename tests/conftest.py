@@ -1,6 +1,8 @@
+import random
 import signal
 from pathlib import Path
 
+import leftovers
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -8,11 +10,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+    parser.addoption("--seed", type=int, help="of the moments that tests choose at random; a failed test prints its own")
 
 
 def pytest_configure(config):
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background: programs under test would inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    leftovers.watch()
 
 
 def pytest_collection_modifyitems(config, items):
@@ -29,6 +33,15 @@ def _skip(items, marker, reason):
     for item in items:
         if item.get_closest_marker(marker):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def moments(request) -> random.Random:
+    """For what happens at random moments."""
+    seed = request.config.getoption("--seed")
+    seed = random.randrange(1 << 32) if seed is None else seed
+    print(f"random moments: --seed={seed}")
+    return random.Random(seed)
 
 
 @pytest.fixture(scope="session")

@@ -222,7 +222,7 @@ def test_the_help_lists_every_option_with_its_meaning_and_default():
 
 def test_the_program_answers_help_with_0_and_a_mistake_with_2_and_one_line():
     def run(*arguments):
-        return subprocess.run([sys.executable, "ffssl/train.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        return subprocess.run([sys.executable, "ffssl/train.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600)
 
     answer = run("--help")
     assert answer.returncode == 0 and "--training.epochs" in answer.stdout

@@ -31,5 +31,5 @@ def folder(tmp_path_factory):
 def test_examples_of_the_loader_run(folder, block):
     (folder / "example.py").write_text(block + "\nassert views.shape[0] == 8 and len(loader) == 5\n")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # their threads would contend with the loader's
-    result = subprocess.run([sys.executable, "example.py"], cwd=folder, env=environment, capture_output=True, text=True, timeout=250)
+    result = subprocess.run([sys.executable, "example.py"], cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr

@@ -18,7 +18,7 @@ def test_what_is_saved_is_the_state_at_the_call_though_it_changes_while_it_is_wr
     may_write, save = threading.Event(), checkpoint.save
 
     def slow_save(*arguments, **settings):
-        assert may_write.wait(10)
+        assert may_write.wait(600)
         save(*arguments, **settings)
 
     monkeypatch.setattr(checkpoint, "save", slow_save)

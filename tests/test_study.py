@@ -165,7 +165,7 @@ def test_an_ended_study_goes_on_where_it_stopped(toy, tmp_path):
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.02)
         process.send_signal(number)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=600)
         assert process.returncode == status and "Traceback" not in err
         assert ("the same command goes on where it stopped" in err) == (number == signal.SIGINT)
         assert read_log(folder)[: len(done)] == done  # seconds too: these epochs were not run again

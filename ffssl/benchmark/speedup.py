@@ -99,7 +99,7 @@ def write(found: dict, output: Path) -> None:
     print(f"\n{table}\nIn {output}: {JSON}, {TABLE}, {PICTURE}", flush=True)
     write_json(output / JSON, found)
     with replacing(output / TABLE) as partial:
-        partial.write_text(table)
+        partial.write_text(table, encoding="utf-8", errors="backslashreplace")
     draw(found, output / PICTURE)
 
 

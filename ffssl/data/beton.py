@@ -35,6 +35,8 @@ LABEL_TYPE = np.dtype("<i8")
 MODE_JPEG, MODE_RAW = 0, 1
 
 FLOAT_FIELD, INT_FIELD, IMAGE_FIELD, BYTES_FIELD, ARRAY_FIELD, JSON_FIELD, TENSOR_FIELD = range(7)
+FIELD_KINDS = ("float", "int", "image", "bytes", "array", "JSON", "tensor")  # by those numbers, for messages
+LABEL = "label"  # what the converter calls its labels
 _POINTER_AND_SIZE = np.dtype([("ptr", "<u8"), ("size", "<u8")])
 FIELD_METADATA = {
     FLOAT_FIELD: np.dtype("<f8"),
@@ -60,8 +62,9 @@ class Beton:
 
     images: IMAGE_TYPE (n,): mode (MODE_JPEG or MODE_RAW), width, height, data_ptr.
     image_sizes: uint64 (n,), the bytes of each image.
-    labels: int64 (n,), or None where the file has no integer field named "label".
+    labels: int64 (n,), or None where no field holds any, or none that can only be meant; label_field: which it is.
     pointers, sizes: uint64, the allocation table sorted by pointer; other fields' data included.
+    fields: name and type of each. named_labels: of the int field "label", whichever field was asked for, or None.
     """
 
     path: Path
@@ -71,6 +74,9 @@ class Beton:
     pointers: np.ndarray
     sizes: np.ndarray
     page_size: int
+    fields: list[tuple[str, int]]
+    label_field: str | None
+    named_labels: np.ndarray | None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -78,29 +84,30 @@ class Beton:
     def digest(self) -> str:
         """16 hexadecimal digits of what is here, which tell these samples from others without a look at their bytes."""
         digest = hashlib.sha256()
-        for array in (self.images, self.labels, self.pointers, self.sizes):
+        for array in (self.images, self.named_labels, self.pointers, self.sizes):
             digest.update(b"" if array is None else array.tobytes())
         return digest.hexdigest()[:16]
 
 
-def read_beton(path: str | os.PathLike) -> Beton:
+def read_beton(path: str | os.PathLike, label_field: str | None = None) -> Beton:
     """Read the tables of a beton file and check them against each other and against the file's size.
 
-    The images' bytes are not read. Raises UserError naming the file, what is wrong with it and what to do.
+    label_field: the field that holds the labels, of integers or of floats that are whole numbers. By default it is "label", or where no
+    field is called so, the only such field. The images' bytes are not read. Raises UserError naming the file, what is wrong and what to do.
     """
     path = Path(path)
     try:
         if path.is_dir():
             raise UserError(f"{path}: is a folder, not a beton file; name the file inside it")
         with open(path, "rb") as file:
-            return _read(path, file, os.fstat(file.fileno()).st_size)
+            return _read(path, file, os.fstat(file.fileno()).st_size, label_field)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; write it with write_datasets.py") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; check the file and its permissions") from error
 
 
-def _read(path: Path, file, file_size: int) -> Beton:
+def _read(path: Path, file, file_size: int, label_field: str | None) -> Beton:
     header = _read_header(path, file, file_size)
     fields = _read_fields(path, file, file_size, int(header["num_fields"]))
     rows_type = metadata_type([type_id for _, type_id in fields])
@@ -119,19 +126,19 @@ def _read(path: Path, file, file_size: int) -> Beton:
     table = np.fromfile(file, ALLOCATION_TYPE, (file_size - table_ptr) // ALLOCATION_TYPE.itemsize)
     pointers, sizes = _sorted_allocations(path, table, rows_end, table_ptr)
 
-    image_column, label_column = _image_column(path, fields), None
-    if ("label", INT_FIELD) in fields:
-        label_column = f"f{fields.index(('label', INT_FIELD))}"
     # Contiguous copies: the rows interleave the fields, and every later look-up would stride over all of them.
-    images = np.ascontiguousarray(rows[image_column])
-    labels = np.ascontiguousarray(rows[label_column]) if label_column else None
+    images = np.ascontiguousarray(rows[_image_column(path, fields)])
+    label_field, labels = _labels(path, fields, rows, label_field)
+    named_labels = None
+    if (LABEL, INT_FIELD) in fields:
+        named_labels = labels if label_field == LABEL else _whole_numbers(fields, rows, fields.index((LABEL, INT_FIELD)))
     page_size = int(header["page_size"])
     image_sizes = _check_images(path, images, pointers, sizes, page_size)
 
-    for array in (images, image_sizes, labels, pointers, sizes):
+    for array in (images, image_sizes, labels, named_labels, pointers, sizes):
         if array is not None:
             array.setflags(write=False)
-    return Beton(path, images, image_sizes, labels, pointers, sizes, page_size)
+    return Beton(path, images, image_sizes, labels, pointers, sizes, page_size, fields, label_field, named_labels)
 
 
 def _damaged(path: Path, what: str) -> UserError:
@@ -180,6 +187,37 @@ def _image_column(path: Path, fields: list[tuple[str, int]]) -> str:
     names = ", ".join(f"'{name}'" for name, _ in fields)
     which = "no RGB image field" if not candidates else "several RGB image fields and not one named 'image'"
     raise UserError(f"{path}: has {which} (fields: {names}); write it with one RGBImageField named 'image'")
+
+
+def describe_fields(fields: list[tuple[str, int]]) -> str:
+    """The fields besides the image, for a message."""
+    others = [f"'{name}' ({FIELD_KINDS[type_id]})" for name, type_id in fields if type_id != IMAGE_FIELD]
+    return ", ".join(others) or "none besides the image"
+
+
+def _labels(path: Path, fields: list[tuple[str, int]], rows: np.ndarray, wanted: str | None) -> tuple[str | None, np.ndarray | None]:
+    """The name of the field that holds the labels, and these, int64 (n,); None twice where none does, or it is not clear which."""
+    if wanted is not None:
+        columns = [i for i, (name, _) in enumerate(fields) if name == wanted]
+        labels = _whole_numbers(fields, rows, columns[0]) if columns else None
+        if labels is None:
+            what = "holds no whole numbers" if columns else "is not in it"
+            raise UserError(f"{path}: the field of labels, '{wanted}', {what}; its fields: {describe_fields(fields)}")
+        return wanted, labels
+    named = [i for i, (name, _) in enumerate(fields) if name == LABEL]
+    columns = ((i, _whole_numbers(fields, rows, i)) for i in named or range(len(fields)))
+    able = [(fields[i][0], labels) for i, labels in columns if labels is not None]
+    return able[0] if len(able) == 1 else (None, None)
+
+
+def _whole_numbers(fields: list[tuple[str, int]], rows: np.ndarray, column: int) -> np.ndarray | None:
+    """A field as int64, or None where it is of another kind."""
+    kind, values = fields[column][1], rows[f"f{column}"]
+    if kind == INT_FIELD:
+        return np.ascontiguousarray(values)
+    if kind == FLOAT_FIELD and (np.isfinite(values) & (values == np.rint(values)) & (np.abs(values) < 2.0**53)).all():
+        return values.astype(np.int64)
+    return None
 
 
 def _sorted_allocations(path: Path, table: np.ndarray, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:

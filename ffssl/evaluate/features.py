@@ -22,7 +22,7 @@ def open_views(path: str | Path, data: SimpleNamespace, resolution: int, **setti
     """
     usual = {
         "batch_size": 256, "policy": EVALUATION, "shuffle": False, "workers": data.workers, "batches_ahead": 2,
-        "scaled_decoding": data.scaled_decoding,
+        "scaled_decoding": data.scaled_decoding, "label_field": data.label_field,
     }  # fmt: skip
     return ViewLoader(path, views=1, resolution=resolution, drop_last=False, **usual | settings)
 

@@ -10,6 +10,7 @@ from html import escape
 import numpy as np
 import torch
 
+from ffssl.data.sources.base import UNLABELLED
 from ffssl.figures import COLOURS
 from ffssl.methods import Method
 from ffssl.report import samples
@@ -98,7 +99,7 @@ def show_choice(run: ReportedRun, method: Method, place: int, gallery: Gallery) 
 def show_embedding(run: ReportedRun, method: Method, place: int, gallery: Gallery) -> str:
     embedding = samples.embed(run, method)
     labels = embedding.labels.numpy()
-    names = {label: samples.class_name(embedding.class_names, label) for label in np.unique(labels[labels >= 0]).tolist()}
+    names = {label: samples.class_name(embedding.class_names, label) for label in np.setdiff1d(labels, UNLABELLED).tolist()}
     by = "UMAP" if embedding.explained is None else "PCA"
     figure = draw_points(embedding.points.numpy(), labels, names, f"features by {by}")
     card = gallery.draw(figure, _file_name("embeddings", run, place), f"features by {by}")
@@ -112,15 +113,13 @@ def show_embedding(run: ReportedRun, method: Method, place: int, gallery: Galler
     return f'{card}<p class="caption">{words}.</p>'
 
 
-
-
 def show_neighbours(run: ReportedRun, method: Method, place: int, gallery: Gallery) -> str:
     near = samples.nearest_neighbours(run, method)
     rows, sheet = [], []
     for i, query_label in enumerate(near.query_labels.tolist()):
         figures = [_thumbnail(near.queries[i], _class(near, query_label) or "image", "")]
         for image, label, cosine in zip(near.found[i], near.found_labels[i].tolist(), near.cosines[i].tolist()):
-            other = query_label >= 0 and label != query_label
+            other = UNLABELLED not in (query_label, label) and label != query_label
             figures.append(_thumbnail(image, f"{_class(near, label)} {cosine:.2f}", ' class="other"' if other else ""))
         rows.append(f'<div class="row">{"".join(figures)}</div>')
         sheet.append([(near.queries[i], False), None, *((image, False) for image in near.found[i])])
@@ -129,7 +128,7 @@ def show_neighbours(run: ReportedRun, method: Method, place: int, gallery: Galle
 
 
 def _class(near: samples.Neighbours, label: int) -> str:
-    return samples.class_name(near.class_names, label) if label >= 0 else ""
+    return samples.class_name(near.class_names, label) if label != UNLABELLED else ""
 
 
 def _thumbnail(image: torch.Tensor, caption: str, attributes: str) -> str:

@@ -16,10 +16,13 @@ from torch.nn import functional as F
 
 from ffssl.data.beton import Beton, read_beton
 from ffssl.data.loader import ViewLoader
+from ffssl.data.sources.base import UNLABELLED
 from ffssl.evaluate.features import extract_features, open_views
+from ffssl.evaluate.labels import shared_classes
 from ffssl.hard_augment import hardest_pair, losses_of_pairs, pairs
 from ffssl.methods import Method
 from ffssl.methods.base import Progress
+from ffssl.printable import printable
 from ffssl.report.runs import ReportedRun, describe_data
 from ffssl.train import open_loader
 
@@ -87,7 +90,7 @@ def spread(total: int, count: int) -> np.ndarray:
 
 
 def class_name(names: Sequence[str], label: int) -> str:
-    return names[label] if label < len(names) else f"class {label}"
+    return printable(names[label]) if 0 <= label < len(names) else f"class {label}"
 
 
 @contextlib.contextmanager
@@ -196,9 +199,9 @@ def evaluation_path(run: ReportedRun) -> str:
 def embed(run: ReportedRun, method: Method) -> Embedding:
     """The features of a few hundred images in the plane; of a few classes, where there are many."""
     path = evaluation_path(run)
-    beton = read_beton(path)
-    labels = np.full(len(beton), -1) if beton.labels is None else beton.labels
-    classes = np.unique(labels[labels >= 0])
+    beton = read_beton(path, run.options.data.label_field)
+    labels = np.full(len(beton), UNLABELLED) if beton.labels is None else beton.labels
+    classes = _classes(beton)
     indices = np.arange(len(beton))
     if len(classes):
         indices = np.flatnonzero(np.isin(labels, classes[spread(len(classes), EMBEDDED_CLASSES)]))
@@ -221,9 +224,14 @@ def project(features: Tensor) -> tuple[Tensor, float | None]:
     return centred @ (directions[:2] * signs).T, (variances[:2].sum() / variances.sum().clamp(min=1e-12)).item()
 
 
+def _classes(beton: Beton) -> np.ndarray:
+    """The labels that there are, ascending."""
+    return np.setdiff1d([] if beton.labels is None else beton.labels, UNLABELLED)
+
+
 def _examples(beton: Beton, count: int) -> np.ndarray:
     """Images of different classes, where there are labels."""
-    classes = np.unique(beton.labels[beton.labels >= 0]) if beton.labels is not None else []
+    classes = _classes(beton)
     if not len(classes):
         return spread(len(beton), count)
     firsts = [np.flatnonzero(beton.labels == one)[0] for one in classes[spread(len(classes), count)]]
@@ -231,10 +239,15 @@ def _examples(beton: Beton, count: int) -> np.ndarray:
 
 
 def nearest_neighbours(run: ReportedRun, method: Method) -> Neighbours:
-    """The training images, of at most BANK, whose features are closest to those of a few validation images, by the cosine."""
+    """The training images, of at most BANK, whose features are closest to those of a few validation images, by the cosine.
+
+    Raises UserError where both files have labels, but not of the same classes.
+    """
     path, bank_path = evaluation_path(run), run.options.data.train
-    queries = _examples(read_beton(path), QUERIES)
-    bank = spread(len(read_beton(bank_path)), BANK)
+    asked, trained = (read_beton(one, run.options.data.label_field) for one in (path, bank_path))
+    if all(len(_classes(beton)) for beton in (asked, trained)) and path != bank_path:
+        shared_classes(trained, asked)
+    queries, bank = _examples(asked, QUERIES), spread(len(trained), BANK)
     if path == bank_path:
         bank = np.setdiff1d(bank, queries)
     features, query_labels = _features(run, method, path, queries)

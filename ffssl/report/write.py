@@ -19,7 +19,7 @@ def write_report(folders: list[Path], output: Path, device: str = "auto") -> Pat
     beside = output.with_name(f"{output.stem}_pictures")
     try:
         beside.mkdir(parents=True, exist_ok=True)
-        for path, content in (*((beside / name, png) for name, png in pictures.items()), (output, page.encode())):
+        for path, content in (*((beside / name, png) for name, png in pictures.items()), (output, page.encode("utf-8", "backslashreplace"))):
             with replacing(path) as partial:
                 partial.write_bytes(content)
     except OSError as error:

@@ -55,7 +55,7 @@ from ffssl.data.beton_writer import MIN_PAGE_SIZE, BetonWriter
 from ffssl.errors import UserError
 from sample_images import smooth_image
 
-LIMIT_S = 60  # a case takes milliseconds, and a child seconds to start
+LIMIT_S = 600  # a case takes milliseconds
 SERVED, IN_PART, REFUSED, WRONG, CRASHED, HUNG = OUTCOMES = ("served", "in part", "refused", "wrong", "crashed", "hung")
 Check = Callable[[int], str]
 
@@ -272,7 +272,10 @@ def attempt_all_here(check: Check, seeds: Iterable[int]) -> Iterator[tuple[int, 
 
 
 def attempt_all(check: Check, seeds: Iterable[int], limit_s: float = LIMIT_S) -> Iterator[tuple[int, str, str]]:
-    """Seed, outcome and what there is to say of each case, run in a child process, a new one after a crash or a hang."""
+    """Seed, outcome and what there is to say of each case, run in a child process, a new one after a crash or a hang.
+
+    limit_s: for a case, once the child has imported what it needs.
+    """
     context, child = multiprocessing.get_context("spawn"), None
     try:
         for seed in seeds:
@@ -281,6 +284,7 @@ def attempt_all(check: Check, seeds: Iterable[int], limit_s: float = LIMIT_S) ->
                 child = context.Process(target=_serve, args=(check, other_end))
                 child.start()
                 other_end.close()
+                connection.recv()
             connection.send(seed)
             try:
                 outcome, said = connection.recv() if connection.poll(limit_s) else (HUNG, f"no answer within {limit_s} s")
@@ -298,6 +302,7 @@ def attempt_all(check: Check, seeds: Iterable[int], limit_s: float = LIMIT_S) ->
 
 def _serve(check: Check, connection) -> None:
     faulthandler.enable()
+    connection.send("ready")
     while True:
         try:
             seed = connection.recv()

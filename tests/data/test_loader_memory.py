@@ -32,7 +32,7 @@ def resident(kind):  # of VmRSS, VmHWM, RssAnon, RssFile
 def run_alone(code, *arguments):
     """What `code` prints, run by a fresh interpreter."""
     command = [sys.executable, "-c", PREAMBLE + textwrap.dedent(code), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=ROOT)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -156,15 +156,14 @@ def test_fifty_epochs_left_early_at_changing_resolutions_leave_memory_threads_an
     )
 
 
-def test_the_first_batch_comes_within_seconds_when_the_kernels_are_compiled(beton):
+def test_nothing_is_compiled_again_when_the_kernels_are(beton):
     with ViewLoader(beton, batch_size=4, views=2, resolution=32) as loader:
         next(iter(loader))
     run_alone(
         """
-        import ffssl.data.loader
-        started = time.perf_counter()
+        from ffssl.data.decoder import render_samples
         next(iter(ViewLoader(path, batch_size=4, views=2, resolution=32)))
-        assert time.perf_counter() - started < 5
+        assert render_samples.stats.cache_hits and not render_samples.stats.cache_misses
         """,
         beton,
     )

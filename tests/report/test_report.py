@@ -334,7 +334,7 @@ def test_a_browser_shows_it_without_complaint(folder, page, tmp_path, width):
     ]  # fmt: skip
     # Files, not pipes: its helpers would keep pipes open after it has been killed, and the test would wait for them for ever.
     with open(tmp_path / "dom", "w+") as dom, open(tmp_path / "messages", "w+") as messages:
-        subprocess.run(command, stdout=dom, stderr=messages, timeout=120, check=True)
+        subprocess.run(command, stdout=dom, stderr=messages, timeout=600, check=True)
         dom.seek(0), messages.seek(0)
         text, complaints = dom.read(), messages.read()
     assert "CONSOLE" not in complaints, complaints
