@@ -96,7 +96,7 @@ def share(method: Method, device: torch.device) -> nn.Module:
     """The method as ranks that share a batch compute its loss: over BatchNorm statistics of the joint batch, with averaged gradients."""
     if world_size() == 1:
         return method
-    batch_norm.synchronise(method, device)
+    batch_norm.synchronise(method)
     # No buffer is broadcast: what BatchNorm, queues and centres hold is computed from the joint batch, on all ranks alike.
     option = "forward_sync_buffers"  # broadcast_buffers in versions of torch before it
     if option not in inspect.signature(DistributedDataParallel).parameters:
@@ -121,13 +121,10 @@ def build(options: SimpleNamespace, device: torch.device) -> Method:
 def compile_passes(module: nn.Module, passes: Iterable[str], mode: str, device: torch.device, **settings) -> str:
     """Have torch.compile make code of these methods of a module, once for each shape. Returns the mode, "off" if it does nothing.
 
-    mode: one of torch.compile's, "off", or "auto": "default" on a GPU, unless BatchNorm is synchronised. settings: others that
-    torch.compile takes.
+    mode: one of torch.compile's, "off", or "auto": "default" on a GPU. settings: others that torch.compile takes.
     """
     if mode == "auto":
-        # Dynamo breaks its graph at each nn.SyncBatchNorm (pytorch#161302): minutes of compiling, for hundreds of pieces.
-        synchronised = any(isinstance(part, nn.SyncBatchNorm) for part in module.modules())
-        mode = "default" if device.type == "cuda" and not synchronised else "off"
+        mode = "default" if device.type == "cuda" else "off"
     if mode != "off":
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES_COMPILED)
         for name in passes:
