@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ffssl import batch_norm, hard_augment
 from ffssl.backbones import build_backbone, check_resolutions
 from ffssl.config import as_dict
-from ffssl.device import keep_freed_memory, mixed_precision
+from ffssl.device import keep_freed_memory, mark_work, mixed_precision, until_out_of_memory
 from ffssl.distributed import world_size
 from ffssl.energy import energy_counter
 from ffssl.methods import Method, build_method
@@ -171,7 +171,7 @@ class Lead:
 
     def __call__(self) -> None:
         if self._device.type == "cuda":
-            self._ends.append(torch.cuda.current_stream(self._device).record_event())
+            self._ends.append(mark_work(self._device))
             if len(self._ends) > self._steps:
                 self._ends.popleft().synchronize()
 
@@ -201,15 +201,14 @@ def embedding_spread(embeddings: Tensor) -> Tensor:
 
 
 def memory_advice(run: Run, views: torch.Size | tuple[int, ...]) -> str:
-    """What to do after a step on views (B, m, 3, R, R) has not fitted into the device's memory: found by trying parts of it."""
-    run.optimizer.zero_grad(set_to_none=True)
+    """What to do after a step on views (B, m, 3, R, R) has not fitted into the device's memory: found by trying parts of it, in eager mode,
+    which rarely needs less: torch.compile would take a minute for each.
+    """
     for parts in (parts for parts in range(2, views[0] // 2 + 1) if views[0] % parts == 0):
+        run.optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
-        try:
+        with until_out_of_memory(), torch.compiler.set_stance("force_eager"):
             add_gradients(run, torch.zeros(views[0] // parts, *views[1:], dtype=torch.uint8, device=run.device), seed=0)
-        except torch.OutOfMemoryError:
-            run.optimizer.zero_grad(set_to_none=True)
-        else:
             return f"{views[0] // parts} images fit: take --training.batch_size={views[0] // parts}, or --training.accumulate={parts}"
     return "not even two images fit; take a smaller network or resolution"
 
