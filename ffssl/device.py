@@ -102,6 +102,8 @@ def has_bf16(gpu: torch.device) -> bool:
 def describe_precision(amp: str, device: torch.device) -> str:
     chosen = precision(amp, device)
     why = ", since this GPU has no bf16" if (amp, chosen) == ("auto", "fp16") else ""
+    if chosen == "off" and device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        why = ", convolutions in TF32 where the GPU has it"
     return f"mixed precision {chosen}{why}"
 
 

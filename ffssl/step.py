@@ -70,8 +70,7 @@ class Run:
         self.tally = Tally.restored(state["tally"], self.device) if "tally" in state else Tally()
         self.method.load_state_dict(state["method"])
         for group in state["optimizer"]["param_groups"]:
-            if "fused" in group:  # as this device has it
-                group["fused"] = self.optimizer.defaults["fused"]
+            group["fused"] = self.optimizer.defaults["fused"]  # as this device has it
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # of a device whose precision needs one
             self.scaler.load_state_dict(state["scaler"])
