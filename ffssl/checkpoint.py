@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ffssl.benchmark.machine import describe_machine
+from ffssl.device import is_out_of_memory
 from ffssl.errors import UserError
 from ffssl.files import replacing, sync_folder
 
@@ -86,9 +87,9 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict:
                     raise zipfile.BadZipFile(f"{bad} has changed")
             file.seek(0)
             return torch.load(file, map_location=device, weights_only=True)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # a damaged archive raises whatever the part hit raises
+        if isinstance(error, MemoryError) or is_out_of_memory(error):
+            raise
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # those are of the archive; others of the disk
             raise UserError(f"{path}: the checkpoint can't be read: {error.strerror}") from error
         raise Damaged(f"{path}: not a readable checkpoint ({type(error).__name__})") from error

@@ -2,11 +2,15 @@
 
 import contextlib
 import ctypes
+import re
+from collections.abc import Iterator
 
 import torch
 
 from ffssl.errors import UserError
 
+# As the driver and its libraries tell it, which have no class for it.
+_OUT_OF_MEMORY = re.compile("CUDA(?: error:)? out of memory|CU[A-Z]+_STATUS_ALLOC_FAILED")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
@@ -18,6 +22,48 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, 1 << 30)  # bytes from which a block has pages of its own, and gives them back
         mallopt(_M_TRIM_THRESHOLD, -1)  # of free memory at the end that are given back: never
+
+
+def mark_work(device: torch.device | None = None) -> torch.cuda.Event:
+    """An event at the end of the work that a GPU, by default the current one, has been given on its current stream. Whoever waits for
+    it sleeps: events of the usual kind are waited for by asking all the time, which holds a core.
+    """
+    return torch.cuda.current_stream(device).record_event(torch.cuda.Event(blocking=True))
+
+
+def wait_in_thread(event: torch.cuda.Event) -> None:
+    """Until the GPU has come to an event, in a thread of the package's own, for which the event's GPU becomes the current one: a thread
+    begins with the first of the machine, and waiting there would make a context on it, of half a GB for each process.
+    """
+    torch.cuda.set_device(event.device)
+    event.synchronize()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or one that it comes from, tells that a device's memory does not suffice. torch.compile wraps what is raised
+    while it compiles; libraries have no class for it.
+    """
+    seen: list[BaseException] = []
+    pending: list[BaseException | None] = [error]
+    while pending:
+        one = pending.pop()
+        if one is None or one in seen:
+            continue
+        seen.append(one)
+        if isinstance(one, torch.OutOfMemoryError) or (isinstance(one, RuntimeError) and _OUT_OF_MEMORY.search(str(one))):
+            return True
+        pending += [one.__cause__, one.__context__, getattr(one, "inner_exception", None)]
+    return False
+
+
+@contextlib.contextmanager
+def until_out_of_memory() -> Iterator[None]:
+    """Leaves what is inside where a device's memory does not suffice, without an error; its tensors are free again then."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
 
 
 def choose_device(name: str, option: str = "--run.device") -> torch.device:
@@ -56,6 +102,8 @@ def has_bf16(gpu: torch.device) -> bool:
 def describe_precision(amp: str, device: torch.device) -> str:
     chosen = precision(amp, device)
     why = ", since this GPU has no bf16" if (amp, chosen) == ("auto", "fp16") else ""
+    if chosen == "off" and device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        why = ", convolutions in TF32 where the GPU has it"
     return f"mixed precision {chosen}{why}"
 
 

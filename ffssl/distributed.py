@@ -186,9 +186,9 @@ def gather(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     if world_size() == 1:
         return tensor
-    tensors = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
-    dist.all_gather(tensors, tensor.contiguous())
-    return torch.cat(tensors)
+    everyones = tensor.new_empty(world_size() * len(tensor), *tensor.shape[1:])
+    dist.all_gather_into_tensor(everyones, tensor.contiguous())
+    return everyones
 
 
 def gather_with_gradient(tensor: Tensor) -> Tensor:
@@ -209,21 +209,22 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> Tensor:
-        return _summed(gradient).chunk(world_size())[rank()]
+        return sum_over_ranks(gradient).chunk(world_size())[rank()]
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor: Tensor) -> Tensor:
-        return _summed(tensor)
+        return sum_over_ranks(tensor)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> Tensor:
-        return _summed(gradient)
+        return sum_over_ranks(gradient)
 
 
-def _summed(tensor: Tensor) -> Tensor:
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of the ranks' tensors of one shape, without gradient."""
     total = tensor.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total)
     return total

@@ -209,21 +209,34 @@ def small_input(views: Tensor, resolution: int) -> Tensor:
     """
     images = views.flatten(0, 1)
     if images.shape[-1] > resolution:  # first, since normalising all views at full resolution would take longer than this does
-        # On a CPU as matrix products, in a quarter of the time of the interpolation of views of 48 pixels. Not on the meta device: there
-        # FLOPs are counted, which are to be those of networks alone.
-        if images.device.type == "cpu":
-            shrink = shrinking_matrix(images.shape[-1], resolution)
-            with full_precision(images):
-                images = shrink @ (images.float() @ shrink.T)
-        else:
-            images = F.interpolate(images.float(), (resolution, resolution), mode="bilinear", antialias=True)
+        images = shrunk(images, resolution)
     return to_input(images)
 
 
+def shrunk(images: Tensor, resolution: int) -> Tensor:
+    """uint8 images (..., R, R) downsampled with antialiasing: levels (..., resolution, resolution), float32, or float16 on a GPU that computes
+    in half precision.
+    """
+    # On a CPU as matrix products, in a quarter of the time of the interpolation of views of 48 pixels. Not on the meta device: there
+    # FLOPs are counted, which are to be those of networks alone.
+    dtype = torch.float32
+    if images.device.type == "cuda" and autocast_dtype(images.device) != torch.float32:
+        dtype = torch.float16  # which has the levels exactly, and between them eight steps where bf16 has one
+    elif images.device.type != "cpu":
+        return F.interpolate(images.float(), (resolution, resolution), mode="bilinear", antialias=True)
+    shrink = shrinking_matrix(images.shape[-1], resolution, dtype, images.device)
+    with full_precision(images):
+        return shrink @ (images.to(dtype) @ shrink.T)
+
+
 @functools.lru_cache(maxsize=64)
-def shrinking_matrix(side: int, resolution: int) -> Tensor:
-    """What antialiased bilinear downsampling is along an axis: float32 (resolution, side)."""
-    return F.interpolate(torch.eye(side)[None, None], (resolution, side), mode="bilinear", antialias=True)[0, 0].contiguous()
+@torch.inference_mode(False)
+def shrinking_matrix(
+    side: int, resolution: int, dtype: torch.dtype = torch.float32, device: torch.device = torch.device("cpu")
+) -> Tensor:  # fmt: skip
+    """What antialiased bilinear downsampling is along an axis: (resolution, side). Copied to the device once: that makes the host wait."""
+    matrix = F.interpolate(torch.eye(side)[None, None], (resolution, side), mode="bilinear", antialias=True)[0, 0]
+    return matrix.to(device, dtype).contiguous()
 
 
 def take_pair(views: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:

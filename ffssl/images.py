@@ -17,7 +17,7 @@ def _scale_and_shift(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def to_input(views: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Images (N, 3, R, R) of 0..255, uint8 or float32, to normalised `dtype` on the same device, channels_last.
+    """Images (N, 3, R, R) of 0..255, uint8, float16 or float32, to normalised `dtype` on the same device, channels_last.
 
     One operation normalises, casts (with one rounding) and changes the layout: on a GPU, one pass over the memory.
     """

@@ -12,7 +12,6 @@ starts to decrease, and where it has reached the floor from which it diverges. T
 """
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -39,7 +38,7 @@ from tqdm import tqdm
 from ffssl import checkpoint, run_log, schedules
 from ffssl.data.beton import read_beton
 from ffssl.data.loader import ViewLoader
-from ffssl.device import choose_device
+from ffssl.device import choose_device, until_out_of_memory
 from ffssl.errors import UserError
 from ffssl.files import make_folder, write_json
 from ffssl.hard_augment import choose_views, without_trace
@@ -93,7 +92,7 @@ def range_test(options: SimpleNamespace, *, low: float, high: float, steps: int,
         for group in run.optimizer.param_groups:
             group.pop("constant_lr", None)  # the peak at which it would stay is what is sought
         rows = None
-        with contextlib.suppress(torch.OutOfMemoryError):
+        with until_out_of_memory():
             rows = sweep(run, loader, validation)
         if rows is None:  # the failed step's tensors are free again by now
             raise UserError(out_of_memory(run, loader))

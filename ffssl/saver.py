@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ffssl import checkpoint
+from ffssl.device import mark_work, wait_in_thread
 
 
 class Saver:
@@ -38,13 +39,13 @@ class Saver:
         """Write the state as it is now, once the checkpoint before it is written."""
         self.wait()
         self._copy = copy_to_host(state, self._copy)
-        copied = torch.cuda.current_stream(self._device).record_event() if self._device.type == "cuda" else None
+        copied = mark_work(self._device) if self._device.type == "cuda" else None
         self._writing = self._thread.submit(self._write, self._copy, copied)
         self._last = time.monotonic()
 
     def _write(self, state: dict, copied: "torch.cuda.Event | None") -> None:
         if copied is not None:
-            copied.synchronize()
+            wait_in_thread(copied)
         # By NumPy: for a reduction of torch this thread would start OpenMP threads of its own, and with more of them than cores those of
         # the training would no longer spin between operations, in all that follows: a step of small images then took 1.35 times as long.
         for name, tensor in state.get("method", {}).items():  # a gradient may be infinite where the loss that it is of is not

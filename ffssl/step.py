@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ffssl import batch_norm, gauge, hard_augment
 from ffssl.backbones import build_backbone, check_resolutions
 from ffssl.config import as_dict
-from ffssl.device import keep_freed_memory, mixed_precision
+from ffssl.device import keep_freed_memory, mark_work, mixed_precision, until_out_of_memory
 from ffssl.distributed import world_size
 from ffssl.errors import UserError
 from ffssl.energy import energy_counter
@@ -71,8 +71,7 @@ class Run:
         self.tally = Tally.restored(state["tally"], self.device) if "tally" in state else Tally()
         self.method.load_state_dict(state["method"])
         for group in state["optimizer"]["param_groups"]:
-            if "fused" in group:  # as this device has it
-                group["fused"] = self.optimizer.defaults["fused"]
+            group["fused"] = self.optimizer.defaults["fused"]  # as this device has it
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # of a device whose precision needs one
             self.scaler.load_state_dict(state["scaler"])
@@ -97,7 +96,7 @@ def share(method: Method, device: torch.device) -> nn.Module:
     """The method as ranks that share a batch compute its loss: over BatchNorm statistics of the joint batch, with averaged gradients."""
     if world_size() == 1:
         return method
-    batch_norm.synchronise(method, device)
+    batch_norm.synchronise(method)
     # No buffer is broadcast: what BatchNorm, queues and centres hold is computed from the joint batch, on all ranks alike.
     option = "forward_sync_buffers"  # broadcast_buffers in versions of torch before it
     if option not in inspect.signature(DistributedDataParallel).parameters:
@@ -127,13 +126,10 @@ def build(options: SimpleNamespace, device: torch.device) -> Method:
 def compile_passes(module: nn.Module, passes: Iterable[str], mode: str, device: torch.device, **settings) -> str:
     """Have torch.compile make code of these methods of a module, once for each shape. Returns the mode, "off" if it does nothing.
 
-    mode: one of torch.compile's, "off", or "auto": "default" on a GPU, unless BatchNorm is synchronised. settings: others that
-    torch.compile takes.
+    mode: one of torch.compile's, "off", or "auto": "default" on a GPU. settings: others that torch.compile takes.
     """
     if mode == "auto":
-        # Dynamo breaks its graph at each nn.SyncBatchNorm (pytorch#161302): minutes of compiling, for hundreds of pieces.
-        synchronised = any(isinstance(part, nn.SyncBatchNorm) for part in module.modules())
-        mode = "default" if device.type == "cuda" and not synchronised else "off"
+        mode = "default" if device.type == "cuda" else "off"
     if mode != "off":
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES_COMPILED)
         for name in passes:
@@ -183,7 +179,7 @@ class Lead:
 
     def __call__(self) -> None:
         if self._device.type == "cuda":
-            self._ends.append(torch.cuda.current_stream(self._device).record_event())
+            self._ends.append(mark_work(self._device))
             if len(self._ends) > self._steps:
                 self._ends.popleft().synchronize()
 
@@ -245,15 +241,14 @@ def embedding_spread(embeddings: Tensor) -> Tensor:
 
 
 def memory_advice(run: Run, views: torch.Size | tuple[int, ...]) -> str:
-    """What to do after a step on views (B, m, 3, R, R) has not fitted into the device's memory: found by trying parts of it."""
-    run.optimizer.zero_grad(set_to_none=True)
+    """What to do after a step on views (B, m, 3, R, R) has not fitted into the device's memory: found by trying parts of it, in eager mode,
+    which rarely needs less: torch.compile would take a minute for each.
+    """
     for parts in (parts for parts in range(2, views[0] // 2 + 1) if views[0] % parts == 0):
+        run.optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
-        try:
+        with until_out_of_memory(), torch.compiler.set_stance("force_eager"):
             add_gradients(run, torch.zeros(views[0] // parts, *views[1:], dtype=torch.uint8, device=run.device), seed=0)
-        except torch.OutOfMemoryError:
-            run.optimizer.zero_grad(set_to_none=True)
-        else:
             return f"{views[0] // parts} images fit: take --training.batch_size={views[0] // parts}, or --training.accumulate={parts}"
     return "not even two images fit; take a smaller network or resolution"
 

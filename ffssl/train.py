@@ -37,7 +37,7 @@ from ffssl.cost import count_flops
 from ffssl.data.beton import LABEL
 from ffssl.data.convert import identity, same_samples
 from ffssl.data.loader import ViewLoader
-from ffssl.device import choose_device, describe_precision, precision
+from ffssl.device import choose_device, describe_precision, precision, until_out_of_memory
 from ffssl.distributed import (
     check_batch, cores_per_rank, failing_together, local_device, mean_over_ranks, process_group, rank, ranks_here, require_same, world_size,
 )  # fmt: skip
@@ -115,7 +115,7 @@ def train(options: SimpleNamespace) -> None:
         epochs = options.training.epochs
         while run.epoch < epochs:
             trained = False
-            with contextlib.suppress(torch.OutOfMemoryError):
+            with until_out_of_memory():
                 trained = train_epoch(run, loader, log, saver, stop)
             if not trained:  # the failed step's tensors are free again by now
                 raise UserError(f"{out_of_memory(run, loader)}. The last checkpoint is untouched")

@@ -1,5 +1,7 @@
 """Two processes that share a batch against one that has it whole."""
 
+import contextlib
+import copy
 import socket
 
 import pytest
@@ -56,7 +58,7 @@ def normalised(z1, z2):
         for p in norms.parameters():
             p.normal_()
     if world_size() > 1:
-        batch_norm.synchronise(norms, torch.device("cpu"))
+        batch_norm.synchronise(norms)
     loss = (norms(3 + z1) * z2 + norms(z2)).sin().square().mean()
     norms.eval()
     loss = loss + norms(z1).square().mean()
@@ -64,8 +66,63 @@ def normalised(z1, z2):
     return loss, torch.cat([buffer.flatten() for buffer in norms.buffers()])
 
 
+# torch's passes over BatchNorm's input on GPUs, written out: what each gives of what.
+
+
+def per_channel(value, x):
+    return value.view(-1, *[1] * (x.ndim - 2))
+
+
+def stats(x, eps):
+    variance, mean = torch.var_mean(x.float(), [0, *range(2, x.ndim)], correction=0)
+    return mean, (variance + eps).rsqrt()
+
+
+def gather_stats(typed, means, inverses, running_mean, running_var, momentum, eps, counts):
+    assert counts.dtype == (typed if running_mean is None else running_mean).dtype
+    shares = (counts / counts.sum())[:, None]
+    mean = (shares * means).sum(0)
+    variance = (shares * (inverses**-2 - eps + (means - mean) ** 2)).sum(0)
+    if running_mean is not None:
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(variance * counts.sum() / (counts.sum() - 1), momentum)
+    return mean, (variance + eps).rsqrt()
+
+
+def elemt(x, weight, bias, mean, inverse, eps):
+    y = (x.float() - per_channel(mean, x)) * per_channel(inverse, x)
+    return (y if weight is None else y * per_channel(weight, x) + per_channel(bias, x)).to(x.dtype)
+
+
+def backward_reduce(gradient, x, mean, inverse, weight, *wanted):
+    over = [0, *range(2, x.ndim)]
+    plain, product = gradient.float().sum(over), (gradient.float() * (x.float() - per_channel(mean, x))).sum(over)
+    return plain, product, product * inverse, plain
+
+
+def backward_elemt(gradient, x, mean, inverse, weight, plain, product, counts):
+    scale = inverse if weight is None else inverse * weight
+    centred = (x.float() - per_channel(mean, x)) * per_channel(inverse**2 * product / counts.sum(), x)
+    return ((gradient.float() - per_channel(plain / counts.sum(), x) - centred) * per_channel(scale, x)).to(x.dtype)
+
+
+@contextlib.contextmanager
+def passes_of_gpus():
+    passes = {
+        "batch_norm_stats": stats, "batch_norm_gather_stats_with_counts": gather_stats, "batch_norm_elemt": elemt,
+        "batch_norm_backward_reduce": backward_reduce, "batch_norm_backward_elemt": backward_elemt,
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for name, function in passes.items():
+            patch.setattr(torch, name, function)
+        patch.setattr(batch_norm._Normalise, "apply", None)
+        patch.setattr(batch_norm, "taken_as_on_gpu", lambda x: True)
+        yield
+
+
 LOSSES = {
     "batch_norm": normalised,
+    "batch_norm as on GPUs": normalised,
     "nt_xent": lambda z1, z2: (nt_xent(z1, z2, 0.5), torch.zeros(1)),
     "mocov2plus": moco,
     "dino": dino,
@@ -84,8 +141,9 @@ def pair_views():
 
 def loss_and_gradients(name, first, second):
     first, second = first.clone().requires_grad_(), second.clone().requires_grad_()
-    loss, state = LOSSES[name](first, second)
-    loss.backward()
+    with passes_of_gpus() if name == "batch_norm as on GPUs" else contextlib.nullcontext():
+        loss, state = LOSSES[name](first, second)
+        loss.backward()
     return loss.detach(), state.detach(), torch.stack([first.grad, second.grad])
 
 
@@ -139,8 +197,8 @@ def test_batch_norm_is_replaced_in_place_with_what_it_holds():
     network = nn.ModuleDict({"a": nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), "b": nn.BatchNorm2d(4, affine=False)}).eval()
     network["a"][1].requires_grad_(False)
     before, state = dict(network.named_parameters()), {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    batch_norm.synchronise(network, torch.device("cpu"))
-    assert [type(module) for module in (network["a"][1], network["b"])] == [batch_norm.CpuSyncBatchNorm] * 2
+    batch_norm.synchronise(network)
+    assert [type(module) for module in (network["a"][1], network["b"])] == [batch_norm.SyncBatchNorm] * 2
     assert not network["a"][1].training
     assert all(parameter is before[name] for name, parameter in network.named_parameters()) and len(before) == 4
     assert list(network.state_dict()) == list(state) and all(torch.equal(network.state_dict()[name], state[name]) for name in state)
@@ -151,8 +209,54 @@ def test_a_batch_norm_that_does_more_is_not_replaced_by_one_that_does_less():
         def forward(self, x):
             return super().forward(x).relu()
 
-    with pytest.raises(UserError, match="its WithActivation can't be synchronised between processes on CPUs"):
-        batch_norm.synchronise(nn.Sequential(WithActivation(3)), torch.device("cpu"))
+    with pytest.raises(UserError, match="its WithActivation can't be synchronised between processes; use one process"):
+        batch_norm.synchronise(nn.Sequential(WithActivation(3)))
+
+
+def test_the_batch_norm_of_timm_keeps_its_activation():
+    from timm.layers import BatchNormAct2d  # takes seconds, in each process
+
+    network = nn.Sequential(BatchNormAct2d(3, act_layer=nn.SiLU)).train()
+    nn.init.normal_(network[0].weight)
+    x, names = torch.randn(4, 3, 5, 5), list(network.state_dict())
+    expected = copy.deepcopy(network)(x)
+    batch_norm.synchronise(network)
+    torch.testing.assert_close(network(x), expected)  # of one process, which has the whole batch
+    assert isinstance(network[0], batch_norm.SyncBatchNorm) and list(network.state_dict()) == names and expected.min() > -0.3
+
+
+def test_half_precision_is_normalised_by_statistics_of_full_precision():
+    norm = batch_norm.SyncBatchNorm(WIDTH)
+    x = (1000 + torch.arange(4 * WIDTH).view(4, WIDTH) * 8).bfloat16()  # near 1000 bf16 has steps of 4
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        given = x.to(dtype, copy=True).requires_grad_()
+        y = norm(given)
+        y.square().sum().backward()
+        results.append((y, given.grad))
+        assert {y.dtype, given.grad.dtype, norm.running_mean.dtype, norm.weight.grad.dtype} == {dtype, torch.float32}
+    assert torch.equal(results[0][0], results[1][0].bfloat16())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(64, 32), (8, 32, 9, 9)])
+def test_a_gpu_normalises_as_torch_does_and_keeps_the_layout(dtype, affine, shape):
+    norm = (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(32, affine=affine).cuda()
+    network = nn.Sequential(copy.deepcopy(norm))
+    batch_norm.synchronise(network)
+    x = torch.randn(shape, device="cuda").to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
+    results = []
+    for layer in (norm, network):
+        given = x.clone().requires_grad_()
+        y = layer(given)
+        y.sin().sum().backward()
+        results.append((y, given.grad, *layer.buffers(), *(p.grad for p in layer.parameters())))
+    for ours, theirs in zip(results[1], results[0], strict=True):
+        assert ours.dtype == theirs.dtype and ours.stride() == theirs.stride()
+        torch.testing.assert_close(ours, theirs, atol=1e-5 if dtype == torch.float32 else 0.02, rtol=1e-4 if dtype == torch.float32 else 0.02)
 
 
 def test_one_process_keeps_what_it_has():

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torchvision.transforms import functional as V
 
-from ffssl import hard_augment
+from ffssl import batch_norm, hard_augment
 from ffssl.backbones import SmallResNet
 from ffssl.config import read_options
 from ffssl.data.convert import ConvertOptions, convert
 from ffssl.data.loader import ViewLoader
 from ffssl.data.sources.embedded import Embedded
-from ffssl.device import describe_precision, mixed_precision, precision
+from ffssl.device import describe_precision, is_out_of_memory, mixed_precision, precision, until_out_of_memory
 from ffssl.errors import UserError
 from ffssl.images import MEAN, STD, to_input
 from ffssl.methods import METHODS
@@ -182,6 +182,39 @@ def test_what_fits_is_found_by_trying(memory_for, images, advice):
     assert memory_advice(start(options_of("simsiam")), (16, 2, 3, 32, 32)).startswith(advice)
 
 
+def failing(error):
+    def backend(graph, inputs):
+        raise error
+
+    return torch.compile(lambda x: x + 1, backend=backend)
+
+
+@pytest.mark.parametrize("error, expected", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 54.00 MiB"), True),
+    (RuntimeError("CUDA error: out of memory"), True),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+    (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    (ValueError("out of memory"), False),
+])  # fmt: skip
+def test_a_memory_that_does_not_suffice_is_known_wherever_it_is_noticed(error, expected):
+    assert is_out_of_memory(error) == expected
+    with pytest.raises(Exception) as raised:
+        failing(error)(torch.ones(1))
+    assert type(raised.value) is not type(error) and is_out_of_memory(raised.value) == expected
+    with contextlib.nullcontext() if expected else pytest.raises(type(raised.value)), until_out_of_memory():
+        raise raised.value
+
+
+def test_trying_what_fits_compiles_nothing(memory_for):
+    memory_for(8)
+    run, compiled = start(options_of("simsiam", *HARD)), []
+    compile_passes(run.method, PASSES, "default", CPU, backend=lambda graph, inputs: compiled.append(graph) or graph)
+    assert memory_advice(run, (16, 3, 3, 32, 32)).startswith("8 images fit") and compiled == []
+    train_step(run, batch(views=3)[:8], 0)
+    assert len(compiled) == 2
+    torch.compiler.reset()
+
+
 # Mixed precision
 
 
@@ -333,9 +366,8 @@ def test_by_default_only_a_gpu_compiles():
     assert compile_passes(method, PASSES, "auto", CPU) == "off" and "loss" not in vars(method)
 
 
-def test_a_gpus_ranks_compile_only_what_has_no_batchnorm_to_synchronise():
-    gpu = torch.device("cuda")  # nothing is compiled before it is called
-    for norm, mode in ((torch.nn.SyncBatchNorm, "off"), (torch.nn.BatchNorm2d, "default")):
-        network = torch.nn.Sequential(norm(1))
-        assert compile_passes(network, ["forward"], "auto", gpu) == mode
-        assert ("forward" in vars(network)) == (mode != "off")
+def test_a_gpus_ranks_compile_networks_with_synchronised_batchnorm_too():
+    network = torch.nn.Sequential(torch.nn.BatchNorm2d(1))
+    batch_norm.synchronise(network)
+    assert compile_passes(network, ["forward"], "auto", torch.device("cuda")) == "default"  # nothing is compiled before it is called
+    assert "forward" in vars(network)

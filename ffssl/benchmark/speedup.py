@@ -37,7 +37,7 @@ from ffssl.config import Number, read_options
 from ffssl.cost import count_flops
 from ffssl.cost.runs import number_of_images
 from ffssl.data.loader import ViewLoader
-from ffssl.device import choose_device
+from ffssl.device import choose_device, until_out_of_memory
 from ffssl.errors import UserError
 from ffssl.files import make_folder, replacing, write_json
 from ffssl.plan import Plan, StepShape
@@ -167,7 +167,7 @@ def take_first_steps(trial: Trial, seconds: float) -> None:
         side, trial.run.epoch = stage.shape.resolution, stage.epochs[0]
         shape = (options.training.batch_size, stage.shape.views, 3, side, side)
         views, fits = torch.zeros(shape, dtype=torch.uint8, device=trial.run.device), False
-        with contextlib.suppress(torch.OutOfMemoryError):
+        with until_out_of_memory():
             stage.first_step = seconds_of(lambda: train_step(trial.run, views, 0), trial.run.device)
             fits = True
         if not fits:

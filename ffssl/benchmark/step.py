@@ -9,7 +9,6 @@ by how much the step takes longer than the ceiling and the FLOPs that it has bey
 same for Hard Augment's selection pass beside the rest of the step. Any option of training can be given, as --section.option=value.
 """
 
-import contextlib
 import itertools
 import statistics
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from ffssl.benchmark.timing import Stopwatch, peak_flops, seconds_of, where
 from ffssl.command_line import Parser, checked
 from ffssl.config import Number, read_options
 from ffssl.cost import STANDARD, Flops, count_run_step
-from ffssl.device import autocast_dtype, choose_device, describe_precision
+from ffssl.device import autocast_dtype, choose_device, describe_precision, until_out_of_memory
 from ffssl.files import make_folder, write_json
 from ffssl.optimizers import build_optimizer
 from ffssl.plan import Plan, StepShape
@@ -68,7 +67,7 @@ def main(arguments: list[str]) -> None:
     found = {"machine": describe_machine(PACKAGES), "run": describe(options, device), "peak_flops_per_second": peak, "rows": rows}
     for shape in shapes:
         row = None
-        with contextlib.suppress(torch.OutOfMemoryError):
+        with until_out_of_memory():
             row = time_shape(run, shape, flops[shape], given.steps, given.rounds)
         if row is None:  # the failed step's tensors are free again by now
             views = (options.training.batch_size, shape.views, 3, *2 * [shape.resolution])

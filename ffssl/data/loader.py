@@ -29,6 +29,7 @@ from ffssl.data.order import epoch_order, share
 from ffssl.data.policy import STANDARD_MAGNITUDE, ViewPolicy
 from ffssl.data.sources.base import UNLABELLED
 from ffssl.data.view_kernel import compile_view_kernel
+from ffssl.device import mark_work, wait_in_thread
 from ffssl.errors import UserError
 
 SAMPLES_PER_TASK = 8  # small enough that the threads finish a batch together, large enough that starting a task costs nothing
@@ -280,8 +281,7 @@ class ViewLoader:
                     yield Batch(views, torch.from_numpy(labels), torch.from_numpy(indices))
                 finally:
                     if torch.cuda.is_initialized():
-                        self._consumed = torch.cuda.Event()
-                        self._consumed.record()
+                        self._consumed = mark_work()
                 start_batch(slot)
         finally:
             tasks = [task for *_, tasks in under_way for task in tasks] if process == os.getpid() else []  # a fork's would never end
@@ -302,7 +302,7 @@ class ViewLoader:
     def _render(self, indices: np.ndarray, views: np.ndarray, after: "torch.cuda.Event | None", whole: np.ndarray, start: int) -> None:
         """Render the views of the samples at `indices`, from the place `start` of this rank's share of the `whole` epoch on."""
         if after is not None:
-            after.synchronize()
+            wait_in_thread(after)
         done = attempts = 0
         while done < len(indices):
             try:

@@ -1,7 +1,7 @@
 from torch import Tensor, nn
 
 from ffssl.distributed import mean_over_ranks
-from ffssl.methods.base import Method, full_precision, mlp
+from ffssl.methods.base import Method, full_precision, mlp, wide_product
 
 
 class BarlowTwins(Method):
@@ -31,7 +31,7 @@ class BarlowTwins(Method):
 def redundancy_reduction(z1: Tensor, z2: Tensor, weight: float) -> Tensor:
     """Barlow Twins, eq. 1. z1, z2: (N, d), each dimension of mean 0 and variance 1 over the batch (of all ranks)."""
     with full_precision(z1):
-        correlation = mean_over_ranks(z1.float().T @ z2.float() / len(z1))
+        correlation = mean_over_ranks(wide_product(z1.float().T, z2.float()) / len(z1))
     diagonal = correlation.diagonal()
     off_diagonal = correlation.square().sum() - diagonal.square().sum()
     return (diagonal - 1).square().sum() + weight * off_diagonal

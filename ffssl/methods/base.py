@@ -135,3 +135,37 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
     """Cosine similarities, in float32, of rows of a (..., m, d) and b (..., n, d): (..., m, n)."""
     with full_precision(a):
         return F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).mT
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a (m, k) @ b (k, n) in float32, which a GPU computes in TF32, in its backward pass too: for the correlations of thousands of
+    dimensions, which take it many times as long in full precision. Not where convolutions may not (`torch.backends.cudnn.allow_tf32`).
+    """
+    return _product_in_tf32(a, b) if a.is_cuda and torch.backends.cudnn.allow_tf32 else a @ b
+
+
+@torch.library.custom_op("ffssl::product_in_tf32", mutates_args=())  # which torch.compile calls as it is: it knows no such switch
+def _product_in_tf32(a: Tensor, b: Tensor) -> Tensor:
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, True
+    try:
+        return a @ b
+    finally:
+        matmul.allow_tf32 = before
+
+
+@_product_in_tf32.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1])
+
+
+def _keep(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    a, b = ctx.saved_tensors
+    return _product_in_tf32(gradient, b.T), _product_in_tf32(a.T, gradient)
+
+
+_product_in_tf32.register_autograd(_backward, setup_context=_keep)

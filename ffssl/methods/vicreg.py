@@ -3,7 +3,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ffssl.distributed import gather_with_gradient
-from ffssl.methods.base import Method, full_precision, mlp
+from ffssl.methods.base import Method, full_precision, mlp, wide_product
 
 
 class VICReg(Method):
@@ -56,5 +56,5 @@ def _missing_spread(z: Tensor) -> Tensor:
 def _covariance(z: Tensor) -> Tensor:
     """Sum of the squared covariances of different dimensions, over the number of dimensions."""
     z = z - z.mean(0)
-    matrix = z.T @ z / (len(z) - 1)
+    matrix = wide_product(z.T, z) / (len(z) - 1)
     return (matrix.square().sum() - matrix.diagonal().square().sum()) / z.shape[1]
