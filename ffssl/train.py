@@ -44,7 +44,6 @@ from ffssl.distributed import (
 from ffssl.errors import Stopped, UserError
 from ffssl.evaluate.online import OnlineKnn
 from ffssl.files import make_folder, only_one_in
-from ffssl.methods import Method
 from ffssl.gauge import effective_rank
 from ffssl.plan import Plan, StepShape, view_policies
 from ffssl.run_log import RunLog, require_wandb
