@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
-from ffssl.command_line import exit_status
+from ffssl.config.command_line import exit_status
 from ffssl.errors import UserError
 from ffssl.printable import printable
 
@@ -200,45 +200,45 @@ def open_source(options: argparse.Namespace):
     """The source that the command line names. Modules are imported here: some need packages that others do not."""
     match options.source:
         case "folder":
-            from ffssl.data.sources.folder import ImageFolder
+            from ffssl.data.convert.sources.folder import ImageFolder
 
             return ImageFolder(options.input, labels=not options.no_labels)
         case "imagenet":
-            from ffssl.data.sources.imagenet import ImageNet
+            from ffssl.data.convert.sources.imagenet import ImageNet
 
             return ImageNet(options.input, options.split, options.val_labels)
         case "imagenette":
-            from ffssl.data.sources.torchvision_sets import Imagenette
+            from ffssl.data.convert.sources.torchvision_sets import Imagenette
 
             return Imagenette(options.input, options.split, options.size)
         case "cifar10":
-            from ffssl.data.sources.torchvision_sets import Cifar10
+            from ffssl.data.convert.sources.torchvision_sets import Cifar10
 
             return Cifar10(options.input, options.split)
         case "stl10":
-            from ffssl.data.sources.torchvision_sets import Stl10
+            from ffssl.data.convert.sources.torchvision_sets import Stl10
 
             return Stl10(options.input, options.split)
         case "huggingface":
-            from ffssl.data.sources.huggingface import HuggingFace
+            from ffssl.data.convert.sources.huggingface import HuggingFace
 
             labels = not options.no_labels and options.label_column != ""
             return HuggingFace(
                 options.input, options.split, options.image_column, options.label_column, labels
             )
         case "webdataset":
-            from ffssl.data.sources.webdataset import WebDataset
+            from ffssl.data.convert.sources.webdataset import WebDataset
 
             return WebDataset(options.input, labels=not options.no_labels)
         case "embedded":
-            from ffssl.data.sources.embedded import Embedded
+            from ffssl.data.convert.sources.embedded import Embedded
 
             return Embedded(options.split, options.size, options.seed)
 
 
 def run(options: argparse.Namespace) -> None:
-    from ffssl.data.convert import ConvertOptions, check_output, convert
-    from ffssl.data.encode import Encoding
+    from ffssl.data.convert.conversion import ConvertOptions, check_output, convert
+    from ffssl.data.convert.encode import Encoding
 
     convert_options = ConvertOptions(
         encoding=Encoding(options.max_side, options.jpeg_quality, options.quick_check),
@@ -268,7 +268,7 @@ def print_summary(summary) -> None:
         total = sum(count for _, count, _ in summary.passed_over)
         kinds = ", ".join(f"{count} {kind}" for kind, count, _ in summary.passed_over)
         print(f"  {total} files passed over: {kinds}")
-        firsts = ", ".join(_printable(first) for _, _, first in summary.passed_over)
+        firsts = ", ".join(printable(first) for _, _, first in summary.passed_over)
         print(f"    the first of each: {firsts}")
     if summary.skipped:
         print(f"  {len(summary.skipped)} broken images skipped:")
@@ -286,8 +286,8 @@ def main() -> int:
     try:
         run(options)
     except UserError as error:
-        from ffssl.data.beton_writer import BetonWriteError
-        from ffssl.data.convert import ConversionError
+        from ffssl.data.beton.write import BetonWriteError
+        from ffssl.data.convert.conversion import ConversionError
 
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1 if isinstance(error, (BetonWriteError, ConversionError)) else 2

@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from ffssl.command_line import exit_status
+from ffssl.config.command_line import exit_status
 from ffssl.config import read_options
-from ffssl.data.beton import read_beton
+from ffssl.data.beton.read import read_beton
 from ffssl.files import make_folder
-from ffssl.run_log import read_log
+from ffssl.run_folder.log import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {"baseline": "rn50_configs/demo_baseline.yaml", "efficient": "rn50_configs/demo_efficient.yaml"}

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ffssl.device import autocast_dtype
-from ffssl.distributed import rank, world_size
+from ffssl.parallel.device import autocast_dtype
+from ffssl.parallel.ranks import rank, world_size
 from ffssl.errors import UserError
-from ffssl.images import to_input
+from ffssl.data.normalise import to_input
 from ffssl.methods.base import Method, cosines, full_precision
 from ffssl.methods.prediction import PredictionMethod
 

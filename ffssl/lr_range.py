@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-from ffssl.command_line import exit_status
+from ffssl.config.command_line import exit_status
 from ffssl.config import as_dict, read_options
-from ffssl.openmp import share_cores
+from ffssl.parallel.openmp import share_cores
 
 if __name__ == "__main__":
     share_cores()
@@ -35,16 +35,18 @@ from torch import Tensor
 from torch.func import functional_call
 from tqdm import tqdm
 
-from ffssl import checkpoint, run_log, schedules
-from ffssl.data.beton import read_beton
+from ffssl.run_folder import checkpoint
+from ffssl.run_folder import log as run_log
+from ffssl import schedules
+from ffssl.data.beton.read import read_beton
 from ffssl.data.loader import ViewLoader
-from ffssl.device import choose_device, until_out_of_memory
+from ffssl.parallel.device import choose_device, until_out_of_memory
 from ffssl.errors import UserError
 from ffssl.files import make_folder, write_json
 from ffssl.hard_augment import choose_views, without_trace
 from ffssl.methods import Method
-from ffssl.plan import Plan
-from ffssl.step import Run, build, start_run, train_step
+from ffssl.training.schedule import Plan
+from ffssl.training.step import Run, build, start_run, train_step
 from ffssl.train import open_loader, out_of_memory
 
 CURVE, PICTURE = "lr_range.json", "lr_range.png"

@@ -12,9 +12,9 @@ save one and leave, with status 75, 75 and 130.
 import faulthandler
 import sys
 
-from ffssl.command_line import exit_status
+from ffssl.config.command_line import exit_status
 from ffssl.config import command_line_options
-from ffssl.openmp import share_cores
+from ffssl.parallel.openmp import share_cores
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds: --help and a mistyped option are answered at once
     faulthandler.enable(2)  # tells where, should a disk fail under a mapped file (SIGBUS)
@@ -31,27 +31,27 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-from ffssl import checkpoint
+from ffssl.run_folder import checkpoint
 from ffssl.config import as_dict, shared_options
 from ffssl.cost import count_flops
-from ffssl.data.beton import LABEL
-from ffssl.data.convert import identity, same_samples
+from ffssl.data.beton.read import LABEL
+from ffssl.data.convert.conversion import identity, same_samples
 from ffssl.data.loader import ViewLoader
-from ffssl.device import choose_device, describe_precision, precision, until_out_of_memory
-from ffssl.distributed import (
+from ffssl.parallel.device import choose_device, describe_precision, precision, until_out_of_memory
+from ffssl.parallel.ranks import (
     check_batch, cores_per_rank, failing_together, local_device, mean_over_ranks, process_group, rank, ranks_here, require_same, world_size,
 )  # fmt: skip
 from ffssl.errors import Stopped, UserError
 from ffssl.evaluate.online import OnlineKnn
 from ffssl.files import make_folder, only_one_in
-from ffssl.gauge import effective_rank
-from ffssl.plan import Plan, StepShape, view_policies
-from ffssl.run_log import RunLog, require_wandb
-from ffssl.run_record import record_start
-from ffssl.saver import Saver
-from ffssl.step import PASSES, Lead, Run, build, compile_passes, memory_advice, start_run, to_device, train_step
-from ffssl.stopping import StopRequest, stop_on_signals
-from ffssl.tally import Meter, Tally
+from ffssl.training.gauges import effective_rank
+from ffssl.training.schedule import Plan, StepShape, view_policies
+from ffssl.run_folder.log import RunLog, require_wandb
+from ffssl.run_folder.provenance import record_start
+from ffssl.run_folder.background_writer import Saver
+from ffssl.training.step import PASSES, Lead, Run, build, compile_passes, memory_advice, start_run, to_device, train_step
+from ffssl.training.signals import StopRequest, stop_on_signals
+from ffssl.training.epoch import Meter, Tally
 
 STEPS_BETWEEN_CHECKS = 50  # on a GPU reading the loss waits for the step; this often costs nothing and loses little
 SECONDS_BETWEEN_CHECKS = 5.0  # fewer steps if these take longer: torchrun grants its processes half a minute to save and leave

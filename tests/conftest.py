@@ -47,8 +47,8 @@ def moments(request) -> random.Random:
 @pytest.fixture(scope="session")
 def betons(tmp_path_factory) -> dict[str, Path]:
     """Drawn images with labels: 160 to train on, 40 to validate."""
-    from ffssl.data.convert import convert
-    from ffssl.data.sources.embedded import Embedded
+    from ffssl.data.convert.conversion import convert
+    from ffssl.data.convert.sources.embedded import Embedded
 
     folder = tmp_path_factory.mktemp("betons")
     paths = {split: folder / f"{split}.beton" for split in ("train", "val")}

@@ -55,7 +55,7 @@ def _run(arguments: list[str], output: Path, harm: Callable[[], None] | None) ->
     import torch
 
     from ffssl import train
-    from ffssl.command_line import exit_status
+    from ffssl.config.command_line import exit_status
     from ffssl.config import read_options
 
     torch.set_num_threads(1)
@@ -112,6 +112,6 @@ def limit_files(size: int) -> None:
 
 
 def hang_while_saving() -> None:
-    from ffssl import checkpoint
+    from ffssl.run_folder import checkpoint
 
     checkpoint.save = lambda *_, **__: time.sleep(3600)  # its test kills it, and `leftovers` where that is killed first

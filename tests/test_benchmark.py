@@ -3,10 +3,10 @@ import sys
 from argparse import Namespace
 
 from ffssl.benchmark import loader
-from ffssl.data.beton import read_beton
-from ffssl.data.convert import convert
-from ffssl.data.policy import choose_policies
-from ffssl.data.sources.embedded import Embedded
+from ffssl.data.beton.read import read_beton
+from ffssl.data.convert.conversion import convert
+from ffssl.data.policy import (choose_policies)
+from ffssl.data.convert.sources.embedded import Embedded
 
 
 STAND_INS = {  # peers that fail, each in its own way

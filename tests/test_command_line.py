@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ffssl.command_line import exit_status
+from ffssl.config.command_line import exit_status
 from ffssl.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +50,7 @@ def test_an_error_is_one_line_whatever_names_are_in_it(capfd):
 
 def run(code: str, *, shell: str = "", **environment) -> subprocess.CompletedProcess:
     """A program that calls `exit_status`, its output piped to what stands in `shell`."""
-    code = f"import sys\nfrom ffssl.command_line import exit_status\nfrom ffssl.errors import UserError\ndef program():\n {code}\nsys.exit(exit_status(program))"
+    code = f"import sys\nfrom ffssl.config.command_line import exit_status\nfrom ffssl.errors import UserError\ndef program():\n {code}\nsys.exit(exit_status(program))"
     words = [sys.executable, "-c", code]
     words = ["bash", "-c", f"{shlex.join(words)} {shell}; exit ${{PIPESTATUS[0]}}"] if shell else words
     return subprocess.run(words, cwd=ROOT, env=os.environ | environment, capture_output=True, timeout=600)

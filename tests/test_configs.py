@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from ffssl import checkpoint
+from ffssl.run_folder import checkpoint
 from ffssl.config import read_options
 from ffssl.cost import count_step
-from ffssl.data.convert import convert
-from ffssl.data.sources.embedded import Embedded
+from ffssl.data.convert.conversion import convert
+from ffssl.data.convert.sources.embedded import Embedded
 from ffssl.errors import UserError
 from ffssl.methods import METHODS
-from ffssl.run_log import read_log
-from ffssl.plan import Plan, StepShape
-from ffssl.step import build
+from ffssl.run_folder.log import read_log
+from ffssl.training.schedule import Plan, StepShape
+from ffssl.training.step import build
 from ffssl.train import train
 
 CONFIGS = Path(__file__).resolve().parent.parent / "rn50_configs"

@@ -8,19 +8,19 @@ import pytest
 from torch import nn
 
 from ffssl.backbones import build_backbone
-from ffssl.command_line import exit_status
+from ffssl.config.command_line import exit_status
 from ffssl.config import read_options
 from ffssl.cost import __main__ as program
 from ffssl.cost import count_flops, count_step
 from ffssl.cost.paper import HA, agrees, figures, full_epochs, ours_of, paper_table
 from ffssl.cost.runs import IMAGES, RunCosts, petaflop
-from ffssl.data.convert import convert
-from ffssl.data.sources.embedded import Embedded
+from ffssl.data.convert.conversion import convert
+from ffssl.data.convert.sources.embedded import Embedded
 from ffssl.errors import UserError
 from ffssl.hard_augment import Selection
 from ffssl.methods import build_method
 from ffssl.methods.base import Method
-from ffssl.plan import Plan, StepShape
+from ffssl.training.schedule import Plan, StepShape
 
 CONFIGS = Path(__file__).parent.parent / "rn50_configs"
 IMAGENETTE, IMAGENET = IMAGES["imagenette"], IMAGES["imagenet"]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ffssl.data.convert import convert
-from ffssl.data.sources.embedded import Embedded
+from ffssl.data.convert.conversion import convert
+from ffssl.data.convert.sources.embedded import Embedded
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 5  # in an epoch of 8 images a batch

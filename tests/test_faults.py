@@ -10,10 +10,10 @@ import pytest
 from harmed import Program, hang_while_saving, kill_while_saving, limit_files
 from test_train import arguments, assert_equal, weights
 
-from ffssl import checkpoint
+from ffssl.run_folder import checkpoint
 from ffssl.config import read_options
 from ffssl.errors import UserError
-from ffssl.run_log import read_log
+from ffssl.run_folder.log import read_log
 from ffssl.train import train
 
 OPTIONS = [

@@ -7,7 +7,7 @@ import torch
 from test_hard_augment import build, uint8_views, without_dropout
 from torch.nn import functional as F
 
-from ffssl.gauge import (
+from ffssl.training.gauges import (
     STEPS_BETWEEN,
     effective_rank,
     hardness,
@@ -15,7 +15,7 @@ from ffssl.gauge import (
     predictor_cosine,
 )
 from ffssl.hard_augment import Selection, choose_views, random_pair
-from ffssl.images import to_input
+from ffssl.data.normalise import to_input
 from ffssl.methods import METHODS
 
 

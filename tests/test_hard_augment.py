@@ -22,7 +22,7 @@ from ffssl.hard_augment import (
     take_pair,
     take_rest,
 )
-from ffssl.images import MEAN, STD
+from ffssl.data.normalise import MEAN, STD
 from ffssl.methods import METHODS, build_method
 from ffssl.methods.base import Method, cosines
 

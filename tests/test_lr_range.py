@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from ffssl import lr_range
-from ffssl.command_line import exit_status
+from ffssl.config.command_line import exit_status
 from ffssl.config import read_options
-from ffssl.data.convert import convert
-from ffssl.data.sources.embedded import Embedded
+from ffssl.data.convert.conversion import convert
+from ffssl.data.convert.sources.embedded import Embedded
 from ffssl.errors import UserError
 from ffssl.lr_range import Sweep, held_out, range_test, suggest_limits, validation_loss, validation_views
 from ffssl.methods.base import Method
-from ffssl.step import build, start_run, train_step
+from ffssl.training.step import build, start_run, train_step
 from ffssl.train import open_loader
 
 TOY = [

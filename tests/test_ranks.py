@@ -17,19 +17,20 @@ import pytest
 import torch
 from torch import multiprocessing
 
-import ffssl.step
+import ffssl.training.step
 import ffssl.train
-from ffssl import checkpoint, distributed
+from ffssl.run_folder import checkpoint
+from ffssl.parallel import ranks as distributed
 from ffssl.backbones import SmallResNet
 from ffssl.config import read_options
-from ffssl.data.beton import read_beton
-from ffssl.data.convert import ConvertOptions, convert
+from ffssl.data.beton.read import read_beton
+from ffssl.data.convert.conversion import ConvertOptions, convert
 from ffssl.data.order import epoch_order
-from ffssl.data.sources.embedded import Embedded
+from ffssl.data.convert.sources.embedded import Embedded
 from ffssl.errors import Stopped, UserError
 from ffssl.evaluate.online import OnlineKnn
-from ffssl.run_log import RunLog, read_log
-from ffssl.run_record import read_starts
+from ffssl.run_folder.log import RunLog, read_log
+from ffssl.run_folder.provenance import read_starts
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2
@@ -110,7 +111,7 @@ def assert_close(state, expected, atol=3e-5):
 @contextlib.contextmanager
 def tiny_backbone():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ffssl.step, "build_backbone", lambda *_, **__: SmallResNet((8, 16)))
+        patch.setattr(ffssl.training.step, "build_backbone", lambda *_, **__: SmallResNet((8, 16)))
         yield
 
 

@@ -68,8 +68,8 @@ def test_an_epoch_that_leaks_is_not_called_flat(soak, beton_of_drawings):
 
 @pytest.fixture
 def beton_of_drawings(tmp_path):
-    from ffssl.data.convert import ConvertOptions, convert
-    from ffssl.data.sources.embedded import Embedded
+    from ffssl.data.convert.conversion import ConvertOptions, convert
+    from ffssl.data.convert.sources.embedded import Embedded
 
     convert(Embedded("train", 32), tmp_path / "images.beton", ConvertOptions(progress=False))
     return tmp_path / "images.beton"

@@ -8,19 +8,20 @@ import pytest
 import torch
 from torchvision.transforms import functional as V
 
-from ffssl import batch_norm, hard_augment
+from ffssl.parallel import batch_norm
+from ffssl import hard_augment
 from ffssl.backbones import SmallResNet
 from ffssl.config import read_options
-from ffssl.data.convert import ConvertOptions, convert
+from ffssl.data.convert.conversion import ConvertOptions, convert
 from ffssl.data.loader import ViewLoader
-from ffssl.data.sources.embedded import Embedded
-from ffssl.device import describe_precision, is_out_of_memory, mixed_precision, precision, until_out_of_memory
+from ffssl.data.convert.sources.embedded import Embedded
+from ffssl.parallel.device import describe_precision, is_out_of_memory, mixed_precision, precision, until_out_of_memory
 from ffssl.errors import UserError
-from ffssl.images import MEAN, STD, to_input
+from ffssl.data.normalise import MEAN, STD, to_input
 from ffssl.methods import METHODS
 from ffssl.methods.base import Method
-from ffssl.plan import Plan
-from ffssl.step import PASSES, build, compile_passes, memory_advice, start_run, to_device, train_step
+from ffssl.training.schedule import Plan
+from ffssl.training.step import PASSES, build, compile_passes, memory_advice, start_run, to_device, train_step
 
 CPU = torch.device("cpu")
 NETWORK = {
@@ -40,7 +41,7 @@ def options_of(name, *more):
 
 @pytest.fixture(autouse=True)
 def tiny_backbone(monkeypatch):
-    monkeypatch.setattr("ffssl.step.build_backbone", lambda *_, **__: SmallResNet((8, 16)))
+    monkeypatch.setattr("ffssl.training.step.build_backbone", lambda *_, **__: SmallResNet((8, 16)))
 
 
 def start(options, seed=0, device=CPU):

@@ -13,18 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from ffssl import checkpoint
+from ffssl.run_folder import checkpoint
 from ffssl import train as train_module
 from ffssl.config import read_options
 from ffssl.cost import count_flops, count_step
-from ffssl.data.beton import read_beton
-from ffssl.data.convert import ConvertOptions, convert, description_path
-from ffssl.data.sources.embedded import Embedded
+from ffssl.data.beton.read import read_beton
+from ffssl.data.convert.conversion import ConvertOptions, convert, description_path
+from ffssl.data.convert.sources.embedded import Embedded
 from ffssl.errors import Stopped, UserError
-from ffssl.plan import Plan, StepShape
-from ffssl.run_log import RunLog, read_log
-from ffssl.saver import Saver
-from ffssl.step import build
+from ffssl.training.schedule import Plan, StepShape
+from ffssl.run_folder.log import RunLog, read_log
+from ffssl.run_folder.background_writer import Saver
+from ffssl.training.step import build
 from ffssl.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,7 +178,7 @@ def test_a_run_goes_on_with_the_very_next_batch_and_its_sums_and_random_numbers(
 
     train_step, joules = train_module.train_step, itertools.count(0, 3600)
     monkeypatch.setattr(train_module, "train_step", recorded_step)
-    monkeypatch.setattr("ffssl.step.energy_counter", lambda device: lambda: next(joules))
+    monkeypatch.setattr("ffssl.training.step.energy_counter", lambda device: lambda: next(joules))
     monkeypatch.setattr(RunLog, "write_step", lambda log, step, values: shown.append((step, values)))
     runs = {}
     for name, stops in (("unbroken", [None]), ("stopped", [1, 4, 5, None])):  # 4: after the last step of an epoch, before its row
@@ -345,7 +345,7 @@ def test_knn_needs_labels(betons, tmp_path):
     flat.mkdir()
     from PIL import Image
 
-    from ffssl.data.sources.folder import ImageFolder
+    from ffssl.data.convert.sources.folder import ImageFolder
 
     for i in range(40):
         Image.new("RGB", (40, 40), (i, 0, 0)).save(flat / f"{i}.jpg")

@@ -17,9 +17,9 @@ from ffssl.config import read_options
 from ffssl.cost import count_flops, count_run_step
 from ffssl.errors import UserError
 from ffssl.methods.base import Method
-from ffssl.plan import Plan, StepShape
+from ffssl.training.schedule import Plan, StepShape
 from ffssl.schedules import resolution
-from ffssl.step import build
+from ffssl.training.step import build
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [

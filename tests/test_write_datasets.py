@@ -15,7 +15,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from ffssl.data.beton import read_beton
+from ffssl.data.beton.read import read_beton
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = [sys.executable, str(ROOT / "write_datasets.py")]

@@ -3,9 +3,9 @@
 import importlib
 import sys
 
-from ffssl.command_line import exit_status
+from ffssl.config.command_line import exit_status
 from ffssl.errors import UserError
-from ffssl.openmp import share_cores
+from ffssl.parallel.openmp import share_cores
 
 BENCHMARKS = {
     "loader": "images/s of the loader and of its peers, in one run",

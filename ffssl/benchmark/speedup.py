@@ -29,20 +29,20 @@ import numpy as np
 import torch
 
 from ffssl.benchmark.loader import describe_images, prepare_images, stand_ins
-from ffssl.benchmark.machine import describe_machine
+from ffssl.run_folder.machine import describe_machine
 from ffssl.benchmark.speedup_report import draw, table_of
 from ffssl.benchmark.timing import seconds_of, where
-from ffssl.command_line import Parser, checked
+from ffssl.config.command_line import Parser, checked
 from ffssl.config import Number, read_options
 from ffssl.cost import count_flops
 from ffssl.cost.runs import number_of_images
 from ffssl.data.loader import ViewLoader
-from ffssl.device import choose_device, until_out_of_memory
+from ffssl.parallel.device import choose_device, until_out_of_memory
 from ffssl.errors import UserError
 from ffssl.files import make_folder, replacing, write_json
-from ffssl.plan import Plan, StepShape
-from ffssl.run_log import read_log
-from ffssl.step import PASSES, Run, build, compile_passes, memory_advice, start_run, to_device, train_step
+from ffssl.training.schedule import Plan, StepShape
+from ffssl.run_folder.log import read_log
+from ffssl.training.step import PASSES, Run, build, compile_passes, memory_advice, start_run, to_device, train_step
 from ffssl.train import open_loader
 
 PACKAGES = ("ffssl", "torch", "torchvision", "timm", "numba", "ffcv")

@@ -7,8 +7,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from ffssl.energy import JOULES_PER_KWH
-from ffssl.figures import COLOURS, any_script, drawable, flop_unit, time_unit
+from ffssl.parallel.energy import JOULES_PER_KWH
+from ffssl.plots import COLOURS, any_script, drawable, flop_unit, time_unit
 from ffssl.files import replacing
 from ffssl.printable import printable
 

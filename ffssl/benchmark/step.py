@@ -21,16 +21,16 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from ffssl.backbones import build_backbone, check_resolutions
-from ffssl.benchmark.machine import describe_machine
+from ffssl.run_folder.machine import describe_machine
 from ffssl.benchmark.timing import Stopwatch, peak_flops, seconds_of, where
-from ffssl.command_line import Parser, checked
+from ffssl.config.command_line import Parser, checked
 from ffssl.config import Number, read_options
 from ffssl.cost import STANDARD, Flops, count_run_step
-from ffssl.device import autocast_dtype, choose_device, describe_precision, until_out_of_memory
+from ffssl.parallel.device import autocast_dtype, choose_device, describe_precision, until_out_of_memory
 from ffssl.files import make_folder, write_json
-from ffssl.optimizers import build_optimizer
-from ffssl.plan import Plan, StepShape
-from ffssl.step import PASSES, Run, build, compile_passes, memory_advice, start_run, train_step
+from ffssl.training.optimizers import build_optimizer
+from ffssl.training.schedule import Plan, StepShape
+from ffssl.training.step import PASSES, Run, build, compile_passes, memory_advice, start_run, train_step
 
 PACKAGES = ("ffssl", "torch", "torchvision", "timm")
 PARTS = ("selection", "forward", "backward", "optimiser", "teacher")

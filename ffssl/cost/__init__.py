@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ffssl.hard_augment import Selection, choose_views
 from ffssl.methods.base import Method
-from ffssl.plan import Plan, StepShape
+from ffssl.training.schedule import Plan, StepShape
 
 STANDARD, PAPERS = 2, 1  # forward passes that a backward pass counts for
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from ffssl.command_line import exit_status
+from ffssl.config.command_line import exit_status
 from ffssl.config import read_options
 from ffssl.cost import PAPERS, STANDARD, Stage
 from ffssl.cost.paper import paper_table

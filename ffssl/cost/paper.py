@@ -11,7 +11,7 @@ from ffssl.cost.runs import IMAGES, RunCosts, petaflop
 from ffssl.errors import UserError
 from ffssl.methods import METHODS
 from ffssl.methods.teacher import TeacherMethod
-from ffssl.plan import Plan
+from ffssl.training.schedule import Plan
 
 CONFIGS = Path(__file__).resolve().parents[2] / "rn50_configs"
 TOLERANCE = 0.02

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import torch
 
 from ffssl.cost import STANDARD, Flops, Stage, count_step, stages, step_options
-from ffssl.data.beton import read_beton
+from ffssl.data.beton.read import read_beton
 from ffssl.errors import UserError
 from ffssl.methods import Method
-from ffssl.plan import Plan, StepShape
-from ffssl.step import build
+from ffssl.training.schedule import Plan, StepShape
+from ffssl.training.step import build
 
 IMAGES = {"imagenet": 1_281_167, "imagenette": 9_469}  # that their training sets hold
 

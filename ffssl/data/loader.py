@@ -21,15 +21,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ffssl.data.beton import FLOAT_FIELD, INT_FIELD, describe_fields, read_beton
-from ffssl.data.decoder import ViewSettings, render_samples
-from ffssl.data.image_file import ImageFile
+from ffssl.data.beton.read import FLOAT_FIELD, INT_FIELD, describe_fields, read_beton
+from ffssl.data.policy import (ViewSettings)
+from ffssl.data.kernels.decode import (render_samples)
+from ffssl.data.beton.mapped import ImageFile
 from ffssl.data.memory import available_memory
 from ffssl.data.order import epoch_order, share
-from ffssl.data.policy import STANDARD_MAGNITUDE, ViewPolicy
-from ffssl.data.sources.base import UNLABELLED
-from ffssl.data.view_kernel import compile_view_kernel
-from ffssl.device import mark_work, wait_in_thread
+from ffssl.data.policy import (STANDARD_MAGNITUDE, ViewPolicy)
+from ffssl.data.convert.sources.base import UNLABELLED
+from ffssl.data.kernels.own_step import compile_view_kernel
+from ffssl.parallel.device import mark_work, wait_in_thread
 from ffssl.errors import UserError
 
 SAMPLES_PER_TASK = 8  # small enough that the threads finish a batch together, large enough that starting a task costs nothing

@@ -10,7 +10,7 @@ A run is its folder, or a checkpoint file. Results are added to evaluation.json 
 import sys
 from pathlib import Path
 
-from ffssl.command_line import NETWORKS, Parser, checked, exit_status
+from ffssl.config.command_line import NETWORKS, Parser, checked, exit_status
 from ffssl.config import Number
 
 

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ffssl.data.loader import ViewLoader
-from ffssl.data.policy import EVALUATION
-from ffssl.images import to_input
+from ffssl.data.policy import (EVALUATION)
+from ffssl.data.normalise import to_input
 
 IMAGES_AT_ONCE = 256  # through the backbone; a probe's batches are larger, and would need memory in proportion
 

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ffssl.backbones import check_resolutions
-from ffssl.benchmark.machine import describe_machine
-from ffssl.data.beton import read_beton
-from ffssl.data.convert import read_description
-from ffssl.device import choose_device, mixed_precision
+from ffssl.run_folder.machine import describe_machine
+from ffssl.data.beton.read import read_beton
+from ffssl.data.convert.conversion import read_description
+from ffssl.parallel.device import choose_device, mixed_precision
 from ffssl.errors import UserError
 from ffssl.evaluate.features import extract_features, open_views
 from ffssl.evaluate.knn import knn_accuracy
 from ffssl.evaluate.labels import shared_classes
 from ffssl.evaluate.linear import AUGMENTATION, Batches, Recipe, augmented_batches, cached_batches, top_accuracies, train_probe
-from ffssl.runs import backbone_of, checkpoint_path, fingerprint, load_run
+from ffssl.load import backbone_of, checkpoint_path, fingerprint, load_run
 
 HOST = torch.device("cpu")
 PACKAGES = ("ffssl", "torch", "torchvision", "timm", "torchmetrics", "ffcv")

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from ffssl.data.beton import Beton, describe_fields
-from ffssl.data.convert import read_description
-from ffssl.data.sources.base import UNLABELLED
+from ffssl.data.beton.read import Beton, describe_fields
+from ffssl.data.convert.conversion import read_description
+from ffssl.data.convert.sources.base import UNLABELLED
 from ffssl.errors import UserError
 
 

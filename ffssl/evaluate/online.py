@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ffssl.data.beton import read_beton
+from ffssl.data.beton.read import read_beton
 from ffssl.errors import UserError
 from ffssl.evaluate.features import extract_features, open_views
 from ffssl.evaluate.knn import knn_accuracy

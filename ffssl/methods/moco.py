@@ -2,7 +2,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ffssl.distributed import gather
+from ffssl.parallel.ranks import gather
 from ffssl.errors import UserError
 from ffssl.methods.base import cosines, full_precision
 from ffssl.methods.teacher import Teacher, TeacherMethod

@@ -2,7 +2,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ffssl.distributed import gather, gather_with_gradient, rank
+from ffssl.parallel.ranks import gather, gather_with_gradient, rank
 from ffssl.methods.base import Method, full_precision, mlp
 
 

@@ -2,7 +2,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ffssl.distributed import gather_with_gradient
+from ffssl.parallel.ranks import gather_with_gradient
 from ffssl.methods.base import Method, full_precision, mlp, wide_product
 
 

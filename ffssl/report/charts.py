@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 
-from ffssl.figures import COLOURS, MARKERS, any_script, drawable, flop_unit, ink, label, time_unit
+from ffssl.plots import COLOURS, MARKERS, any_script, drawable, flop_unit, ink, label, time_unit
 from ffssl.report.runs import ReportedRun
 
 INK, MUTED, RULE, PAPER = "#1f2328", "#59636e", "#d9dee3", "#ffffff"

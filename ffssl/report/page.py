@@ -8,7 +8,7 @@ import torch
 
 from ffssl.errors import UserError
 from ffssl.evaluate import results
-from ffssl.figures import COLOURS, flop_unit, time_unit
+from ffssl.plots import COLOURS, flop_unit, time_unit
 from ffssl.methods import Method
 from ffssl.report.charts import Chart, accuracy_charts, draw_chart, schedule_charts, training_charts
 from ffssl.report.gallery import Gallery

@@ -10,8 +10,8 @@ from html import escape
 import numpy as np
 import torch
 
-from ffssl.data.sources.base import UNLABELLED
-from ffssl.figures import COLOURS
+from ffssl.data.convert.sources.base import UNLABELLED
+from ffssl.plots import COLOURS
 from ffssl.methods import Method
 from ffssl.report import samples
 from ffssl.report.charts import draw_points, draw_shares

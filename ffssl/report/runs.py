@@ -5,18 +5,18 @@ from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
-from ffssl import checkpoint
+from ffssl.run_folder import checkpoint
 from ffssl.config import as_dict
-from ffssl.data.beton import read_beton
-from ffssl.data.convert import description_or_empty
+from ffssl.data.beton.read import read_beton
+from ffssl.data.convert.conversion import description_or_empty
 from ffssl.errors import UserError
 from ffssl.evaluate.labels import shared_classes
 from ffssl.methods import Method
-from ffssl.plan import Plan
+from ffssl.training.schedule import Plan
 from ffssl.printable import printable
-from ffssl.run_log import NAME, read_log
-from ffssl.run_record import read_starts
-from ffssl.runs import load_run
+from ffssl.run_folder.log import NAME, read_log
+from ffssl.run_folder.provenance import read_starts
+from ffssl.load import load_run
 from ffssl.schedules import noise_scale
 
 POINTS = 400  # in a schedule's curve, at least

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ffssl.data.beton import Beton, read_beton
+from ffssl.data.beton.read import Beton, read_beton
 from ffssl.data.loader import ViewLoader
-from ffssl.data.sources.base import UNLABELLED
+from ffssl.data.convert.sources.base import UNLABELLED
 from ffssl.evaluate.features import extract_features, open_views
 from ffssl.evaluate.labels import shared_classes
 from ffssl.hard_augment import hardest_pair, losses_of_pairs, pairs

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ffssl.device import choose_device
+from ffssl.parallel.device import choose_device
 from ffssl.errors import UserError
 from ffssl.files import replacing
 from ffssl.report.page import compose

@@ -15,8 +15,8 @@ import PIL.Image
 import pytest
 
 from ffssl.data import beton as format_
-from ffssl.data.beton import MODE_JPEG, MODE_RAW, read_beton
-from ffssl.data.beton_writer import BetonWriteError, BetonWriter
+from ffssl.data.beton.read import MODE_JPEG, MODE_RAW, read_beton
+from ffssl.data.beton.write import BetonWriteError, BetonWriter
 from ffssl.errors import UserError
 
 PAGE = 1 << 21
@@ -238,7 +238,7 @@ def test_full_disk_is_an_error_that_names_file_and_space(tmp_path, monkeypatch):
 
 def test_next_writer_removes_what_a_killed_one_left(tmp_path):
     program = (
-        "import sys; from ffssl.data.beton_writer import BetonWriter\n"
+        "import sys; from ffssl.data.beton.write import BetonWriter\n"
         "with BetonWriter(sys.argv[1], 9) as w: w.add(b'x', 0, 1, 1, 0); print(flush=True); sys.stdin.read()"
     )
     target = tmp_path / "x.beton"

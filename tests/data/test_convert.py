@@ -18,12 +18,12 @@ import PIL.Image
 import PIL.ImageOps
 import pytest
 
-from ffssl.data import workers
-from ffssl.data.beton import MODE_JPEG, MODE_RAW, read_beton
-from ffssl.data.convert import ConversionError, ConvertOptions, convert, identity, is_compressed, select_subset
-from ffssl.data.encode import BrokenImage, Encoding, How, encode_image
-from ffssl.data.sources import Source
-from ffssl.data.sources.folder import ImageFolder
+from ffssl.data.convert import workers
+from ffssl.data.beton.read import MODE_JPEG, MODE_RAW, read_beton
+from ffssl.data.convert.conversion import ConversionError, ConvertOptions, convert, identity, is_compressed, select_subset
+from ffssl.data.convert.encode import BrokenImage, Encoding, How, encode_image
+from ffssl.data.convert.sources import Source
+from ffssl.data.convert.sources.folder import ImageFolder
 from ffssl.errors import UserError
 from damage import frame_size_at
 
@@ -511,8 +511,8 @@ def test_a_killed_worker_is_reported(tmp_path):
 
 
 CONVERT = """
-from ffssl.data.convert import ConvertOptions, convert
-from ffssl.data.sources.folder import ImageFolder
+from ffssl.data.convert.conversion import ConvertOptions, convert
+from ffssl.data.convert.sources.folder import ImageFolder
 {}convert(ImageFolder("images"), "out.beton", ConvertOptions(workers=2, progress=False))
 """
 

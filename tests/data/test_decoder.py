@@ -15,11 +15,11 @@ import PIL.Image
 import pytest
 
 import ffssl.data
-from ffssl.data.beton import MODE_JPEG, MODE_RAW
-from ffssl.data.beton_writer import BetonWriter
-from ffssl.data.decoder import decode, render_samples
+from ffssl.data.beton.read import MODE_JPEG, MODE_RAW
+from ffssl.data.beton.write import BetonWriter
+from ffssl.data.kernels.decode import (decode, render_samples)
 from ffssl.data.loader import ViewLoader
-from ffssl.data.policy import POLICIES, ViewPolicy
+from ffssl.data.policy import (POLICIES, ViewPolicy)
 from damage import without_segments
 from sample_images import jpeg_bytes, smooth_image, write_beton
 
@@ -28,8 +28,8 @@ IDENTITY = ViewPolicy(crop_scale=(1, 1), crop_ratio=(1, 1), flip=0, jitter=0, gr
 # ffcv's loader waits for ever when something goes wrong, so it runs in a process that can be killed.
 STOCK_LOADER = """
 import sys, numpy as np
-from ffssl.data.ffcv_operation import ViewDecoder  # first: it spares ffcv's import what takes seconds to compile
-from ffssl.data.policy import POLICIES
+from ffssl.data.beton.ffcv_operation import ViewDecoder  # first: it spares ffcv's import what takes seconds to compile
+from ffssl.data.policy import (POLICIES)
 from ffcv.loader import Loader, OrderOption
 from ffcv.transforms import ToTensor
 from ffcv.pipeline import PipelineSpec
@@ -213,7 +213,7 @@ def test_compiled_files_that_lie_elsewhere_are_dropped_too(tmp_path):
 def test_importing_the_ffcv_decoder_leaves_torchs_and_numbas_threads_alone():
     code = (
         "import torch, numba; torch.set_num_threads(2); before = torch.get_num_threads(), numba.get_num_threads()\n"
-        "import ffssl.data.ffcv_operation\n"
+        "import ffssl.data.beton.ffcv_operation\n"
         "assert (torch.get_num_threads(), numba.get_num_threads()) == before"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -223,7 +223,7 @@ def test_the_library_that_decodes_is_not_loaded_for_all_of_the_process():
     """Of the libraries that it is linked to, torch would take the BLAS for its own, and be 30 times slower."""
     code = (
         "import ctypes; process = ctypes.CDLL(None)\n"
-        "import ffssl.data.decoder\n"
+        "import ffssl.data.kernels.decode\n"
         "for symbol in ('sgemm_', 'tjDecompress2'): assert not hasattr(process, symbol), symbol"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

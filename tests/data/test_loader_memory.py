@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from ffssl.data import loader as loader_module
-from ffssl.data.beton import MODE_RAW
-from ffssl.data.beton_writer import BetonWriter
-from ffssl.data.image_file import ImageFile
+from ffssl.data.beton.read import MODE_RAW
+from ffssl.data.beton.write import BetonWriter
+from ffssl.data.beton.mapped import ImageFile
 from ffssl.data.loader import ViewLoader
 from ffssl.data.memory import available_memory
 from ffssl.errors import UserError
@@ -100,7 +100,7 @@ def test_prefetched_ranges_and_no_others_are_read_from_the_disk(large_beton):
         """
         import numpy as np
         from ffssl.data import read_beton
-        from ffssl.data.image_file import ImageFile
+        from ffssl.data.beton.mapped import ImageFile
 
         def bytes_read():
             with open("/proc/self/io") as file:
@@ -161,7 +161,7 @@ def test_nothing_is_compiled_again_when_the_kernels_are(beton):
         next(iter(loader))
     run_alone(
         """
-        from ffssl.data.decoder import render_samples
+        from ffssl.data.kernels.decode import (render_samples)
         next(iter(ViewLoader(path, batch_size=4, views=2, resolution=32)))
         assert render_samples.stats.cache_hits and not render_samples.stats.cache_misses
         """,
@@ -169,7 +169,7 @@ def test_nothing_is_compiled_again_when_the_kernels_are(beton):
     )
 
 
-@pytest.mark.parametrize("statement", ["import ffssl", "import ffssl.data", "import ffssl.data.memory, ffssl.data.beton", "import ffssl.study, ffssl.study_report"])
+@pytest.mark.parametrize("statement", ["import ffssl", "import ffssl.data", "import ffssl.data.memory, ffssl.data.beton.read", "import ffssl.study, ffssl.study.table_and_picture"])
 def test_light_imports_bring_neither_torch_nor_ffcv_nor_numba(statement):
     code = f"import sys; {statement}; assert not {{'torch', 'ffcv', 'numba', 'torchvision'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -13,13 +13,13 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from ffssl.data.sources.base import PackedStrings, natural_order
-from ffssl.data.sources.embedded import Embedded
-from ffssl.data.sources.folder import ImageFolder
-from ffssl.data.sources.imagenet import ImageNet
-from ffssl.data.sources.shards import split_of
-from ffssl.data.sources.torchvision_sets import Cifar10, Imagenette, Stl10
-from ffssl.data.sources.webdataset import WebDataset, expand_braces
+from ffssl.data.convert.sources.base import PackedStrings, natural_order
+from ffssl.data.convert.sources.embedded import Embedded
+from ffssl.data.convert.sources.folder import ImageFolder
+from ffssl.data.convert.sources.imagenet import ImageNet
+from ffssl.data.convert.sources.shards import split_of
+from ffssl.data.convert.sources.torchvision_sets import Cifar10, Imagenette, Stl10
+from ffssl.data.convert.sources.webdataset import WebDataset, expand_braces
 from ffssl.errors import UserError
 
 WNIDS = ["n01440764", "n02102040", "n03888257"]
@@ -847,7 +847,7 @@ def parquet(tmp_path):
 
 
 def test_huggingface(tmp_path, parquet):
-    from ffssl.data.sources.huggingface import HuggingFace
+    from ffssl.data.convert.sources.huggingface import HuggingFace
 
     features = {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}, "image": {"_type": "Image"}}
     cells = [{"bytes": bytes([i]) * 3, "path": f"{i}.jpg"} for i in range(12)]
@@ -866,7 +866,7 @@ def test_huggingface(tmp_path, parquet):
 
 
 def test_huggingface_refuses(tmp_path, parquet):
-    from ffssl.data.sources.huggingface import HuggingFace
+    from ffssl.data.convert.sources.huggingface import HuggingFace
 
     path = parquet("a.parquet", [{"bytes": b"x", "path": ""}], [1.5])
     with pytest.raises(
@@ -901,7 +901,7 @@ CAT_DOG, DOG_CAT, CAT_COW = (
 @pytest.fixture
 def converted(tmp_path, parquet):
     """Labels and class names of files in a folder: {name: (labels, features)}."""
-    from ffssl.data.sources.huggingface import HuggingFace
+    from ffssl.data.convert.sources.huggingface import HuggingFace
 
     def convert(files, folder="d", **options):
         for name, (labels, features) in files.items():
@@ -978,7 +978,7 @@ def test_huggingface_categories_and_ids(tmp_path, converted):
 
 
 def test_huggingface_finds_the_label_column_by_the_schema(tmp_path, parquet):
-    from ffssl.data.sources.huggingface import HuggingFace
+    from ffssl.data.convert.sources.huggingface import HuggingFace
     import pyarrow as pa, pyarrow.parquet
 
     def write(columns, classes):
@@ -1036,7 +1036,7 @@ def test_huggingface_finds_the_label_column_by_the_schema(tmp_path, parquet):
 def test_huggingface_damaged_metadata_is_one_line(tmp_path, metadata):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet
-    from ffssl.data.sources.huggingface import HuggingFace
+    from ffssl.data.convert.sources.huggingface import HuggingFace
 
     pyarrow.parquet.write_table(
         pa.table({"image": [b"1"], "label": [0]}).replace_schema_metadata(
@@ -1063,7 +1063,7 @@ def test_huggingface_damaged_metadata_is_one_line(tmp_path, metadata):
 def test_huggingface_metadata_that_say_nothing(tmp_path, metadata):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet
-    from ffssl.data.sources.huggingface import HuggingFace
+    from ffssl.data.convert.sources.huggingface import HuggingFace
 
     pyarrow.parquet.write_table(
         pa.table({"image": [b"1"], "label": [5]}).replace_schema_metadata(
@@ -1100,7 +1100,7 @@ def test_huggingface_metadata_that_say_nothing(tmp_path, metadata):
 def test_huggingface_refuses_folders_that_are_not_one_whole_split(
     tmp_path, parquet, names, message
 ):
-    from ffssl.data.sources.huggingface import HuggingFace
+    from ffssl.data.convert.sources.huggingface import HuggingFace
 
     files = [parquet(f"{name}.parquet", [{"bytes": b"x", "path": ""}]) for name in names]
     with pytest.raises(UserError, match=message):
@@ -1112,7 +1112,7 @@ def test_huggingface_refuses_folders_that_are_not_one_whole_split(
 
 
 def test_huggingface_splits_and_what_is_left_out(tmp_path, parquet):
-    from ffssl.data.sources.huggingface import HuggingFace
+    from ffssl.data.convert.sources.huggingface import HuggingFace
 
     for i, name in enumerate(
         [
@@ -1157,7 +1157,7 @@ def test_huggingface_splits_and_what_is_left_out(tmp_path, parquet):
 def test_huggingface_without_pyarrow(monkeypatch):
     import sys
 
-    from ffssl.data.sources.huggingface import HuggingFace
+    from ffssl.data.convert.sources.huggingface import HuggingFace
 
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)

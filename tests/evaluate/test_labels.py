@@ -12,9 +12,9 @@ import torch
 from small_runs import save_run
 
 from ffssl.config import read_options
-from ffssl.data.beton import MODE_JPEG, read_beton
-from ffssl.data.beton_writer import BetonWriter
-from ffssl.data.convert import description_path
+from ffssl.data.beton.read import MODE_JPEG, read_beton
+from ffssl.data.beton.write import BetonWriter
+from ffssl.data.convert.conversion import description_path
 from ffssl.demo import raw_pixel_accuracy
 from ffssl.errors import UserError
 from ffssl.evaluate.frozen_run import freeze
@@ -23,8 +23,8 @@ from ffssl.evaluate.linear import Recipe
 from ffssl.evaluate.online import OnlineKnn
 from ffssl.report.runs import read_runs
 from ffssl.report.samples import embed, nearest_neighbours
-from ffssl.study import conduct
-from ffssl.study_file import read_study
+from ffssl.study.__main__ import conduct
+from ffssl.study.recipes import read_study
 from ffssl.train import train
 
 COLOURS = ("red", "lime", "blue")

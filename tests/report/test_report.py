@@ -12,17 +12,17 @@ import PIL.Image
 import pytest
 import torch
 
-from ffssl import checkpoint
+from ffssl.run_folder import checkpoint
 from ffssl.config import read_options
-from ffssl.data.convert import convert
-from ffssl.data.sources.embedded import Embedded
+from ffssl.data.convert.conversion import convert
+from ffssl.data.convert.sources.embedded import Embedded
 from ffssl.errors import UserError
 from ffssl.evaluate.results import add_result
 from ffssl.report import write
 from ffssl.report.page import compose
 from ffssl.report.runs import describe_data, read_runs
 from ffssl.report.write import write_report
-from ffssl.run_log import NAME as LOG_NAME
+from ffssl.run_folder.log import NAME as LOG_NAME
 from ffssl.train import train
 
 SMALL = [
