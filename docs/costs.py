@@ -8,9 +8,8 @@ A row of the document's tables is about the command whose --run.folder is runs/ 
 import re
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
-from ffssl.config import read_options
+from ffssl.config import Options, read_options
 from ffssl.cost import PAPERS, STANDARD
 from ffssl.cost.runs import IMAGES, RunCosts, petaflop
 
@@ -28,7 +27,7 @@ def commands(text: str) -> dict[str, list[str]]:
     return {line.partition("--run.folder=runs/")[2].split()[0]: line.split() for line in output.splitlines()}
 
 
-def cells(options: SimpleNamespace, costs: RunCosts) -> tuple[str, str, str, str]:
+def cells(options: Options, costs: RunCosts) -> tuple[str, str, str, str]:
     """What stands in a row: PFLOP by the standard count and by the paper's, hours on a V100 and on an H200."""
     stages, images = costs.stages(options), IMAGES[options.data.train.removesuffix("-train.beton")]
     standard, papers = (petaflop(stages, images, count) for count in (STANDARD, PAPERS))

@@ -11,10 +11,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 from ffssl.config.command_line import exit_status
-from ffssl.config import read_options
+from ffssl.config import Options, read_options
 from ffssl.data.beton.read import read_beton
 from ffssl.files import make_folder
 from ffssl.run_folder.log import read_log
@@ -56,7 +55,7 @@ def run(program: str, *arguments: str) -> None:
         sys.exit(status)
 
 
-def raw_pixel_accuracy(options: SimpleNamespace) -> float:
+def raw_pixel_accuracy(options: Options) -> float:
     """kNN accuracy (0..1) on centred pixels instead of features: what the data gives away without any network."""
     import torch  # takes seconds
 

@@ -2,14 +2,13 @@
 
 import hashlib
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from ffssl.run_folder import checkpoint
-from ffssl.config import from_dict
+from ffssl.config import Options, from_dict
 from ffssl.errors import UserError
 from ffssl.methods import Method
 from ffssl.training.step import build
@@ -18,7 +17,7 @@ from ffssl.training.step import build
 class LoadedRun(NamedTuple):
     """options: all sections. method: with the trained weights, in evaluation mode. state: the checkpoint, as `ffssl.training.step.Run.state`."""
 
-    options: SimpleNamespace
+    options: Options
     method: Method
     state: dict
 

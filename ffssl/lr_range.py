@@ -16,10 +16,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 from ffssl.config.command_line import exit_status
-from ffssl.config import as_dict, read_options
+from ffssl.config import Options, read_options
 from ffssl.parallel.openmp import share_cores
 
 if __name__ == "__main__":
@@ -80,7 +79,7 @@ class Limits:
     rises: bool
 
 
-def range_test(options: SimpleNamespace, *, low: float, high: float, steps: int, images: int) -> list[dict[str, float]]:
+def range_test(options: Options, *, low: float, high: float, steps: int, images: int) -> list[dict[str, float]]:
     """Train while the learning rate rises. Returns a row a step, up to the first loss that is not finite.
 
     images: in the validation batch, in whole batches of the training's size and one at least. Raises UserError.
@@ -126,14 +125,14 @@ def batches(run: Run, loader: ViewLoader) -> Iterator[Tensor]:
         run.epoch += 1
 
 
-def validation_views(options: SimpleNamespace, method: Method, loader: ViewLoader, images: int) -> list[Tensor]:
+def validation_views(options: Options, method: Method, loader: ViewLoader, images: int) -> list[Tensor]:
     """Two views of each validation image, in uint8 batches (B, 2, 3, R, R) of the training's size: a loss may depend on it.
 
     Without data.validation the images are taken from those that `loader` serves. Raises UserError where there are too few.
     """
     size = options.training.batch_size
     count = max(images // size, 1)
-    changed = {"augment": SimpleNamespace(**vars(options.augment) | {"views": 2})}
+    changed = {"augment": {"views": 2}}
     if options.data.validation:
         found = len(read_beton(options.data.validation))
         if found < count * size:
@@ -141,8 +140,8 @@ def validation_views(options: SimpleNamespace, method: Method, loader: ViewLoade
                 f"--data.validation: {options.data.validation} has {found} images, of which {count * size} are to be taken, in whole batches of "
                 f"{size}; give fewer --validation-images, or a smaller --training.batch_size, or another file"
             )
-        changed["data"] = SimpleNamespace(**vars(options.data) | {"train": options.data.validation})
-    with open_loader(SimpleNamespace(**vars(options) | changed)) as source:
+        changed["data"] = {"train": options.data.validation}
+    with open_loader(options.changed(**changed)) as source:
         if not options.data.validation:
             source.samples, loader.samples = held_out(loader, count * size, options.run.seed)
         plan = Plan(options, len(source))
@@ -264,7 +263,7 @@ def main() -> None:
     rows = range_test(options, **test, images=arguments.validation_images)
     rates, losses = (np.array([row[name] for row in rows]) for name in ("learning_rate", "validation_loss"))
     limits = suggest_limits(rates, losses, complete=len(rows) == arguments.steps)
-    found = {**test, "limits": limits and asdict(limits), "options": as_dict(options), "curve": rows}
+    found = {**test, "limits": limits and asdict(limits), "options": options.as_dict(), "curve": rows}
     write_json(folder / CURVE, found)
     draw(rows, limits, folder / PICTURE)
     print(f"{describe(limits, rows, **test)}\ncurve: {folder / CURVE}, picture: {folder / PICTURE}")

@@ -13,7 +13,7 @@ import faulthandler
 import sys
 
 from ffssl.config.command_line import exit_status
-from ffssl.config import command_line_options
+from ffssl.config import Role, Options, command_line_options
 from ffssl.parallel.openmp import share_cores
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds: --help and a mistyped option are answered at once
@@ -26,13 +26,12 @@ import math
 import time
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
 from ffssl.run_folder import checkpoint
-from ffssl.config import as_dict, shared_options
+from ffssl.config import Role, shared_options
 from ffssl.cost import count_flops
 from ffssl.data.beton.read import LABEL
 from ffssl.data.convert.conversion import identity, same_samples
@@ -57,7 +56,7 @@ STEPS_BETWEEN_CHECKS = 50  # on a GPU reading the loss waits for the step; this 
 SECONDS_BETWEEN_CHECKS = 5.0  # fewer steps if these take longer: torchrun grants its processes half a minute to save and leave
 
 
-def train(options: SimpleNamespace) -> None:
+def train(options: Options) -> None:
     """Train to the end, from the folder's checkpoint where there is one, with the other ranks where torchrun has started some.
 
     Raises UserError, FloatingPointError if the loss diverges, Stopped after a signal, and ConnectionError if another rank is lost.
@@ -218,7 +217,7 @@ def evaluate(run: Run, knn: OnlineKnn | None, stop: StopRequest) -> dict[str, fl
     return accuracy
 
 
-def open_loader(options: SimpleNamespace) -> ViewLoader:
+def open_loader(options: Options) -> ViewLoader:
     """A run's training views: this rank's share of every batch."""
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # of labels, which are not trained on
         return ViewLoader(
@@ -233,7 +232,7 @@ def open_loader(options: SimpleNamespace) -> ViewLoader:
 def open_log(run: Run, folder: Path, resumed: bool) -> RunLog:
     options = run.options
     return RunLog(
-        folder, last_epoch=run.epoch if resumed else -1, tensorboard=options.run.tensorboard, wandb=options.run.wandb, options=as_dict(options)
+        folder, last_epoch=run.epoch if resumed else -1, tensorboard=options.run.tensorboard, wandb=options.run.wandb, options=options.as_dict()
     )
 
 
@@ -244,12 +243,12 @@ def resume(run: Run, folder: Path) -> bool:
         return False
     if run.options.run.resume == "never":
         raise UserError(f"--run.folder: {folder} holds a run already; choose another folder, or --run.resume=auto to continue it")
-    now = as_dict(run.options)
-    for section, options in state["options"].items():
-        for name, before in options.items():
-            if decides(section, name) and before != now[section][name]:
+    for section, options in run.options.of_role(Role.EXPERIMENT).items():
+        for name, now in options.items():
+            before = state["options"].get(section, {}).get(name, now)
+            if before != now:
                 raise UserError(
-                    f"--{section}.{name}: the run in {folder} has {before!r}, not {now[section][name]!r}; choose another --run.folder"
+                    f"--{section}.{name}: the run in {folder} has {before!r}, not {now!r}; choose another --run.folder"
                 )
     data = state.get("data", {})
     if not same_samples(data, run.data):
@@ -261,13 +260,6 @@ def resume(run: Run, folder: Path) -> bool:
     return True
 
 
-def decides(section: str, name: str) -> bool:
-    """Whether an option decides what is computed, and not only how, or what is shown of it."""
-    if section in ("data", "run"):
-        return name in ("scaled_decoding", "seed")
-    return section != "evaluate" and (section, name) != ("training", "compile")
-
-
 def summary(row: dict[str, float], epochs: int) -> str:
     """A finished epoch on one line."""
     knn = f"  kNN {row['knn']:.1%}" if "knn" in row else ""
@@ -277,7 +269,7 @@ def summary(row: dict[str, float], epochs: int) -> str:
     )
 
 
-def upside_down(options: SimpleNamespace, row: dict[str, float]) -> str:
+def upside_down(options: Options, row: dict[str, float]) -> str:
     """A warning of an epoch in which the chosen pairs were easier than random ones."""
     advice = (
         "compare them by the method's loss, --hard_augment.loss=method"
@@ -308,7 +300,7 @@ def out_of_memory(run: Run, loader: ViewLoader) -> str:
     )
 
 
-def main(options: SimpleNamespace) -> int:
+def main(options: Options) -> int:
     try:
         train(options)
     except FloatingPointError as error:

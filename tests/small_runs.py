@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ffssl.run_folder import checkpoint
-from ffssl.config import as_dict, read_options
+from ffssl.config import read_options
 from ffssl.methods import Method
 from ffssl.training.step import build
 from ffssl.training.epoch import Tally
@@ -32,7 +32,7 @@ def save_run(folder: Path, *options: str, epoch: int = 3, steps: int = 0, seed: 
             module.running_var.uniform_(0.5, 2)
     spent = {"seconds": 12.0, "flops": 3.5e12}
     tally = Tally(losses=[torch.tensor(1.0)] * steps, spreads=[torch.tensor(1.0)] * steps).state()
-    checkpoint.save(folder, {"epoch": epoch, "tally": tally, "spent": spent, "options": as_dict(parsed), "method": method.state_dict()})
+    checkpoint.save(folder, {"epoch": epoch, "tally": tally, "spent": spent, "options": parsed.as_dict(), "method": method.state_dict()})
     return method.eval()
 
 

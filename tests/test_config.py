@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ffssl.config import as_dict, declare, help_text, read_options
+from ffssl.config import declarations, help_text, read_options
 from ffssl.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +40,7 @@ def test_options_have_their_defaults_and_types():
     training = options().training
     assert (training.epochs, training.learning_rate, training.schedule) == (200, 0.1, "cosine")
     assert isinstance(training.epochs, int) and isinstance(training.warmup_epochs, float)
-    assert options().data.validation is None and options().method.temperature is None
+    assert options().data.validation is None and options().method.settings["temperature"] is None
 
 
 @pytest.mark.parametrize("file_first", [True, False])
@@ -97,8 +97,8 @@ def test_the_configs_that_we_ship_are_valid(path):
 
 
 def test_options_as_plain_sections():
-    sections = as_dict(options("--run.seed=4"))
-    assert sections["run"]["seed"] == 4 and {f"{s}.{k}" for s in sections for k in sections[s]} == {".".join(p) for p in declare().entries}
+    sections = options("--run.seed=4").as_dict()
+    assert sections["run"]["seed"] == 4 and {f"{s}.{k}" for s in sections for k in sections[s]} == {d.name for d in declarations()}
 
 
 # What is refused
@@ -213,11 +213,11 @@ def test_options_that_agree_are_not(arguments):
 
 def test_the_help_lists_every_option_with_its_meaning_and_default():
     text = help_text("usage")
-    for path, param in declare().entries.items():
-        (line,) = [line for line in text.splitlines() if line.split()[:1] == [f"--{'.'.join(path)}"]]
-        assert param.desc in line
-        if param.default is not None:
-            assert f"default {param.default}" in line
+    for declared in declarations():
+        (line,) = [row for row in text.splitlines() if row.split()[:1] == [f"--{declared.name}"]]
+        assert declared.help in line
+        if declared.default is not None:
+            assert f"default {declared.default}" in line
 
 
 def test_the_program_answers_help_with_0_and_a_mistake_with_2_and_one_line():

@@ -13,7 +13,7 @@ def test_a_run_is_loaded_from_its_folder_and_from_its_checkpoint(tmp_path):
     (tmp_path / checkpoint.NAME).symlink_to("other.pt")
     for path in (tmp_path, str(tmp_path / "other.pt")):
         options, loaded, state = load_run(path)
-        assert options.training.learning_rate == 0.3 and options.method.hidden == 16 and options.data.validation is None
+        assert options.training.learning_rate == 0.3 and options.method.settings["hidden"] == 16 and options.data.validation is None
         assert state["epoch"] == 2 and "torch" in state["written_on"]
         assert not any(module.training for module in loaded.modules())
         images = torch.randn(4, 3, 32, 32)

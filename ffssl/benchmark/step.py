@@ -13,7 +13,6 @@ import itertools
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -24,7 +23,7 @@ from ffssl.backbones import build_backbone, check_resolutions
 from ffssl.run_folder.machine import describe_machine
 from ffssl.benchmark.timing import Stopwatch, peak_flops, seconds_of, where
 from ffssl.config.command_line import Parser, checked
-from ffssl.config import Number, read_options
+from ffssl.config import Options, Number, read_options
 from ffssl.cost import STANDARD, Flops, count_run_step
 from ffssl.parallel.device import autocast_dtype, choose_device, describe_precision, until_out_of_memory
 from ffssl.files import make_folder, write_json
@@ -80,7 +79,7 @@ def main(arguments: list[str]) -> None:
     print("\nMedians. first: the first step, torch.compile's work included. teacher: its update. share: of the product's FLOP/s.")
 
 
-def describe(options: SimpleNamespace, device: torch.device) -> str:
+def describe(options: Options, device: torch.device) -> str:
     selection = f", {options.hard_augment.select} pairs at {options.hard_augment.resolution} px" if options.hard_augment.select != "off" else ""
     return (
         f"{where(device)}: {options.method.name}, {options.model.backbone}, {options.training.batch_size} images of {options.augment.views} views{selection}; "
@@ -112,12 +111,12 @@ def supervised_step(run: Run, side: int) -> Callable[[], None]:
     return step
 
 
-def classifier(options: SimpleNamespace, device: torch.device) -> nn.Module:
+def classifier(options: Options, device: torch.device) -> nn.Module:
     backbone = build_backbone(options.model.backbone, zero_init_residual=options.model.zero_init_residual, stem=options.model.stem)
     return nn.Sequential(backbone, nn.Linear(backbone.features, CLASSES)).to(device, memory_format=torch.channels_last).train()
 
 
-def supervised_flops(options: SimpleNamespace, side: int) -> float:
+def supervised_flops(options: Options, side: int) -> float:
     """Of one supervised step, in the standard count."""
     network = classifier(options, torch.device("meta"))
     with FlopCounterMode(display=False) as counter:

@@ -1,12 +1,10 @@
 """The options of a run: declared in `options`, read from YAML files and command lines."""
 
-from ffssl.config.options import (
-    Choice,
-    Number,
-    Switch,
-    as_dict,
+from ffssl.config.checks import Choice, Number, Switch
+from ffssl.config.options import Options, Role, declarations
+from ffssl.config.read import (
     command_line_options,
-    declare,
+    did_you_mean,
     from_dict,
     help_text,
     read_options,
@@ -16,10 +14,12 @@ from ffssl.config.options import (
 __all__ = [
     "Choice",
     "Number",
+    "Options",
+    "Role",
     "Switch",
-    "as_dict",
     "command_line_options",
-    "declare",
+    "declarations",
+    "did_you_mean",
     "from_dict",
     "help_text",
     "read_options",

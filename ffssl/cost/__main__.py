@@ -8,10 +8,9 @@
 import argparse
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 from ffssl.config.command_line import exit_status
-from ffssl.config import read_options
+from ffssl.config import Options, read_options
 from ffssl.cost import PAPERS, STANDARD, Stage
 from ffssl.cost.paper import paper_table
 from ffssl.cost.runs import RunCosts, number_of_images, petaflop
@@ -43,7 +42,7 @@ def report(configs: list[str], overrides: list[str], images: str | None = None) 
     return "\n".join([*parts, total_table(petaflops)])
 
 
-def describe(config: str, options: SimpleNamespace, images: int) -> str:
+def describe(config: str, options: Options, images: int) -> str:
     return f"{Path(config).stem}: {options.method.name}, {options.model.backbone}, {options.training.epochs} epochs of {images:,} images"
 
 

@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
-from ffssl.config import read_options
+from ffssl.config import Options, read_options
 from ffssl.cost import PAPERS, STANDARD
 from ffssl.cost.runs import IMAGES, RunCosts, petaflop
 from ffssl.errors import UserError
@@ -113,7 +112,7 @@ def ours_of(figure: Figure, costs: RunCosts) -> tuple[float | None, float | None
     return tuple(100 * (cost / base - 1) if figure.unit == "%" else base / cost for cost, base in pairs)
 
 
-def full_epochs(options: SimpleNamespace) -> float:
+def full_epochs(options: Options) -> float:
     """Cost of a run of hard or no Hard Augment by equations 9 and 11, in epochs of its method at full resolution."""
     plan, hard = Plan(options, steps_per_epoch=1), options.hard_augment
     forward_passes = 8 if issubclass(METHODS[options.method.name], TeacherMethod) else 6
@@ -129,7 +128,7 @@ def agrees(ours: float, figure: Figure) -> bool:
     return abs(ours / figure.value - 1) <= TOLERANCE
 
 
-def _options(words: Words) -> SimpleNamespace:
+def _options(words: Words) -> Options:
     config, *overrides = words
     if not CONFIGS.is_dir():
         raise UserError(f"--paper: the configs of the paper's runs are not in {CONFIGS}; run it from a copy of the repository")

@@ -1,10 +1,10 @@
 """What runs cost, by their options alone: without weights, data or training."""
 
 import functools
-from types import SimpleNamespace
 
 import torch
 
+from ffssl.config import Options
 from ffssl.cost import STANDARD, Flops, Stage, count_step, stages, step_options
 from ffssl.data.beton.read import read_beton
 from ffssl.errors import UserError
@@ -21,7 +21,7 @@ class RunCosts:
     def __init__(self):
         self._flops: dict[str, Flops] = {}
 
-    def stages(self, options: SimpleNamespace) -> list[Stage]:
+    def stages(self, options: Options) -> list[Stage]:
         """The stages of a run. Raises UserError for options that no run can have."""
         plan = Plan(options, steps_per_epoch=1)
         step = step_options(plan)

@@ -1,13 +1,13 @@
 """Features of a frozen backbone: in evaluation mode (BatchNorm by its running statistics) and without gradient."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from ffssl.config.options import DataOptions
 from ffssl.data.loader import ViewLoader
 from ffssl.data.policy import (EVALUATION)
 from ffssl.data.normalise import to_input
@@ -15,7 +15,7 @@ from ffssl.data.normalise import to_input
 IMAGES_AT_ONCE = 256  # through the backbone; a probe's batches are larger, and would need memory in proportion
 
 
-def open_views(path: str | Path, data: SimpleNamespace, resolution: int, **settings) -> ViewLoader:
+def open_views(path: str | Path, data: DataOptions, resolution: int, **settings) -> ViewLoader:
     """One view of every image: its centre crop, in the file's order, unless `settings` of the loader say otherwise.
 
     data: the options of the section data.

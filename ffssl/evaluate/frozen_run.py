@@ -5,11 +5,11 @@ import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
+from ffssl.config import Options
 from ffssl.backbones import check_resolutions
 from ffssl.run_folder.machine import describe_machine
 from ffssl.data.beton.read import read_beton
@@ -34,7 +34,7 @@ class FrozenRun:
     """
 
     checkpoint: Path
-    options: SimpleNamespace
+    options: Options
     epoch: int
     steps: int
     network: str

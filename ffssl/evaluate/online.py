@@ -1,11 +1,11 @@
 """kNN accuracy of a backbone while it trains."""
 
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import nn
 
+from ffssl.config import Options
 from ffssl.data.beton.read import read_beton
 from ffssl.errors import UserError
 from ffssl.evaluate.features import extract_features, open_views
@@ -20,7 +20,7 @@ class OnlineKnn:
     training file has its labels. Raises UserError where the two files' labels can't be compared, see `shared_classes`.
     """
 
-    def __init__(self, options: SimpleNamespace, device: torch.device):
+    def __init__(self, options: Options, device: torch.device):
         self._options, self._device = options.evaluate, device
         bank, queries = (read_beton(path, options.data.label_field) for path in (options.data.train, options.data.validation))
         try:

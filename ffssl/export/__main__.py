@@ -11,12 +11,12 @@ its own networks; neither has the CIFAR stem or resnet-small, which safetensors 
 import io
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ffssl.config.options import ModelOptions
 from ffssl.backbones import RESNETS, TimmModel
 from ffssl.config.command_line import NETWORKS, Parser, exit_status
 from ffssl.errors import UserError
@@ -57,7 +57,7 @@ def export(run: Path, to: str, output: Path, network: str = "student") -> None:
             raise UserError(f"--output: {path} can't be written: {error.strerror}") from error
 
 
-def check_fit(model: SimpleNamespace, to: str) -> None:
+def check_fit(model: ModelOptions, to: str) -> None:
     """Raises UserError where torchvision or timm have no such network. `model`: the options of the section model."""
     name = model.backbone
     if to == "safetensors":

@@ -1,13 +1,13 @@
 """The model card of an exported backbone: how to load it, how it was trained, what it scored. Only what the run recorded."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import yaml
 from torch import nn
 
+from ffssl.config.options import ModelOptions
+from ffssl.config import Options, Role
 from ffssl.backbones import RESNETS, ResizableViT, TimmModel
-from ffssl.config import as_dict
 from ffssl.data.convert.conversion import description_or_empty
 from ffssl.evaluate.results import markdown_table, read_results
 from ffssl.data.normalise import MEAN, STD
@@ -35,7 +35,7 @@ def model_card(run: LoadedRun, backbone: nn.Module, *, folder: Path, network: st
     ])  # fmt: skip
 
 
-def loading_code(model: SimpleNamespace, backbone: nn.Module, to: str, file: str) -> str:
+def loading_code(model: ModelOptions, backbone: nn.Module, to: str, file: str) -> str:
     """Python that makes `backbone` of the file. FFSSL's own networks need FFSSL."""
     name = model.backbone
     if to == "torchvision":
@@ -79,13 +79,17 @@ def describe_images(beton: Path) -> str:
     return f"{beton.name}, {description['samples']}{classes}, source {description['source']['kind']}, sha256 {description['sha256']}"
 
 
-def published_options(options: SimpleNamespace) -> str:
+def published_options(options: Options) -> str:
     """The options that decide about the weights, as YAML; no files and folders of the machine that trained them."""
-    sections = {name: {key: value for key, value in values.items() if value is not None} for name, values in as_dict(options).items()}
-    return yaml.safe_dump({name: values for name, values in sections.items() if name not in ("data", "run", "evaluate")}, sort_keys=False)
+    sections = {
+        name: {key: value for key, value in values.items() if value is not None}
+        for name, values in options.of_role(Role.EXPERIMENT).items()
+        if name not in ("data", "run")
+    }
+    return yaml.safe_dump({n: v for n, v in sections.items() if v}, sort_keys=False)
 
 
-def online_knn(options: SimpleNamespace, folder: Path, epoch: int) -> list[str]:
+def online_knn(options: Options, folder: Path, epoch: int) -> list[str]:
     """The kNN accuracy that the log has of the epoch, in a line, or nothing."""
     e = options.evaluate
     return [

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -23,7 +24,7 @@ def discover() -> dict[str, type[Method]]:
 METHODS = discover()
 
 
-def build_method(name: str, backbone: nn.Module, options: dict) -> Method:
+def build_method(name: str, backbone: nn.Module, options: Mapping[str, object]) -> Method:
     """A method over `backbone`. `options` that are None keep the method's default.
 
     Raises UserError for an unknown name, and for an option that the method does not have.

@@ -1,20 +1,32 @@
 from torch import Tensor, nn
 
+from ffssl.config.checks import Size, Weight
 from ffssl.parallel.ranks import mean_over_ranks
 from ffssl.methods.base import Method, full_precision, mlp, wide_product
 
 
 class BarlowTwins(Method):
-    """Zbontar et al. 2021, after the official code. The cross-correlation of two views' projections is to be the identity.
+    """Zbontar et al. 2021, after the official code.
 
-    hidden, projection: widths of the projector (8192 and 8192). redundancy: weight of the terms off the diagonal (0.0051).
+    The cross-correlation of two views' projections is to be the identity.
+
+    hidden: width of the projector's hidden layers.
+    projection: length of the projections.
+    redundancy: weight of the correlations of different dimensions.
     """
 
     name = "barlow_twins"
     policy = "byol"
     decay_all = False  # the authors exclude biases and BatchNorm parameters from weight decay
 
-    def __init__(self, backbone: nn.Module, *, hidden: int = 8192, projection: int = 8192, redundancy: float = 0.0051):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        hidden: Size = 8192,
+        projection: Size = 8192,
+        redundancy: Weight = 0.0051,
+    ):
         super().__init__(backbone)
         self.projector = mlp([backbone.features, hidden, hidden, projection], last_norm=None, last_bias=False)
         self.norm = nn.BatchNorm1d(projection, affine=False)

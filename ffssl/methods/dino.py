@@ -3,6 +3,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
+from ffssl.config.checks import Count, Fraction, Size, Temperature
 from ffssl.parallel.ranks import mean_over_ranks
 from ffssl.methods.base import Progress, full_precision
 from ffssl.methods.teacher import Teacher, TeacherMethod
@@ -12,15 +13,24 @@ CENTRE_MOMENTUM = 0.9
 
 
 class DINO(TeacherMethod):
-    """Caron et al. 2021, after the official code, without local crops, and without its clipping of each parameter's gradient at a norm
-    of 3. The student predicts how the teacher assigns the other view to prototypes; centring and sharpening of the teacher's assignments
-    prevent a collapse.
+    """Caron et al. 2021, after the official code, without local crops.
 
-    hidden, projection: widths of the projector (2048 and 256); its outputs are L2-normalised. prototypes: outputs of the last,
-    weight-normed layer (65536). head_norm: BatchNorm in the projector's hidden layers, an option of the authors that helps convolutional
-    networks to begin. norm_last_layer: keep the prototypes at length 1. frozen_epochs: epochs in which they are not trained.
-    temperature: the student's (0.1). teacher_temperature: the teacher's (0.04), which it reaches linearly from 0.04 over the first
-    teacher_temperature_epochs. teacher_momentum, teacher_momentum_end: of the EMA in the first step and in the last.
+    The student predicts how the teacher assigns the other view to prototypes. Centring and
+    sharpening of the teacher's assignments prevent a collapse. The authors also clip each
+    parameter's gradient at a norm of 3. BatchNorm in the head, an option of theirs, helps
+    convolutional networks to begin.
+
+    hidden: width of the projector's hidden layers.
+    projection: length of the projections.
+    prototypes: outputs of the last, weight-normed layer.
+    head_norm: BatchNorm in the projector's hidden layers.
+    norm_last_layer: keep the prototypes at length 1.
+    frozen_epochs: first epochs, in which the last layer is not trained.
+    temperature: temperature of the softmax.
+    teacher_temperature: temperature of the teacher's softmax.
+    teacher_temperature_epochs: epochs over which the teacher's temperature goes there from 0.04.
+    teacher_momentum: momentum of the teacher's average, in the first step.
+    teacher_momentum_end: momentum of the teacher's average, in the last step.
     """
 
     name = "dino"
@@ -29,10 +39,21 @@ class DINO(TeacherMethod):
     decay_all = False  # the authors exclude biases and normalisation parameters from weight decay
 
     def __init__(
-        self, backbone: nn.Module, *, hidden: int = 2048, projection: int = 256, prototypes: int = 65536, head_norm: bool = False,
-        norm_last_layer: bool = True, frozen_epochs: int = 1, temperature: float = 0.1, teacher_temperature: float = FIRST_TEACHER_TEMPERATURE,
-        teacher_temperature_epochs: int = 0, teacher_momentum: float = 0.996, teacher_momentum_end: float = 1.0,
-    ):  # fmt: skip
+        self,
+        backbone: nn.Module,
+        *,
+        hidden: Size = 2048,
+        projection: Size = 256,
+        prototypes: Size = 65536,
+        head_norm: bool = False,
+        norm_last_layer: bool = True,
+        frozen_epochs: Count = 1,
+        temperature: Temperature = 0.1,
+        teacher_temperature: Temperature = FIRST_TEACHER_TEMPERATURE,
+        teacher_temperature_epochs: Count = 0,
+        teacher_momentum: Fraction = 0.996,
+        teacher_momentum_end: Fraction = 1.0,
+    ):
         super().__init__(backbone, teacher_momentum=teacher_momentum, teacher_momentum_end=teacher_momentum_end)
         hidden_layers = []
         for inputs in (backbone.features, hidden):

@@ -2,6 +2,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ffssl.config.checks import Fraction, Size, Temperature
 from ffssl.parallel.ranks import gather
 from ffssl.errors import UserError
 from ffssl.methods.base import cosines, full_precision
@@ -9,13 +10,20 @@ from ffssl.methods.teacher import Teacher, TeacherMethod
 
 
 class MoCoV2Plus(TeacherMethod):
-    """Chen et al. 2020 (MoCo v2) with the symmetric loss of Chen & He 2021 (the +). A query must find the key of its image's other view,
-    the teacher's, among the keys of past batches.
+    """Chen et al. 2020 (MoCo v2) with the symmetric loss of Chen & He 2021 (the +).
 
-    hidden, projection: widths of the projector (2048 and 128), which has no BatchNorm. temperature: of the softmax (0.2).
-    queue: keys of past views (65536). Both views' keys enter it after the loss, as in the authors' symmetric code for CIFAR, so it spans
-    half as many images. The authors shuffle the batch between GPUs against BatchNorm's leaks; synchronised BatchNorm replaces that.
-    teacher_momentum, teacher_momentum_end: of the EMA in the first step and in the last; the authors' is constant.
+    A query must find the key of its image's other view, the teacher's, among the keys of past
+    batches. The projector has no BatchNorm. Both views' keys enter the queue after the loss, as in
+    the authors' symmetric code for CIFAR, so it spans half as many images. The authors shuffle the
+    batch between GPUs against BatchNorm's leaks; synchronised BatchNorm replaces that. The authors'
+    teacher momentum is constant.
+
+    hidden: width of the projector's hidden layers.
+    projection: length of the projections.
+    temperature: temperature of the softmax.
+    queue: keys of past views; a multiple of the batch size.
+    teacher_momentum: momentum of the teacher's average, in the first step.
+    teacher_momentum_end: momentum of the teacher's average, in the last step.
     """
 
     name = "mocov2plus"
@@ -23,9 +31,16 @@ class MoCoV2Plus(TeacherMethod):
     direction_weight = 1.0  # the authors' symmetric code adds the two directions
 
     def __init__(
-        self, backbone: nn.Module, *, hidden: int = 2048, projection: int = 128, temperature: float = 0.2, queue: int = 65536,
-        teacher_momentum: float = 0.999, teacher_momentum_end: float = 0.999,
-    ):  # fmt: skip
+        self,
+        backbone: nn.Module,
+        *,
+        hidden: Size = 2048,
+        projection: Size = 128,
+        temperature: Temperature = 0.2,
+        queue: Size = 65536,
+        teacher_momentum: Fraction = 0.999,
+        teacher_momentum_end: Fraction = 0.999,
+    ):
         super().__init__(backbone, teacher_momentum=teacher_momentum, teacher_momentum_end=teacher_momentum_end)
         self.projector = nn.Sequential(nn.Linear(backbone.features, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, projection))
         self.temperature = temperature

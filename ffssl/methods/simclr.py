@@ -2,14 +2,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ffssl.config.checks import Size, Temperature
 from ffssl.parallel.ranks import gather, gather_with_gradient, rank
 from ffssl.methods.base import Method, full_precision, mlp
 
 
 class SimCLR(Method):
-    """Chen et al. 2020. Each view must find the other view of its image among all views of the batch.
+    """Chen et al. 2020.
 
-    hidden, projection: widths of the projector (2048 and 128). temperature: of the softmax (0.1, the authors' for ImageNet).
+    Each view must find the other view of its image among all views of the batch. The authors'
+    temperature for ImageNet is 0.1.
+
+    hidden: width of the projector's hidden layers.
+    projection: length of the projections.
+    temperature: temperature of the softmax.
     """
 
     name = "simclr"
@@ -18,7 +24,14 @@ class SimCLR(Method):
     joint_views = True  # the authors pass both views at once
     decay_all = False  # the authors exclude biases and BatchNorm parameters from weight decay
 
-    def __init__(self, backbone: nn.Module, *, hidden: int = 2048, projection: int = 128, temperature: float = 0.1):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        hidden: Size = 2048,
+        projection: Size = 128,
+        temperature: Temperature = 0.1,
+    ):
         super().__init__(backbone)
         self.projector = mlp([backbone.features, hidden, projection], last_norm=True)
         self.temperature = temperature

@@ -1,20 +1,31 @@
 from torch import Tensor, nn
 
+from ffssl.config.checks import Size
 from ffssl.methods.base import cosines, mlp
 from ffssl.methods.prediction import PredictionMethod
 
 
 class SimSiam(PredictionMethod):
-    """Chen & He 2021, after the official code. Negative cosine similarity between a prediction and a stopped projection.
+    """Chen & He 2021, after the official code.
 
-    hidden, projection: widths of the projector (2048 and 2048). predictor: width of the predictor's bottleneck (512).
-    constant_predictor_lr: keep the predictor's learning rate at its peak, as the official code does (`--fix-pred-lr`).
+    Negative cosine similarity between a prediction and a stopped projection.
+
+    hidden: width of the projector's hidden layers.
+    projection: length of the projections.
+    predictor: width of the predictor's hidden layer.
+    constant_predictor_lr: keep the predictor's learning rate at its peak, as the official code does.
     """
 
     name = "simsiam"
 
     def __init__(
-        self, backbone: nn.Module, *, hidden: int = 2048, projection: int = 2048, predictor: int = 512, constant_predictor_lr: bool = False
+        self,
+        backbone: nn.Module,
+        *,
+        hidden: Size = 2048,
+        projection: Size = 2048,
+        predictor: Size = 512,
+        constant_predictor_lr: bool = False,
     ):
         super().__init__(backbone)
         self.projector = mlp([backbone.features, hidden, hidden, projection], last_norm=False)

@@ -2,15 +2,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ffssl.config.checks import Size, Weight
 from ffssl.parallel.ranks import gather_with_gradient
 from ffssl.methods.base import Method, full_precision, mlp, wide_product
 
 
 class VICReg(Method):
-    """Bardes et al. 2022, after the official code. Views agree (invariance), while over the batch each dimension keeps its spread
+    """Bardes et al. 2022, after the official code.
+
+    Views agree (invariance), while over the batch each dimension keeps its standard deviation
     (variance) and is uncorrelated with the others (covariance).
 
-    hidden, projection: widths of the expander (8192 and 8192). invariance, variance, covariance: weights of the terms (25, 25, 1).
+    hidden: width of the projector's hidden layers.
+    projection: length of the projections.
+    invariance: weight of the invariance term.
+    variance: weight of the variance term.
+    covariance: weight of the covariance term.
     """
 
     name = "vicreg"
@@ -18,9 +25,15 @@ class VICReg(Method):
     decay_all = False  # the authors exclude biases and BatchNorm parameters from weight decay
 
     def __init__(
-        self, backbone: nn.Module, *, hidden: int = 8192, projection: int = 8192,
-        invariance: float = 25.0, variance: float = 25.0, covariance: float = 1.0,
-    ):  # fmt: skip
+        self,
+        backbone: nn.Module,
+        *,
+        hidden: Size = 8192,
+        projection: Size = 8192,
+        invariance: Weight = 25.0,
+        variance: Weight = 25.0,
+        covariance: Weight = 1.0,
+    ):
         super().__init__(backbone)
         self.projector = mlp([backbone.features, hidden, hidden, projection], last_norm=None, bias=True, last_bias=False)
         self.weights = invariance, variance, covariance

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 
+from ffssl.config import Options
 from ffssl.run_folder import checkpoint
-from ffssl.config import as_dict
 from ffssl.data.beton.read import read_beton
 from ffssl.data.convert.conversion import description_or_empty
 from ffssl.errors import UserError
@@ -34,7 +33,7 @@ class ReportedRun:
     folder: Path
     name: str
     rows: list[dict]
-    options: SimpleNamespace | None
+    options: Options | None
     method: Method | UserError
     trained_on: dict[str, object]
     starts: list[dict]
@@ -143,7 +142,7 @@ def compare_options(runs: list[ReportedRun]) -> tuple[dict[str, list], dict[str,
     Runs without options are left out.
     """
     tables = [
-        {f"{section}.{name}": value for section, values in as_dict(run.options).items() for name, value in values.items()}
+        {f"{section}.{name}": value for section, values in run.options.as_dict().items() for name, value in values.items()}
         for run in runs
         if run.options is not None
     ]

@@ -7,7 +7,6 @@ import contextlib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -98,8 +97,7 @@ def _fixed_views(run: ReportedRun, count: int):
     """The run's training loader, over `count` images at most, always the same ones. Its views are those that the training sees."""
     options = run.options
     total = len(read_beton(options.data.train))
-    small = SimpleNamespace(**vars(options.training) | {"batch_size": min(BATCH, total)})
-    with open_loader(SimpleNamespace(**vars(options) | {"training": small})) as loader:
+    with open_loader(options.changed(training={"batch_size": min(BATCH, total)})) as loader:
         loader.shuffle, loader.drop_last = False, False
         loader.samples = spread(total, count)
         yield loader

@@ -6,11 +6,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import yaml
 
-from ffssl.config import as_dict, read_options
+from ffssl.config import Role, Options, read_options
 from ffssl.errors import UserError
 
 SPLITS = ("train", "validation")
@@ -69,10 +68,10 @@ def read_study(path: Path, folder: Path, overrides: list[str]) -> Study:
     return Study(path, str(content.get("title", path.stem)), seeds, data, embedded, runs)
 
 
-def comparable(options: SimpleNamespace) -> dict[str, dict]:
+def comparable(options: Options) -> dict[str, dict]:
     """The options that make a run what it is: not where it runs, nor how many threads feed it."""
-    sections = as_dict(options)
-    del sections["run"], sections["data"]["workers"], sections["data"]["batches_ahead"]
+    sections = options.of_role(Role.EXPERIMENT, Role.DATA, Role.EVALUATION)
+    del sections["run"]
     for split in SPLITS:
         sections["data"][split] = str(Path(sections["data"][split]).resolve())
     return sections

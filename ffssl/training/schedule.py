@@ -2,11 +2,11 @@
 
 import itertools
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import NamedTuple
 
 from ffssl import methods
 from ffssl import schedules
+from ffssl.config import Options
 from ffssl.data.policy import (ViewPolicy, choose_policies)
 from ffssl.hard_augment import Selection
 
@@ -22,7 +22,7 @@ class StepShape(NamedTuple):
 class Plan:
     """What each epoch and each step of a run is to be. `options`: all sections; see `ffssl.config`."""
 
-    options: SimpleNamespace
+    options: Options
     steps_per_epoch: int
 
     @property
@@ -100,7 +100,7 @@ class Plan:
         )
 
 
-def view_policies(options: SimpleNamespace) -> tuple[ViewPolicy, ...]:
+def view_policies(options: Options) -> tuple[ViewPolicy, ...]:
     """The policies that a run's views are dealt out to in turn. Raises UserError for an unknown name."""
     augment = options.augment
     return choose_policies(
@@ -111,7 +111,7 @@ def view_policies(options: SimpleNamespace) -> tuple[ViewPolicy, ...]:
     )
 
 
-def input_sides(options: SimpleNamespace) -> dict[int, str]:
+def input_sides(options: Options) -> dict[int, str]:
     """Every side in pixels of the images that a run's backbone sees, of views, of Hard Augment's low-resolution pass and of the
     evaluation, with the option that it comes from.
     """

@@ -6,18 +6,17 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from ffssl.config import Options
 from ffssl.parallel import batch_norm
 from ffssl.training import gauges as gauge
 from ffssl import hard_augment
 from ffssl.backbones import build_backbone, check_resolutions
-from ffssl.config import as_dict
 from ffssl.parallel.device import keep_freed_memory, mark_work, mixed_precision, until_out_of_memory
 from ffssl.parallel.ranks import world_size
 from ffssl.errors import UserError
@@ -36,7 +35,7 @@ SHAPES_COMPILED = 64  # for how many shapes and states torch.compile makes code 
 class Run:
     """What a run trains, and how far it has come."""
 
-    options: SimpleNamespace
+    options: Options
     plan: Plan
     device: torch.device
     method: Method
@@ -61,7 +60,7 @@ class Run:
             "tally": self.tally.state(),
             "spent": self.spent,
             "data": self.data,
-            "options": as_dict(self.options),
+            "options": self.options.as_dict(),
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -79,7 +78,7 @@ class Run:
             self.scaler.load_state_dict(state["scaler"])
 
 
-def start_run(options: SimpleNamespace, method: Method, plan: Plan, device: torch.device) -> Run:
+def start_run(options: Options, method: Method, plan: Plan, device: torch.device) -> Run:
     """A run at its beginning. method: as `build` makes it; with several ranks, its BatchNorm is synchronised from here on."""
     # cuDNN tries its algorithms on each new shape and keeps the quickest: a run has a resolution for many epochs, so few shapes.
     torch.backends.cudnn.benchmark = True  # concerns GPUs alone
@@ -106,13 +105,12 @@ def share(method: Method, device: torch.device) -> nn.Module:
     return DistributedDataParallel(method, gradient_as_bucket_view=True, **{option: False})
 
 
-def build(options: SimpleNamespace, device: torch.device) -> Method:
+def build(options: Options, device: torch.device) -> Method:
     """A run's method with random weights, channels_last. Raises UserError for options that no run can have."""
     model, training = options.model, options.training
     backbone = build_backbone(model.backbone, zero_init_residual=model.zero_init_residual, stem=model.stem)
     check_resolutions(model.backbone, backbone, input_sides(options))
-    settings = {name: value for name, value in vars(options.method).items() if name != "name"}
-    method = build_method(options.method.name, backbone, settings)
+    method = build_method(options.method.name, backbone, options.method.settings)
     method.check(training.batch_size)
     if options.hard_augment.across_policies and len(view_policies(options)) == 1:
         raise UserError(

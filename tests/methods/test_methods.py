@@ -8,7 +8,8 @@ import torch
 from small import OPTIONS, WITH_TEACHER, build, randoms, train_a_step, views
 from torch import nn
 
-from ffssl.config import declare
+from ffssl.config import declarations
+from ffssl.config.method_options import method_options, of_file
 from ffssl.data.policy import (POLICIES)
 from ffssl.errors import UserError
 from ffssl.methods import METHODS
@@ -26,22 +27,36 @@ def test_views_are_made_by_the_policy_of_the_methods_authors():
     assert {method.policy for method in METHODS.values()} <= set(POLICIES)
 
 
-def test_every_option_of_a_method_is_an_option_of_the_configuration_that_names_it():
-    (params,) = [
-        {entry[1]: declare().entries[entry] for entry in entries}
-        for section, entries in declare().sections_to_entries.items() if section == ("method",)
-    ]  # fmt: skip
-    of = {}
+def test_the_options_of_the_configuration_are_those_of_the_methods_classes():
+    found = method_options()
+    assert set(found) == set(METHODS)
     for name, method in METHODS.items():
-        for option in list(inspect.signature(method.__init__).parameters)[2:]:
-            of.setdefault(option, set()).add(name)
-    assert set(params) - {"name"} == set(of)
-    for option, param in params.items():
-        if "(" in param.desc:
-            assert set(param.desc.split("(")[1].rstrip(")").split(", ")) == of[option]
-        elif option != "name":
-            assert of[option] == set(METHODS)
-    assert all(name in params["name"].desc for name in METHODS)
+        parameters = list(inspect.signature(method.__init__).parameters.values())[2:]
+        assert [one.name for one in found[name]] == [p.name for p in parameters]
+        for one, parameter in zip(found[name], parameters):
+            assert one.check.check(parameter.default) == parameter.default
+            assert one.help in " ".join(method.__doc__.split())
+
+
+def test_an_option_that_several_methods_have_is_one_that_names_them():
+    declared = {one.path[1]: one for one in declarations() if one.path[0] == "method"}
+    assert declared["predictor"].help.endswith("(byol, simsiam)")
+    assert declared["hidden"].help == "width of the projector's hidden layers"
+    assert all(name in declared["name"].help for name in METHODS)
+
+
+@pytest.mark.parametrize(
+    "constructor, doc",
+    [("width: int = 3", "width: of it"), ("width: Size = 3", "It has a width."), ("width=3", "width: of it")],
+)
+def test_an_option_without_type_or_help_is_named(tmp_path, constructor, doc):
+    file = tmp_path / "odd.py"
+    file.write_text(
+        f'class Odd(Method):\n    """{doc}"""\n\n    name = "odd"\n\n'
+        f"    def __init__(self, backbone, *, {constructor}):\n        pass\n"
+    )
+    with pytest.raises(SyntaxError, match="odd.py: Odd: option width needs a type, one of Size, "):
+        of_file(file)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -1,0 +1,89 @@
+"""What a value of an option must be, as fastargs' checkers. None of them imports torch."""
+
+from typing import TypeAlias
+
+from fastargs.validation import Checker
+
+
+class Number(Checker):
+    """A number of `kind` between two bounds.
+
+    Unlike fastargs' own it takes neither 1.5 nor true for an integer.
+    """
+
+    def __init__(self, kind: type, low: float, high: float = float("inf")):
+        self.kind, self.low, self.high = kind, low, high
+
+    def check(self, value):
+        number = self.kind(value)
+        in_bounds = self.low <= number <= self.high
+        if isinstance(value, bool) or not in_bounds or number != float(value):
+            raise ValueError
+        return number
+
+    def help(self):
+        kind = "an integer" if self.kind is int else "a number"
+        if self.high == float("inf"):
+            return f"{kind} of {self.low:g} or more"
+        return f"{kind} from {self.low:g} to {self.high:g}"
+
+
+class Switch(Checker):
+    """true or false. fastargs' own takes the word "false" for true."""
+
+    def check(self, value):
+        return {"true": True, "false": False}[str(value).lower()]
+
+    def help(self):
+        return "true or false"
+
+
+class Choice(Checker):
+    """One of the given words, listed in their order."""
+
+    def __init__(self, *words: str):
+        self.words = words
+
+    def check(self, value):
+        if value is False and "off" in self.words:  # as YAML reads a bare off
+            return "off"
+        if value not in self.words:
+            raise ValueError
+        return value
+
+    def help(self):
+        return f"one of {', '.join(self.words)}"
+
+
+class Text(Checker):
+    """Any text."""
+
+    def check(self, value):
+        return str(value)
+
+    def help(self):
+        return "a string"
+
+
+def integer(low: int) -> Number:
+    return Number(int, low)
+
+
+def number(low: float, high: float = float("inf")) -> Number:
+    return Number(float, low, high)
+
+
+# The types of the options that methods declare, and what their values must be.
+Size: TypeAlias = int
+Count: TypeAlias = int
+Weight: TypeAlias = float
+Temperature: TypeAlias = float
+Fraction: TypeAlias = float
+CHECKS: dict[str, Checker] = {
+    "Size": integer(1),
+    "Count": integer(0),
+    "Weight": number(0),
+    "Temperature": number(1e-6),
+    "Fraction": number(0, 1),
+    "bool": Switch(),
+}
