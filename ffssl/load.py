@@ -11,7 +11,7 @@ from ffssl.run_folder import checkpoint
 from ffssl.config import Options, from_dict
 from ffssl.errors import UserError
 from ffssl.methods import Method
-from ffssl.training.step import build
+from ffssl.training.build import build
 
 
 class LoadedRun(NamedTuple):

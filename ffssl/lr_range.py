@@ -39,14 +39,17 @@ from ffssl.run_folder import log as run_log
 from ffssl import schedules
 from ffssl.data.beton.read import read_beton
 from ffssl.data.loader import ViewLoader
-from ffssl.parallel.device import choose_device, until_out_of_memory
+from ffssl.parallel.device import choose_device
 from ffssl.errors import UserError
 from ffssl.files import make_folder, write_json
 from ffssl.hard_augment import choose_views, without_trace
 from ffssl.methods import Method
 from ffssl.training.schedule import Plan
-from ffssl.training.step import Run, build, start_run, train_step
-from ffssl.train import open_loader, out_of_memory
+from ffssl.training.run import Run, start_run
+from ffssl.training.build import build
+from ffssl.training.step import train_step
+from ffssl.training.views import open_loader
+from ffssl.training.memory import with_memory_advice
 
 CURVE, PICTURE = "lr_range.json", "lr_range.png"
 FALL_STARTS, FALL_ENDS = 0.1, 0.9  # shares of the fall of the validation loss, at the lower limit and at the upper
@@ -92,12 +95,9 @@ def range_test(options: Options, *, low: float, high: float, steps: int, images:
         run = start_run(options, method, Sweep(options, len(loader), low, high, steps), device)
         for group in run.optimizer.param_groups:
             group.pop("constant_lr", None)  # the peak at which it would stay is what is sought
-        rows = None
-        with until_out_of_memory():
-            rows = sweep(run, loader, validation)
-        if rows is None:  # the failed step's tensors are free again by now
-            raise UserError(out_of_memory(run, loader))
-        return rows
+        resolution, views = run.plan.shape(0)
+        batch = (loader.batch_size, views, 3, resolution, resolution)
+        return with_memory_advice(run, batch, lambda: sweep(run, loader, validation))
 
 
 def sweep(run: Run, loader: ViewLoader, validation: list[Tensor]) -> list[dict[str, float]]:

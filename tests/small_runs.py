@@ -8,8 +8,8 @@ import torch
 from ffssl.run_folder import checkpoint
 from ffssl.config import read_options
 from ffssl.methods import Method
-from ffssl.training.step import build
-from ffssl.training.epoch import Tally
+from ffssl.training.build import build
+from ffssl.training.totals import Tally
 
 SMALL = (
     "--model.backbone=resnet-small", "--method.name=simclr", "--method.hidden=16", "--method.projection=8", "--resolution.max=32",

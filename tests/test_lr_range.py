@@ -14,8 +14,10 @@ from ffssl.data.convert.sources.embedded import Embedded
 from ffssl.errors import UserError
 from ffssl.lr_range import Sweep, held_out, range_test, suggest_limits, validation_loss, validation_views
 from ffssl.methods.base import Method
-from ffssl.training.step import build, start_run, train_step
-from ffssl.train import open_loader
+from ffssl.training.build import build
+from ffssl.training.run import start_run
+from ffssl.training.step import train_step
+from ffssl.training.views import open_loader
 
 TOY = [
     "--model.backbone=resnet-small", "--method.hidden=16", "--method.projection=8", "--resolution.max=16", "--resolution.step=16",
@@ -125,7 +127,7 @@ def test_the_validation_loss_is_of_parts_as_large_as_those_trained_on(beton):
         run = start(options, loader)
         validation = validation_views(options, run.method, loader, 16)
         by_parts = validation_loss(run, validation)
-        options.training.accumulate = 1
+        run.options = options.changed(training={"accumulate": 1})
         assert by_parts == validation_loss(run, [half for views in validation for half in views.chunk(2)]) != validation_loss(run, validation)
 
 

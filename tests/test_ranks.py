@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import multiprocessing
 
-import ffssl.training.step
+import ffssl.prepare
+import ffssl.training.build
 import ffssl.train
 from ffssl.run_folder import checkpoint
 from ffssl.parallel import ranks as distributed
@@ -68,17 +69,17 @@ def train(arguments, *, stop_after=None, at_step=None):
 
     stop_after: an epoch at whose end Stop is raised. at_step: called with each step's number.
     """
-    losses, runs, step_of, epoch_of, start = [], [], ffssl.train.train_step, ffssl.train.train_epoch, ffssl.train.start_run
+    losses, runs, step_of, epoch_of, start = [], [], ffssl.train.train_step, ffssl.train.train_epoch, ffssl.prepare.start_run
 
     def kept(*words):
         run = start(*words)
         runs.append((run, {name: tensor.clone() for name, tensor in run.method.state_dict().items()}))
         return run
 
-    def epoch(run, *rest):
-        if run.epoch == stop_after:
+    def epoch(prep):
+        if prep.run.epoch == stop_after:
             raise Stop
-        return epoch_of(run, *rest)
+        return epoch_of(prep)
 
     def step(run, views, number):
         if at_step:
@@ -88,8 +89,9 @@ def train(arguments, *, stop_after=None, at_step=None):
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunLog, "write_step", lambda log, number, values: losses.append(values["loss"]))
-        for name, function in (("start_run", kept), ("train_epoch", epoch), ("train_step", step)):
-            patch.setattr(ffssl.train, name, function)
+        patch.setattr(ffssl.prepare, "start_run", kept)
+        patch.setattr(ffssl.train, "train_epoch", epoch)
+        patch.setattr(ffssl.train, "train_step", step)
         torch.set_num_threads(1)
         try:
             ffssl.train.train(read_options(arguments))
@@ -111,7 +113,7 @@ def assert_close(state, expected, atol=3e-5):
 @contextlib.contextmanager
 def tiny_backbone():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ffssl.training.step, "build_backbone", lambda *_, **__: SmallResNet((8, 16)))
+        patch.setattr(ffssl.training.build, "build_backbone", lambda *_, **__: SmallResNet((8, 16)))
         yield
 
 
@@ -182,7 +184,7 @@ def work(rank, ports, folder, betons):
                 if name == "folders" and rank == 1:  # of which rank 1 sees another
                     patch.setattr(checkpoint, "load", lambda *_, **__: None)
                 if name == "precision":
-                    patch.setattr(ffssl.train, "precision", lambda *_: ("bf16", "fp16")[rank])
+                    patch.setattr(ffssl.prepare, "precision", lambda *_: ("bf16", "fp16")[rank])
                 answer[name] = refusal(options_of(betons, folder / "refused", *more))
         next_group()
         answer["devices"] = mix_devices(rank)
@@ -304,7 +306,7 @@ def test_a_rank_that_does_not_answer_is_waited_for_no_longer_than_the_timeout(an
 def test_a_rank_that_dies_stops_the_others_at_once(folder):
     noticed, message = (folder / "lost.txt").read_text().split(maxsplit=1)
     assert message.startswith("rank 0 of 2 has lost another rank (")
-    assert 0 < float(noticed) - float((folder / "died.txt").read_text()) < HANGS  # and not the half hour of `distributed.TIMEOUT`
+    assert 0 < float(noticed) - float((folder / "died.txt").read_text()) < HANGS  # and not the half hour of `ranks.TIMEOUT`
     assert checkpoint.load(folder / "lost")["epoch"] == 1
 
 

@@ -21,7 +21,11 @@ from ffssl.data.normalise import MEAN, STD, to_input
 from ffssl.methods import METHODS
 from ffssl.methods.base import Method
 from ffssl.training.schedule import Plan
-from ffssl.training.step import PASSES, build, compile_passes, memory_advice, start_run, to_device, train_step
+from ffssl.training.build import PASSES, build, compile_passes
+from ffssl.training.memory import memory_advice
+from ffssl.training.run import start_run
+from ffssl.training.transfer import to_device
+from ffssl.training.step import train_step
 
 CPU = torch.device("cpu")
 NETWORK = {
@@ -41,7 +45,7 @@ def options_of(name, *more):
 
 @pytest.fixture(autouse=True)
 def tiny_backbone(monkeypatch):
-    monkeypatch.setattr("ffssl.training.step.build_backbone", lambda *_, **__: SmallResNet((8, 16)))
+    monkeypatch.setattr("ffssl.training.build.build_backbone", lambda *_, **__: SmallResNet((8, 16)))
 
 
 def start(options, seed=0, device=CPU):

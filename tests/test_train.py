@@ -24,7 +24,7 @@ from ffssl.errors import Stopped, UserError
 from ffssl.training.schedule import Plan, StepShape
 from ffssl.run_folder.log import RunLog, read_log
 from ffssl.run_folder.background_writer import Saver
-from ffssl.training.step import build
+from ffssl.training.build import build
 from ffssl.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,7 +178,7 @@ def test_a_run_goes_on_with_the_very_next_batch_and_its_sums_and_random_numbers(
 
     train_step, joules = train_module.train_step, itertools.count(0, 3600)
     monkeypatch.setattr(train_module, "train_step", recorded_step)
-    monkeypatch.setattr("ffssl.training.step.energy_counter", lambda device: lambda: next(joules))
+    monkeypatch.setattr("ffssl.training.run.energy_counter", lambda device: lambda: next(joules))
     monkeypatch.setattr(RunLog, "write_step", lambda log, step, values: shown.append((step, values)))
     runs = {}
     for name, stops in (("unbroken", [None]), ("stopped", [1, 4, 5, None])):  # 4: after the last step of an epoch, before its row
@@ -350,7 +350,7 @@ def test_knn_needs_labels(betons, tmp_path):
     for i in range(40):
         Image.new("RGB", (40, 40), (i, 0, 0)).save(flat / f"{i}.jpg")
     convert(ImageFolder(flat), tmp_path / "flat.beton")
-    with pytest.raises(UserError, match="flat.beton: the online kNN needs labels"):
+    with pytest.raises(UserError, match="flat.beton: an evaluation needs labels, and 40 of 40"):
         train(read_options(arguments(betons, tmp_path / "run", f"--data.validation={tmp_path / 'flat.beton'}")))
     train(read_options([*SMALL, f"--data.train={tmp_path / 'flat.beton'}", f"--run.folder={tmp_path / 'run'}", "--training.epochs=1"]))
 

@@ -19,7 +19,7 @@ from ffssl.errors import UserError
 from ffssl.methods.base import Method
 from ffssl.training.schedule import Plan, StepShape
 from ffssl.schedules import resolution
-from ffssl.training.step import build
+from ffssl.training.build import build
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [

@@ -37,13 +37,17 @@ from ffssl.config import Number, read_options
 from ffssl.cost import count_flops
 from ffssl.cost.runs import number_of_images
 from ffssl.data.loader import ViewLoader
-from ffssl.parallel.device import choose_device, until_out_of_memory
+from ffssl.parallel.device import choose_device
 from ffssl.errors import UserError
 from ffssl.files import make_folder, replacing, write_json
 from ffssl.training.schedule import Plan, StepShape
 from ffssl.run_folder.log import read_log
-from ffssl.training.step import PASSES, Run, build, compile_passes, memory_advice, start_run, to_device, train_step
-from ffssl.train import open_loader
+from ffssl.training.build import PASSES, build, compile_passes
+from ffssl.training.run import Run, start_run
+from ffssl.training.memory import with_memory_advice
+from ffssl.training.transfer import to_device
+from ffssl.training.step import train_step
+from ffssl.training.views import open_loader
 
 PACKAGES = ("ffssl", "torch", "torchvision", "timm", "numba", "ffcv")
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,14 +170,16 @@ def take_first_steps(trial: Trial, seconds: float) -> None:
     for stage in trial.stages:
         side, trial.run.epoch = stage.shape.resolution, stage.epochs[0]
         shape = (options.training.batch_size, stage.shape.views, 3, side, side)
-        views, fits = torch.zeros(shape, dtype=torch.uint8, device=trial.run.device), False
-        with until_out_of_memory():
-            stage.first_step = seconds_of(lambda: train_step(trial.run, views, 0), trial.run.device)
-            fits = True
-        if not fits:
-            raise UserError(f"{trial.name}: {shape[0]} images of {shape[1]} views at {shape[-1]} px do not fit into the memory; {memory_advice(trial.run, shape)}")
-        step = seconds_of(lambda: train_step(trial.run, views, 0), trial.run.device)
-        stage.steps = int(min(max(seconds / step, FEWEST_STEPS), MOST_STEPS))
+        views = torch.zeros(shape, dtype=torch.uint8, device=trial.run.device)
+
+        def step() -> float:
+            return seconds_of(lambda: train_step(trial.run, views, 0), trial.run.device)
+
+        try:
+            stage.first_step = with_memory_advice(trial.run, shape, step)
+        except UserError as error:
+            raise UserError(f"{trial.name}: {error}") from error
+        stage.steps = int(min(max(seconds / step(), FEWEST_STEPS), MOST_STEPS))
 
 
 def time_stage(trial: Trial, stage: Stage) -> None:

@@ -25,11 +25,15 @@ from ffssl.benchmark.timing import Stopwatch, peak_flops, seconds_of, where
 from ffssl.config.command_line import Parser, checked
 from ffssl.config import Options, Number, read_options
 from ffssl.cost import STANDARD, Flops, count_run_step
-from ffssl.parallel.device import autocast_dtype, choose_device, describe_precision, until_out_of_memory
+from ffssl.parallel.device import autocast_dtype, choose_device, describe_precision
+from ffssl.errors import UserError
 from ffssl.files import make_folder, write_json
 from ffssl.training.optimizers import build_optimizer
 from ffssl.training.schedule import Plan, StepShape
-from ffssl.training.step import PASSES, Run, build, compile_passes, memory_advice, start_run, train_step
+from ffssl.training.build import PASSES, build, compile_passes
+from ffssl.training.run import Run, start_run
+from ffssl.training.memory import with_memory_advice
+from ffssl.training.step import train_step
 
 PACKAGES = ("ffssl", "torch", "torchvision", "timm")
 PARTS = ("selection", "forward", "backward", "optimiser", "teacher")
@@ -65,12 +69,13 @@ def main(arguments: list[str]) -> None:
     rows = []
     found = {"machine": describe_machine(PACKAGES), "run": describe(options, device), "peak_flops_per_second": peak, "rows": rows}
     for shape in shapes:
-        row = None
-        with until_out_of_memory():
-            row = time_shape(run, shape, flops[shape], given.steps, given.rounds)
-        if row is None:  # the failed step's tensors are free again by now
-            views = (options.training.batch_size, shape.views, 3, *2 * [shape.resolution])
-            print(f"{shape.resolution:>4}{shape.views:>6}  {views[0]} images do not fit into the memory; {memory_advice(run, views)}", flush=True)
+        views = (options.training.batch_size, shape.views, 3, shape.resolution, shape.resolution)
+        try:
+            row = with_memory_advice(
+                run, views, lambda: time_shape(run, shape, flops[shape], given.steps, given.rounds)
+            )
+        except UserError as error:
+            print(f"{shape.resolution:>4}{shape.views:>6}  {error}", flush=True)
         else:
             rows.append(row)
             print_row(row, peak)

@@ -414,7 +414,8 @@ def declarations() -> Iterator[Declaration]:
             yield from _method_declarations(method_options())
             continue
         for one in dataclasses.fields(section.type):
-            yield Declaration((section.name, one.name), one.default, **one.metadata)
+            default = None if one.metadata["required"] else one.default
+            yield Declaration((section.name, one.name), default, **one.metadata)
 
 
 def section_titles() -> dict[str, str]:

@@ -171,7 +171,9 @@ def _validated(known: Mapping[str, Declaration], settings: dict[str, object]) ->
     config = Config()
     for section, title in section_titles().items():
         params = {
-            d.path[1]: Param(d.check, d.help, required=d.required, default=d.default)
+            d.path[1]: Param(
+                d.check, d.help, required=d.required, default=None if d.required else d.default
+            )
             for d in known.values()
             if d.path[0] == section
         }

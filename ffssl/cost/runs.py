@@ -10,7 +10,7 @@ from ffssl.data.beton.read import read_beton
 from ffssl.errors import UserError
 from ffssl.methods import Method
 from ffssl.training.schedule import Plan, StepShape
-from ffssl.training.step import build
+from ffssl.training.build import build
 
 IMAGES = {"imagenet": 1_281_167, "imagenette": 9_469}  # that their training sets hold
 

@@ -120,14 +120,12 @@ def freeze(
     if not validation and not options.data.validation:
         raise UserError(f"{path}: the run had no validation images; name a beton file with --validation")
     train, validation = Path(train or options.data.train), Path(validation or options.data.validation)
-    if label_field is not None:
-        options.data.label_field = label_field
+    changed = {"label_field": label_field, "workers": workers}
+    options = options.changed(data={k: v for k, v in changed.items() if v is not None})
     classes = torch.from_numpy(shared_classes(*(read_beton(path, options.data.label_field) for path in (train, validation)), "--label-field"))
     backbone = backbone_of(loaded.method, network).requires_grad_(False).eval()
     resolution = resolution or options.resolution.max
     check_resolutions(options.model.backbone, backbone, {resolution: "--resolution"})
-    if workers is not None:
-        options.data.workers = workers
     return FrozenRun(
         path, options, loaded.state["epoch"], loaded.steps, network, backbone.to(place, memory_format=torch.channels_last), train, validation,
         classes, resolution, place, autocast,

@@ -23,7 +23,7 @@ from ffssl.methods import Method
 from ffssl.methods.base import Progress
 from ffssl.printable import printable
 from ffssl.report.runs import ReportedRun, describe_data
-from ffssl.train import open_loader
+from ffssl.training.views import open_loader
 
 BATCH = 64  # images in a selection pass: BatchNorm normalises by them
 SHOWN_IMAGES, SHOWN_EPOCHS = 4, 5

@@ -1,154 +1,162 @@
-"""What an epoch adds up to: how far it has come, for whoever continues it, and its row in the log."""
+"""An epoch under way: its batches, timed; what its steps add up to; when they are looked at."""
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from ffssl.parallel.ranks import gather, mean_over_ranks, rank, world_size
-from ffssl.parallel.energy import JOULES_PER_KWH
-from ffssl.training.gauges import EMBEDDINGS
+from ffssl.data.loader import ViewLoader
+from ffssl.parallel.ranks import mean_over_ranks, rank, world_size
+from ffssl.training.gauges import effective_rank
+from ffssl.training.run import Run
+from ffssl.training.schedule import StepShape
+from ffssl.training.totals import Meter, StepResult, Tally
+from ffssl.training.transfer import Lead, to_device
+
+STEPS_BETWEEN_CHECKS = 50  # on a GPU reading the loss waits for the step; so often costs nothing
+# Fewer steps if they take longer: torchrun grants its processes half a minute to save and leave.
+SECONDS_BETWEEN_CHECKS = 5.0
 
 
-class StepResult(NamedTuple):
-    """What a step measured on this rank, on the device, without waiting for it.
+class Epoch:
+    """What is left of an epoch, counted into `run.tally`. A context manager.
 
-    loss, embedding_std: scalars. embeddings: (B, d), of the first views. gauges: (3,), the hardness,
-    the variance of its mean and the predictor's cosine, see `ffssl.training.gauges`; NaN for what a run does
-    not have; None in steps that are not measured.
+    Iterating gives views (B, m, 3, R, R) on the run's device.
     """
 
-    loss: Tensor
-    embedding_std: Tensor
-    embeddings: Tensor
-    gauges: Tensor | None
-
-
-PER_STEP = ("losses", "spreads", "gauges")
-
-
-@dataclass
-class Tally:
-    """An epoch under way, on this rank.
-
-    losses, spreads: of each step's loss and embeddings, scalars on the device. gauges: of some
-    steps, (3,). embeddings: (n, d) of the last steps. seconds: of training, `waited` of them for
-    data. replaced: images that did not decode. kwh: of this rank's GPU; None where nothing has
-    counted them, or only a part.
-    """
-
-    losses: list[Tensor] = field(default_factory=list)
-    spreads: list[Tensor] = field(default_factory=list)
-    gauges: list[Tensor] = field(default_factory=list)
-    embeddings: Tensor | None = None
-    seconds: float = 0.0
-    waited: float = 0.0
-    replaced: float = 0.0
-    kwh: float | None = None
+    def __init__(self, run: Run, loader: ViewLoader):
+        self.run, self.loader = run, loader
+        self.resolution, views = run.plan.shape(run.epoch)
+        magnitude, done = run.plan.magnitude(run.epoch), run.tally.steps
+        loader.set_epoch(run.epoch, self.resolution, magnitude, views=views, first_batch=done)
+        self._meter, self._lead = Meter(run.tally, run.joules), Lead(run.device)
+        self._replaced, self._checked, self._steps_to_check = run.tally.replaced, done, 1
 
     @property
-    def steps(self) -> int:
-        return len(self.losses)
+    def step(self) -> int:
+        """The optimiser step under way, counted from the start of the run."""
+        return self.run.epoch * self.run.plan.steps_per_epoch + self.run.tally.steps
+
+    def __enter__(self) -> "Epoch":
+        self._bar = self._progress_bar()
+        self._batches = to_device((views for views, _, _ in self.loader), self.run.device)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._batches.close()
+        self._bar.close()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        run, tally = self.run, self.run.tally
+        while tally.steps < len(self.loader):
+            asked = time.perf_counter()
+            views = next(self._batches)
+            tally.waited += time.perf_counter() - asked
+            # So that its random numbers (of dropout) do not depend on where a run was resumed, and
+            # each rank has its own.
+            torch.manual_seed(run.options.run.seed + self.step + (rank() << 32))
+            yield views
+            self._bar.update(run.options.training.batch_size)
+
+    def _progress_bar(self) -> tqdm:
+        training = self.run.options.training
+        return tqdm(
+            desc=f"epoch {self.run.epoch + 1}/{training.epochs}",
+            total=len(self.loader) * training.batch_size,
+            initial=self.run.tally.steps * training.batch_size,
+            unit="img",
+            leave=False,
+            disable=None if rank() == 0 else True,
+        )
 
     def add(self, result: StepResult) -> None:
-        self.losses.append(result.loss)
-        self.spreads.append(result.embedding_std)
-        if result.gauges is not None:
-            self.gauges.append(result.gauges)
-        rows = result.embeddings.float()
-        if self.embeddings is not None:
-            rows = torch.cat([self.embeddings, rows])
-        self.embeddings = rows[-max(EMBEDDINGS // world_size(), 1) :].clone()
+        """Count a step, which is not waited for."""
+        self._lead()
+        self.run.tally.add(result)
+        self.run.tally.replaced = self._replaced + self.loader.replaced
 
-    def share(self) -> None:
-        """Make every figure the mean over the ranks, so that the checkpoint of one will do for all.
+    def check_is_due(self, saving: bool) -> bool:
+        """Whether to look at the steps since the last check.
 
-        Called by all ranks at one step. `embeddings` stay this rank's: `all_embeddings` has all.
+        Several ranks agree on what to do at the checks alone: for one, each step would have to wait
+        for the GPU.
         """
-        if world_size() == 1:
-            return
-        for name in PER_STEP:
-            values = getattr(self, name)
-            if values:
-                setattr(self, name, list(mean_over_ranks(torch.stack(values))))
-        device = self.losses[0].device
-        kwh = float("nan") if self.kwh is None else self.kwh
-        figures = [self.seconds, self.waited, self.replaced, kwh]
-        figures = mean_over_ranks(torch.tensor(figures, dtype=torch.float64, device=device))
-        self.seconds, self.waited, self.replaced, kwh = figures.tolist()
-        self.kwh = None if kwh != kwh else kwh
-        self._everyones = gather(self.embeddings)
+        steps = self.run.tally.steps
+        due = steps in (self._checked + self._steps_to_check, len(self.loader))
+        return due or (saving and world_size() == 1)
 
-    @property
-    def all_embeddings(self) -> Tensor | None:
-        """The embeddings (n, d) of all ranks, which have shared."""
-        return self.embeddings if world_size() == 1 else self._everyones
+    def check(self, saving: bool) -> tuple[float, bool]:
+        """The mean loss since the last check, and whether any rank is saving.
 
-    def gauge_means(self) -> dict[str, float]:
-        """The means of the gauges that were measured, and the standard error of the hardness."""
-        if not self.gauges:
-            return {}
-        hardness, variance, cosine = torch.stack(self.gauges).double().mean(0).tolist()
-        error = math.sqrt(variance / (len(self.gauges) * world_size()))
-        means = {"hardness": hardness, "hardness_error": error, "predictor_cosine": cosine}
-        return {name: mean for name, mean in means.items() if not math.isnan(mean)}
+        Waits for the GPU, and for the other ranks. Raises FloatingPointError for a loss that is not
+        finite.
+        """
+        tally = self.run.tally
+        losses = torch.stack(tally.losses[self._checked :])
+        pace = self._meter.elapsed() / len(losses)
+        told = [losses.mean(), losses.new_tensor(saving), losses.new_tensor(pace)]
+        loss, saving, pace = mean_over_ranks(torch.stack(told)).tolist()
+        self._checked = tally.steps
+        if self.run.device.type != "cpu":
+            steps = int(SECONDS_BETWEEN_CHECKS / pace)
+            self._steps_to_check = max(1, min(STEPS_BETWEEN_CHECKS, steps))
+        if not math.isfinite(loss):
+            raise FloatingPointError(self._diverged())
+        self._meter.charge()
+        learning_rate, _ = self.run.plan.learning_rate_and_momentum(self.step - 1)
+        self._bar.set_postfix(
+            loss=f"{loss:.3f}",
+            lr=f"{learning_rate:.3g}",
+            res=self.resolution,
+            wait=f"{tally.waited / tally.seconds:.0%}",
+        )
+        return loss, bool(saving)
 
-    def state(self) -> dict:
-        """For a checkpoint, of any number of ranks: `replaced` and kwh are of all together. Called once they have shared."""
-        kwh = None if self.kwh is None else self.kwh * world_size()
-        rows = torch.empty(0) if self.embeddings is None else self.all_embeddings
-        lists = {
-            name: torch.stack(values) if values else torch.empty(0)
-            for name in PER_STEP
-            for values in [getattr(self, name)]
-        }
-        return {
-            "seconds": self.seconds,
-            "waited": self.waited,
-            "replaced": self.replaced * world_size(),
-            "kwh": kwh,
-            "embeddings": rows,
-            **lists,
-        }
-
-    @classmethod
-    def restored(cls, state: dict, device: torch.device) -> "Tally":
-        kwh = None if state["kwh"] is None else state["kwh"] / world_size()
-        lists = {name: list(state[name].to(device)) for name in PER_STEP}
-        rows = state["embeddings"].to(device)
-        return cls(
-            seconds=state["seconds"],
-            waited=state["waited"],
-            replaced=state["replaced"] / world_size(),
-            kwh=kwh,
-            embeddings=rows.chunk(world_size())[rank()] if len(rows) else None,
-            **lists,
+    def _diverged(self) -> str:
+        run = self.run
+        return (
+            f"the loss is not finite at step {self.step - 1} (epoch {run.epoch + 1}); the last "
+            f"checkpoint in {run.options.run.folder} is untouched. Try a smaller "
+            f"--training.learning_rate (now {run.options.training.learning_rate:g}) or a longer "
+            "--training.warmup_epochs"
         )
 
 
-class Meter:
-    """Charges the time since the last charge, and the energy where something counts it, to an epoch's tally.
+def end_epoch(run: Run, loader: ViewLoader, flops: dict[StepShape, int]) -> dict[str, float]:
+    """Count an epoch whose steps are done. Returns its row in the log.
 
-    joules: used so far, or None; see `ffssl.parallel.energy`.
+    flops: of a step of all ranks.
     """
+    tally, run.tally = run.tally, Tally()
+    epoch, run.epoch = run.epoch, run.epoch + 1
+    run.spent["seconds"] += tally.seconds
+    run.spent["flops"] += tally.steps * flops[run.plan.shape(epoch)]
+    if tally.kwh is not None and (epoch == 0 or "kwh" in run.spent):
+        run.spent["kwh"] = run.spent.get("kwh", 0.0) + tally.kwh * world_size()
+    else:  # for good: what a part of the run has used would pass for the whole
+        run.spent.pop("kwh", None)
 
-    def __init__(self, tally: Tally, joules: Callable[[], float | None]):
-        self._tally, self._read_joules = tally, joules
-        self._time, self._joules = time.perf_counter(), joules()
-
-    def elapsed(self) -> float:
-        """Seconds since the last charge."""
-        return time.perf_counter() - self._time
-
-    def charge(self) -> None:
-        now, joules = time.perf_counter(), self._read_joules()
-        if joules is None or (self._tally.kwh is None and self._tally.seconds):  # now or before; the rest would pass for the whole
-            self._tally.kwh = None
-        else:
-            self._tally.kwh = (self._tally.kwh or 0.0) + (joules - self._joules) / JOULES_PER_KWH
-        self._tally.seconds += now - self._time
-        self._time, self._joules = now, joules
+    last_step = run.epoch * run.plan.steps_per_epoch - 1
+    learning_rate, momentum = run.plan.learning_rate_and_momentum(last_step)
+    images = tally.steps * run.options.training.batch_size
+    row = {
+        "epoch": run.epoch,
+        **run.spent,
+        "loss": torch.stack(tally.losses).mean().item(),
+        "learning_rate": learning_rate,
+        "momentum": momentum,
+        "noise_scale": run.plan.noise_scale(last_step, len(loader.samples)),
+        "resolution": loader.resolution,
+        "magnitude": run.plan.magnitude(epoch),
+        "images_per_second": images / tally.seconds,
+        "data_wait": tally.waited / tally.seconds,
+        "embedding_std": torch.stack(tally.spreads).mean().item(),
+        "effective_rank": effective_rank(tally.all_embeddings),
+        **tally.gauge_means(),
+    }
+    if loader.broken == "replace":
+        row["replaced"] = round(tally.replaced * world_size())
+    return row

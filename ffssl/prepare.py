@@ -1,0 +1,161 @@
+"""What a run needs before its first step, checked against the other ranks, and resumed."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ffssl.config import Options, Role, shared_options
+from ffssl.cost import count_flops
+from ffssl.data.beton.read import LABEL
+from ffssl.data.convert.conversion import identity, same_samples
+from ffssl.data.loader import ViewLoader
+from ffssl.errors import UserError
+from ffssl.evaluate.online import OnlineKnn
+from ffssl.files import make_folder, only_one_in
+from ffssl.parallel.device import choose_device, describe_precision, precision
+from ffssl.parallel.ranks import (
+    check_batch,
+    failing_together,
+    local_device,
+    process_group,
+    rank,
+    require_same,
+    world_size,
+)
+from ffssl.run_folder import checkpoint
+from ffssl.run_folder.background_writer import Saver
+from ffssl.run_folder.log import RunLog, require_wandb
+from ffssl.run_folder.provenance import record_start
+from ffssl.training.build import PASSES, build, compile_passes
+from ffssl.training.record import NoRecord, Record
+from ffssl.training.run import Run, start_run
+from ffssl.training.schedule import Plan, StepShape
+from ffssl.training.signals import StopRequest, stop_on_signals
+from ffssl.training.views import open_loader
+
+
+@dataclass
+class Prepared:
+    """A run, and what it is trained with.
+
+    knn: on rank 0 alone, if there are validation images. flops: of a step of all ranks.
+    """
+
+    run: Run
+    loader: ViewLoader
+    knn: OnlineKnn | None
+    record: NoRecord
+    stop: StopRequest
+    flops: dict[StepShape, int]
+
+
+@contextlib.contextmanager
+def prepared(options: Options) -> Iterator[Prepared]:
+    """A run at its beginning, or at its checkpoint; closed at the end of the block.
+
+    Raises UserError for what can be refused before the first step.
+    """
+    if options.run.wandb:
+        require_wandb()  # before anything takes time
+    device = local_device(choose_device(options.run.device))
+    torch.manual_seed(options.run.seed)
+    method = build(options, device)
+    flops = count_flops(Plan(options, steps_per_epoch=1), method)
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signals())
+        stack.enter_context(process_group(device))
+        is_main = rank() == 0  # it evaluates, writes and tells, once for all
+        amp = precision(options.training.amp, device)
+        require_same(shared_options(options) | {"--training.amp": amp})
+        check_batch(options.training.batch_size, options.training.accumulate)
+
+        knn = None
+        with failing_together():
+            loader = stack.enter_context(open_loader(options))
+            if options.data.validation and is_main:
+                knn = stack.enter_context(contextlib.closing(OnlineKnn(options, device)))
+            data = identity(loader.beton)
+        require_same({f"--data.train: {name}": value for name, value in data.items()})
+
+        run = start_run(options, method, Plan(options, len(loader)), device)
+        compiled = compile_passes(method, PASSES, options.training.compile, device)
+        run.data = data
+        folder = Path(options.run.folder)
+        with failing_together():
+            if is_main:  # before the others: it may have to put a damaged checkpoint aside
+                make_folder(folder, "--run.folder")
+                stack.enter_context(only_one_in(folder, "run", "--run.folder"))
+                run.resumed = resume(run, folder)
+        with failing_together():
+            if not is_main:
+                run.resumed = resume(run, folder)
+        at = f"a checkpoint of epoch {run.epoch}, step {run.tally.steps}"
+        require_same({f"--run.folder: {folder}": at if run.resumed else "no checkpoint"})
+
+        record = NoRecord()
+        if is_main:
+            announce(run, loader, knn, compiled)
+            record_start(folder, device)
+            record = stack.enter_context(contextlib.closing(open_record(run, folder)))
+        yield Prepared(run, loader, knn, record, stop, flops)
+
+
+def announce(run: Run, loader: ViewLoader, knn: OnlineKnn | None, compiled: str) -> None:
+    """Tell what the run runs on."""
+    processes = f", {world_size()} processes" if world_size() > 1 else ""
+    print(f"{loader.describe_memory()}{', on each process' if processes else ''}", flush=True)
+    precision = describe_precision(run.options.training.amp, run.device)
+    print(
+        f"on {run.device}{processes}: {precision}; torch.compile {compiled}{run.energy_note}",
+        flush=True,
+    )
+    if knn and knn.label_field != LABEL:
+        print(f"labels for the kNN: the field '{knn.label_field}'", flush=True)
+
+
+def open_record(run: Run, folder: Path) -> Record:
+    """The log and the checkpoints of a run."""
+    r = run.options.run
+    log = RunLog(
+        folder,
+        last_epoch=run.epoch if run.resumed else -1,
+        tensorboard=r.tensorboard,
+        wandb=r.wandb,
+        options=run.options.as_dict(),
+    )
+    return Record(log, Saver(folder, run.device, keep=r.keep, minutes=r.checkpoint_minutes))
+
+
+def resume(run: Run, folder: Path) -> bool:
+    """Continue from the folder's checkpoint. Returns whether there was one.
+
+    Raises UserError if it is of another experiment.
+    """
+    state = checkpoint.load(folder, mend=rank() == 0)
+    if state is None:
+        return False
+    if run.options.run.resume == "never":
+        raise UserError(
+            f"--run.folder: {folder} holds a run already; choose another folder, or "
+            "--run.resume=auto to continue it"
+        )
+    for section, options in run.options.of_role(Role.EXPERIMENT).items():
+        for name, now in options.items():
+            before = state["options"].get(section, {}).get(name, now)
+            if before != now:
+                raise UserError(
+                    f"--{section}.{name}: the run in {folder} has {before!r}, not {now!r}; choose "
+                    "another --run.folder"
+                )
+    data = state.get("data", {})
+    if not same_samples(data, run.data):
+        raise UserError(
+            f"--data.train: {run.options.data.train} does not hold the images that the run in "
+            f"{folder} is trained on: it has {run.data['samples']} others; put back the file of "
+            f"{data['samples']}, or choose another --run.folder"
+        )
+    run.restore(state)
+    return True

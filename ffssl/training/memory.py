@@ -1,0 +1,49 @@
+"""A step that does not fit into the device's memory."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+from ffssl.errors import UserError
+from ffssl.parallel.device import until_out_of_memory
+from ffssl.parallel.ranks import world_size
+from ffssl.training.run import Run
+from ffssl.training.step import add_gradients
+
+T = TypeVar("T")
+
+
+def with_memory_advice(run: Run, views: Sequence[int], work: Callable[[], T]) -> T:
+    """Return what `work` returns, which takes steps on views (B, m, 3, R, R).
+
+    Raises UserError, with what would fit, if it needs more memory than the device has.
+    """
+    with until_out_of_memory():
+        return work()
+    # The failed step's tensors are free again here.
+    raise UserError(
+        f"--training.batch_size: a step with {views[0]} images of {views[1]} views at {views[-1]} px "
+        f"needs more memory than {run.device} has; {memory_advice(run, views)}"
+    )
+
+
+def memory_advice(run: Run, views: Sequence[int]) -> str:
+    """What to do after a step on views (B, m, 3, R, R) has not fitted: found by trying parts of it.
+
+    They are tried in eager mode, which rarely needs less: torch.compile takes a minute for each.
+    """
+    if world_size() > 1:  # trying takes all ranks, of which only this one may lack memory
+        return "take a larger --training.accumulate, or more GPUs"
+    for parts in (parts for parts in range(2, views[0] // 2 + 1) if views[0] % parts == 0):
+        images = views[0] // parts
+        run.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        with until_out_of_memory(), torch.compiler.set_stance("force_eager"):
+            part = torch.zeros(images, *views[1:], dtype=torch.uint8, device=run.device)
+            add_gradients(run, part, seed=0)
+            return (
+                f"{images} images fit: take --training.batch_size={images}, or "
+                f"--training.accumulate={parts}"
+            )
+    return "not even two images fit; take a smaller network or resolution"

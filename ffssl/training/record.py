@@ -1,0 +1,85 @@
+"""What rank 0 keeps of a run, its log and checkpoints, and what it tells."""
+
+import contextlib
+import sys
+
+from ffssl.run_folder.background_writer import Saver
+from ffssl.run_folder.log import RunLog
+from ffssl.training.run import Run
+
+
+class NoRecord:
+    """Of the other ranks, which keep nothing."""
+
+    def due(self) -> bool:
+        """Whether the last checkpoint is old enough for another one."""
+        return False
+
+    def save(self, run: Run) -> None:
+        """Write a checkpoint in the background."""
+
+    def step(self, step: int, loss: float, learning_rate: float) -> None:
+        """Show a step, counted from the start of the run, to whoever watches."""
+
+    def untrained(self, row: dict[str, float]) -> None:
+        """Keep and tell the accuracy before the first step."""
+
+    def epoch(self, row: dict[str, float], run: Run) -> None:
+        """Keep and tell a finished epoch."""
+
+    def close(self) -> None:
+        """Wait for what is still being written."""
+
+
+class Record(NoRecord):
+    """Of rank 0."""
+
+    def __init__(self, log: RunLog, saver: Saver):
+        self._log, self._saver = log, saver
+
+    def due(self) -> bool:
+        return self._saver.due()
+
+    def save(self, run: Run) -> None:
+        self._saver.save(run.state())
+
+    def step(self, step: int, loss: float, learning_rate: float) -> None:
+        self._log.write_step(step, {"loss": loss, "learning_rate": learning_rate})
+
+    def untrained(self, row: dict[str, float]) -> None:
+        if "knn" in row:
+            self._log.write({"epoch": 0, **row})
+            print(f"untrained: kNN {row['knn']:.1%}", flush=True)
+
+    def epoch(self, row: dict[str, float], run: Run) -> None:
+        self._log.write(row)
+        print(summary(row, run.options.training.epochs), flush=True)
+        if row.get("hardness", 0) < -2 * row.get("hardness_error", 0):  # beyond chance
+            print(upside_down(row, run.options.hard_augment.loss), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        with contextlib.closing(self._log):
+            self._saver.close()
+
+
+def summary(row: dict[str, float], epochs: int) -> str:
+    """A finished epoch on one line."""
+    knn = f"  kNN {row['knn']:.1%}" if "knn" in row else ""
+    return (
+        f"epoch {row['epoch']}/{epochs}  {row['resolution']} px  loss {row['loss']:.3f}  "
+        f"lr {row['learning_rate']:.3g}  {row['images_per_second']:.0f} img/s, "
+        f"{row['data_wait']:.0%} waiting for data{knn}"
+    )
+
+
+def upside_down(row: dict[str, float], loss: str | None) -> str:
+    """A warning of an epoch in which the chosen pairs were easier than random ones."""
+    advice = (
+        "compare them by the method's loss, --hard_augment.loss=method"
+        if loss == "cosine"
+        else "begin later, --hard_augment.start_epoch, or set --hard_augment.share_max below 1"
+    )
+    return (
+        f"warning: epoch {row['epoch']}: the loss of the chosen pairs is {-row['hardness']:.3g} "
+        f"below that of random pairs: Hard Augment trains on easy pairs; {advice}"
+    )

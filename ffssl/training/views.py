@@ -1,0 +1,30 @@
+"""The views that a run is trained on."""
+
+import warnings
+
+from ffssl.config import Options
+from ffssl.data.loader import ViewLoader
+from ffssl.parallel.ranks import cores_per_rank, rank, ranks_here, world_size
+from ffssl.training.schedule import view_policies
+
+
+def open_loader(options: Options) -> ViewLoader:
+    """A run's training views: this rank's part of every batch."""
+    data = options.data
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of labels
+        return ViewLoader(
+            data.train,
+            batch_size=options.training.batch_size // world_size(),
+            views=options.augment.views,
+            policy=view_policies(options),
+            resolution=options.resolution.max,
+            seed=options.run.seed,
+            workers=data.workers or cores_per_rank(),
+            batches_ahead=data.batches_ahead,
+            scaled_decoding=data.scaled_decoding,
+            broken=data.broken,
+            label_field=data.label_field,
+            rank=rank(),
+            world_size=world_size(),
+            loaders_here=ranks_here(),
+        )
