@@ -102,7 +102,9 @@ def test_a_resolution_that_does_not_fit_is_named_with_what_would(monkeypatch, ca
 
     monkeypatch.setattr(Method, "forward", forward)
     step.main([*SMALL, "--resolutions", "16", "48", "--steps=1", "--rounds=1", f"--json={tmp_path / 'step.json'}"])
-    assert "48     2  16 images do not fit into the memory; 8 images fit: take --training.batch_size=8, or --training.accumulate=2" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "  48     2  --training.batch_size: a step with 16 images of 2 views at 48 px needs" in told
+    assert "8 images fit: take --training.batch_size=8, or --training.accumulate=2" in told
     assert [row["resolution"] for row in json.loads((tmp_path / "step.json").read_text())["rows"]] == [16]
 
 

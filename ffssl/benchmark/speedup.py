@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> None:
         images = number_of_images(given.images or (None if given.data else "imagenet"), str(data))
         trials = []
         for name, one in options.items():
-            one.data.train = str(data)
+            one = one.changed(data={"train": str(data)})
             trials.append(start_trial(name, one, images, device, stack))
         origin = "" if given.data else stand_ins()
         print(f"{where(device)}{trials[0].run.energy_note}; {describe_machine(PACKAGES)}\n{describe_images(data, origin)}; epochs of {images:,}", flush=True)
