@@ -71,6 +71,13 @@ def build_parser() -> Parser:
         help="of images that must be encoded, 0 to 100 (default: 90)",
     )
     output.add_argument(
+        "--white-level",
+        type=int,
+        default=65535,
+        metavar="V",
+        help="the value that is white in images of 16 bits a channel; 4095 for data of 12 bits (default: 65535)",
+    )
+    output.add_argument(
         "--compressed-share",
         type=float,
         default=1.0,
@@ -100,7 +107,7 @@ def build_parser() -> Parser:
     run.add_argument(
         "--quick-check",
         action="store_true",
-        help="only check that JPEG files are complete, not that all of their data decodes",
+        help="only check that JPEG files are complete and their headers sound, not that all of their data decodes",
     )
     run.add_argument(
         "--no-progress",
@@ -214,7 +221,7 @@ def run(options: argparse.Namespace) -> None:
     from ffssl.data.encode import Encoding
 
     convert_options = ConvertOptions(
-        encoding=Encoding(options.max_side, options.jpeg_quality, options.quick_check),
+        encoding=Encoding(options.max_side, options.jpeg_quality, options.quick_check, options.white_level),
         compressed_share=options.compressed_share,
         workers=options.workers,
         subset=options.subset,
@@ -233,6 +240,8 @@ def print_summary(summary) -> None:
     print(f"{summary.path}: {summary.samples} samples, {classes}, {summary.file_bytes / 1e6:.1f} MB")
     print(f"  {', '.join(f'{count} {how}' for how, count in summary.counts.items() if count)}; {rate:.0f} image/s")
     print(f"  sha256 {summary.sha256}")
+    for note in summary.notes:
+        print(f"  {_printable(note)}")
     if summary.skipped:
         print(f"  {len(summary.skipped)} broken images skipped:")
         for name, reason in summary.skipped:

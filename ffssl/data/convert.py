@@ -24,11 +24,14 @@ from tqdm import tqdm
 import ffssl
 from ffssl.data.beton import Beton, read_beton
 from ffssl.data.beton_writer import BetonWriter, check_writable
-from ffssl.data.encode import BrokenImage, EncodedImage, Encoding, How, encode_image
+from ffssl.data.encode import BrokenImage, EncodedImage, Encoding, How, depth_notes, encode_image
 from ffssl.data.sources import Source
 from ffssl.data.workers import WorkerDied, map_in_order
 from ffssl.errors import UserError
 from ffssl.files import write_json
+
+
+_LARGE = 100 * 10**6  # pixels; 16 threads of the loader then take 5 GB for such an image
 
 
 class ConversionError(UserError):
@@ -65,7 +68,10 @@ class ConvertOptions:
 
 @dataclass(frozen=True)
 class Summary:
-    """What was written. counts: samples by `How`; skipped: (name, reason) of each broken image left out."""
+    """What was written. counts: samples by `How`; skipped: (name, reason) of each broken image left out.
+
+    largest: (name, width, height) of the stored image with most pixels; notes: what to know of the images, in sentences.
+    """
 
     path: Path
     samples: int
@@ -73,6 +79,8 @@ class Summary:
     file_bytes: int
     counts: dict[str, int]
     skipped: list[tuple[str, str]]
+    largest: tuple[str, int, int]
+    notes: list[str]
     sha256: str
     seconds: float
 
@@ -90,9 +98,10 @@ def convert(source: Source, path: str | os.PathLike, options: ConvertOptions = C
     indices = select_subset(len(source), options.subset, options.subset_seed)
     counts: Counter[str] = Counter()
     skipped: list[tuple[str, str]] = []
+    largest, peaks = ("", 0, 0), []
     # Closed explicitly: an exception's traceback would keep the generator, and its workers, alive.
     with BetonWriter(path, max_samples=len(indices)) as writer, closing(_encoded(source, indices, options)) as results:
-        for result in results:
+        for index, result in zip(indices.tolist(), results, strict=True):
             if isinstance(result, _Broken):
                 if not options.skip_broken:
                     raise ConversionError(f"{result.name}: {result.reason}; repair it, or pass --skip-broken")
@@ -101,6 +110,10 @@ def convert(source: Source, path: str | os.PathLike, options: ConvertOptions = C
             image, label = result
             writer.add(image.data, image.mode, image.width, image.height, label)
             counts[image.how.value] += 1
+            if image.width * image.height > largest[1] * largest[2]:
+                largest = (source.name(index), image.width, image.height)
+            if image.peak is not None:
+                peaks.append(image.peak)
         if len(writer) == 0:
             raise ConversionError(
                 f"{path}: not written: all {len(skipped)} images are broken; the first, {': '.join(skipped[0])}"
@@ -118,6 +131,8 @@ def convert(source: Source, path: str | os.PathLike, options: ConvertOptions = C
         file_bytes=path.stat().st_size,
         counts={how.value: counts[how.value] for how in How},
         skipped=skipped,
+        largest=largest,
+        notes=depth_notes(peaks, options.encoding.white_level) + _size_notes(*largest),
         sha256=sha256,
         seconds=time.monotonic() - started,
     )
@@ -250,6 +265,13 @@ def _bytes_of(result: tuple[EncodedImage, int] | _Broken) -> int:
     return 0 if isinstance(result, _Broken) else len(result[0].data)
 
 
+def _size_notes(name: str, width: int, height: int) -> list[str]:
+    if width * height < _LARGE:
+        return []
+    memory = f"{3 * width * height / 1e9:.1f} GB"
+    return [f"the largest image, {name}, measures {width} x {height}: each thread of the loader takes {memory} for it; --max-side reduces it"]
+
+
 def _write_description(summary: Summary, source: Source, options: ConvertOptions) -> None:
     """Only what the input determines: neither times nor the number of workers, so equal runs give equal files."""
     description = {
@@ -268,6 +290,8 @@ def _write_description(summary: Summary, source: Source, options: ConvertOptions
             "skip_broken": options.skip_broken,
         },
         "counts": summary.counts,
+        "largest": dict(zip(("name", "width", "height"), summary.largest)),
+        "notes": summary.notes,
         "skipped": [{"name": name, "reason": reason} for name, reason in summary.skipped],
     }
     target = description_path(summary.path)

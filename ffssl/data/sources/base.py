@@ -8,7 +8,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 UNLABELLED = -1
-IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .ppm .pgm .pbm".split())
+IMAGE_SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .webp .avif .gif .bmp .tif .tiff .jp2 .j2k .jpx .ppm .pgm .pbm .pnm".split()
+)
 Image = bytes | np.ndarray
 
 
