@@ -136,13 +136,14 @@ def mended(data: bytes) -> bytes:
     components' names contradict, other parameters of a scan, and all that follows where a marker can't be found.
     """
     file, gaps = bytearray(data), []
-    process, names, jfif, adobe, last = None, b"", False, None, 2
+    process, names, jfif, adobe, scanned, last = None, b"", False, None, 0, 2
     for begin, marker, end in _readable_segments(data):
-        if last is not None and (gap := data[last:begin]).strip(b"\xff"):
-            if int.from_bytes(gap[2:4], "big") + 2 == len(gap) or any(name in gap for name in (_JFIF, _ADOBE, exif.PREFIX)):
+        gap, said = data[last:begin], data[begin + 4 : end]
+        if scanned == 0 and gap.strip(b"\xff"):  # behind a scan it would be data left over, or a scan that has lost its marker
+            if len(gap) == 2 + int.from_bytes(gap[2:4], "big") > 3 or any(name in gap for name in (_JFIF, _ADOBE, exif.PREFIX)):
                 return data
             gaps.append((last, begin))
-        said = data[begin + 4 : end]
+        last = end
         if marker in _FRAME_MARKERS and len(said) > 5:
             process, names = marker, said[6::3][: said[5]]
         elif marker == _APP0 and said.startswith(_JFIF) and len(said) >= _JFIF_LENGTH:
@@ -151,11 +152,13 @@ def mended(data: bytes) -> bytes:
                 file[begin + 9 : begin + 11] = b"\1\1"
         elif marker == _APP14 and said.startswith(_ADOBE) and len(said) >= _ADOBE_LENGTH:
             adobe = begin + 15
-        elif marker == _START_OF_SCAN and process in (BASELINE, EXTENDED) and len(said) > 3:
+        elif marker == _START_OF_SCAN and len(said) > 3:
+            scanned += said[0]
             first, _, approximation = said[-3:]
-            if first == approximation == 0:
+            if process in (BASELINE, EXTENDED) and first == approximation == 0:
                 file[end - 2] = _LAST_COEFFICIENT
-        last = end if marker != _START_OF_SCAN else None  # behind a scan, it would be data left over
+    if gaps and scanned < len(names):  # the first scan may lie in a gap
+        return data
     if adobe is not None:
         if len(names) == 3 and not jfif and data[adobe] > _ADOBE_YCBCR and names != b"RGB":
             file[adobe] = _ADOBE_YCBCR
