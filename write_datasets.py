@@ -73,6 +73,13 @@ def build_parser() -> Parser:
         help="of images that must be encoded, 0 to 100 (default: 90)",
     )
     output.add_argument(
+        "--white-level",
+        type=int,
+        default=65535,
+        metavar="V",
+        help="the value that is white in images of 16 bits a channel; 4095 for data of 12 bits (default: 65535)",
+    )
+    output.add_argument(
         "--compressed-share",
         type=float,
         default=1.0,
@@ -102,7 +109,7 @@ def build_parser() -> Parser:
     run.add_argument(
         "--quick-check",
         action="store_true",
-        help="only check that JPEG files are complete, not that all of their data decodes",
+        help="only check that JPEG files are complete and their headers sound, not that all of their data decodes",
     )
     run.add_argument(
         "--no-progress",
@@ -241,7 +248,7 @@ def run(options: argparse.Namespace) -> None:
     from ffssl.data.convert.encode import Encoding
 
     convert_options = ConvertOptions(
-        encoding=Encoding(options.max_side, options.jpeg_quality, options.quick_check),
+        encoding=Encoding(options.max_side, options.jpeg_quality, options.quick_check, options.white_level),
         compressed_share=options.compressed_share,
         workers=options.workers,
         subset=options.subset,
@@ -270,6 +277,8 @@ def print_summary(summary) -> None:
         print(f"  {total} files passed over: {kinds}")
         firsts = ", ".join(printable(first) for _, _, first in summary.passed_over)
         print(f"    the first of each: {firsts}")
+    for note in summary.notes:
+        print(f"  {printable(note)}")
     if summary.skipped:
         print(f"  {len(summary.skipped)} broken images skipped:")
         for name, reason in summary.skipped:

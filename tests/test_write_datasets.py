@@ -66,7 +66,7 @@ def test_a_whole_run(images, tmp_path):
 
 def test_every_option_arrives(images, tmp_path):
     out = tmp_path / "out.beton"
-    options = ["--max-side", 40, "--jpeg-quality", 55, "--compressed-share", 0.5, "--subset", 4, "--subset-seed", 3]
+    options = ["--max-side", 40, "--jpeg-quality", 55, "--compressed-share", 0.5, "--subset", 4, "--subset-seed", 3, "--white-level", 4095]
     run(
         "folder",
         "--input",
@@ -84,6 +84,7 @@ def test_every_option_arrives(images, tmp_path):
         "max_side": 40,
         "jpeg_quality": 55,
         "quick_check": True,
+        "white_level": 4095,
         "compressed_share": 0.5,
         "subset": 4,
         "subset_seed": 3,
@@ -105,6 +106,7 @@ def test_mistakes_are_one_line_and_status_2(images, tmp_path):
         (["folder", *good, "--max-side", "big"], ["--max-side", "'big'"]),
         (["folder", *good, "--max-side", 0], ["--max-side"]),
         (["folder", *good, "--jpeg-quality", 101], ["--jpeg-quality", "0 to 100"]),
+        (["folder", *good, "--white-level", 0], ["--white-level", "1 to 65535"]),
         (["folder", *good, "--workers", 0], ["--workers"]),
         (["folder", *good, "--subset", 7], ["only 6 images"]),
         (["folder", "--output", out], ["--input"]),

@@ -238,8 +238,25 @@ class ViewLoader:
             each = f" on each of {loaders} processes" if loaders > 1 else ""
             raise UserError(
                 f"{self.beton.path}: {self.describe_memory()}{each}; {available / 1e9:.2f} GB are available: "
-                "lower batch_size, views, batches_ahead or the largest resolution"
+                + self._what_saves_memory(available // loaders)
             )
+
+    def _what_saves_memory(self, available: int) -> str:
+        sizes = self.beton.images["height"].astype(np.int64) * self.beton.images["width"]
+        index = int(sizes.argmax())
+        if 2 * self.workers * 3 * int(sizes[index]) < self.memory_bytes:
+            return "lower batch_size, views, batches_ahead or the largest resolution"
+        from ffssl.data.convert import description_or_empty  # not for every training: it changes Pillow's limits
+
+        width, height = (int(self.beton.images[side][index]) for side in ("width", "height"))
+        noted = description_or_empty(self.beton.path).get("largest", {})
+        name = f" ({noted['name']})" if (noted.get("width"), noted.get("height")) == (width, height) else ""
+        threads = (available - self.buffer_bytes) * self.workers // (self.memory_bytes - self.buffer_bytes)
+        fewer = f"lower workers to {threads}, or " if threads > 0 else ""
+        return (
+            f"image {index}{name} measures {width} x {height}, which is {3 * width * height / 1e9:.2f} GB in each thread: "
+            f"{fewer}write the file again with --max-side, or without this image"
+        )
 
     def _batches(self) -> Iterator[Batch]:
         whole = self.samples[epoch_order(len(self.samples), seed=self.seed, epoch=self.epoch, shuffle=self.shuffle)]
@@ -318,7 +335,7 @@ class ViewLoader:
                 attempts = attempts + 1 if at == done else 1
                 if self.broken == "stop" or attempts > len(whole):
                     raise UserError(
-                        f"{self.beton.path}: image {broken} does not decode; write the file again, with --skip-broken to leave it out"
+                        f"{self.beton.path}: image {broken} does not decode; write the file again, with --skip-broken and without --quick-check to leave it out"
                     ) from error
                 done, indices[at] = at, substitute(whole, (start + at) * self.world_size + self.rank, attempts)
         if self._kernel is not None:

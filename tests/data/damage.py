@@ -130,6 +130,15 @@ def without_segments(data: bytes, marker: int) -> bytes:
     return data
 
 
+def segment(marker: int, payload: bytes) -> bytes:
+    return bytes([0xFF, marker]) + (len(payload) + 2).to_bytes(2, "big") + payload
+
+
+def behind_start(data: bytes, *inserted: bytes) -> bytes:
+    """The file with something more behind its start-of-image marker."""
+    return data[:2] + b"".join(inserted) + data[2:]
+
+
 def frame_size_at(data: bytes) -> int | None:
     """Where height and width (16 bits each) stand."""
     return next((a + 5 for a, b in segments(data) if data[a + 1] in _FRAMES and b - a >= 9), None)

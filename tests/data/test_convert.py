@@ -17,15 +17,17 @@ import PIL.features
 import PIL.Image
 import PIL.ImageOps
 import pytest
+from PIL.PngImagePlugin import PngInfo
 
 from ffssl.data.convert import workers
 from ffssl.data.beton.read import MODE_JPEG, MODE_RAW, read_beton
 from ffssl.data.convert.conversion import ConversionError, ConvertOptions, convert, identity, is_compressed, select_subset
-from ffssl.data.convert.encode import BrokenImage, Encoding, How, encode_image
+from ffssl.data.convert.encode import BrokenImage, Encoding, How, depth_notes, encode_image
 from ffssl.data.convert.sources import Source
+from ffssl.data.convert.sources.base import IMAGE_SUFFIXES
 from ffssl.data.convert.sources.folder import ImageFolder
 from ffssl.errors import UserError
-from damage import frame_size_at
+from damage import behind_start, frame_size_at, segment
 
 QUIET = {"progress": False}
 
@@ -141,6 +143,213 @@ def test_transparency_is_put_on_white():
         assert (pixels_of(encode_image(data, Encoding(), compressed=False)) == 255).all()
 
 
+RUBBISH = b"Exif\0\0rubbish rubbish"
+EXIF_OF_SIX = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\1\x04\0\1\0\0\0\6\0\0\0\0\0\0\0"  # a LONG
+
+
+def with_exif(kind, block):
+    if kind == "JPEG":
+        return behind_start(save(picture()), segment(0xE1, block))
+    if kind == "CMYK":
+        return behind_start(save(picture(mode="CMYK")), segment(0xE1, block))
+    options = {"lossless": True} if kind == "WEBP" else {}
+    return save(picture(), kind, exif=block, **options)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "CMYK", "PNG", "WEBP", "AVIF"])
+def test_damaged_exif_costs_no_image(kind):
+    if kind == "AVIF":  # Pillow writes no damaged one
+        exif = PIL.Image.Exif()
+        exif[0x0112], exif[0x010F] = 6, "a maker"
+        data = with_exif(kind, exif.tobytes())
+        place = data.index(b"II*\0") if b"II*\0" in data else data.index(b"MM\0*")
+        data = data[:place] + b"what" + data[place + 4 :]
+        with pytest.raises(ValueError):
+            PIL.Image.open(io.BytesIO(data))
+        sound = save(picture(), kind)
+    else:
+        data, sound = with_exif(kind, RUBBISH), with_exif(kind, b"Exif\0\0")
+    encoded = encode_image(data, Encoding(), compressed=False)
+    reference = np.asarray(PIL.Image.open(io.BytesIO(sound)).convert("RGB"))
+    if kind == "AVIF":  # with the orientation that stands in the file itself
+        reference = np.rot90(reference, -1)
+    np.testing.assert_array_equal(pixels_of(encoded), reference)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "CMYK", "PNG", "WEBP", "AVIF", "TIFF"])
+def test_orientation_stored_as_a_long_in_every_format(kind):
+    data = with_exif(kind, EXIF_OF_SIX)
+    reference = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(data))).convert("RGB")
+    assert reference.size == (60, 90)
+    np.testing.assert_array_equal(pixels_of(encode_image(data, Encoding(), compressed=False)), np.asarray(reference))
+
+
+XMP = "<x:xmpmeta xmlns:x='adobe:ns:meta/'><rdf:Description tiff:Orientation=\"6\"/></x:xmpmeta>"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF", "TIFF"])
+def test_orientation_in_xmp_is_read_in_no_format(kind):
+    if kind == "PNG":
+        info = PngInfo()
+        info.add_itxt("XML:com.adobe.xmp", XMP)
+        options = {"pnginfo": info}
+    else:
+        options = {"tiffinfo": {700: XMP.encode()}} if kind == "TIFF" else {"xmp": XMP.encode()}
+    data = save(picture(), kind, **options)
+    assert PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(data))).size == (60, 90)
+    assert_close(encode_image(data, Encoding()), picture())
+
+
+def test_megabytes_of_text_cost_no_image():
+    info = PngInfo()
+    info.add_itxt("a comment", "A" * 3_000_000, zip=True)
+    info.add_text("another", "B" * 3_000_000, zip=True)
+    data = save(picture(), "PNG", pnginfo=info)
+    with pytest.raises(ValueError, match="too large"):
+        PIL.Image.open(io.BytesIO(data)).load()
+    np.testing.assert_array_equal(pixels_of(encode_image(data, Encoding(), compressed=False)), np.asarray(picture()))
+
+
+@pytest.mark.parametrize("quick_check", [False, True])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"exif": EXIF_OF_SIX}])
+def test_a_header_that_libjpeg_warns_of_is_mended(options, quick_check):
+    sound = save(picture(), **options)
+    place = sound.index(b"JFIF\0") + 5
+    faulty = sound[:place] + b"\0\0" + sound[place + 2 : place + 9] + b"between" + sound[place + 9 :]
+    reference, encoded = (encode_image(data, Encoding(quick_check=quick_check)) for data in (sound, faulty))
+    assert reference.how != How.MENDED
+    assert encoded.how == (How.MENDED if reference.how == How.KEPT else reference.how)
+    assert (encoded.width, encoded.height) == (reference.width, reference.height)
+    np.testing.assert_array_equal(pixels_of(encoded), pixels_of(reference))
+    if reference.how == How.KEPT:
+        assert encoded.data == sound[:place] + b"\1\1" + sound[place + 2 :]
+
+
+def deep_colours(values, transparent=None):
+    """A PNG of 16 bits a channel, by hand: Pillow writes none. values: uint16 (height, width, 1 to 4)."""
+    height, width, channels = values.shape
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    if transparent is not None:
+        parts.insert(1, (b"tRNS", struct.pack(">H", transparent)))
+    chunks = [struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def deep_tiff(values, orientation=1):
+    """A TIFF of 16 bits a channel, uncompressed. values: uint16 (height, width, 3)."""
+    height, width, channels = values.shape
+    pixels = values.astype("<u2").tobytes()
+    entries = [(256, 4, width), (257, 4, height), (259, 3, 1), (262, 3, 2), (273, 4, 8), (274, 3, orientation), (277, 3, channels), (278, 4, height), (279, 4, len(pixels))]
+    entries.insert(2, (258, 3, None))
+    bits_at = 8 + len(pixels) + 2 + 12 * len(entries) + 4
+    table = b"".join(
+        struct.pack("<HHII", tag, kind, channels, bits_at) if value is None else struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries
+    )
+    header = b"II*\0" + struct.pack("<I", 8 + len(pixels))
+    return header + pixels + struct.pack("<H", len(entries)) + table + bytes(4) + struct.pack("<" + "H" * channels, *[16] * channels)
+
+
+TWELVE_BITS = np.random.default_rng(0).integers(0, 4096, (30, 40, 3), np.uint16)
+TWELVE_BITS[0, 0] = 4095
+
+
+@pytest.mark.parametrize("write", [deep_colours, deep_tiff])
+def test_the_white_level_of_16_bit_colours(write):
+    expected = np.round(TWELVE_BITS * 255.0 / 4095)
+    encoded = encode_image(write(TWELVE_BITS), Encoding(white_level=4095), compressed=False)
+    np.testing.assert_array_equal(pixels_of(encoded), expected)
+    assert encoded.peak == 4095
+    dark = encode_image(write(TWELVE_BITS), Encoding(), compressed=False)
+    np.testing.assert_array_equal(pixels_of(dark), TWELVE_BITS // 256)
+    assert dark.peak == 4095
+    np.testing.assert_array_equal(pixels_of(encode_image(write(TWELVE_BITS), Encoding(white_level=1000), compressed=False)).max(), 255)
+
+
+@pytest.mark.parametrize("white_level", [65535, 4095])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_16_bit_colours_are_turned_once(orientation, white_level):
+    values = np.clip(TWELVE_BITS // 16 * 16, 0, 4095) * np.uint16(white_level // 4095)
+    reference = encode_image(deep_tiff(values), Encoding(white_level=white_level), compressed=False)
+    image = PIL.Image.fromarray(pixels_of(reference))
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    upright = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(save(image, "PNG", exif=exif))))
+    turned = encode_image(deep_tiff(values, orientation), Encoding(white_level=white_level), compressed=False)
+    np.testing.assert_array_equal(pixels_of(turned), np.asarray(upright))
+    block = exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(block)) + b"eXIf" + block + struct.pack(">I", zlib.crc32(b"eXIf" + block))
+    data = deep_colours(values)
+    place = data.index(b"IDAT") - 4
+    turned = encode_image(data[:place] + chunk + data[place:], Encoding(white_level=white_level), compressed=False)
+    np.testing.assert_array_equal(pixels_of(turned), np.asarray(upright))
+
+
+def test_the_white_level_of_16_bit_grey_and_transparent_images():
+    grey = TWELVE_BITS[..., :1]
+    expected = np.repeat(np.round(grey * 255.0 / 4095), 3, 2)
+    for data in (deep_colours(grey), save(PIL.Image.fromarray(grey[..., 0]), "TIFF"), save(PIL.Image.fromarray(grey[..., 0].astype(np.int32)), "TIFF")):
+        encoded = encode_image(data, Encoding(white_level=4095), compressed=False)
+        np.testing.assert_array_equal(pixels_of(encoded), expected)
+        assert encoded.peak == encode_image(data, Encoding()).peak == 4095
+    opaque = np.full_like(grey, 65535)
+    for channels in ((grey, opaque), (TWELVE_BITS, opaque)):
+        encoded = encode_image(deep_colours(np.dstack(channels)), Encoding(white_level=4095), compressed=False)
+        np.testing.assert_array_equal(pixels_of(encoded), np.round(channels[0] * 255.0 / 4095) * np.ones(3))
+        clear = encode_image(deep_colours(np.dstack((channels[0], 0 * opaque))), Encoding(white_level=4095), compressed=False)
+        assert (pixels_of(clear) == 255).all()
+    key = encode_image(deep_colours(grey, transparent=4095), Encoding(), compressed=False)
+    np.testing.assert_array_equal(pixels_of(key)[..., 0] == 255, grey[..., 0] == 4095)
+
+
+def test_files_that_state_their_white_go_by_that():
+    pgm = b"P5 40 30 4095\n" + TWELVE_BITS[..., 0].astype(">u2").tobytes()
+    jpeg_2000 = save(PIL.Image.fromarray(TWELVE_BITS[..., 0] * np.uint16(16)), "JPEG2000")
+    for data in (pgm, jpeg_2000):
+        one, other = (encode_image(data, Encoding(white_level=level), compressed=False) for level in (65535, 4095))
+        assert one == other and one.peak is None
+        assert np.abs(pixels_of(one)[..., 0] - TWELVE_BITS[..., 0] * 255.0 / 4095).max() <= 1
+    raw = encode_image(b"P5 40 30 65535\n" + TWELVE_BITS[..., 0].astype(">u2").tobytes(), Encoding(white_level=4095), compressed=False)
+    np.testing.assert_array_equal(pixels_of(raw)[..., 0], np.round(TWELVE_BITS[..., 0] * 255.0 / 4095))
+    eight = encode_image(save(picture(), "PNG"), Encoding(white_level=4095), compressed=False)
+    np.testing.assert_array_equal(pixels_of(eight), np.asarray(picture()))
+    assert eight.peak is None
+
+
+def test_what_is_said_of_16_bits():
+    assert depth_notes([], 65535) == depth_notes([65535, 20_000, 0], 65535) == depth_notes([4095, 12], 4095) == []
+    (note,) = depth_notes([65535, 3900, 1000], 65535)
+    assert note.startswith("2 images of 16 bits hold no value above 3900") and note.endswith("pass --white-level 4095")
+    assert "--white-level 16383" in depth_notes([16383, 5], 65535)[0]
+    (note,) = depth_notes([4095, 5000, 4096], 4095)
+    assert note.startswith("2 images of 16 bits hold values beyond --white-level 4095, up to 5000")
+
+
+def blank(width, height):
+    """A grey JPEG of that size, its coded data laid out by hand: each block takes 6 bits."""
+    data = save(PIL.Image.new("L", (16, 16), 128), quality=75)
+    place, scan = frame_size_at(data), data.index(b"\xff\xda")
+    header = data[:place] + struct.pack(">HH", height, width) + data[place + 4 : scan + 10]
+    blocks = -(-width // 8) * -(-height // 8)
+    assert blocks % 4 == 0
+    return header + b"\x28\xa2\x8a" * (blocks // 4) + b"\xff\xd9"  # no difference (00), no coefficients (1010)
+
+
+def test_a_jpeg_larger_than_other_formats_may_be_is_named_with_what_helps():
+    data = blank(16_000, 22_400)
+    with pytest.raises(BrokenImage, match="16000 x 22400, more than 357 million pixels; pass --max-side"):
+        encode_image(data, Encoding())
+    with pytest.raises(BrokenImage, match="pass a smaller --max-side"):
+        encode_image(data, Encoding(max_side=20_000))
+    encoded = encode_image(data, Encoding(max_side=500))
+    assert (encoded.width, encoded.height) == (357, 500) and (pixels_of(encoded) == 128).all()
+    progressive = data.replace(b"\xff\xc0", b"\xff\xc2", 1)
+    for encoding in (Encoding(), Encoding(max_side=500)):
+        with pytest.raises(BrokenImage, match="is progressive and measures 16000 x 22400, .*; reduce it first"):
+            encode_image(progressive, encoding)
+
+
 def test_palette_bilevel_and_first_frame():
     palette = picture().convert("P")
     assert_close(encode_image(save(palette, "PNG"), Encoding()), palette, mean=8)
@@ -228,6 +437,8 @@ def test_options_are_checked():
         lambda: Encoding(jpeg_quality=-1),
         lambda: Encoding(max_side=0),
         lambda: Encoding(max_side=1 << 16),
+        lambda: Encoding(white_level=0),
+        lambda: Encoding(white_level=1 << 16),
         lambda: ConvertOptions(workers=0),
         lambda: ConvertOptions(subset=0),
         lambda: ConvertOptions(compressed_share=1.1),
@@ -271,7 +482,7 @@ def convert_folder(folder, name="out.beton", encoding=Encoding(), **options):
 def test_a_whole_run(folder):
     path, summary = convert_folder(folder, workers=2)
     beton, data, source = read_beton(path), path.read_bytes(), ImageFolder(folder)
-    assert summary.counts == {"kept": 12, "baseline": 6, "encoded": 6, "raw": 0} and summary.samples == 24
+    assert summary.counts == {"kept": 12, "mended": 0, "baseline": 6, "encoded": 6, "raw": 0} and summary.samples == 24
     assert beton.labels.tolist() == [0] * 12 + [1] * 12
     for i, (row, size) in enumerate(zip(beton.images, beton.image_sizes)):
         (original, label), name = source.load(i), source.name(i)
@@ -334,6 +545,29 @@ def test_bytes_do_not_depend_on_workers(folder):
     first = (path.read_bytes(), (folder.parent / "out.beton.json").read_bytes())
     convert_folder(folder, workers=3, overwrite=True, **options)
     assert (path.read_bytes(), (folder.parent / "out.beton.json").read_bytes()) == first
+
+
+def test_the_largest_image_and_dark_ones_are_told_of(folder, monkeypatch):
+    for i in range(3):
+        (folder / "a" / f"deep{i}.png").write_bytes(deep_colours(TWELVE_BITS))
+    path, summary = convert_folder(folder, workers=2)
+    largest = str(folder / "a" / "18.jpeg")
+    assert summary.largest == (largest, 130, 54)
+    (note,) = summary.notes
+    assert note.startswith("3 images of 16 bits hold no value above 4095")
+    description = json.loads(Path(f"{path}.json").read_text())
+    assert description["notes"] == [note] and description["largest"] == {"name": largest, "width": 130, "height": 54}
+    monkeypatch.setattr("ffssl.data.convert._LARGE", 130 * 54)
+    _, summary = convert_folder(folder, encoding=Encoding(white_level=4095), overwrite=True)
+    assert summary.notes == [
+        f"the largest image, {largest}, measures 130 x 54: each thread of the loader takes 0.0 GB for it; --max-side reduces it"
+    ]
+
+
+def test_suffixes_of_images():
+    assert IMAGE_SUFFIXES >= {".jpg", ".jpeg", ".png", ".webp", ".avif", ".jp2", ".tif", ".tiff", ".bmp", ".gif"}
+    known = PIL.Image.registered_extensions()
+    assert {suffix for suffix in IMAGE_SUFFIXES if suffix not in known} <= {".jpx"}
 
 
 def break_image(folder):

@@ -6,14 +6,17 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from ffssl.data import loader as loader_module
 from ffssl.data.beton.read import MODE_RAW
 from ffssl.data.beton.write import BetonWriter
+from ffssl.data.convert.conversion import ConvertOptions, convert
 from ffssl.data.beton.mapped import ImageFile
 from ffssl.data.loader import ViewLoader
 from ffssl.data.memory import available_memory
+from ffssl.data.convert.sources.folder import ImageFolder
 from ffssl.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -202,6 +205,26 @@ def test_names_of_the_package_are_those_of_its_modules_and_others_are_refused():
 def test_more_memory_than_the_machine_has_is_refused_before_it_is_taken(beton):
     with pytest.raises(UserError, match=r"images\.beton.*will hold [\d.]+ GB.*lower batch_size, views, batches_ahead"):
         ViewLoader(beton, batch_size=10**7, views=32, resolution=1024, drop_last=False)
+
+
+def test_a_single_large_image_is_named_with_what_helps(tmp_path, monkeypatch):
+    folder, path = tmp_path / "photos", tmp_path / "photos.beton"
+    folder.mkdir()
+    for i, (width, height) in enumerate([(60, 40), (1600, 1200), (50, 50)]):
+        PIL.Image.new("RGB", (width, height), "red").save(folder / f"{i}.jpg")
+    convert(ImageFolder(folder), path, ConvertOptions(progress=False))
+    words = {"batch_size": 2, "views": 1, "resolution": 16}
+    size = 3 * 1600 * 1200
+    monkeypatch.setattr(loader_module, "available_memory", lambda: 7 * size // 2)
+    with pytest.raises(UserError) as caught:
+        ViewLoader(path, **words, workers=16)
+    assert f"image 1 ({folder / '1.jpg'}) measures 1600 x 1200, which is 0.01 GB in each thread: lower workers to 3, or " in str(caught.value)
+    assert "--max-side" in str(caught.value) and "batch_size" not in str(caught.value)
+    ViewLoader(path, **words, workers=3).close()
+    monkeypatch.setattr(loader_module, "available_memory", lambda: size // 2)
+    Path(f"{path}.json").unlink()
+    with pytest.raises(UserError, match="image 1 measures 1600 x 1200, which is 0.01 GB in each thread: write the file again with --max-side"):
+        ViewLoader(path, **words, workers=1)
 
 
 def test_the_loaders_of_a_machine_share_its_memory_until_they_have_taken_theirs(beton, monkeypatch):

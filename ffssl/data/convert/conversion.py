@@ -26,11 +26,14 @@ from tqdm import tqdm
 import ffssl
 from ffssl.data.beton.read import Beton, read_beton
 from ffssl.data.beton.write import BetonWriter, check_writable
-from ffssl.data.convert.encode import BrokenImage, EncodedImage, Encoding, How, encode_image
+from ffssl.data.convert.encode import BrokenImage, EncodedImage, Encoding, How, depth_notes, encode_image
 from ffssl.data.convert.sources import UNLABELLED, Source
 from ffssl.data.convert.workers import WorkerDied, WorkersNotStarted, leave_if_worker, map_in_order
 from ffssl.errors import UserError
 from ffssl.files import write_json
+
+
+_LARGE = 100 * 10**6  # pixels; 16 threads of the loader then take 5 GB for such an image
 
 
 class ConversionError(UserError):
@@ -73,6 +76,8 @@ class Summary:
     passed_over: (kind, count, first name) of the files that the source does not take for images.
     labels: how many different ones. unlabelled: how many samples without.
     Names are text that can be printed: a byte that is no UTF-8 is written as \\xe9.
+    largest: (name, width, height) of the stored image with most pixels. notes: what to know of the
+    images, in sentences.
     """
 
     path: Path
@@ -84,6 +89,8 @@ class Summary:
     counts: dict[str, int]
     skipped: list[tuple[str, str]]
     passed_over: list[tuple[str, int, str]]
+    largest: tuple[str, int, int]
+    notes: list[str]
     sha256: str
     seconds: float
 
@@ -104,9 +111,10 @@ def convert(source: Source, path: str | os.PathLike, options: ConvertOptions = C
     counts: Counter[str] = Counter()
     labels: Counter[int] = Counter()
     skipped: list[tuple[str, str]] = []
+    largest, peaks = ("", 0, 0), []
     # Closed explicitly: an exception's traceback would keep the generator, and its workers, alive.
     with BetonWriter(path, max_samples=len(indices)) as writer, closing(_encoded(source, indices, options)) as results:
-        for result in results:
+        for index, result in zip(indices.tolist(), results, strict=True):
             if isinstance(result, _Broken):
                 if not options.skip_broken:
                     raise ConversionError(f"{result.name}: {result.reason}; repair it, or pass --skip-broken")
@@ -116,6 +124,10 @@ def convert(source: Source, path: str | os.PathLike, options: ConvertOptions = C
             writer.add(image.data, image.mode, image.width, image.height, label)
             counts[image.how.value] += 1
             labels[label] += 1
+            if image.width * image.height > largest[1] * largest[2]:
+                largest = (source.name(index), image.width, image.height)
+            if image.peak is not None:
+                peaks.append(image.peak)
         if len(writer) == 0:
             raise ConversionError(
                 f"{path}: not written: all {len(skipped)} images are broken; the first, {': '.join(skipped[0])}"
@@ -140,6 +152,8 @@ def convert(source: Source, path: str | os.PathLike, options: ConvertOptions = C
         passed_over=[
             (_as_text(kind), count, _as_text(first)) for kind, count, first in source.passed_over
         ],
+        largest=(_as_text(largest[0]), *largest[1:]),
+        notes=depth_notes(peaks, options.encoding.white_level) + _size_notes(*largest),
         sha256=sha256,
         seconds=time.monotonic() - started,
     )
@@ -289,6 +303,13 @@ def _bytes_of(result: tuple[EncodedImage, int] | _Broken) -> int:
     return 0 if isinstance(result, _Broken) else len(result[0].data)
 
 
+def _size_notes(name: str, width: int, height: int) -> list[str]:
+    if width * height < _LARGE:
+        return []
+    memory = f"{3 * width * height / 1e9:.1f} GB"
+    return [f"the largest image, {name}, measures {width} x {height}: each thread of the loader takes {memory} for it; --max-side reduces it"]
+
+
 def _write_description(summary: Summary, source: Source, options: ConvertOptions) -> None:
     """Only what the input determines: neither times nor the number of workers, so equal runs give equal files."""
     description = {
@@ -312,6 +333,8 @@ def _write_description(summary: Summary, source: Source, options: ConvertOptions
             "skip_broken": options.skip_broken,
         },
         "counts": summary.counts,
+        "largest": dict(zip(("name", "width", "height"), summary.largest)),
+        "notes": summary.notes,
         "skipped": [{"name": name, "reason": reason} for name, reason in summary.skipped],
         "passed_over": [
             {"kind": kind, "files": count, "first": first}

@@ -1,5 +1,8 @@
 """JPEG files at the level of their bytes: headers, whether the data decodes, lossless progressive to baseline.
 
+libjpeg's warnings count as damage: ffcv's decoder and ours stop at them. Some are of headers alone, which cameras and
+editors write: `mended` sets these right, byte for byte, so that the strict check that follows still sees all of the data.
+
 The decoder is the libjpeg-turbo that ffcv links to, so that what passes here decodes there; it is called through
 ctypes, without importing ffcv. Marker codes and layouts: ITU-T T.81, annex B; Exif 2.3, section 4.6.
 """
@@ -11,18 +14,24 @@ import importlib.util
 import re
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from ffssl.data.convert import exif
+
 BASELINE, EXTENDED, PROGRESSIVE = 0xC0, 0xC1, 0xC2
 _FRAME_MARKERS = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # without DHT, JPG, DAC
 _STANDALONE_MARKERS = {0x01, *range(0xD0, 0xD9)}
-_START_OF_SCAN, _END_OF_IMAGE, _APP1 = 0xDA, 0xD9, 0xE1
+_START_OF_SCAN, _END_OF_IMAGE, _APP0, _APP1, _APP14 = 0xDA, 0xD9, 0xE0, 0xE1, 0xEE
 # Any but those that occur within a scan: stuffed zeros, restarts, fill bytes.
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)
-_ORIENTATION_TAG, _SHORT = 0x0112, 3
+_JFIF, _JFIF_LENGTH = b"JFIF\0", 14  # libjpeg looks at no shorter ones
+_ADOBE, _ADOBE_LENGTH = b"Adobe", 12
+_ADOBE_YCBCR, _ADOBE_YCCK = 1, 2
+_LAST_COEFFICIENT = 63
+_DATA_MISSING = "premature end of data segment"  # in libjpeg's words
 MOST_PIXELS_PER_BYTE = 512  # of Huffman-coded files: of some component each 8 x 8 pixels are a block, and a block takes a bit or more
 
 
@@ -59,32 +68,18 @@ def parse_header(data: bytes) -> JpegHeader:
     """Read the markers up to the first scan. Raises JpegError when they are cut short or make no sense, a size beyond the data's included."""
     if not is_jpeg(data):
         raise JpegError("does not begin like a JPEG file")
-    frame, orientation = None, 1
-    try:
-        position = 2
-        while True:
-            position = data.index(b"\xff", position)
-            while data[position] == 0xFF:  # a marker may be preceded by any number of fill bytes
-                position += 1
-            marker = data[position]
-            position += 1
-            if marker == _END_OF_IMAGE:
-                raise JpegError("ends before its first scan")
-            if marker == 0 or marker in _STANDALONE_MARKERS:
-                continue
-            (length,) = struct.unpack_from(">H", data, position)
-            segment = data[position + 2 : position + length]
-            if length < 2 or len(segment) != length - 2:
+    frame, exif_blocks = None, []
+    for begin, marker, end in _segments(data):
+        if marker in _FRAME_MARKERS:
+            if end - begin < 10:
                 raise JpegError("has a cut header")
-            position += length
-            if marker in _FRAME_MARKERS:
-                frame = (marker, *struct.unpack_from(">BHHB", segment))
-            elif marker == _APP1 and segment.startswith(b"Exif\0\0"):
-                orientation = _exif_orientation(segment[6:])
-            elif marker == _START_OF_SCAN:
-                break
-    except (ValueError, IndexError, struct.error) as error:
-        raise error if isinstance(error, JpegError) else JpegError("has a cut header") from error
+            frame = (marker, *struct.unpack_from(">BHHB", data, begin + 4))
+        elif marker == _APP1 and data.startswith(exif.PREFIX, begin + 4):
+            exif_blocks.append(data[begin + 4 : end])
+        elif marker == _END_OF_IMAGE:
+            raise JpegError("ends before its first scan")
+        elif marker == _START_OF_SCAN:
+            break
     if frame is None:
         raise JpegError("has a scan before its frame header")
     process, precision, height, width, components = frame
@@ -92,22 +87,86 @@ def parse_header(data: bytes) -> JpegHeader:
         raise JpegError("has no width or no height")
     if process in (BASELINE, EXTENDED, PROGRESSIVE) and width * height > MOST_PIXELS_PER_BYTE * len(data):
         raise JpegError(f"claims {width} x {height} pixels, more than {len(data)} bytes can hold")
-    return JpegHeader(width, height, components, precision, process, orientation)
+    return JpegHeader(width, height, components, precision, process, exif.orientation(exif_blocks))
 
 
-def _exif_orientation(tiff: bytes) -> int:
-    """Exif orientation, 1 to 8. Damaged Exif is common in the wild and counts as upright."""
-    try:
-        order = {b"II": "<", b"MM": ">"}[tiff[:2]]
-        (directory,) = struct.unpack_from(order + "I", tiff, 4)
-        (entries,) = struct.unpack_from(order + "H", tiff, directory)
-        for i in range(entries):
-            tag, kind, count, value = struct.unpack_from(order + "HHIH", tiff, directory + 2 + 12 * i)
-            if tag == _ORIENTATION_TAG and kind == _SHORT and count == 1 and 1 <= value <= 8:
-                return value
-    except (KeyError, struct.error):
-        pass
-    return 1
+def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yield (begin, marker, end) of each marker segment up to the end of the image, and pass over what lies between them.
+
+    data[begin] is 0xff, data[begin + 4 : end] what the segment says. Raises JpegError where the next one can't be found.
+    """
+    position = 2
+    while True:
+        try:
+            begin = data.index(b"\xff", position)
+            while (marker := data[begin + 1]) == 0xFF:  # a marker may be preceded by any number of fill bytes
+                begin += 1
+        except (ValueError, IndexError):
+            raise JpegError("has a cut header") from None
+        position = begin + 2
+        if marker == 0:
+            continue
+        if marker == _END_OF_IMAGE or marker in _STANDALONE_MARKERS:
+            yield begin, marker, position
+            if marker == _END_OF_IMAGE:
+                return
+            continue
+        position += int.from_bytes(data[position : position + 2], "big")
+        if position < begin + 4 or position > len(data):
+            raise JpegError("has a cut header")
+        yield begin, marker, position
+        if marker == _START_OF_SCAN:
+            found = _MARKER.search(data, position)
+            if found is None:
+                raise JpegError("ends before its end-of-image marker")
+            position = found.start()
+
+
+def _readable_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    with contextlib.suppress(JpegError):
+        yield from _segments(data)
+
+
+def mended(data: bytes) -> bytes:
+    """The file without what libjpeg warns of in its markers, though the picture is whole; `data` itself where it has none of that.
+
+    Bytes between segments are taken out. An unknown version of JFIF becomes 1.01; an unknown colour transform of Adobe's
+    the one that decoders assume; the last coefficient of a sequential scan, which decoders ignore, the only one it can be.
+    Coded data stay as they are, and so does what may be damage: a segment whose marker or length is lost, colours that the
+    components' names contradict, other parameters of a scan, and all that follows where a marker can't be found.
+    """
+    file, gaps = bytearray(data), []
+    process, names, jfif, adobe, scanned, last = None, b"", False, None, 0, 2
+    for begin, marker, end in _readable_segments(data):
+        gap, said = data[last:begin], data[begin + 4 : end]
+        if scanned == 0 and gap.strip(b"\xff"):  # behind a scan it would be data left over, or a scan that has lost its marker
+            if len(gap) == 2 + int.from_bytes(gap[2:4], "big") > 3 or any(name in gap for name in (_JFIF, _ADOBE, exif.PREFIX)):
+                return data
+            gaps.append((last, begin))
+        last = end
+        if marker in _FRAME_MARKERS and len(said) > 5:
+            process, names = marker, said[6::3][: said[5]]
+        elif marker == _APP0 and said.startswith(_JFIF) and len(said) >= _JFIF_LENGTH:
+            jfif = True
+            if said[5] != 1:
+                file[begin + 9 : begin + 11] = b"\1\1"
+        elif marker == _APP14 and said.startswith(_ADOBE) and len(said) >= _ADOBE_LENGTH:
+            adobe = begin + 15
+        elif marker == _START_OF_SCAN and len(said) > 3:
+            scanned += said[0]
+            first, _, approximation = said[-3:]
+            if process in (BASELINE, EXTENDED) and first == approximation == 0:
+                file[end - 2] = _LAST_COEFFICIENT
+    if gaps and scanned < len(names):  # the first scan may lie in a gap
+        return data
+    if adobe is not None:
+        if len(names) == 3 and not jfif and data[adobe] > _ADOBE_YCBCR and names != b"RGB":
+            file[adobe] = _ADOBE_YCBCR
+        elif len(names) == 4 and data[adobe] not in (0, _ADOBE_YCCK) and names != b"CMYK":
+            file[adobe] = _ADOBE_YCCK
+    for begin, end in reversed(gaps):
+        del file[begin:end]
+    return data if file == data else bytes(file)
 
 
 def verify(data: bytes, header: JpegHeader) -> None:
@@ -119,21 +178,25 @@ def verify(data: bytes, header: JpegHeader) -> None:
 
 
 def verify_markers(data: bytes) -> None:
-    """Follow the markers from the first scan to the end of the image, at a tenth of the cost of `verify`.
+    """Follow the markers to the end of the image, and see what libjpeg makes of them, which costs a fraction of `verify`.
 
-    Raises JpegError for a file that is cut off or overwritten with something else; flipped bits go unnoticed.
+    Raises JpegError for a file that is cut off or overwritten with something else, and for markers that no decoder takes;
+    flipped bits in the coded data go unnoticed.
     """
-    position = 2
-    while True:
-        found = _MARKER.search(data, position)
-        if found is None:
-            raise JpegError("ends before its end-of-image marker")
-        position = found.end()
-        if found[0][-1] == _END_OF_IMAGE:
-            return
-        if len(data) < position + 2:
-            raise JpegError("has a cut header")
-        position += struct.unpack_from(">H", data, position)[0]
+    # The markers alone are a file whose data is missing, which libjpeg says unless something about them comes first.
+    # One pixel will do.
+    markers, last = bytearray(data[:2]), 2
+    for begin, marker, end in _segments(data):
+        markers += data[begin if last is None else last : end]
+        if marker in _FRAME_MARKERS:
+            markers[begin - end + 5 : begin - end + 9] = b"\0\1\0\1"
+        last = end if marker != _START_OF_SCAN else None
+    header = replace(parse_header(data), width=1, height=1)
+    try:
+        verify(bytes(markers), header)
+    except JpegError as error:
+        if _DATA_MISSING not in str(error):
+            raise
 
 
 def decode(data: bytes, header: JpegHeader, denominator: int = 1) -> np.ndarray:

@@ -1,0 +1,64 @@
+"""PNG files at the level of their chunks: what says something about the picture, apart from the picture itself.
+
+Chunk layouts: PNG specification, third edition, section 11.
+"""
+
+import struct
+import zlib
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PIXELS, _TEXT, _COMPRESSED_TEXT, _EXIF = b"IDAT", b"tEXt", b"zTXt", b"eXIf"
+# Chunks that no pixel depends on. Unknown ones stay, for one may be a damaged name, which its checksum then shows.
+_METADATA = frozenset(
+    [_TEXT, _COMPRESSED_TEXT, _EXIF, b"iTXt", b"iCCP", b"gAMA", b"cHRM", b"sRGB", b"cICP", b"mDCV", b"cLLI", b"sBIT"]
+    + [b"bKGD", b"hIST", b"pHYs", b"sPLT", b"tIME"]
+)
+_PROFILES = (b"Raw profile type exif", b"Raw profile type APP1")  # where ImageMagick put Exif before eXIf was there
+_MOST_PROFILE = 1 << 20  # bytes of text, of twice as many digits as Exif's 64 kB have, and more
+
+
+class PngError(ValueError):
+    """The pixels are damaged."""
+
+
+def is_png(data: bytes) -> bool:
+    return data.startswith(SIGNATURE)
+
+
+def without_metadata(data: bytes) -> tuple[bytes, list[bytes]]:
+    """The file without its metadata, and its Exif blocks, see `exif.orientation`. A file that is cut off keeps what is left of it.
+
+    Pillow is strict with metadata: text of a megabyte, or a wrong checksum of it, would cost the image. With pixels it is not,
+    so their checksums are looked at here. Raises PngError for a wrong one.
+    """
+    kept, exif, profiles, start, position = [], [], [], 0, len(SIGNATURE)
+    while position + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        end = position + 12 + length
+        if end > len(data):
+            break
+        if kind == _PIXELS:
+            if zlib.crc32(memoryview(data)[position + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+                raise PngError("pixels whose checksum is wrong")
+        elif kind in _METADATA:
+            kept.append(data[start:position])
+            start = end
+            if kind == _EXIF:
+                exif.append(data[position + 8 : end - 4])
+            elif kind in (_TEXT, _COMPRESSED_TEXT):
+                profiles += _exif_profile(kind, data[position + 8 : end - 4])
+        position = end
+    return b"".join([*kept, data[start:]]) if start else data, exif + profiles
+
+
+def _exif_profile(kind: bytes, payload: bytes) -> list[bytes]:
+    """Exif in hexadecimal digits, after three lines of other things; none where it is something else, or damaged."""
+    keyword, _, text = payload.partition(b"\0")
+    if keyword not in _PROFILES:
+        return []
+    try:
+        if kind == _COMPRESSED_TEXT:
+            text = zlib.decompressobj().decompress(text[1:], _MOST_PROFILE)  # after a byte for the method
+        return [bytes.fromhex(b"".join(text.split(b"\n")[3:]).decode("ascii"))]
+    except (ValueError, zlib.error):
+        return []
