@@ -17,6 +17,7 @@ from ffssl.config import Options, read_options
 from ffssl.data.beton.read import read_beton
 from ffssl.files import make_folder
 from ffssl.run_folder.log import read_log
+from ffssl.slowed import describe_slowed
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {"baseline": "rn50_configs/demo_baseline.yaml", "efficient": "rn50_configs/demo_efficient.yaml"}
@@ -88,6 +89,8 @@ def print_table(logs: dict[str, list[dict]], raw_accuracy: float) -> None:
             f"{row['seconds']:>10.1f}{base['seconds'] / row['seconds']:>9.2f}x"
         )
     print("\nTFLOP in the standard count (backward = 2 forward); seconds of training, without the evaluations.")
+    for sentence in describe_slowed(logs):
+        print(f"\n{sentence}.")
 
 
 if __name__ == "__main__":

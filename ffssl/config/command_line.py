@@ -61,7 +61,7 @@ def exit_status(program: Callable[[], int | None], *, interrupted: str = "\ninte
             raise  # of some other pipe
         if interrupted:
             print(interrupted, file=sys.stderr)
-        status = 130
+        status = NOT_READ if isinstance(error, BrokenPipeError) else 130
     return status if _flush() else NOT_READ
 
 

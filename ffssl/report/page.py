@@ -15,6 +15,7 @@ from ffssl.report.gallery import Gallery
 from ffssl.report.pictures import NEIGHBOURS, VIEWS, show_choice, show_embedding, show_neighbours, show_views
 from ffssl.report.runs import ReportedRun, compare_options
 from ffssl.report.style import CSS
+from ffssl.slowed import describe_slowed
 
 
 def compose(runs: list[ReportedRun], device: torch.device) -> tuple[str, dict[str, bytes]]:
@@ -104,6 +105,9 @@ def _cost(runs: list[ReportedRun], gallery: Gallery) -> str:
     warning += "".join(
         _note(f"The accuracies of {run.name} mean nothing: {run.accuracy_doubt}.", "warning") for run in runs if run.accuracy_doubt
     )
+    for place in dict.fromkeys(run.hardware or run.name for run in runs):
+        together = {run.name: run.rows for run in runs if place in (run.hardware, run.name)}
+        warning += "".join(_note(f"{sentence}.", "warning") for sentence in describe_slowed(together))
     charts, evaluated = accuracy_charts(runs), _results(runs)
     curves = f'<div class="charts large">{_charts(charts, runs, gallery)}</div>' if charts else ""
     return warning + _table(runs) + (evaluated + curves or _note("No accuracy has been measured."))

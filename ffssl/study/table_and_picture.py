@@ -11,6 +11,7 @@ from ffssl.files import replacing, write_json, write_text
 from ffssl.run_folder.log import read_log
 from ffssl.run_folder.provenance import read_starts
 from ffssl.study.recipes import Run, Study
+from ffssl.slowed import describe_slowed
 
 COSTS = ("flops", "seconds")
 NOTES = """
@@ -43,8 +44,10 @@ def write_report(study: Study, folder: Path, records: dict[tuple[str, int], dict
         "seeds": study.seeds,
         "data": {split: _describe_data(path) for split, path in study.data.items()},
         "knn": [f"k = {k}, T = {temperature:g}" for k, temperature in settings],
+        "slowed": describe_slowed({f"{name}, seed {seed}": rows for name, by_seed in logs.items() for seed, rows in by_seed.items()}),
     }
     table = format_table(rows, len(study.seeds))
+    table += "".join(f"\n\n{sentence}." for sentence in header["slowed"])
     write_text(folder / "table.md", f"{_format_header(header)}\n{table}\n{NOTES}")
     write_json(folder / "table.json", header | {"runs": rows})
     with replacing(folder / "picture.png") as path:
