@@ -7,7 +7,9 @@ import signal
 import sys
 from pathlib import Path
 
+from ffssl.config.command_line import exit_status
 from ffssl.errors import UserError
+from ffssl.printable import printable
 
 EXAMPLES = """\
 examples:
@@ -120,10 +122,16 @@ def build_parser() -> Parser:
     def add_split(source: Parser, *names: str) -> None:
         source.add_argument("--split", choices=names, default=names[0], help=f"default: {names[0]}")
 
+    def add_no_labels(source: Parser) -> None:
+        source.add_argument(
+            "--no-labels", action="store_true", help="all images without labels (label -1)"
+        )
+
     folder = add(
         "folder",
         "images in a folder, one folder a class",
-        "Without class folders the images are unlabelled (label -1).",
+        "Without class folders the images are unlabelled (label -1). Links are followed; an image\n"
+        "is taken once.",
     )
     add_input(folder, "DIR", "the folder")
     folder.add_argument(
@@ -136,7 +144,8 @@ def build_parser() -> Parser:
     imagenet.add_argument(
         "--val-labels",
         metavar="PATH",
-        help="labels of validation images in one folder: the devkit (folder or .tar.gz) or LOC_val_solution.csv (default: found beside them)",
+        help="labels of validation images that do not lie in class folders: the devkit (folder or "
+        ".tar.gz) or LOC_val_solution.csv (default: found beside them)",
     )
 
     imagenette = add("imagenette", "Imagenette, downloaded if need be")
@@ -156,14 +165,29 @@ def build_parser() -> Parser:
         "huggingface", "Hugging Face data sets in Parquet files", "Needs pyarrow: pip install 'ffssl[huggingface]'."
     )
     add_input(huggingface, "PATH", "Parquet files, patterns, or the folder that holds them", nargs="+")
-    huggingface.add_argument("--split", metavar="NAME", help="in a folder, only files called NAME-*.parquet")
+    huggingface.add_argument(
+        "--split",
+        metavar="NAME",
+        help="in a folder, only the files of this split, as NAME-*.parquet",
+    )
     huggingface.add_argument("--image-column", metavar="NAME", help="default: found by its type")
-    huggingface.add_argument("--label-column", metavar="NAME", help="default: label, where there is one")
+    huggingface.add_argument(
+        "--label-column",
+        metavar="NAME",
+        help="numbers or texts (default: the column with class names, or label)",
+    )
+    add_no_labels(huggingface)
 
-    webdataset = add("webdataset", "WebDataset tar shards, images (.jpg, .png, .webp) and labels (.cls)")
+    webdataset = add(
+        "webdataset",
+        "WebDataset tar shards, images (.jpg, .png, .webp, ...) and labels (.cls, .json, .txt)",
+        "A label is the integer in .cls; or what .json has under label, cls, class or target; or,\n"
+        "where all .txt are integers, that.",
+    )
     add_input(
         webdataset, "SHARDS", "shards, in quotes: 'train-{000..146}.tar', 'shards/*.tar', or their folder", nargs="+"
     )
+    add_no_labels(webdataset)
 
     embedded = add("embedded", "FFSSL's own small data set, drawn on the spot")
     add_split(embedded, "train", "val")
@@ -176,42 +200,45 @@ def open_source(options: argparse.Namespace):
     """The source that the command line names. Modules are imported here: some need packages that others do not."""
     match options.source:
         case "folder":
-            from ffssl.data.sources.folder import ImageFolder
+            from ffssl.data.convert.sources.folder import ImageFolder
 
             return ImageFolder(options.input, labels=not options.no_labels)
         case "imagenet":
-            from ffssl.data.sources.imagenet import ImageNet
+            from ffssl.data.convert.sources.imagenet import ImageNet
 
             return ImageNet(options.input, options.split, options.val_labels)
         case "imagenette":
-            from ffssl.data.sources.torchvision_sets import Imagenette
+            from ffssl.data.convert.sources.torchvision_sets import Imagenette
 
             return Imagenette(options.input, options.split, options.size)
         case "cifar10":
-            from ffssl.data.sources.torchvision_sets import Cifar10
+            from ffssl.data.convert.sources.torchvision_sets import Cifar10
 
             return Cifar10(options.input, options.split)
         case "stl10":
-            from ffssl.data.sources.torchvision_sets import Stl10
+            from ffssl.data.convert.sources.torchvision_sets import Stl10
 
             return Stl10(options.input, options.split)
         case "huggingface":
-            from ffssl.data.sources.huggingface import HuggingFace
+            from ffssl.data.convert.sources.huggingface import HuggingFace
 
-            return HuggingFace(options.input, options.split, options.image_column, options.label_column)
+            labels = not options.no_labels and options.label_column != ""
+            return HuggingFace(
+                options.input, options.split, options.image_column, options.label_column, labels
+            )
         case "webdataset":
-            from ffssl.data.sources.webdataset import WebDataset
+            from ffssl.data.convert.sources.webdataset import WebDataset
 
-            return WebDataset(options.input)
+            return WebDataset(options.input, labels=not options.no_labels)
         case "embedded":
-            from ffssl.data.sources.embedded import Embedded
+            from ffssl.data.convert.sources.embedded import Embedded
 
             return Embedded(options.split, options.size, options.seed)
 
 
 def run(options: argparse.Namespace) -> None:
-    from ffssl.data.convert import ConvertOptions, check_output, convert
-    from ffssl.data.encode import Encoding
+    from ffssl.data.convert.conversion import ConvertOptions, check_output, convert
+    from ffssl.data.convert.encode import Encoding
 
     convert_options = ConvertOptions(
         encoding=Encoding(options.max_side, options.jpeg_quality, options.quick_check),
@@ -228,34 +255,41 @@ def run(options: argparse.Namespace) -> None:
 
 
 def print_summary(summary) -> None:
-    classes = f"{len(summary.class_names)} classes" if summary.class_names else "no class names"
+    classes = f"{summary.labels} different labels without names" if summary.labels else "no labels"
+    if summary.class_names:
+        classes = f"{len(summary.class_names)} classes"
     rate = summary.samples / summary.seconds
     print(f"{summary.path}: {summary.samples} samples, {classes}, {summary.file_bytes / 1e6:.1f} MB")
     print(f"  {', '.join(f'{count} {how}' for how, count in summary.counts.items() if count)}; {rate:.0f} image/s")
     print(f"  sha256 {summary.sha256}")
+    if summary.unlabelled and summary.labels:
+        print(f"  {summary.unlabelled} samples without a label (-1)")
+    if summary.passed_over:
+        total = sum(count for _, count, _ in summary.passed_over)
+        kinds = ", ".join(f"{count} {kind}" for kind, count, _ in summary.passed_over)
+        print(f"  {total} files passed over: {kinds}")
+        firsts = ", ".join(printable(first) for _, _, first in summary.passed_over)
+        print(f"    the first of each: {firsts}")
     if summary.skipped:
         print(f"  {len(summary.skipped)} broken images skipped:")
         for name, reason in summary.skipped:
-            print(f"    {_printable(name)}: {reason}")
-
-
-def _printable(text: str) -> str:
-    # File names need not be valid in the terminal's encoding, nor of one line.
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+            print(f"    {printable(name)}: {reason}")
 
 
 def main() -> int:
     """Exit status: 0; 1 when the run failed, at a broken image say; 2 for a mistake in the options; 130 for Ctrl-C."""
     # As an exception, so that the unfinished file is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for stream in (sys.stdout, sys.stderr):  # a terminal that knows only ASCII
+        stream.reconfigure(errors="backslashreplace")
     options = build_parser().parse_args()
     try:
         run(options)
     except UserError as error:
-        from ffssl.data.beton_writer import BetonWriteError
-        from ffssl.data.convert import ConversionError
+        from ffssl.data.beton.write import BetonWriteError
+        from ffssl.data.convert.conversion import ConversionError
 
-        print(f"error: {_printable(str(error))}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1 if isinstance(error, (BetonWriteError, ConversionError)) else 2
     except KeyboardInterrupt:
         print(f"interrupted; {options.output} was not written", file=sys.stderr)
@@ -264,4 +298,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -145,7 +145,7 @@ PY
             --training.learning_rate=0.2 "--run.folder=$output/efficient"
         section 'Imagenette, ResNet-18, what they took' "$python" - "$output/standard" "$output/efficient" << 'PY'
 import os, sys
-from ffssl.run_log import read_log
+from ffssl.run_folder.log import read_log
 print(f"{'run':<12}{'epochs':>8}{'minutes':>10}{'PFLOP':>10}{'kWh':>8}{'kNN':>8}")
 for folder in sys.argv[1:]:
     row = read_log(folder)[-1]

@@ -23,10 +23,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ffssl.data.convert import ConvertOptions, convert
+from ffssl.config.command_line import exit_status
+from ffssl.data.convert.conversion import ConvertOptions, convert
 from ffssl.data.loader import ViewLoader
-from ffssl.data.policy import EVALUATION
-from ffssl.data.sources.embedded import Embedded
+from ffssl.data.policy import (EVALUATION)
+from ffssl.data.convert.sources.embedded import Embedded
 
 LIMIT_MB = 2
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of glibc's malloc.h
@@ -132,4 +133,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -6,14 +6,18 @@ It runs the commands that a user would run, and prints them. Runs that are in th
 """
 
 import argparse
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+from ffssl.config.command_line import exit_status
 from ffssl.config import read_options
-from ffssl.run_log import read_log
+from ffssl.data.beton.read import read_beton
+from ffssl.files import make_folder
+from ffssl.run_folder.log import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {"baseline": "rn50_configs/demo_baseline.yaml", "efficient": "rn50_configs/demo_efficient.yaml"}
@@ -26,7 +30,7 @@ def main() -> int:
     folder = parser.parse_args().folder
     started = time.perf_counter()
     betons = {split: folder / f"{split}.beton" for split in IMAGES}
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "--folder")
     for split, count in IMAGES.items():
         if not betons[split].exists():
             run("write_datasets.py", "embedded", "--split", split, "--size", str(count), "--output", str(betons[split]))
@@ -45,7 +49,7 @@ def main() -> int:
 
 def run(program: str, *arguments: str) -> None:
     """Run one of the project's programs, showing its command; leave with its status if it fails."""
-    print(f"\n$ python {program} {' '.join(arguments)}", flush=True)
+    print(f"\n$ python {program} {shlex.join(arguments)}", flush=True)
     words = [program] if program == "-m" else [str(ROOT / program)]
     status = subprocess.run([sys.executable, *words, *arguments]).returncode
     if status:
@@ -58,7 +62,9 @@ def raw_pixel_accuracy(options: SimpleNamespace) -> float:
 
     from ffssl.evaluate.features import open_views
     from ffssl.evaluate.knn import knn_accuracy
+    from ffssl.evaluate.labels import shared_classes
 
+    shared_classes(*(read_beton(path, options.data.label_field) for path in (options.data.train, options.data.validation)))
     pixels, labels = {}, {}
     for name in ("train", "validation"):
         with open_views(getattr(options.data, name), options.data, options.resolution.max) as loader:
@@ -86,4 +92,4 @@ def print_table(logs: dict[str, list[dict]], raw_accuracy: float) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -40,7 +40,7 @@ def sync_folder(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text in place of the file before, see `replacing`. It survives a power cut."""
-    with replacing(path) as partial, open(partial, "w") as file:
+    with replacing(path) as partial, open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:  # names may be no UTF-8
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

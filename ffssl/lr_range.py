@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-from ffssl.command_line import exit_status
+from ffssl.config.command_line import exit_status
 from ffssl.config import as_dict, read_options
-from ffssl.openmp import share_cores
+from ffssl.parallel.openmp import share_cores
 
 if __name__ == "__main__":
     share_cores()
@@ -35,16 +35,18 @@ from torch import Tensor
 from torch.func import functional_call
 from tqdm import tqdm
 
-from ffssl import checkpoint, run_log, schedules
-from ffssl.data.beton import read_beton
+from ffssl.run_folder import checkpoint
+from ffssl.run_folder import log as run_log
+from ffssl import schedules
+from ffssl.data.beton.read import read_beton
 from ffssl.data.loader import ViewLoader
-from ffssl.device import choose_device, until_out_of_memory
+from ffssl.parallel.device import choose_device, until_out_of_memory
 from ffssl.errors import UserError
 from ffssl.files import make_folder, write_json
 from ffssl.hard_augment import choose_views, without_trace
 from ffssl.methods import Method
-from ffssl.plan import Plan
-from ffssl.step import Run, build, start_run, train_step
+from ffssl.training.schedule import Plan
+from ffssl.training.step import Run, build, start_run, train_step
 from ffssl.train import open_loader, out_of_memory
 
 CURVE, PICTURE = "lr_range.json", "lr_range.png"
@@ -86,7 +88,7 @@ def range_test(options: SimpleNamespace, *, low: float, high: float, steps: int,
     device = choose_device(options.run.device)
     torch.manual_seed(options.run.seed)
     method = build(options, device)
-    with open_loader(options, method) as loader:
+    with open_loader(options) as loader:
         validation = validation_views(options, method, loader, images)
         run = start_run(options, method, Sweep(options, len(loader), low, high, steps), device)
         for group in run.optimizer.param_groups:
@@ -104,18 +106,21 @@ def sweep(run: Run, loader: ViewLoader, validation: list[Tensor]) -> list[dict[s
     steps = range(run.plan.steps)
     for step, views in zip(tqdm(steps, unit="step", leave=False, disable=None), batches(run, loader)):
         learning_rate, _ = run.plan.learning_rate_and_momentum(step)
-        loss, spread = train_step(run, views.to(run.device), step)
-        losses = {"training_loss": loss.item(), "validation_loss": validation_loss(run, validation)}
+        result = train_step(run, views.to(run.device), step)
+        losses = {
+            "training_loss": result.loss.item(),
+            "validation_loss": validation_loss(run, validation),
+        }
         if not np.isfinite([*losses.values()]).all():
             break
-        rows.append({"step": step, "learning_rate": learning_rate, **losses, "embedding_std": spread.item()})
+        rows.append({"step": step, "learning_rate": learning_rate, **losses, "embedding_std": result.embedding_std.item()})
     return rows
 
 
 def batches(run: Run, loader: ViewLoader) -> Iterator[Tensor]:
     """Views of one epoch after the other, all at the resolution and magnitude of the run's first."""
     while True:
-        loader.set_epoch(run.epoch, run.plan.resolution(0), run.plan.magnitude(0))
+        loader.set_epoch(run.epoch, run.plan.resolution(0), run.plan.magnitude(0), views=run.plan.views(0))
         for views, _, _ in loader:
             yield views
         run.epoch += 1
@@ -137,7 +142,7 @@ def validation_views(options: SimpleNamespace, method: Method, loader: ViewLoade
                 f"{size}; give fewer --validation-images, or a smaller --training.batch_size, or another file"
             )
         changed["data"] = SimpleNamespace(**vars(options.data) | {"train": options.data.validation})
-    with open_loader(SimpleNamespace(**vars(options) | changed), method) as source:
+    with open_loader(SimpleNamespace(**vars(options) | changed)) as source:
         if not options.data.validation:
             source.samples, loader.samples = held_out(loader, count * size, options.run.seed)
         plan = Plan(options, len(source))
@@ -161,10 +166,14 @@ def validation_loss(run: Run, validation: list[Tensor]) -> float:
     """The method's loss on the views, by parts and with BatchNorm by the part as in training. Changes nothing of the run."""
     losses = []
     with without_trace(run.method, run.device), run.amp:
-        torch.manual_seed(run.options.run.seed)  # dropout, if there is any, drops the same every time
-        for views in (part for batch in validation for part in batch.chunk(run.options.training.accumulate)):
-            buffers = {name: buffer.clone() for name, buffer in run.method.named_buffers()}  # among them a queue, a centre
-            loss, _ = functional_call(run.method, buffers, choose_views(run.method, views.to(run.device)))
+        # Dropout, if there is any, drops the same every time.
+        torch.manual_seed(run.options.run.seed)
+        accumulate = run.options.training.accumulate
+        for views in (part for batch in validation for part in batch.chunk(accumulate)):
+            pair = choose_views(run.method, views.to(run.device))
+            # Copies of what the loss writes to: a queue, a centre.
+            buffers = {name: buffer.clone() for name, buffer in run.method.named_buffers()}
+            loss, _ = functional_call(run.method, buffers, pair)
             losses.append(loss)
     return torch.stack(losses).mean().item()
 

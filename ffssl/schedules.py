@@ -76,3 +76,13 @@ def resolution(epoch: int, *, schedule: str, epochs: int, warmup: int, low: int,
 def magnitude(epoch: int, *, epochs: int, low: float, high: float) -> float:
     """Augmentation magnitude, rising linearly from `low` in the first epoch to `high` in the last (section 3.2, fig. 3)."""
     return low + (high - low) * epoch / max(epochs - 1, 1)
+
+
+def hard_share(epoch: int, *, epochs: int, start: int, low: float, high: float) -> float:
+    """Share of the images that Hard Augment trains on their hardest pair.
+
+    It is 0 before the epoch `start`, then rises linearly from `low` to `high` in the last epoch.
+    """
+    if epoch < start:
+        return 0.0
+    return low + (high - low) * (epoch - start) / max(epochs - 1 - start, 1)

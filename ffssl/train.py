@@ -12,9 +12,9 @@ save one and leave, with status 75, 75 and 130.
 import faulthandler
 import sys
 
-from ffssl.command_line import exit_status
+from ffssl.config.command_line import exit_status
 from ffssl.config import command_line_options
-from ffssl.openmp import share_cores
+from ffssl.parallel.openmp import share_cores
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds: --help and a mistyped option are answered at once
     faulthandler.enable(2)  # tells where, should a disk fail under a mapped file (SIGBUS)
@@ -24,33 +24,34 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds: --h
 import contextlib
 import math
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
-from ffssl import checkpoint
+from ffssl.run_folder import checkpoint
 from ffssl.config import as_dict, shared_options
 from ffssl.cost import count_flops
-from ffssl.data.convert import identity, same_samples
+from ffssl.data.beton.read import LABEL
+from ffssl.data.convert.conversion import identity, same_samples
 from ffssl.data.loader import ViewLoader
-from ffssl.data.policy import choose_policies
-from ffssl.device import choose_device, describe_precision, precision, until_out_of_memory
-from ffssl.distributed import (
+from ffssl.parallel.device import choose_device, describe_precision, precision, until_out_of_memory
+from ffssl.parallel.ranks import (
     check_batch, cores_per_rank, failing_together, local_device, mean_over_ranks, process_group, rank, ranks_here, require_same, world_size,
 )  # fmt: skip
 from ffssl.errors import Stopped, UserError
 from ffssl.evaluate.online import OnlineKnn
 from ffssl.files import make_folder, only_one_in
-from ffssl.methods import Method
-from ffssl.plan import Plan
-from ffssl.run_log import RunLog, require_wandb
-from ffssl.run_record import record_start
-from ffssl.saver import Saver
-from ffssl.step import PASSES, Lead, Run, build, compile_passes, memory_advice, start_run, to_device, train_step
-from ffssl.stopping import StopRequest, stop_on_signals
-from ffssl.tally import Meter, Tally
+from ffssl.training.gauges import effective_rank
+from ffssl.training.schedule import Plan, StepShape, view_policies
+from ffssl.run_folder.log import RunLog, require_wandb
+from ffssl.run_folder.provenance import record_start
+from ffssl.run_folder.background_writer import Saver
+from ffssl.training.step import PASSES, Lead, Run, build, compile_passes, memory_advice, start_run, to_device, train_step
+from ffssl.training.signals import StopRequest, stop_on_signals
+from ffssl.training.epoch import Meter, Tally
 
 STEPS_BETWEEN_CHECKS = 50  # on a GPU reading the loss waits for the step; this often costs nothing and loses little
 SECONDS_BETWEEN_CHECKS = 5.0  # fewer steps if these take longer: torchrun grants its processes half a minute to save and leave
@@ -75,7 +76,7 @@ def train(options: SimpleNamespace) -> None:
         require_same(shared_options(options) | {"--training.amp": precision(options.training.amp, device)})
         check_batch(options.training.batch_size, options.training.accumulate)
         with failing_together():
-            loader = stack.enter_context(open_loader(options, method))
+            loader = stack.enter_context(open_loader(options))
             knn = stack.enter_context(contextlib.closing(OnlineKnn(options, device))) if options.data.validation and first else None
             data = identity(loader.beton)
         require_same({f"--data.train: {name}": value for name, value in data.items()})
@@ -95,6 +96,8 @@ def train(options: SimpleNamespace) -> None:
             ranks = f", {world_size()} processes" if world_size() > 1 else ""
             print(f"{loader.describe_memory()}{', on each process' if ranks else ''}", flush=True)
             print(f"on {device}{ranks}: {describe_precision(options.training.amp, device)}; torch.compile {compiled}{run.energy_note}", flush=True)
+            if knn and knn.label_field != LABEL:
+                print(f"labels for the kNN: the field '{knn.label_field}'", flush=True)
             record_start(folder, device)
             log = stack.enter_context(contextlib.closing(open_log(run, folder, resumed)))
             saver = stack.enter_context(
@@ -127,6 +130,8 @@ def train(options: SimpleNamespace) -> None:
             log.write(row)
             saver.save(run.state())
             print(summary(row, epochs), flush=True)
+            if row.get("hardness", 0) < -2 * row.get("hardness_error", 0):  # beyond chance
+                print(upside_down(options, row), file=sys.stderr, flush=True)
 
 
 def train_epoch(run: Run, loader: ViewLoader, log: RunLog | None, saver: Saver | None, stop: StopRequest) -> bool:
@@ -135,7 +140,9 @@ def train_epoch(run: Run, loader: ViewLoader, log: RunLog | None, saver: Saver |
     """
     options, plan, epoch, tally = run.options, run.plan, run.epoch, run.tally
     resolution, magnitude = plan.resolution(epoch), plan.magnitude(epoch)
-    loader.set_epoch(epoch, resolution, magnitude, first_batch=tally.steps)
+    loader.set_epoch(
+        epoch, resolution, magnitude, views=plan.views(epoch), first_batch=tally.steps
+    )
     run.method.train()
     step, replaced, batch_size = epoch * plan.steps_per_epoch, tally.replaced, options.training.batch_size
     checked, steps_to_check = tally.steps, 1
@@ -151,15 +158,14 @@ def train_epoch(run: Run, loader: ViewLoader, log: RunLog | None, saver: Saver |
             tally.replaced = replaced + loader.replaced
             # So that its random numbers (of dropout) don't depend on where a run was resumed, and each rank has its own.
             torch.manual_seed(options.run.seed + step + i + (rank() << 32))
-            loss, spread = train_step(run, views, step + i)
+            result = train_step(run, views, step + i)
             lead()
-            tally.losses.append(loss)
-            tally.spreads.append(spread)
+            tally.add(result)
             saving = bool(stop) or (saver is not None and saver.due())
             # Several ranks agree on what to do at the checks alone: for one, each step would have to wait for the GPU.
             if i + 1 == checked + steps_to_check or i + 1 == len(loader) or (saving and world_size() == 1):
                 losses, pace = torch.stack(tally.losses[checked:]), meter.elapsed() / (i + 1 - checked)
-                last, saving, pace = mean_over_ranks(torch.stack([losses.mean(), loss.new_tensor(saving), loss.new_tensor(pace)])).tolist()
+                last, saving, pace = mean_over_ranks(torch.stack([losses.mean(), losses.new_tensor(saving), losses.new_tensor(pace)])).tolist()
                 checked = i + 1
                 steps_to_check = 1 if run.device.type == "cpu" else max(1, min(STEPS_BETWEEN_CHECKS, int(SECONDS_BETWEEN_CHECKS / pace)))
                 if not math.isfinite(last):
@@ -179,12 +185,12 @@ def train_epoch(run: Run, loader: ViewLoader, log: RunLog | None, saver: Saver |
     return True
 
 
-def end_epoch(run: Run, loader: ViewLoader, flops: dict[int, int]) -> dict[str, float]:
-    """Count an epoch whose steps are done. flops: of a step of all ranks, by resolution. Returns its row in the log."""
+def end_epoch(run: Run, loader: ViewLoader, flops: dict[StepShape, int]) -> dict[str, float]:
+    """Count an epoch whose steps are done. flops: of a step of all ranks. Returns its row in the log."""
     tally, run.tally = run.tally, Tally()
     run.epoch += 1
     run.spent["seconds"] += tally.seconds
-    run.spent["flops"] += tally.steps * flops[loader.resolution]
+    run.spent["flops"] += tally.steps * flops[run.plan.shape(run.epoch - 1)]
     if tally.kwh is not None and (run.epoch == 1 or "kwh" in run.spent):
         run.spent["kwh"] = run.spent.get("kwh", 0.0) + tally.kwh * world_size()
     else:  # for good: what a part of the run has used would pass for the whole
@@ -196,7 +202,8 @@ def end_epoch(run: Run, loader: ViewLoader, flops: dict[int, int]) -> dict[str, 
         "epoch": run.epoch, **run.spent, "loss": torch.stack(tally.losses).mean().item(), "learning_rate": learning_rate, "momentum": momentum,
         "noise_scale": run.plan.noise_scale(last, len(loader.samples)), "resolution": loader.resolution,
         "magnitude": run.plan.magnitude(run.epoch - 1), "images_per_second": tally.steps * run.options.training.batch_size / tally.seconds,
-        "data_wait": tally.waited / tally.seconds, "embedding_std": torch.stack(tally.spreads).mean().item(), **broken,
+        "data_wait": tally.waited / tally.seconds, "embedding_std": torch.stack(tally.spreads).mean().item(),
+        "effective_rank": effective_rank(tally.all_embeddings), **tally.gauge_means(), **broken,
     }  # fmt: skip
 
 
@@ -211,18 +218,16 @@ def evaluate(run: Run, knn: OnlineKnn | None, stop: StopRequest) -> dict[str, fl
     return accuracy
 
 
-def open_loader(options: SimpleNamespace, method: Method) -> ViewLoader:
+def open_loader(options: SimpleNamespace) -> ViewLoader:
     """A run's training views: this rank's share of every batch."""
-    augment = options.augment
-    policies = choose_policies(
-        augment.policy or method.policy, crop_scale_min=augment.crop_scale_min, blur=augment.blur, jitter_form=augment.jitter_form
-    )
-    return ViewLoader(
-        options.data.train, batch_size=options.training.batch_size // world_size(), views=augment.views, policy=policies,
-        resolution=options.resolution.max, seed=options.run.seed, workers=options.data.workers or cores_per_rank(),
-        batches_ahead=options.data.batches_ahead, scaled_decoding=options.data.scaled_decoding, broken=options.data.broken,
-        rank=rank(), world_size=world_size(), loaders_here=ranks_here(),
-    )  # fmt: skip
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of labels, which are not trained on
+        return ViewLoader(
+            options.data.train, batch_size=options.training.batch_size // world_size(), views=options.augment.views,
+            policy=view_policies(options), resolution=options.resolution.max, seed=options.run.seed,
+            workers=options.data.workers or cores_per_rank(), batches_ahead=options.data.batches_ahead,
+            scaled_decoding=options.data.scaled_decoding, broken=options.data.broken, rank=rank(),
+            world_size=world_size(), loaders_here=ranks_here(), label_field=options.data.label_field,
+        )  # fmt: skip
 
 
 def open_log(run: Run, folder: Path, resumed: bool) -> RunLog:
@@ -269,6 +274,19 @@ def summary(row: dict[str, float], epochs: int) -> str:
     return (
         f"epoch {row['epoch']}/{epochs}  {row['resolution']} px  loss {row['loss']:.3f}  lr {row['learning_rate']:.3g}  "
         f"{row['images_per_second']:.0f} img/s, {row['data_wait']:.0%} waiting for data{knn}"
+    )
+
+
+def upside_down(options: SimpleNamespace, row: dict[str, float]) -> str:
+    """A warning of an epoch in which the chosen pairs were easier than random ones."""
+    advice = (
+        "compare them by the method's loss, --hard_augment.loss=method"
+        if options.hard_augment.loss == "cosine"
+        else "begin later, --hard_augment.start_epoch, or set --hard_augment.share_max below 1"
+    )
+    return (
+        f"warning: epoch {row['epoch']}: the loss of the chosen pairs is {-row['hardness']:.3g} below "
+        f"that of random pairs: Hard Augment trains on easy pairs; {advice}"
     )
 
 

@@ -1,6 +1,8 @@
+import random
 import signal
 from pathlib import Path
 
+import leftovers
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -8,11 +10,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+    parser.addoption("--seed", type=int, help="of the moments that tests choose at random; a failed test prints its own")
 
 
 def pytest_configure(config):
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background: programs under test would inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    leftovers.watch()
 
 
 def pytest_collection_modifyitems(config, items):
@@ -31,11 +35,20 @@ def _skip(items, marker, reason):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.fixture
+def moments(request) -> random.Random:
+    """For what happens at random moments."""
+    seed = request.config.getoption("--seed")
+    seed = random.randrange(1 << 32) if seed is None else seed
+    print(f"random moments: --seed={seed}")
+    return random.Random(seed)
+
+
 @pytest.fixture(scope="session")
 def betons(tmp_path_factory) -> dict[str, Path]:
     """Drawn images with labels: 160 to train on, 40 to validate."""
-    from ffssl.data.convert import convert
-    from ffssl.data.sources.embedded import Embedded
+    from ffssl.data.convert.conversion import convert
+    from ffssl.data.convert.sources.embedded import Embedded
 
     folder = tmp_path_factory.mktemp("betons")
     paths = {split: folder / f"{split}.beton" for split in ("train", "val")}

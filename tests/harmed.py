@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
+HANGS = 600  # seconds, after which a program does: far more than any needs, on a machine that has other work, too
 CONTEXT.set_forkserver_preload(["ffssl.train", "torch._dynamo"])  # the optimiser imports the other, for two seconds
 
 
@@ -21,8 +22,8 @@ class Program:
         self._process.start()
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Of the running program; it is over when it ends or after a minute."""
-        deadline = time.monotonic() + 60
+        """Of the running program; it is over when it ends or hangs."""
+        deadline = time.monotonic() + HANGS
         while not condition():
             assert self._process.is_alive() and time.monotonic() < deadline, self.output
             time.sleep(0.002)
@@ -30,9 +31,9 @@ class Program:
     def signal(self, number: int) -> None:
         os.kill(self._process.pid, number)
 
-    def status(self, within: float = 60) -> int:
-        """When it has ended: its exit status, or -n where signal n has ended it. It may take so many seconds."""
-        self._process.join(within)
+    def status(self) -> int:
+        """When it has ended: its exit status, or -n where signal n has ended it."""
+        self._process.join(HANGS)
         if self._process.exitcode is None:
             self._process.kill()
             raise AssertionError(f"the program hangs: {self.output}")
@@ -54,7 +55,7 @@ def _run(arguments: list[str], output: Path, harm: Callable[[], None] | None) ->
     import torch
 
     from ffssl import train
-    from ffssl.command_line import exit_status
+    from ffssl.config.command_line import exit_status
     from ffssl.config import read_options
 
     torch.set_num_threads(1)
@@ -111,6 +112,6 @@ def limit_files(size: int) -> None:
 
 
 def hang_while_saving() -> None:
-    from ffssl import checkpoint
+    from ffssl.run_folder import checkpoint
 
-    checkpoint.save = lambda *_, **__: time.sleep(3600)
+    checkpoint.save = lambda *_, **__: time.sleep(3600)  # its test kills it, and `leftovers` where that is killed first

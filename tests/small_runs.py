@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from ffssl import checkpoint
+from ffssl.run_folder import checkpoint
 from ffssl.config import as_dict, read_options
 from ffssl.methods import Method
-from ffssl.step import build
-from ffssl.tally import Tally
+from ffssl.training.step import build
+from ffssl.training.epoch import Tally
 
 SMALL = (
     "--model.backbone=resnet-small", "--method.name=simclr", "--method.hidden=16", "--method.projection=8", "--resolution.max=32",

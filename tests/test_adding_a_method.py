@@ -8,9 +8,9 @@ import torch
 
 from ffssl import methods
 from ffssl.config import read_options
-from ffssl.data.convert import convert
-from ffssl.data.sources.embedded import Embedded
-from ffssl.run_log import read_log
+from ffssl.data.convert.conversion import convert
+from ffssl.data.convert.sources.embedded import Embedded
+from ffssl.run_folder.log import read_log
 from ffssl.train import train
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "adding-a-method.md"

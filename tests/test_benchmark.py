@@ -3,10 +3,10 @@ import sys
 from argparse import Namespace
 
 from ffssl.benchmark import loader
-from ffssl.data.beton import read_beton
-from ffssl.data.convert import convert
-from ffssl.data.policy import choose_policies
-from ffssl.data.sources.embedded import Embedded
+from ffssl.data.beton.read import read_beton
+from ffssl.data.convert.conversion import convert
+from ffssl.data.policy import (choose_policies)
+from ffssl.data.convert.sources.embedded import Embedded
 
 
 STAND_INS = {  # peers that fail, each in its own way
@@ -51,7 +51,7 @@ def test_fewer_images_than_asked_for_are_repeated(betons, tmp_path):
 def test_loader_benchmark_names_every_contender_and_survives_those_that_fail(tmp_path):
     convert(Embedded("train", 16), tmp_path / "images.beton")
     command = "-m ffssl.benchmark loader --samples 16 --views 1 --resolution 32 --batch-size 8 --rounds 1 --workers 1 --data"
-    result = subprocess.run([sys.executable, *command.split(), str(tmp_path / "images.beton")], capture_output=True, text=True, timeout=280)
+    result = subprocess.run([sys.executable, *command.split(), str(tmp_path / "images.beton")], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     for name in ("ffssl", "ffssl, one worker", "ffssl, affine jitter", "decode only", "ffcv, crop and flip only", "torchvision + DataLoader"):

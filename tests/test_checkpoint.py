@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_runs import Code
 
-from ffssl import checkpoint
+from ffssl.run_folder import checkpoint
 from ffssl.errors import UserError
 
 

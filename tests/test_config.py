@@ -158,6 +158,9 @@ def test_files_that_are_each_others_base_are_refused(config):
     refused(config("base: other.yaml"), by="base")
 
 
+HARD = ["--hard_augment.select=hard", "--augment.views=3"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -175,6 +178,12 @@ def test_files_that_are_each_others_base_are_refused(config):
         (["--hard_augment.extra_targets=true"], r"hard_augment\.extra_targets: .*hard_augment\.select"),
         (["--hard_augment.loss=method"], r"hard_augment\.loss: .*hard_augment\.select=hard"),
         (["--hard_augment.loss=method", "--hard_augment.select=random", "--augment.views=3"], r"hard_augment\.loss: .*hard_augment\.select=hard"),
+        ([*HARD, "--training.epochs=9", "--hard_augment.start_epoch=9"], r"start_epoch: 9 is past the last epoch, 8"),
+        (["--hard_augment.start_epoch=1"], r"start_epoch: no pairs are chosen"),
+        ([*HARD, "--hard_augment.share_max=1.5"], r"share_max: expected a number from 0 to 1"),
+        ([*HARD, "--hard_augment.share_min=-0.1"], r"share_min: expected a number from 0 to 1"),
+        ([*HARD, "--hard_augment.share_min=0.5", "--hard_augment.share_max=0.4"], r"share_min: 0\.5 is larger"),
+        (["--hard_augment.share_max=0.5", "--hard_augment.share_min=0"], r"share_min: only hard pairs"),
     ],
 )
 def test_options_at_odds_with_each_other_are_refused(arguments, message):
@@ -191,7 +200,8 @@ def test_options_at_odds_with_each_other_are_refused(arguments, message):
         ["--training.epochs=5", "--training.warmup_epochs=4.9"],
         ["--training.epochs=5", "--training.warmup_epochs=10", "--training.schedule=1-clr", "--training.warmup_share=0.9"],
         ["--training.warmup_share=1"],  # plays no role but for 1-clr
-        ["--augment.views=3", "--hard_augment.select=hard", "--hard_augment.loss=method"],
+        [*HARD, "--hard_augment.loss=method"],
+        [*HARD, "--training.epochs=9", "--hard_augment.start_epoch=8"],
     ],
 )
 def test_options_that_agree_are_not(arguments):
@@ -212,7 +222,7 @@ def test_the_help_lists_every_option_with_its_meaning_and_default():
 
 def test_the_program_answers_help_with_0_and_a_mistake_with_2_and_one_line():
     def run(*arguments):
-        return subprocess.run([sys.executable, "ffssl/train.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        return subprocess.run([sys.executable, "ffssl/train.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600)
 
     answer = run("--help")
     assert answer.returncode == 0 and "--training.epochs" in answer.stdout

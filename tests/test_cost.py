@@ -1,24 +1,26 @@
 """FLOPs against numbers known from elsewhere: published ones, and the paper's tables."""
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from torch import nn
 
 from ffssl.backbones import build_backbone
-from ffssl.command_line import exit_status
+from ffssl.config.command_line import exit_status
 from ffssl.config import read_options
 from ffssl.cost import __main__ as program
 from ffssl.cost import count_flops, count_step
-from ffssl.cost.paper import agrees, figures, full_epochs, ours_of, paper_table
+from ffssl.cost.paper import HA, agrees, figures, full_epochs, ours_of, paper_table
 from ffssl.cost.runs import IMAGES, RunCosts, petaflop
-from ffssl.data.convert import convert
-from ffssl.data.sources.embedded import Embedded
+from ffssl.data.convert.conversion import convert
+from ffssl.data.convert.sources.embedded import Embedded
 from ffssl.errors import UserError
+from ffssl.hard_augment import Selection
 from ffssl.methods import build_method
 from ffssl.methods.base import Method
-from ffssl.plan import Plan
+from ffssl.training.schedule import Plan, StepShape
 
 CONFIGS = Path(__file__).parent.parent / "rn50_configs"
 IMAGENETTE, IMAGENET = IMAGES["imagenette"], IMAGES["imagenet"]
@@ -45,7 +47,7 @@ def simsiam(backbone):
 @pytest.mark.parametrize("name, forward", [("resnet50", 8.174e9), ("resnet18", 3.627e9)])
 def test_forward_pass_of_a_backbone_costs_what_is_known(name, forward):
     method = BackboneAlone(build_backbone(name))
-    assert count_step(method, batch_size=2, resolution=224).total(0) == pytest.approx(2 * 2 * forward, rel=0.005)
+    assert count_step(method, StepShape(224, 2), batch_size=2).total(0) == pytest.approx(2 * 2 * forward, rel=0.005)
 
 
 def test_a_linear_layer_costs_two_flops_a_weight():
@@ -53,40 +55,50 @@ def test_a_linear_layer_costs_two_flops_a_weight():
         def __init__(self):
             super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(3 * 16, 10)))
 
-    assert count_step(Linear(), batch_size=7, resolution=4).total(0) == 2 * 7 * 2 * 48 * 10
+    assert count_step(Linear(), StepShape(4, 2), batch_size=7).total(0) == 2 * 7 * 2 * 48 * 10
 
 
 def test_a_step_is_a_forward_pass_its_gradient_and_the_selection_pass():
-    options = {"batch_size": 4, "resolution": 64}
     method = simsiam("resnet18")
-    plain = count_step(method, **options)
+    plain = count_step(method, StepShape(64, 2), batch_size=4)
     forward = plain.total(0)
     assert (plain.total(1), plain.total()) == (2 * forward, 3 * forward)
-    predictor = 2 * 2 * 2048 * 512  # runs in the loss, not in the selection pass
+    predictor = 2 * 2 * 2048 * 512
     cosine = 2 * 2048  # of a prediction and a target, or of two projections
-    one_view = (forward - 4 * 4 * cosine) // 8 - predictor
+    one_view = (forward - 4 * 4 * cosine) // 8
     for resolution in (64, 128):  # a selection pass never enlarges the views
-        hard = count_step(method, views=6, hard_augment={"select": "hard", "resolution": resolution}, **options).total()
-        assert hard == 3 * forward + 4 * (6 * one_view + 6 * 6 * cosine)
+        for loss, of_a_view in (("method", one_view), ("cosine", one_view - predictor)):
+            selection = Selection("hard", resolution, loss)
+            hard = count_step(method, StepShape(64, 6), batch_size=4, selection=selection).total()
+            assert hard == 3 * forward + 4 * (6 * of_a_view + 6 * 6 * cosine)
 
 
 @pytest.mark.parametrize("name, heads", [("byol", 1.005), ("mocov2plus", 1.005), ("dino", 1.01)])
 def test_a_teacher_costs_a_forward_pass_whatever_a_backward_pass_counts(name, heads):
     backbone = 8.174e9
-    flops = count_step(build(name, "resnet50"), batch_size=2, resolution=224)
+    flops = count_step(build(name, "resnet50"), StepShape(224, 2), batch_size=2)
     for backward in (0, 1, 2):
         assert 1 <= flops.total(backward) / 2 / (2 * backbone * (1 + backward) + 2 * backbone) < heads
 
 
 def test_each_low_resolution_pass_is_counted_where_it_is_run():
-    flops = {
-        (name, tuple(options.items())): count_step(build(name, "resnet18"), batch_size=2, resolution=224, views=6, hard_augment=options).total()
-        for name in ("simsiam", "byol")
-        for options in (
-            {}, {"select": "random"}, {"select": "hard"}, {"select": "hard", "loss": "method"}, {"select": "hard", "extra_targets": True},
-            {"select": "hard", "loss": "method", "extra_targets": True}, {"select": "random", "extra_targets": True},
-        )
-    }  # fmt: skip
+    hard, random = Selection("hard", loss="cosine"), Selection("random")
+    by_loss = Selection("hard", loss="method")
+    selections = (
+        Selection(),
+        random,
+        hard,
+        by_loss,
+        replace(hard, extra_targets=True),
+        replace(by_loss, extra_targets=True),
+        replace(random, extra_targets=True),
+    )
+    flops = {}
+    for name in ("simsiam", "byol"):
+        method = build(name, "resnet18")
+        for selection in selections:
+            step = count_step(method, StepShape(224, 6), batch_size=2, selection=selection)
+            flops[name, selection] = step.total()
     small = 3.627e9 * (64 / 224) ** 2
     for name, views in (("simsiam", (0, 0, 6, 6, 6, 6, 4)), ("byol", (0, 0, 6, 12, 10, 12, 4))):
         plain, *others = [cost for (method, _), cost in flops.items() if method == name]
@@ -97,9 +109,10 @@ def test_each_low_resolution_pass_is_counted_where_it_is_run():
 @pytest.mark.parametrize("heads, tolerance", [(False, 1e-3), (True, 0.04)])  # the paper leaves out the heads, which do not shrink
 def test_hard_augments_overhead_is_the_papers(heads, tolerance):
     method = simsiam("resnet50") if heads else BackboneAlone(simsiam("resnet18").backbone)
-    plain = count_step(method, batch_size=2, resolution=224).total()
+    plain = count_step(method, StepShape(224, 2), batch_size=2).total()
     for views, overhead in ((6, 0.0816),) if heads else ((4, 0.0544), (5, 0.0680), (6, 0.0816), (8, 0.1088)):
-        hard = count_step(method, batch_size=2, resolution=224, views=views, hard_augment={"select": "hard", "resolution": 64}).total()
+        selection = Selection("hard", 64, "cosine")
+        hard = count_step(method, StepShape(224, views), batch_size=2, selection=selection).total()
         assert hard / plain - 1 == pytest.approx(overhead, rel=tolerance)
 
 
@@ -112,7 +125,7 @@ def test_hard_augments_overhead_is_the_papers(heads, tolerance):
     ],
 )  # fmt: skip
 def test_totals_by_the_papers_count_are_its_tables(name, backbone, images, epochs, petaflops):
-    total = count_step(build(name, backbone), batch_size=2, resolution=224).total(1) / 2 * images * epochs
+    total = count_step(build(name, backbone), StepShape(224, 2), batch_size=2).total(1) / 2 * images * epochs
     assert total / 1e15 == pytest.approx(petaflops, rel=0.006)
 
 
@@ -120,7 +133,7 @@ def test_totals_by_the_papers_count_are_its_tables(name, backbone, images, epoch
 def test_counting_leaves_the_method_as_it_was(name):
     method = build(name, "resnet18").eval()
     before = {name: value.clone() for name, value in method.state_dict().items()}
-    count_step(method, batch_size=2, resolution=64, views=3, hard_augment={"select": "hard", "resolution": 32})
+    count_step(method, StepShape(64, 3), batch_size=2, selection=Selection("hard", 32))
     assert not method.training
     assert all((before[name] == value).all() and value.device.type == "cpu" for name, value in method.state_dict().items())
 
@@ -130,21 +143,25 @@ def options_of(config, *overrides):
 
 
 def test_the_efficient_recipe_on_imagenette_saves_what_the_design_states():
-    runs = [options_of(f"imagenette_{recipe}") for recipe in ("baseline", "efficient")]
+    runs = [options_of("imagenette_baseline"), options_of("imagenette_efficient", *HA)]
     backbone = BackboneAlone(simsiam("resnet18").backbone)  # the ratio is that of any ResNet; heads would make it 0.6 % less
     totals = []
     for options in runs:
         plan = Plan(options, steps_per_epoch=1)
         per_step = count_flops(plan, backbone)
-        totals.append(sum(per_step[plan.resolution(epoch)] for epoch in range(options.training.epochs)) / options.training.batch_size)
+        totals.append(sum(per_step[plan.shape(epoch)] for epoch in range(options.training.epochs)) / options.training.batch_size)
     assert totals[0] / totals[1] == pytest.approx(2.356, abs=5e-4)
     assert full_epochs(runs[0]) / full_epochs(runs[1]) == pytest.approx(2.356, abs=5e-4)
 
 
 def test_a_step_is_told_apart_by_what_it_is_for():
-    options = {"batch_size": 4, "resolution": 128, "views": 6, "hard_augment": {"select": "hard", "resolution": 64}}
+    options = {"batch_size": 4, "selection": Selection("hard", 64, "cosine")}
+    shape = StepShape(128, 6)
     image = 3.627e9 * (64 / 224) ** 2
-    byol, student_only = count_step(build("byol", "resnet18"), **options), count_step(simsiam("resnet18"), **options)
+    byol, student_only = (
+        count_step(method, shape, **options)
+        for method in (build("byol", "resnet18"), simsiam("resnet18"))
+    )
     for flops in (byol, student_only):
         assert flops.forward == pytest.approx(4 * 2 * 4 * image, rel=0.05)  # heads do not shrink
         assert flops.selection == pytest.approx(4 * 6 * image, rel=0.1)
@@ -159,11 +176,11 @@ TOY = ("--model.backbone=resnet-small", "--method.hidden=8", "--method.projectio
 def test_the_total_of_a_run_is_what_training_counts():
     costs, options = RunCosts(), options_of("demo_efficient", *TOY)
     stages = costs.stages(options)
-    assert [(stage.resolution, stage.epochs) for stage in stages] == [(48, 1), (32, 4), (48, 3)]
+    assert [(*stage.shape, stage.epochs) for stage in stages] == [(48, 2, 1), (32, 4, 4), (48, 4, 3)]
     method = build_method("simclr", build_backbone("resnet-small"), {"hidden": 8, "projection": 8, "temperature": 0.2})
     plan = Plan(options, steps_per_epoch=62)
     per_step = count_flops(plan, method)
-    assert petaflop(stages, 62 * 64) * 1e15 == pytest.approx(sum(62 * per_step[plan.resolution(epoch)] for epoch in range(8)))
+    assert petaflop(stages, 62 * 64) * 1e15 == pytest.approx(sum(62 * per_step[plan.shape(epoch)] for epoch in range(8)))
     assert costs.stages(options) == stages
 
 
@@ -212,7 +229,9 @@ def test_the_program_prints_stages_totals_and_speed_ups(capsys, monkeypatch):
     program.main()
     out = capsys.readouterr().out
     assert "demo_efficient: simclr, resnet-small, 8 epochs of 3,968 images" in out
-    assert [line.split()[:2] for line in out.splitlines() if line.split()[:1] in (["48"], ["32"])] == [["48", "15"], ["48", "1"], ["32", "4"], ["48", "3"]]
+    rows = [line.split()[:3] for line in out.splitlines() if line.split()[:1] in (["48"], ["32"])]
+    # Resolution, views, epochs: pairs are chosen after the warm-up.
+    assert [" ".join(row) for row in rows] == ["48 2 15", "48 2 1", "32 4 4", "48 4 3"]
     baseline, efficient = (line.split() for line in out.splitlines() if line.startswith("demo_") and "simclr" not in line)
     costs = [petaflop(RunCosts().stages(options_of(f"demo_{recipe}", *TOY)), 3968) for recipe in ("baseline", "efficient")]
     assert baseline[2] == "1.00x" and efficient[2] == f"{costs[0] / costs[1]:.2f}x"

@@ -1,10 +1,10 @@
 import pytest
 
 from ffssl.config import read_options
-from ffssl.data.convert import convert
-from ffssl.data.sources.embedded import Embedded
+from ffssl.data.convert.conversion import convert
+from ffssl.data.convert.sources.embedded import Embedded
 from ffssl.demo import print_table, raw_pixel_accuracy
-from ffssl.run_log import read_log
+from ffssl.run_folder.log import read_log
 from ffssl.train import train
 
 SMALL = [

@@ -9,14 +9,16 @@ import torch
 from torch import distributed as dist
 from torch import multiprocessing, nn
 
-from ffssl import batch_norm
-from ffssl.distributed import gather, gather_with_gradient, local_device, mean_over_ranks, rank, world_size
+from ffssl.parallel import batch_norm
+from ffssl.parallel.ranks import (
+    gather, gather_with_gradient, local_device, mean_over_ranks, process_group, rank, ranks_here, world_size,
+)  # fmt: skip
 from ffssl.errors import UserError
 from ffssl.methods import build_method
 from ffssl.methods.barlow_twins import redundancy_reduction
 from ffssl.methods.simclr import nt_xent, nt_xent_of_pairs
 from ffssl.methods.vicreg import vicreg
-from ffssl.tally import Tally
+from ffssl.training.epoch import Tally
 
 RANKS, IMAGES, WIDTH = 2, 6, 8
 
@@ -265,11 +267,61 @@ def test_one_process_keeps_what_it_has():
     assert gather_with_gradient(x) is x and mean_over_ranks(x) is x
 
 
+def set_launcher(monkeypatch, **variables):
+    """As a launcher's environment, with no others of its kind."""
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "LOCAL_RANK"):
+        value = variables.get(name)
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+
+
+COMPLETE = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize("variables, message", [
+    ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 in the environment, but not RANK, MASTER_ADDR, MASTER_PORT; start with torchrun"),
+    (COMPLETE | {"RANK": " "}, "WORLD_SIZE is 2 in the environment, but not RANK; start with torchrun"),
+    (COMPLETE | {"MASTER_ADDR": None}, "WORLD_SIZE is 2 in the environment, but not MASTER_ADDR; "),
+    (COMPLETE | {"RANK": "2"}, "RANK is 2 in the environment, but WORLD_SIZE is 2"),
+    (COMPLETE | {"RANK": "first"}, "RANK is 'first' in the environment, which must be an integer of 0 or more"),
+    (COMPLETE | {"MASTER_PORT": "http"}, "MASTER_PORT is 'http' in the environment"),
+    ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' in the environment, which must be an integer of 1 or more; unset it"),
+    ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0' in the environment"),
+    ({"WORLD_SIZE": "-1"}, "WORLD_SIZE is '-1' in the environment"),
+])  # fmt: skip
+def test_an_environment_that_names_ranks_in_part_is_refused_before_anything_waits(monkeypatch, variables, message):
+    set_launcher(monkeypatch, **variables)
+    for joining in (lambda: local_device(torch.device("cpu")), lambda: process_group(torch.device("cpu")).__enter__()):
+        with pytest.raises(UserError) as refused:
+            joining()
+        assert str(refused.value).startswith(message)
+
+
+@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "WORLD_SIZE"])
+def test_of_machines_and_gpus_too(monkeypatch, name):
+    set_launcher(monkeypatch, **COMPLETE | {name: "many"})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(UserError, match=f"{name} is 'many' in the environment"):
+        local_device(torch.device("cuda"))
+
+
+def test_a_gpu_that_the_machine_has_not_is_refused(monkeypatch):
+    set_launcher(monkeypatch, **COMPLETE, LOCAL_RANK="4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(UserError, match="LOCAL_RANK is 4, but this machine has 4 GPUs"):
+        local_device(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("variables", [{}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "1", "RANK": "", "LOCAL_WORLD_SIZE": ""}])
+def test_one_process_needs_no_launcher(monkeypatch, variables):
+    set_launcher(monkeypatch, **variables)
+    with process_group(torch.device("cpu")):
+        assert not torch.distributed.is_initialized() and ranks_here() == 1
+        assert local_device(torch.device("cuda")) == torch.device("cuda")
+
+
 @pytest.mark.parametrize("number, index", [("3", 3), (None, 0)])
 def test_a_rank_takes_the_gpu_of_its_number_on_the_machine_and_the_first_where_it_has_none(monkeypatch, number, index):
-    environment = {"WORLD_SIZE": "8", "RANK": "7", "LOCAL_WORLD_SIZE": number and "4", "LOCAL_RANK": number}
-    for name, value in environment.items():
-        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    set_launcher(monkeypatch, WORLD_SIZE="8", RANK="7", MASTER_ADDR="a", MASTER_PORT="1", LOCAL_WORLD_SIZE=number and "4", LOCAL_RANK=number)
     chosen = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
@@ -279,10 +331,10 @@ def test_a_rank_takes_the_gpu_of_its_number_on_the_machine_and_the_first_where_i
 
 def test_what_is_saved_of_an_epoch_goes_on_in_another_number_of_ranks(monkeypatch):
     tally = Tally([torch.tensor(1.0)] * 3, [torch.tensor(2.0)] * 3, seconds=10.0, waited=1.0, replaced=1.5, kwh=0.5)  # the means of four
-    monkeypatch.setattr("ffssl.tally.world_size", lambda: 4)
+    monkeypatch.setattr("ffssl.training.epoch.world_size", lambda: 4)
     saved = tally.state()
     for ranks in (1, 2, 4):
-        monkeypatch.setattr("ffssl.tally.world_size", lambda: ranks)
+        monkeypatch.setattr("ffssl.training.epoch.world_size", lambda: ranks)
         goes_on = Tally.restored(saved, torch.device("cpu"))
         assert (goes_on.replaced * ranks, goes_on.kwh * ranks) == (6, 2)
         assert (goes_on.seconds, goes_on.waited, goes_on.steps) == (10, 1, 3)

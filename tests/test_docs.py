@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ffssl.data.convert import convert
-from ffssl.data.sources.embedded import Embedded
+from ffssl.data.convert.conversion import convert
+from ffssl.data.convert.sources.embedded import Embedded
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 5  # in an epoch of 8 images a batch
@@ -31,5 +31,5 @@ def folder(tmp_path_factory):
 def test_examples_of_the_loader_run(folder, block):
     (folder / "example.py").write_text(block + "\nassert views.shape[0] == 8 and len(loader) == 5\n")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # their threads would contend with the loader's
-    result = subprocess.run([sys.executable, "example.py"], cwd=folder, env=environment, capture_output=True, text=True, timeout=250)
+    result = subprocess.run([sys.executable, "example.py"], cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from ffssl.config import read_options
-from ffssl.energy import energy_counter
-from ffssl.run_log import read_log
-from ffssl.step import Run
-from ffssl.tally import Meter, Tally
+from ffssl.parallel.energy import energy_counter
+from ffssl.run_folder.log import read_log
+from ffssl.training.step import Run
+from ffssl.training.epoch import Meter, Tally
 from ffssl.train import train
 
 CUDA = torch.device("cuda", 1)
@@ -62,7 +62,7 @@ def test_a_gpu_whose_energy_nothing_counts_is_told(nvml):
 
 def train_with_counter(betons, folder, monkeypatch, joules):
     """Two epochs of two steps each. joules: called for each reading."""
-    monkeypatch.setattr("ffssl.step.energy_counter", lambda device: joules)
+    monkeypatch.setattr("ffssl.training.step.energy_counter", lambda device: joules)
     words = ["--model.backbone=resnet-small", "--method.name=simclr", "--method.hidden=8", "--method.projection=8", "--resolution.max=16", "--resolution.step=16"]
     options = read_options([*words, f"--data.train={betons['train']}", f"--run.folder={folder}", "--training.epochs=2", "--training.batch_size=64", "--run.tensorboard=false", "--run.device=cpu"])
     train(options)

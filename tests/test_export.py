@@ -6,10 +6,10 @@ import pytest
 import torch
 from small_runs import save_run
 
-from ffssl.command_line import exit_status
+from ffssl.config.command_line import exit_status
 from ffssl.evaluate.results import add_result
-from ffssl.export import main
-from ffssl.runs import fingerprint
+from ffssl.export.__main__ import main
+from ffssl.load import fingerprint
 
 
 def export(monkeypatch, *words) -> int:

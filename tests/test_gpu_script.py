@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ffssl.data.embedded import EmbeddedDataset
-from ffssl.run_log import read_log
+from ffssl.data.convert.embedded import EmbeddedDataset
+from ffssl.run_folder.log import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"

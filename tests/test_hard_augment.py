@@ -10,9 +10,19 @@ from torchvision.transforms import functional as V
 from ffssl.backbones import SmallResNet
 from ffssl.errors import UserError
 from ffssl.hard_augment import (
-    batch_statistics_untracked, check, choose_views, hardest_pair, pairs, random_pair, select_hardest, take_pair, take_rest,
-)  # fmt: skip
-from ffssl.images import MEAN, STD
+    Selection,
+    batch_statistics_untracked,
+    check,
+    choose_views,
+    hardest_pair,
+    losses_of_pairs,
+    pairs,
+    random_pair,
+    select_hardest,
+    take_pair,
+    take_rest,
+)
+from ffssl.data.normalise import MEAN, STD
 from ffssl.methods import METHODS, build_method
 from ffssl.methods.base import Method, cosines
 
@@ -22,7 +32,7 @@ OPTIONS = {
     "simsiam": {**WIDTHS, "predictor": 8}, "byol": {**WIDTHS, "predictor": 8}, "simclr": WIDTHS, "mocov2plus": {**WIDTHS, "queue": 64},
     "dino": {**WIDTHS, "prototypes": 24}, "barlow_twins": WIDTHS, "vicreg": WIDTHS,
 }  # fmt: skip
-WITH_PAIR_LOSSES = ["simsiam", "byol", "simclr", "mocov2plus", "dino"]
+WITH_PAIR_LOSSES = ["simsiam", "byol", "simclr", "mocov2plus", "dino", "vicreg"]
 PREDICTING = ["simsiam", "byol", "mocov2plus", "dino"]
 
 
@@ -94,6 +104,42 @@ def test_random_pairs_are_uniform_over_all_pairs():
     assert all(abs(count - 1000) < 4 * (6000 * 1 / 6 * 5 / 6) ** 0.5 for count in counts.values())
 
 
+@pytest.mark.parametrize("views, policies", [(3, 2), (6, 2), (5, 3)])
+def test_only_views_of_different_policies_are_paired(views, policies):
+    expected = [
+        (i, j)
+        for i, j in itertools.combinations(range(views), 2)
+        if i % policies != j % policies
+    ]
+    assert sorted(tuple(p) for p in pairs(views, policies=policies).tolist()) == expected
+    losses = torch.rand(50, views, views, generator=torch.Generator().manual_seed(0))
+    losses = losses + losses.mT
+    for one, chosen in zip(losses, hardest_pair(losses, policies).tolist()):
+        assert tuple(chosen) == max(expected, key=lambda pair: one[pair].item())
+    drawn = random_pair(500, views, torch.Generator().manual_seed(0), policies)
+    assert {tuple(pair) for pair in drawn.tolist()} == set(expected)
+
+
+def test_a_share_of_the_images_gets_its_hardest_pair_and_the_others_random_ones(method):
+    views = uint8_views(400, 4, 3, 16, 16)
+    hardest, _ = select_hardest(method, views, Selection("hard", 16))
+    for share in (0.0, 0.25, 0.75):
+        chosen, _ = select_hardest(method, views, Selection("hard", 16, share=share), seed=7)
+        same = (chosen == hardest).all(1).float().mean().item()
+        assert same == pytest.approx(share + (1 - share) / 6, abs=0.08)
+        again, _ = select_hardest(method, views, Selection("hard", 16, share=share), seed=7)
+        assert torch.equal(chosen, again)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_by_default_a_method_says_what_its_pairs_are_compared_by(name):
+    method = without_dropout(build(name))
+    views = uint8_views(6, 4, 3, 32, 32)
+    loss = "cosine" if name in ("simclr", "mocov2plus", "barlow_twins") else "method"
+    default = losses_of_pairs(method, views, Selection("hard", 16))
+    assert torch.equal(default, losses_of_pairs(method, views, Selection("hard", 16, loss)))
+
+
 def test_take_pair_takes_the_chosen_views_of_each_image():
     views = torch.randn(5, 4, 3, 2, 2)
     chosen = torch.tensor([[0, 1], [2, 3], [0, 3], [1, 2], [1, 3]])
@@ -118,7 +164,7 @@ def test_selection_is_the_hardest_pair_of_one_forward_pass_over_all_views(method
     expected = []
     for z in F.normalize(projections.double(), dim=2):
         expected.append(list(min(itertools.combinations(range(4), 2), key=lambda pair: (z[pair[0]] @ z[pair[1]]).item())))
-    chosen, extra = select_hardest(method, views, 32)
+    chosen, extra = select_hardest(method, views, Selection("hard", 32, "cosine"))
     assert chosen.tolist() == expected and extra is None
 
 
@@ -130,7 +176,10 @@ def test_selection_by_the_methods_loss_is_that_of_a_loop_over_images_and_pairs(n
     losses = {pair: torch.zeros(7) for pair in itertools.combinations(range(4), 2)}
     with torch.no_grad():
         for i, j in losses:
-            if name == "simclr":  # its loss of an image is among the batch: what the gradient of one image's terms would see
+            if name == "vicreg":  # whose other terms do not depend on which views are a pair
+                difference = method.project(images[:, i]) - method.project(images[:, j])
+                losses[i, j] = 25 * difference.double().square().mean(1)
+            elif name == "simclr":  # its loss of an image is among the batch: what the gradient of one image's terms would see
                 z = F.normalize(torch.cat([method.project(images[:, i]), method.project(images[:, j])]), dim=1)
                 similarity = (z @ z.T / method.temperature).fill_diagonal_(float("-inf"))
                 terms = F.cross_entropy(similarity, torch.arange(14).roll(7), reduction="none")
@@ -138,7 +187,7 @@ def test_selection_by_the_methods_loss_is_that_of_a_loop_over_images_and_pairs(n
             else:
                 for b in range(7):
                     losses[i, j][b], _ = copy.deepcopy(method).loss(images[b : b + 1, i], images[b : b + 1, j])  # a copy: it changes queue and centre
-        chosen, _ = select_hardest(method, views, 32, loss="method")
+        chosen, _ = select_hardest(method, views, Selection("hard", 32, "method"))
     expected = [max(losses, key=lambda pair: losses[pair][b].item()) for b in range(7)]
     assert [tuple(pair) for pair in chosen.tolist()] == expected
     assert len(set(expected)) > 1
@@ -150,8 +199,9 @@ def test_extra_targets_are_the_targets_of_the_views_not_chosen_at_the_selections
     method = without_dropout(build(name)).eval()
     views = uint8_views(5, 4, 3, 32, 32)
     images = by_torchvision(views)
-    chosen, extra = select_hardest(method, views, 16, loss=loss, extra_targets=True)
-    assert torch.equal(chosen, select_hardest(method, views, 16, loss=loss)[0]) and not extra.requires_grad
+    selection = Selection("hard", 16, loss, extra_targets=True)
+    chosen, extra = select_hardest(method, views, selection)
+    assert torch.equal(chosen, select_hardest(method, views, Selection("hard", 16, loss))[0]) and not extra.requires_grad
     for b in range(5):
         rest = [v for v in range(4) if v not in chosen[b].tolist()]
         small = F.interpolate(images[b, rest], (16, 16), mode="bilinear", antialias=True)
@@ -163,14 +213,14 @@ def test_random_pairs_may_have_extra_targets_too(name):
     method = without_dropout(build(name)).eval()
     views = uint8_views(5, 4, 3, 32, 32)
     images = by_torchvision(views)
-    options = {"select": "random", "resolution": 16, "extra_targets": True}
-    first, second, extra = choose_views(method, views, seed=3, **options)
+    selection = Selection("random", 16, extra_targets=True)
+    first, second, extra = choose_views(method, views, selection, seed=3)
     chosen = random_pair(5, 4, torch.Generator().manual_seed(3))
     torch.testing.assert_close(first, images[range(5), chosen[:, 0]])
     torch.testing.assert_close(second, images[range(5), chosen[:, 1]])
     small = F.interpolate(take_rest(images, chosen).flatten(0, 1), (16, 16), mode="bilinear", antialias=True)
     torch.testing.assert_close(extra.flatten(0, 1), method.targets(small), atol=1e-5, rtol=1e-4)
-    assert len(choose_views(method, views, select="random", resolution=16)) == 2
+    assert len(choose_views(method, views, Selection("random", 16))) == 2
 
 
 def test_without_selection_the_first_two_views_are_trained_on(method):
@@ -183,10 +233,10 @@ def test_without_selection_the_first_two_views_are_trained_on(method):
 def test_the_pair_is_in_autocasts_precision_rounded_once(method):
     views = uint8_views(5, 3, 3, 32, 32)
     with torch.autocast("cpu", torch.bfloat16):
-        pair = choose_views(method, views, select="hard", resolution=16)
+        pair = choose_views(method, views, Selection("hard", 16))
     assert [view.dtype for view in pair] == [torch.bfloat16] * 2
     with torch.autocast("cpu", torch.bfloat16):
-        chosen, _ = select_hardest(method, views, 16)
+        chosen, _ = select_hardest(method, views, Selection("hard", 16))
     for view, exact in zip(pair, take_pair(by_torchvision(views), chosen)):
         torch.testing.assert_close(view.float(), exact, rtol=2**-8, atol=1e-6)  # half of bfloat16's last place
 
@@ -200,41 +250,49 @@ def test_take_rest_takes_the_others_in_their_order():
 @pytest.mark.parametrize("name", METHODS)
 def test_what_a_method_has_not_is_refused(name):
     method = build(name)
-    check(method, select="hard", resolution=64, loss="cosine", extra_targets=False)
-    for loss, extra_targets, allowed in (("method", False, name in WITH_PAIR_LOSSES), ("cosine", True, name in PREDICTING)):
+    check(method, Selection("hard"))
+    for selection, allowed in (
+        (Selection("hard", loss="method"), name in WITH_PAIR_LOSSES),
+        (Selection("hard", loss="cosine", extra_targets=True), name in PREDICTING),
+    ):
         if allowed:
-            check(method, loss=loss, extra_targets=extra_targets)
+            check(method, selection)
         else:
-            with pytest.raises(UserError, match=rf"--hard_augment\.{'loss' if loss == 'method' else 'extra_targets'}: {name}"):
-                check(method, loss=loss, extra_targets=extra_targets)
+            option = "extra_targets" if selection.extra_targets else "loss"
+            with pytest.raises(UserError, match=rf"--hard_augment\.{option}: {name}"):
+                check(method, selection)
 
 
 def test_selection_sees_antialiased_views_and_never_enlarges_them():
     views = uint8_views(2, 3, 3, 96, 96)
     recorder = Recorder()
-    select_hardest(recorder, views, 32)
+    select_hardest(recorder, views, Selection("hard", 32, "cosine"))
     torch.testing.assert_close(recorder.seen, V.resize(by_torchvision(views).flatten(0, 1), [32, 32], antialias=True))
     assert recorder.seen.is_contiguous(memory_format=torch.channels_last)
-    select_hardest(recorder, views, 128)
+    select_hardest(recorder, views, Selection("hard", 128, "cosine"))
     torch.testing.assert_close(recorder.seen, by_torchvision(views).flatten(0, 1))
 
 
-OPTIONS_OF_THE_PASS = [
-    {"select": "hard"}, {"select": "hard", "loss": "method"}, {"select": "hard", "extra_targets": True},
-    {"select": "hard", "loss": "method", "extra_targets": True}, {"select": "random", "extra_targets": True},
-]  # fmt: skip
+SELECTIONS = [
+    Selection("hard", 32, loss, extra, share)
+    for loss in ("cosine", "method")
+    for extra in (False, True)
+    for share in (1, 0.5)
+] + [Selection("random", 32, extra_targets=True)]
 
 
-def supported(name, options):
+def supported(name, selection):
     try:
-        check(build(name), **{"loss": "cosine", "extra_targets": False} | options)
+        check(build(name), selection)
     except UserError:
         return False
     return True
 
 
-@pytest.mark.parametrize("name, options", [(name, options) for name in METHODS for options in OPTIONS_OF_THE_PASS if supported(name, options)])
-def test_choosing_views_leaves_no_trace(name, options):
+@pytest.mark.parametrize(
+    "name, selection", [(n, s) for n in METHODS for s in SELECTIONS if supported(n, s)]
+)
+def test_choosing_views_leaves_no_trace(name, selection):
     method = build(name)
     before = copy.deepcopy(method.state_dict())
     method.backbone.stem[0].weight.requires_grad_(False)
@@ -248,7 +306,7 @@ def test_choosing_views_leaves_no_trace(name, options):
     views = uint8_views(4, 3, 3, 48, 48)
     kept = views.clone()
 
-    chosen = choose_views(method, views, resolution=32, **options)
+    chosen = choose_views(method, views, selection)
 
     assert not any(tensor.requires_grad for tensor in chosen)
     assert all(torch.equal(before[key], value) for key, value in method.state_dict().items())
@@ -256,7 +314,7 @@ def test_choosing_views_leaves_no_trace(name, options):
     assert all(p.grad is None for p in method.parameters())
     assert torch.equal(random_state, torch.get_rng_state())
     assert torch.equal(views, kept)
-    if not options.get("extra_targets"):
+    if not selection.extra_targets:
         method(*chosen)
         assert not torch.equal(random_state, torch.get_rng_state())  # dropout does draw
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from ffssl import lr_range
-from ffssl.command_line import exit_status
+from ffssl.config.command_line import exit_status
 from ffssl.config import read_options
-from ffssl.data.convert import convert
-from ffssl.data.sources.embedded import Embedded
+from ffssl.data.convert.conversion import convert
+from ffssl.data.convert.sources.embedded import Embedded
 from ffssl.errors import UserError
 from ffssl.lr_range import Sweep, held_out, range_test, suggest_limits, validation_loss, validation_views
 from ffssl.methods.base import Method
-from ffssl.step import build, start_run, train_step
+from ffssl.training.step import build, start_run, train_step
 from ffssl.train import open_loader
 
 TOY = [
@@ -104,7 +104,7 @@ def start(options, loader):
 def test_validating_leaves_no_trace_and_always_finds_the_same(beton, method):
     name, *more = method.split()
     options = options_of(beton, f"--method.name={name}", *more, "--hard_augment.select=hard", "--augment.views=3")
-    with open_loader(options, build(options, torch.device("cpu"))) as loader:
+    with open_loader(options) as loader:
         run = start(options, loader)
         validation = validation_views(options, run.method, loader, 32)
         assert [tuple(views.shape) for views in validation] == [(16, 2, 3, 16, 16)] * 2
@@ -121,7 +121,7 @@ def test_validating_leaves_no_trace_and_always_finds_the_same(beton, method):
 
 def test_the_validation_loss_is_of_parts_as_large_as_those_trained_on(beton):
     options = options_of(beton, "--training.accumulate=2")
-    with open_loader(options, build(options, torch.device("cpu"))) as loader:
+    with open_loader(options) as loader:
         run = start(options, loader)
         validation = validation_views(options, run.method, loader, 16)
         by_parts = validation_loss(run, validation)
@@ -131,7 +131,7 @@ def test_the_validation_loss_is_of_parts_as_large_as_those_trained_on(beton):
 
 def test_validation_images_are_not_trained_on(beton):
     options = options_of(beton)
-    with open_loader(options, build(options, torch.device("cpu"))) as loader:
+    with open_loader(options) as loader:
         validation, training = held_out(loader, 32, seed=0)
         assert len(validation) == 32 and sorted([*validation, *training]) == list(range(80))
         validation_views(options, build(options, torch.device("cpu")), loader, 32)
@@ -145,7 +145,7 @@ def test_training_is_that_of_a_run_at_those_learning_rates(beton):
     """Neither the validation nor the sweep changes what the steps do: the same steps by hand give the same losses."""
     options = options_of(beton, "--method.name=simsiam", "--method.predictor=8", f"--data.validation={beton}", "--method.constant_predictor_lr=true")
     rows = range_test(options, low=1e-3, high=1.0, steps=12, images=1)
-    with open_loader(options, build(options, torch.device("cpu"))) as loader:
+    with open_loader(options) as loader:
         run = start(options, loader)
         losses = []
         for epoch in range(3):

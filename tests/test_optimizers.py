@@ -6,7 +6,7 @@ from torch import nn
 
 from ffssl.backbones import build_backbone
 from ffssl.methods import METHODS, build_method
-from ffssl.optimizers import OPTIMIZERS, build_optimizer, set_learning_rate_and_momentum
+from ffssl.training.optimizers import OPTIMIZERS, build_optimizer, set_learning_rate_and_momentum
 
 STEPS = [(0.5, 0.95), (1.0, 0.9), (0.25, 0.85)]  # learning rate and momentum
 

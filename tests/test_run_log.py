@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from ffssl.errors import UserError
-from ffssl.run_log import NAME, RunLog, read_log
+from ffssl.run_folder.log import NAME, RunLog, read_log
 
 
 def rows(*epochs):

@@ -6,7 +6,7 @@ import torch
 
 from ffssl.benchmark import machine
 from ffssl.errors import UserError
-from ffssl.run_record import NAME, git_revision, read_starts, record_start
+from ffssl.run_folder.provenance import NAME, git_revision, read_starts, record_start
 
 
 def test_every_start_is_kept(tmp_path):

@@ -2,9 +2,9 @@ import pytest
 import torch
 from small_runs import Code, save_run
 
-from ffssl import checkpoint
+from ffssl.run_folder import checkpoint
 from ffssl.errors import UserError
-from ffssl.runs import backbone_of, fingerprint, load_run
+from ffssl.load import backbone_of, fingerprint, load_run
 
 
 def test_a_run_is_loaded_from_its_folder_and_from_its_checkpoint(tmp_path):

@@ -7,9 +7,9 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from ffssl import checkpoint
+from ffssl.run_folder import checkpoint
 from ffssl.errors import UserError
-from ffssl.saver import Saver, copy_to_host
+from ffssl.run_folder.background_writer import Saver, copy_to_host
 
 CPU = torch.device("cpu")
 
@@ -18,7 +18,7 @@ def test_what_is_saved_is_the_state_at_the_call_though_it_changes_while_it_is_wr
     may_write, save = threading.Event(), checkpoint.save
 
     def slow_save(*arguments, **settings):
-        assert may_write.wait(10)
+        assert may_write.wait(600)
         save(*arguments, **settings)
 
     monkeypatch.setattr(checkpoint, "save", slow_save)
@@ -114,7 +114,7 @@ def test_the_thread_starts_no_threads_of_openmp(tmp_path):
     program = (
         "import os, sys, torch\n"
         "from pathlib import Path\n"
-        "from ffssl.saver import Saver\n"
+        "from ffssl.run_folder.background_writer import Saver\n"
         "torch.set_num_threads(2)\n"
         "weights = torch.randn(1 << 20)\n"
         "weights.isfinite().all()\n"

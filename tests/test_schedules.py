@@ -109,3 +109,10 @@ def test_magnitude_rises_linearly_from_the_first_epoch_to_the_last():
     values = [schedules.magnitude(epoch, epochs=5, low=4, high=6) for epoch in range(5)]
     assert values == pytest.approx([4, 4.5, 5, 5.5, 6])
     assert schedules.magnitude(0, epochs=1, low=4, high=6) == 4
+
+
+def test_the_share_of_hard_pairs_rises_linearly_from_its_start_to_the_last_epoch():
+    shares = [schedules.hard_share(e, epochs=9, start=3, low=0.25, high=1) for e in range(9)]
+    assert shares == pytest.approx([0, 0, 0, 0.25, 0.4, 0.55, 0.7, 0.85, 1])
+    constant = [schedules.hard_share(e, epochs=4, start=3, low=1, high=1) for e in range(4)]
+    assert constant == [0, 0, 0, 1]

@@ -26,7 +26,7 @@ def soak():
 def test_a_hundred_and_twenty_epochs_are_flat():
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, SCRIPT, "--epochs", "120", "--batch-size", "16"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     header, *rows, verdict = result.stdout.splitlines()
     assert header.split() == ["epochs", "memory,", "MB", "threads", "descriptors"] and len(rows) == 8 and verdict == "flat"
@@ -68,8 +68,8 @@ def test_an_epoch_that_leaks_is_not_called_flat(soak, beton_of_drawings):
 
 @pytest.fixture
 def beton_of_drawings(tmp_path):
-    from ffssl.data.convert import ConvertOptions, convert
-    from ffssl.data.sources.embedded import Embedded
+    from ffssl.data.convert.conversion import ConvertOptions, convert
+    from ffssl.data.convert.sources.embedded import Embedded
 
     convert(Embedded("train", 32), tmp_path / "images.beton", ConvertOptions(progress=False))
     return tmp_path / "images.beton"

@@ -8,19 +8,20 @@ import pytest
 import torch
 from torchvision.transforms import functional as V
 
-from ffssl import batch_norm, hard_augment
+from ffssl.parallel import batch_norm
+from ffssl import hard_augment
 from ffssl.backbones import SmallResNet
 from ffssl.config import read_options
-from ffssl.data.convert import ConvertOptions, convert
+from ffssl.data.convert.conversion import ConvertOptions, convert
 from ffssl.data.loader import ViewLoader
-from ffssl.data.sources.embedded import Embedded
-from ffssl.device import describe_precision, is_out_of_memory, mixed_precision, precision, until_out_of_memory
+from ffssl.data.convert.sources.embedded import Embedded
+from ffssl.parallel.device import describe_precision, is_out_of_memory, mixed_precision, precision, until_out_of_memory
 from ffssl.errors import UserError
-from ffssl.images import MEAN, STD, to_input
+from ffssl.data.normalise import MEAN, STD, to_input
 from ffssl.methods import METHODS
 from ffssl.methods.base import Method
-from ffssl.plan import Plan
-from ffssl.step import PASSES, build, compile_passes, memory_advice, start_run, to_device, train_step
+from ffssl.training.schedule import Plan
+from ffssl.training.step import PASSES, build, compile_passes, memory_advice, start_run, to_device, train_step
 
 CPU = torch.device("cpu")
 NETWORK = {
@@ -40,7 +41,7 @@ def options_of(name, *more):
 
 @pytest.fixture(autouse=True)
 def tiny_backbone(monkeypatch):
-    monkeypatch.setattr("ffssl.step.build_backbone", lambda *_, **__: SmallResNet((8, 16)))
+    monkeypatch.setattr("ffssl.training.step.build_backbone", lambda *_, **__: SmallResNet((8, 16)))
 
 
 def start(options, seed=0, device=CPU):
@@ -67,8 +68,8 @@ def test_a_step_reads_no_value_of_a_tensor(name):
     run = start(options_of(name, *HARD, "--training.accumulate=2"), device=torch.device("meta"))
     views = batch(views=3).to("meta")
     for step in range(2):
-        loss, spread = train_step(run, views, step)
-    assert loss.shape == spread.shape == ()
+        run.epoch, result = step, train_step(run, views, step)
+    assert result.loss.shape == result.embedding_std.shape == ()
 
 
 @pytest.mark.gpu
@@ -108,7 +109,7 @@ def test_gradients_of_parts_add_up_to_those_of_their_mean():
     method = copy.deepcopy(run.method)
     losses = [method(*hard_augment.choose_views(method, part))[0] for part in (views[:8], views[8:])]
     (sum(losses) / 2).backward()
-    loss, _ = train_step(run, views, 0)
+    loss = train_step(run, views, 0).loss
     assert loss.item() == pytest.approx((sum(losses) / 2).item(), rel=1e-6)
     for ours, theirs in zip(run.method.parameters(), method.parameters()):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
@@ -116,7 +117,7 @@ def test_gradients_of_parts_add_up_to_those_of_their_mean():
 
 def test_each_part_of_each_step_draws_pairs_of_its_own(monkeypatch):
     seeds, choose_views = [], hard_augment.choose_views
-    monkeypatch.setattr(hard_augment, "choose_views", lambda *args, seed, **options: seeds.append(seed) or choose_views(*args, seed=seed, **options))
+    monkeypatch.setattr(hard_augment, "choose_views", lambda *args: seeds.append(args[-1]) or choose_views(*args))
     for parts in (1, 4):
         run = start(options_of("vicreg", "--augment.views=3", "--hard_augment.select=random", f"--training.accumulate={parts}", "--run.seed=7"))
         for step in range(3):

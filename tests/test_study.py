@@ -17,15 +17,15 @@ import pytest
 import yaml
 
 from ffssl import study as program
-from ffssl.command_line import exit_status
+from ffssl.config.command_line import exit_status
 from ffssl.config import read_options
 from ffssl.errors import UserError
 from ffssl.files import only_one_in
-from ffssl.run_log import NAME as LOG_NAME
-from ffssl.run_log import read_log
-from ffssl.study import check_unchanged, comparable, finished, write_record
-from ffssl.study_file import Run, read_study
-from ffssl.study_report import draw, first_reached, format_table, mean_curve, summarise
+from ffssl.run_folder.log import NAME as LOG_NAME
+from ffssl.run_folder.log import read_log
+from ffssl.study.__main__ import check_unchanged, comparable, finished, write_record
+from ffssl.study.recipes import Run, read_study
+from ffssl.study.table_and_picture import draw, first_reached, format_table, mean_curve, summarise
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = {
@@ -165,7 +165,7 @@ def test_an_ended_study_goes_on_where_it_stopped(toy, tmp_path):
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.02)
         process.send_signal(number)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=600)
         assert process.returncode == status and "Traceback" not in err
         assert ("the same command goes on where it stopped" in err) == (number == signal.SIGINT)
         assert read_log(folder)[: len(done)] == done  # seconds too: these epochs were not run again

@@ -2,27 +2,29 @@ import contextlib
 import itertools
 import json
 import os
-import random
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from ffssl import checkpoint
+from ffssl.run_folder import checkpoint
 from ffssl import train as train_module
 from ffssl.config import read_options
-from ffssl.data.beton import read_beton
-from ffssl.data.convert import convert, description_path
+from ffssl.cost import count_flops, count_step
+from ffssl.data.beton.read import read_beton
+from ffssl.data.convert.conversion import ConvertOptions, convert, description_path
+from ffssl.data.convert.sources.embedded import Embedded
 from ffssl.errors import Stopped, UserError
-from ffssl.plan import Plan
-from ffssl.run_log import RunLog, read_log
-from ffssl.saver import Saver
+from ffssl.training.schedule import Plan, StepShape
+from ffssl.run_folder.log import RunLog, read_log
+from ffssl.run_folder.background_writer import Saver
+from ffssl.training.step import build
 from ffssl.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,9 +60,53 @@ def test_efficient_run_follows_its_schedules_and_logs_them(betons, tmp_path):
     assert [row["magnitude"] for row in rows[1:]] == [4, 4.5, 5, 5.5, 6]
     assert [("knn" in row) for row in rows] == [True, False, False, False, False, True]
     flops = [b["flops"] - a["flops"] for a, b in zip(rows, rows[1:])]
-    assert flops[1] == flops[2] < flops[0] == flops[3] == flops[4]
+    assert flops[1] == flops[2] < flops[0] < flops[3] == flops[4]  # no pass in the warm-up
     assert rows[-1]["loss"] < rows[1]["loss"]
     assert all(0 <= row["data_wait"] <= 1 and row["embedding_std"] > 0 for row in rows[1:])
+
+
+def test_a_run_watches_its_pairs_its_predictor_and_the_rank_of_its_embeddings(betons, tmp_path):
+    simsiam = ["--method.name=simsiam", "--method.predictor=8", *EFFICIENT]
+    train(read_options(arguments(betons, tmp_path, *simsiam, "--training.epochs=3")))
+    rows = read_log(tmp_path)
+    assert ["hardness" in row for row in rows] == [False, True, True]  # after the warm-up
+    assert all(-1 <= row["predictor_cosine"] <= 1 for row in rows)
+    assert all(1 <= row["effective_rank"] <= 16 for row in rows)  # dimensions of a projection
+    flops = [b - a for a, b in zip([0, rows[0]["flops"]], (row["flops"] for row in rows))]
+    options = read_options(arguments(betons, tmp_path, *simsiam, "--training.epochs=3"))
+    plan, method = Plan(options, 5), build(options, torch.device("cpu"))
+    assert flops[0] == 5 * count_step(method, StepShape(32, 2), batch_size=32).total()
+    assert flops[1] == 5 * count_flops(plan, method)[16, 3]
+
+
+def test_the_cosine_turns_simsiams_predictor_round_and_the_default_does_not(tmp_path, capsys):
+    convert(Embedded("train", 640), tmp_path / "train.beton", ConvertOptions(progress=False))
+    options = [
+        *SMALL,
+        f"--data.train={tmp_path / 'train.beton'}",
+        "--method.name=simsiam",
+        "--method.hidden=64",
+        "--method.projection=64",
+        "--method.predictor=16",
+        "--augment.policy=simsiam",
+        "--augment.blur=0",
+        "--augment.views=4",
+        "--hard_augment.select=hard",
+        "--hard_augment.resolution=16",
+        "--hard_augment.start_epoch=0",
+        "--training.optimizer=adamw",
+        "--training.learning_rate=0.004",
+        "--training.epochs=2",
+    ]
+    rows = {}
+    for name, more in {"cosine": ["--hard_augment.loss=cosine"], "default": []}.items():
+        train(read_options([*options, *more, f"--run.folder={tmp_path / name}"]))
+        rows[name], told = read_log(tmp_path / name)[-1], capsys.readouterr().err
+        warned = "warning: epoch 2: the loss of the chosen pairs" in told
+        assert warned == (name == "cosine")
+        assert told.count("--hard_augment.loss=method") == told.count("warning")
+    assert rows["cosine"]["predictor_cosine"] < -0.2 < 0 < rows["default"]["predictor_cosine"]
+    assert rows["cosine"]["hardness"] < 0 < rows["default"]["hardness"]
 
 
 def test_steps_are_shown_live(betons, tmp_path, monkeypatch):
@@ -92,6 +138,8 @@ def test_a_missing_wandb_is_told_before_anything_is_read(tmp_path, monkeypatch):
 def test_every_method_trains_and_goes_on_from_its_checkpoint_with_the_same_weights(betons, tmp_path, method):
     name, *heads = method.split()
     options = [f"--method.name={name}", *heads, "--hard_augment.select=hard", "--hard_augment.resolution=16", "--augment.views=3"]
+    # The selection begins in the epoch that is interrupted.
+    options += ["--hard_augment.start_epoch=1", "--hard_augment.share_min=0.5"]
     if name not in ("barlow_twins", "vicreg"):
         options += ["--hard_augment.loss=method", "--hard_augment.extra_targets=true"]
     unbroken = arguments(betons, tmp_path / "unbroken", *options, "--training.epochs=2")
@@ -112,6 +160,10 @@ def test_every_method_trains_and_goes_on_from_its_checkpoint_with_the_same_weigh
         train(read_options(arguments(betons, tmp_path / "stopped", *options, "--training.epochs=2")))
     train(read_options(arguments(betons, tmp_path / "stopped", *options, "--training.epochs=2")))
     assert_equal(weights(tmp_path / "unbroken"), weights(tmp_path / "stopped"))
+    ours, theirs = (read_log(tmp_path / name)[-1] for name in ("stopped", "unbroken"))
+    for gauge in ("hardness", "hardness_error", "predictor_cosine", "effective_rank"):
+        assert ours.get(gauge) == theirs.get(gauge)
+    assert "hardness" in ours
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "stopped").values())
 
 
@@ -126,7 +178,7 @@ def test_a_run_goes_on_with_the_very_next_batch_and_its_sums_and_random_numbers(
 
     train_step, joules = train_module.train_step, itertools.count(0, 3600)
     monkeypatch.setattr(train_module, "train_step", recorded_step)
-    monkeypatch.setattr("ffssl.step.energy_counter", lambda device: lambda: next(joules))
+    monkeypatch.setattr("ffssl.training.step.energy_counter", lambda device: lambda: next(joules))
     monkeypatch.setattr(RunLog, "write_step", lambda log, step, values: shown.append((step, values)))
     runs = {}
     for name, stops in (("unbroken", [None]), ("stopped", [1, 4, 5, None])):  # 4: after the last step of an epoch, before its row
@@ -154,15 +206,15 @@ def one_thread(monkeypatch):
     torch.set_num_threads(threads)
 
 
-def test_run_killed_at_a_random_moment_ends_in_the_same_weights(betons, tmp_path, one_thread):
+def test_run_killed_at_a_random_moment_ends_in_the_same_weights(betons, tmp_path, one_thread, moments):
     unbroken, killed = (arguments(betons, tmp_path / name, *EFFICIENT, "--training.epochs=4") for name in ("unbroken", "killed"))
     train(read_options(unbroken))
     process = subprocess.Popen([sys.executable, str(ROOT / "ffssl" / "train.py"), *killed], stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (tmp_path / "killed" / checkpoint.NAME).exists():
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read().decode()
         time.sleep(0.01)
-    time.sleep(random.uniform(0, 1.5))
+    time.sleep(moments.uniform(0, 1.5))
     process.send_signal(signal.SIGKILL)
     process.wait()
     train(read_options(killed))
@@ -185,26 +237,29 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(beton
     assert all(torch.isfinite(tensor).all() for tensor in state["method"].values())
 
 
-def test_a_checkpoint_in_an_epoch_holds_it_up_for_less_than_a_step(betons, tmp_path, monkeypatch):
-    saves, steps, save, step = [], [], Saver.save, train_module.train_step
+def test_a_checkpoint_in_an_epoch_is_written_while_the_steps_go_on(betons, tmp_path, monkeypatch):
+    """Writing takes until the next step has been done: training that waited for it would wait for ever."""
+    stepped, in_an_epoch, step, save, done = threading.Condition(), [], train_module.train_step, checkpoint.save, 0
 
-    def timed_save(saver, state):
-        written, started = saver._writing is None, time.perf_counter()
-        save(saver, state)
-        if written:  # after an epoch it waits for the one before
-            saves.append(time.perf_counter() - started)
-
-    def timed_step(*words):
-        started = time.perf_counter()
-        result = step(*words)
-        steps.append(time.perf_counter() - started)
+    def told_step(run, views, number):
+        nonlocal done
+        result = step(run, views, number)
+        with stepped:
+            done = number + 1
+            stepped.notify()
         return result
 
-    monkeypatch.setattr(Saver, "save", timed_save)
-    monkeypatch.setattr(train_module, "train_step", timed_step)
-    train(read_options(arguments(betons, tmp_path, "--training.epochs=4", "--run.checkpoint_minutes=1e-9")))
-    print(f"the longest {max(saves):.4f} s, a step {statistics.median(steps):.4f} s")
-    assert len(saves) >= 3 and statistics.median(saves) < statistics.median(steps)
+    def slow_save(folder, state, *words, **settings):
+        steps = len(state["tally"]["losses"])
+        if 1 <= steps < 5:  # after the last, training does wait
+            with stepped:
+                in_an_epoch.append(stepped.wait_for(lambda: done > 5 * state["epoch"] + steps, timeout=600))
+        save(folder, state, *words, **settings)
+
+    monkeypatch.setattr(checkpoint, "save", slow_save)
+    monkeypatch.setattr(train_module, "train_step", told_step)
+    train(read_options(arguments(betons, tmp_path, "--training.epochs=2", "--run.checkpoint_minutes=1e-9")))
+    assert in_an_epoch and all(in_an_epoch)
 
 
 def test_a_finished_run_is_not_trained_again(betons, tmp_path):
@@ -272,7 +327,8 @@ def test_broken_images_end_a_run_by_name_or_are_replaced_and_counted(betons, tmp
         ("--method.name=simclrr", "unknown method 'simclrr'; known are .*simclr, simsiam"),
         ("--method.predictor=8", "simclr has no such option"),
         ("--method.name=mocov2plus --method.queue=100", "--method.queue: 100 must be a multiple of --training.batch_size=32"),
-        ("--method.name=vicreg --hard_augment.loss=method --hard_augment.select=hard --augment.views=3", "--hard_augment.loss: vicreg has no loss"),
+        ("--method.name=barlow_twins --hard_augment.loss=method --hard_augment.select=hard --augment.views=3", "--hard_augment.loss: barlow_twins has no loss"),
+        ("--hard_augment.across_policies=true --hard_augment.select=hard --augment.views=3", "--hard_augment.across_policies: the views have one policy"),
         ("--hard_augment.extra_targets=true --hard_augment.select=hard --augment.views=3", "--hard_augment.extra_targets: simclr does not predict"),
         ("--augment.policy=none", "unknown policy 'none'"),
         ("--run.device=cuda:99", "cuda:99 can't be used here"),
@@ -289,7 +345,7 @@ def test_knn_needs_labels(betons, tmp_path):
     flat.mkdir()
     from PIL import Image
 
-    from ffssl.data.sources.folder import ImageFolder
+    from ffssl.data.convert.sources.folder import ImageFolder
 
     for i in range(40):
         Image.new("RGB", (40, 40), (i, 0, 0)).save(flat / f"{i}.jpg")
@@ -323,7 +379,7 @@ def test_interrupt_leaves_with_status_130_and_a_checkpoint(betons, tmp_path):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=600)
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr and "the same command continues" in stderr
     assert len(checkpoint.load(tmp_path)["tally"]["losses"]) > 0

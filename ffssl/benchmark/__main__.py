@@ -3,15 +3,14 @@
 import importlib
 import sys
 
-from ffssl.command_line import exit_status
+from ffssl.config.command_line import exit_status
 from ffssl.errors import UserError
-from ffssl.openmp import share_cores
+from ffssl.parallel.openmp import share_cores
 
 BENCHMARKS = {
     "loader": "images/s of the loader and of its peers, in one run",
     "step": "a training step: where its time goes, and how near it is to the ceiling",
     "speedup": "how much faster one config trains than another, by timing every stage of both",
-    "plan": "how long a run will take on given machines, and what will hold it up",
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ffssl.data.policy import STANDARD_MAGNITUDE, ViewPolicy
+from ffssl.data.policy import (STANDARD_MAGNITUDE, ViewPolicy)
 
 Epoch = Callable[[], int]
 
@@ -48,9 +48,9 @@ def ours(workload: Workload, jitter_form: str) -> Epoch:
 
 def decode_only(workload: Workload) -> Epoch:
     """The limit: every image decoded once with ffcv's decoder, nothing else."""
-    from ffssl.data.beton import read_beton
-    from ffssl.data.compiled import compiled_uncached
-    from ffssl.data.decoder import decode, most_pixels
+    from ffssl.data.beton.read import read_beton
+    from ffssl.data.kernels.jit import compiled_uncached
+    from ffssl.data.kernels.decode import (decode, most_pixels)
 
     @compiled_uncached
     def decode_samples(file, pointers, sizes, images, indices):
@@ -79,7 +79,7 @@ def stock_ffcv(workload: Workload) -> Epoch:
 
     import numba.typed
 
-    with mock.patch.object(numba.typed, "Dict", dict):  # see ffssl.data.ffcv_operation
+    with mock.patch.object(numba.typed, "Dict", dict):  # see ffssl.data.beton.ffcv_operation
         from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.pipeline import PipelineSpec

@@ -25,13 +25,13 @@ import numpy as np
 from PIL import Image
 
 from ffssl.benchmark.contenders import CONTENDERS, Workload
-from ffssl.benchmark.machine import describe_machine
+from ffssl.run_folder.machine import describe_machine
 from ffssl.benchmark.stages import stage_times
-from ffssl.data.beton import MODE_JPEG, read_beton
-from ffssl.data.convert import ConvertOptions, convert
-from ffssl.data.embedded import EmbeddedDataset
-from ffssl.data.policy import choose_policies
-from ffssl.data.sources.folder import ImageFolder
+from ffssl.data.beton.read import MODE_JPEG, read_beton
+from ffssl.data.convert.conversion import ConvertOptions, convert
+from ffssl.data.convert.embedded import EmbeddedDataset
+from ffssl.data.policy import (choose_policies)
+from ffssl.data.convert.sources.folder import ImageFolder
 from ffssl.errors import UserError
 
 PACKAGES = ("ffssl", "numba", "numpy", "torch", "torchvision", "ffcv", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "pillow")

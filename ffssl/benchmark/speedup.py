@@ -29,20 +29,20 @@ import numpy as np
 import torch
 
 from ffssl.benchmark.loader import describe_images, prepare_images, stand_ins
-from ffssl.benchmark.machine import describe_machine
+from ffssl.run_folder.machine import describe_machine
 from ffssl.benchmark.speedup_report import draw, table_of
 from ffssl.benchmark.timing import seconds_of, where
-from ffssl.command_line import Parser, checked
+from ffssl.config.command_line import Parser, checked
 from ffssl.config import Number, read_options
 from ffssl.cost import count_flops
 from ffssl.cost.runs import number_of_images
 from ffssl.data.loader import ViewLoader
-from ffssl.device import choose_device, until_out_of_memory
+from ffssl.parallel.device import choose_device, until_out_of_memory
 from ffssl.errors import UserError
 from ffssl.files import make_folder, replacing, write_json
-from ffssl.plan import Plan
-from ffssl.run_log import read_log
-from ffssl.step import PASSES, Run, build, compile_passes, memory_advice, start_run, to_device, train_step
+from ffssl.training.schedule import Plan, StepShape
+from ffssl.run_folder.log import read_log
+from ffssl.training.step import PASSES, Run, build, compile_passes, memory_advice, start_run, to_device, train_step
 from ffssl.train import open_loader
 
 PACKAGES = ("ffssl", "torch", "torchvision", "timm", "numba", "ffcv")
@@ -99,15 +99,15 @@ def write(found: dict, output: Path) -> None:
     print(f"\n{table}\nIn {output}: {JSON}, {TABLE}, {PICTURE}", flush=True)
     write_json(output / JSON, found)
     with replacing(output / TABLE) as partial:
-        partial.write_text(table)
+        partial.write_text(table, encoding="utf-8", errors="backslashreplace")
     draw(found, output / PICTURE)
 
 
 @dataclass
 class Stage:
-    """What a config trains at one resolution. times: by what was timed, seconds a step of each round; see `time_stage`."""
+    """What a config trains in steps of one shape. times: by what was timed, seconds a step of each round; see `time_stage`."""
 
-    resolution: int
+    shape: StepShape
     epochs: list[int]
     steps: int = FEWEST_STEPS  # in a measurement
     first_step: float = 0.0  # seconds, torch.compile's work included
@@ -121,7 +121,7 @@ class Trial:
     name: str
     run: Run
     loader: ViewLoader
-    flops: dict[int, int]  # of a step, by resolution
+    flops: dict[StepShape, int]  # of a step
     stages: list[Stage]
 
 
@@ -131,12 +131,12 @@ def start_trial(name: str, options: Namespace, images: int, device: torch.device
     plan = Plan(options, steps_per_epoch=images // options.training.batch_size)
     if not plan.steps_per_epoch:
         raise UserError(f"--images: {images} are fewer than {name}'s --training.batch_size={options.training.batch_size}")
-    run, loader, flops = start_run(options, method, plan, device), stack.enter_context(open_loader(options, method)), count_flops(plan, method)
+    run, loader, flops = start_run(options, method, plan, device), stack.enter_context(open_loader(options)), count_flops(plan, method)
     compile_passes(method, PASSES, options.training.compile, device)
     epochs = defaultdict(list)
     for epoch in range(options.training.epochs):
-        epochs[plan.resolution(epoch)].append(epoch)
-    return Trial(name, run, loader, flops, [Stage(side, of_side) for side, of_side in epochs.items()])
+        epochs[plan.shape(epoch)].append(epoch)
+    return Trial(name, run, loader, flops, [Stage(*stage) for stage in epochs.items()])
 
 
 def measure(trials: list[Trial], rounds: int, seconds: float, caches: Path | None) -> None:
@@ -164,7 +164,8 @@ def take_first_steps(trial: Trial, seconds: float) -> None:
     """Compile and time the first step of each stage, and choose how many to measure for about so many seconds."""
     options = trial.run.options
     for stage in trial.stages:
-        shape = (options.training.batch_size, options.augment.views, 3, stage.resolution, stage.resolution)
+        side, trial.run.epoch = stage.shape.resolution, stage.epochs[0]
+        shape = (options.training.batch_size, stage.shape.views, 3, side, side)
         views, fits = torch.zeros(shape, dtype=torch.uint8, device=trial.run.device), False
         with until_out_of_memory():
             stage.first_step = seconds_of(lambda: train_step(trial.run, views, 0), trial.run.device)
@@ -180,12 +181,15 @@ def time_stage(trial: Trial, stage: Stage) -> None:
     the views at hand ("step"), and of the loader alone ("loader").
     """
     run, loader, steps = trial.run, trial.loader, stage.steps
+    run.epoch = stage.epochs[0]
     loader.samples = np.resize(loader.samples, (steps + 1) * loader.batch_size)
     numbers = itertools.count()
 
     def first_batch() -> float:
         nonlocal batches, views
-        loader.set_epoch(stage.epochs[0], stage.resolution, run.plan.magnitude(stage.epochs[0]))
+        resolution, views_of_each = stage.shape
+        magnitude = run.plan.magnitude(run.epoch)
+        loader.set_epoch(run.epoch, resolution, magnitude, views=views_of_each)
         batches = to_device((views for views, _, _ in loader), run.device)
         started = time.perf_counter()
         views = next(batches)
@@ -224,12 +228,12 @@ def summarise(trial: Trial) -> dict:
         median = {kind: statistics.median(values) for kind, values in stage.times.items()}
         steps = len(stage.epochs) * plan.steps_per_epoch
         stages.append({
-            "resolution": stage.resolution, "epochs": len(stage.epochs), "steps": steps, "batch_size": batch_size,
+            **stage.shape._asdict(), "epochs": len(stage.epochs), "steps": steps, "batch_size": batch_size,
             "step_ms": 1000 * median["step"], "loader_ms": 1000 * median["loader"], "together_ms": 1000 * median["together"],
             "start_ms": 1000 * median["start"], "first_step_s": stage.first_step,
             "bound": "loader" if median["loader"] > median["step"] else "training", "cores_needed": workers * median["loader"] / median["step"],
             "loader_images_per_second_per_core": batch_size / median["loader"] / workers,
-            "seconds": steps * median["together"] + len(stage.epochs) * median["start"], "flops": steps * trial.flops[stage.resolution],
+            "seconds": steps * median["together"] + len(stage.epochs) * median["start"], "flops": steps * trial.flops[stage.shape],
             "joules": steps * median["joules"] if "joules" in median else None,
         })  # fmt: skip
     sums = {key: sum(stage[key] for stage in stages) for key in ("seconds", "flops", "first_step_s")}

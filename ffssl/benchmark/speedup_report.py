@@ -7,9 +7,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from ffssl.energy import JOULES_PER_KWH
-from ffssl.figures import COLOURS, flop_unit, time_unit
+from ffssl.parallel.energy import JOULES_PER_KWH
+from ffssl.plots import COLOURS, any_script, drawable, flop_unit, time_unit
 from ffssl.files import replacing
+from ffssl.printable import printable
 
 
 def table_of(found: dict) -> str:
@@ -19,12 +20,12 @@ def table_of(found: dict) -> str:
     work, per_flop = flop_unit(max(config["flops"] for config in configs))
     lines = [
         f"{found['machine']}; {found['device']}; epochs of {found['images']:,} images", "",
-        f"| config | px | epochs | step, ms | loader, ms | together, ms | bound by | cores needed | {time} | first step, s |",
-        "|---|--:|--:|--:|--:|--:|---|--:|--:|--:|",
+        f"| config | px | views | epochs | step, ms | loader, ms | together, ms | bound by | cores needed | {time} | first step, s |",
+        "|---|--:|--:|--:|--:|--:|--:|---|--:|--:|--:|",
     ]  # fmt: skip
     for config in configs:
         lines += [
-            f"| {config['name']} | {stage['resolution']} | {stage['epochs']} | {stage['step_ms']:.1f} | {stage['loader_ms']:.1f} | {stage['together_ms']:.1f} "
+            f"| {config['name']} | {stage['resolution']} | {stage['views']} | {stage['epochs']} | {stage['step_ms']:.1f} | {stage['loader_ms']:.1f} | {stage['together_ms']:.1f} "
             f"| {stage['bound']} | {stage['cores_needed']:.2g} | {stage['seconds'] * per_second:.3g} | {stage['first_step_s']:.1f} |"
             for stage in config["stages"]
         ]
@@ -59,6 +60,7 @@ def draw(found: dict, path: Path) -> None:
     time, per_second = time_unit(longest)
     sides = sorted({stage["resolution"] for config in configs for stage in config["stages"]})
     colours = dict(zip(sides, [COLOURS[i % len(COLOURS)] for i in range(len(sides))]))
+    names = [printable(config["name"]) for config in configs]
     figure, axis = plt.subplots(figsize=(8, 1.6 + 0.7 * len(configs)), layout="constrained")
     for row, config in enumerate(configs):
         left = 0.0
@@ -72,7 +74,8 @@ def draw(found: dict, path: Path) -> None:
             text += f"({ratio(configs[0]['seconds'], config['seconds'])} as fast; in FLOPs {ratio(configs[0]['flops'], config['flops'])}) "
         inside = config["seconds"] > 0.6 * longest
         axis.text(left, row, text, va="center", ha="right" if inside else "left", color="white" if inside else "black", fontsize=9)
-    axis.set_yticks(range(len(configs)), [config["name"] for config in configs])
+    with any_script(*names):
+        axis.set_yticks(range(len(configs)), map(drawable, names), parse_math=False)
     axis.invert_yaxis()
     axis.set_xlabel(f"{time} of training")
     squares = [plt.Rectangle((0, 0), 1, 1, color=colours[side]) for side in sides]

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ffssl.data.beton import read_beton
-from ffssl.data.compiled import compiled_uncached
-from ffssl.data.decoder import decode
-from ffssl.data.kernels import store
-from ffssl.data.policy import AFFINE_JITTER, P_GREY, P_JITTER, P_OPERATION, P_SIGMA, P_SOLARISE, PARAMETER_COLUMNS, ViewPolicy, draw, view_key
-from ffssl.data.render import render
+from ffssl.data.beton.read import read_beton
+from ffssl.data.kernels.jit import compiled_uncached
+from ffssl.data.kernels.decode import (decode)
+from ffssl.data.kernels.operations import store
+from ffssl.data.kernels.draw import (AFFINE_JITTER, P_GREY, P_JITTER, P_OPERATION, P_SIGMA, P_SOLARISE, PARAMETER_COLUMNS, draw, view_key)
+from ffssl.data.policy import (ViewPolicy)
+from ffssl.data.kernels.render import render
 
 SAMPLES = 200
 REPEATS = 5

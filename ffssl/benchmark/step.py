@@ -21,16 +21,16 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from ffssl.backbones import build_backbone, check_resolutions
-from ffssl.benchmark.machine import describe_machine
+from ffssl.run_folder.machine import describe_machine
 from ffssl.benchmark.timing import Stopwatch, peak_flops, seconds_of, where
-from ffssl.command_line import Parser, checked
+from ffssl.config.command_line import Parser, checked
 from ffssl.config import Number, read_options
 from ffssl.cost import STANDARD, Flops, count_run_step
-from ffssl.device import autocast_dtype, choose_device, describe_precision, until_out_of_memory
+from ffssl.parallel.device import autocast_dtype, choose_device, describe_precision, until_out_of_memory
 from ffssl.files import make_folder, write_json
-from ffssl.optimizers import build_optimizer
-from ffssl.plan import Plan
-from ffssl.step import PASSES, Run, build, compile_passes, memory_advice, start_run, train_step
+from ffssl.training.optimizers import build_optimizer
+from ffssl.training.schedule import Plan, StepShape
+from ffssl.training.step import PASSES, Run, build, compile_passes, memory_advice, start_run, train_step
 
 PACKAGES = ("ffssl", "torch", "torchvision", "timm")
 PARTS = ("selection", "forward", "backward", "optimiser", "teacher")
@@ -52,9 +52,12 @@ def main(arguments: list[str]) -> None:
 
     torch.manual_seed(options.run.seed)
     run = start_run(options, build(options, device), Plan(options, steps_per_epoch=1000), device)
-    sides = given.resolutions or run.plan.resolutions
+    shapes = list(run.plan.first_epochs)
+    if given.resolutions:
+        shapes = [StepShape(side, options.augment.views) for side in given.resolutions]
     check_resolutions(options.model.backbone, run.method.backbone, dict.fromkeys(given.resolutions or (), "--resolutions"))
-    flops = {side: count_run_step(run.plan, run.method, side) for side in sides}
+    run.epoch = options.training.epochs - 1  # in which pairs are chosen, if they ever are
+    flops = {shape: count_run_step(run.plan, run.method, shape) for shape in shapes}
     compile_passes(run.method, PASSES, options.training.compile, device)
     with run.amp:
         peak = peak_flops(device, autocast_dtype(device))
@@ -62,13 +65,13 @@ def main(arguments: list[str]) -> None:
     print_header()
     rows = []
     found = {"machine": describe_machine(PACKAGES), "run": describe(options, device), "peak_flops_per_second": peak, "rows": rows}
-    for side in sides:
+    for shape in shapes:
         row = None
         with until_out_of_memory():
-            row = time_resolution(run, side, flops[side], given.steps, given.rounds)
+            row = time_shape(run, shape, flops[shape], given.steps, given.rounds)
         if row is None:  # the failed step's tensors are free again by now
-            views = (options.training.batch_size, options.augment.views, 3, side, side)
-            print(f"{side:>4}  {views[0]} images do not fit into the memory; {memory_advice(run, views)}", flush=True)
+            views = (options.training.batch_size, shape.views, 3, *2 * [shape.resolution])
+            print(f"{shape.resolution:>4}{shape.views:>6}  {views[0]} images do not fit into the memory; {memory_advice(run, views)}", flush=True)
         else:
             rows.append(row)
             print_row(row, peak)
@@ -122,10 +125,11 @@ def supervised_flops(options: SimpleNamespace, side: int) -> float:
     return (1 + STANDARD) * counter.get_total_flops() * options.training.batch_size
 
 
-def time_resolution(run: Run, side: int, flops: Flops, steps: int, rounds: int) -> dict[str, float | None]:
+def time_shape(run: Run, shape: StepShape, flops: Flops, steps: int, rounds: int) -> dict[str, float | None]:
     """Times of the training step and of the ceiling, in turns. flops: of the training step."""
-    options, device = run.options, run.device
-    views = torch.randint(0, 256, (options.training.batch_size, options.augment.views, 3, side, side), dtype=torch.uint8, device=device)
+    options, device, side = run.options, run.device, shape.resolution
+    size = (options.training.batch_size, shape.views, 3, side, side)
+    views = torch.randint(0, 256, size, dtype=torch.uint8, device=device)
     numbers, watch = itertools.count(), Stopwatch(device)
 
     def step() -> None:
@@ -150,7 +154,7 @@ def time_resolution(run: Run, side: int, flops: Flops, steps: int, rounds: int) 
     rest = sum(parts.values()) - parts["selection"]
     rest_flops = flops.total() - flops.selection
     return {
-        "resolution": side, "batch_size": options.training.batch_size, "step_ms": 1000 * seconds, **{f"{part}_ms": parts[part] for part in PARTS},
+        **shape._asdict(), "batch_size": options.training.batch_size, "step_ms": 1000 * seconds, **{f"{part}_ms": parts[part] for part in PARTS},
         "first_step_s": first, "images_per_second": options.training.batch_size / seconds, "peak_memory": memory, "flops": flops.total(),
         "flops_per_second": flops.total() / seconds, "ceiling_ms": 1000 * least,
         "over_ceiling": statistics.median(a / b for a, b in zip(ours, theirs)) * least / expected,
@@ -159,14 +163,14 @@ def time_resolution(run: Run, side: int, flops: Flops, steps: int, rounds: int) 
 
 
 def print_header() -> None:
-    print(f"{'px':>4}{'ms/step':>9}" + "".join(f"{part:>11}" for part in PARTS) + f"{'image/s':>9}{'TFLOP/s':>9}{'share':>7}{'GB':>7}{'ceiling ms':>12}{'x ceiling':>11}{'x eq. 11':>10}{'first s':>9}")
+    print(f"{'px':>4}{'views':>6}{'ms/step':>9}" + "".join(f"{part:>11}" for part in PARTS) + f"{'image/s':>9}{'TFLOP/s':>9}{'share':>7}{'GB':>7}{'ceiling ms':>12}{'x ceiling':>11}{'x eq. 11':>10}{'first s':>9}")
 
 
 def print_row(row: dict[str, float | None], peak: float) -> None:
     memory = "-" if row["peak_memory"] is None else f"{row['peak_memory'] / 1e9:.1f}"
     selection = "-" if row["over_equation_11"] is None else f"{row['over_equation_11']:.2f}"
     print(
-        f"{row['resolution']:>4}{row['step_ms']:>9.1f}" + "".join(f"{row[f'{part}_ms']:>11.1f}" for part in PARTS)
+        f"{row['resolution']:>4}{row['views']:>6}{row['step_ms']:>9.1f}" + "".join(f"{row[f'{part}_ms']:>11.1f}" for part in PARTS)
         + f"{row['images_per_second']:>9.0f}{row['flops_per_second'] / 1e12:>9.3g}{row['flops_per_second'] / peak:>7.0%}{memory:>7}"
         f"{row['ceiling_ms']:>12.1f}{row['over_ceiling']:>11.2f}{selection:>10}{row['first_step_s']:>9.1f}", flush=True,
     )  # fmt: skip

@@ -31,7 +31,7 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 class Stopwatch:
     """Times the parts of steps, by the device's own clock: a part lasts from the mark before it to its own.
 
-    `mark` is the `mark` of `ffssl.step.train_step`; call `start` before each step.
+    `mark` is the `mark` of `ffssl.training.step.train_step`; call `start` before each step.
     """
 
     def __init__(self, device: torch.device):

@@ -11,9 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ffssl.hard_augment import choose_views
+from ffssl.hard_augment import Selection, choose_views
 from ffssl.methods.base import Method
-from ffssl.plan import Plan
+from ffssl.training.schedule import Plan, StepShape
 
 STANDARD, PAPERS = 2, 1  # forward passes that a backward pass counts for
 
@@ -43,9 +43,9 @@ class Flops:
 
 @dataclass(frozen=True)
 class Stage:
-    """Consecutive epochs of a run at one resolution."""
+    """Consecutive epochs of a run whose steps cost the same."""
 
-    resolution: int
+    shape: StepShape
     epochs: int
     flops: Flops  # of one image
 
@@ -64,36 +64,41 @@ class _WithoutGradient(TorchDispatchMode):
         return result
 
 
-def count_step(method: Method, *, batch_size: int, resolution: int, views: int = 2, hard_augment: dict | None = None) -> Flops:
-    """FLOPs of one optimiser step on `batch_size` images, counted by torch without computing anything.
-
-    hard_augment: what `choose_views` takes besides the views.
-    """
+def count_step(
+    method: Method, shape: StepShape, *, batch_size: int, selection: Selection = Selection()
+) -> Flops:
+    """FLOPs of one optimiser step on `batch_size` images, counted by torch without computing anything."""
     clone = copy.deepcopy(method).to("meta").train()
-    images = torch.empty((batch_size, views, 3, resolution, resolution), dtype=torch.uint8, device="meta")
-    with FlopCounterMode(display=False) as selection:
-        chosen = choose_views(clone, images, **(hard_augment or {}))
+    size = (batch_size, shape.views, 3, shape.resolution, shape.resolution)
+    images = torch.empty(size, dtype=torch.uint8, device="meta")
+    with FlopCounterMode(display=False) as selecting:
+        chosen = choose_views(clone, images, selection)
     with FlopCounterMode(display=False) as loss, _WithoutGradient() as teacher:
         clone.loss(*chosen)
-    return Flops(loss.get_total_flops() - teacher.flops, teacher.flops, selection.get_total_flops())
+    return Flops(
+        loss.get_total_flops() - teacher.flops, teacher.flops, selecting.get_total_flops()
+    )
 
 
-def count_flops(plan: Plan, method: Method) -> dict[int, int]:
-    """FLOPs of a step of a run, in the standard count, at each resolution of its schedule."""
-    return {side: count_run_step(plan, method, side).total() for side in plan.resolutions}
+def count_flops(plan: Plan, method: Method) -> dict[StepShape, int]:
+    """FLOPs of a step of a run, in the standard count, for each shape in its schedule."""
+    return {
+        shape: count_run_step(plan, method, shape).total() for shape in plan.first_epochs
+    }
 
 
-def count_run_step(plan: Plan, method: Method, resolution: int) -> Flops:
-    """FLOPs of a step of a run at a resolution, of all parts of the batch."""
-    return plan.options.training.accumulate * count_step(method, resolution=resolution, **step_options(plan))
+def count_run_step(plan: Plan, method: Method, shape: StepShape) -> Flops:
+    """FLOPs of a step of a run, of all parts of the batch."""
+    parts = plan.options.training.accumulate
+    return parts * count_step(method, shape, **step_options(plan))
 
 
 def step_options(plan: Plan) -> dict:
-    """What `count_step` takes of a run's options for a part of a batch, besides the resolution."""
-    options = plan.options
-    return {"batch_size": options.training.batch_size // options.training.accumulate, "views": options.augment.views, "hard_augment": vars(options.hard_augment)}
+    """What `count_step` takes of a run's options for a part of a batch, besides the shape."""
+    t = plan.options.training
+    return {"batch_size": t.batch_size // t.accumulate, "selection": plan.selection(t.epochs - 1)}
 
 
-def stages(plan: Plan, image_flops: Callable[[int], Flops]) -> list[Stage]:
-    """A run's epochs, grouped by resolution in their order. image_flops: of one image at a resolution."""
-    return [Stage(side, epochs, image_flops(side)) for side, epochs in plan.stages]
+def stages(plan: Plan, image_flops: Callable[[StepShape], Flops]) -> list[Stage]:
+    """A run's stages in their order. image_flops: of one image, in a step of a shape."""
+    return [Stage(shape, epochs, image_flops(shape)) for shape, epochs in plan.stages]

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from ffssl.command_line import exit_status
+from ffssl.config.command_line import exit_status
 from ffssl.config import read_options
 from ffssl.cost import PAPERS, STANDARD, Stage
 from ffssl.cost.paper import paper_table
@@ -49,12 +49,12 @@ def describe(config: str, options: SimpleNamespace, images: int) -> str:
 
 def stage_table(stages: list[Stage]) -> str:
     """The GFLOP of one image in one epoch."""
-    lines = [f"{'':>20}{'GFLOP per image':^46}", f"{'resolution':>10}{'epochs':>10}{'forward':>12}{'backward':>12}{'teacher':>10}{'selection':>12}"]
+    lines = [f"{'':>27}{'GFLOP per image':^46}", f"{'resolution':>10}{'views':>7}{'epochs':>10}{'forward':>12}{'backward':>12}{'teacher':>10}{'selection':>12}"]
     for stage in stages:
         flops = stage.flops
         parts = flops.forward, STANDARD * flops.forward, flops.teacher, flops.selection
         forward, backward, teacher, selection = (f"{part / 1e9:.3f}" for part in parts)
-        lines.append(f"{stage.resolution:>10}{stage.epochs:>10}{forward:>12}{backward:>12}{teacher:>10}{selection:>12}")
+        lines.append(f"{stage.shape.resolution:>10}{stage.shape.views:>7}{stage.epochs:>10}{forward:>12}{backward:>12}{teacher:>10}{selection:>12}")
     return "\n".join(lines)
 
 

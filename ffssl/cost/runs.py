@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import torch
 
 from ffssl.cost import STANDARD, Flops, Stage, count_step, stages, step_options
-from ffssl.data.beton import read_beton
+from ffssl.data.beton.read import read_beton
 from ffssl.errors import UserError
 from ffssl.methods import Method
-from ffssl.plan import Plan
-from ffssl.step import build
+from ffssl.training.schedule import Plan, StepShape
+from ffssl.training.step import build
 
 IMAGES = {"imagenet": 1_281_167, "imagenette": 9_469}  # that their training sets hold
 
@@ -25,18 +25,16 @@ class RunCosts:
         """The stages of a run. Raises UserError for options that no run can have."""
         plan = Plan(options, steps_per_epoch=1)
         step = step_options(plan)
-        if options.hard_augment.select == "off":
-            step["hard_augment"] = {}
 
         @functools.cache
         def method() -> Method:
             with torch.device("meta"):
                 return build(options, torch.device("meta"))
 
-        def image_flops(side: int) -> Flops:
-            key = repr((options.model, options.method, step, side))
+        def image_flops(shape: StepShape) -> Flops:
+            key = repr((options.model, options.method, step, shape))
             if key not in self._flops:
-                self._flops[key] = count_step(method(), resolution=side, **step) / step["batch_size"]
+                self._flops[key] = count_step(method(), shape, **step) / step["batch_size"]
             return self._flops[key]
 
         return stages(plan, image_flops)

@@ -10,6 +10,7 @@
 import itertools
 import math
 import os
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -20,21 +21,23 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ffssl.data.beton import read_beton
-from ffssl.data.decoder import ViewSettings, render_samples
-from ffssl.data.image_file import ImageFile
+from ffssl.data.beton.read import FLOAT_FIELD, INT_FIELD, describe_fields, read_beton
+from ffssl.data.policy import (ViewSettings)
+from ffssl.data.kernels.decode import (render_samples)
+from ffssl.data.beton.mapped import ImageFile
 from ffssl.data.memory import available_memory
 from ffssl.data.order import epoch_order, share
-from ffssl.data.policy import STANDARD_MAGNITUDE, ViewPolicy
-from ffssl.data.view_kernel import compile_view_kernel
-from ffssl.device import mark_work, wait_in_thread
+from ffssl.data.policy import (STANDARD_MAGNITUDE, ViewPolicy)
+from ffssl.data.convert.sources.base import UNLABELLED
+from ffssl.data.kernels.own_step import compile_view_kernel
+from ffssl.parallel.device import mark_work, wait_in_thread
 from ffssl.errors import UserError
 
 SAMPLES_PER_TASK = 8  # small enough that the threads finish a batch together, large enough that starting a task costs nothing
 
 
 class Batch(NamedTuple):
-    """views: uint8 (batch, views, 3, R, R); labels: int64 (batch,), -1 where there are none; indices: int64 (batch,) into the file."""
+    """views: uint8 (batch, views, 3, R, R); labels: int64 (batch,), UNLABELLED (-1) for none; indices: int64 (batch,) into the file."""
 
     views: torch.Tensor
     labels: torch.Tensor
@@ -44,7 +47,8 @@ class Batch(NamedTuple):
 class ViewLoader:
     """Iterates over a beton file, an epoch at a time.
 
-    path: a beton file with an image field; its int field `label` is served where there is one.
+    path: a beton file with an image field. label_field: the field whose integers are served as labels, see `read_beton`; a warning says
+    so where it is not clear which it is.
     batch_size: samples of this rank in a batch. views, resolution, policy, scaled_decoding: see `ViewSettings`.
     indices: the samples to visit, all by default. shuffle: a new order every epoch, by `seed` and epoch, the same on all ranks.
     drop_last: leave out the incomplete last batch. workers: threads, 0 for one per core.
@@ -55,9 +59,10 @@ class ViewLoader:
 
     A batch's views are a window on a buffer that is reused: they hold until the next batch is asked for (on CUDA, until the work
     queued by then has read them). A loader serves one loop at a time: an iteration that another has ended raises UserError when it is
-    asked for a batch. What goes wrong in a thread is raised in the loop; leaving the loop early stops the threads' work. Raises
-    UserError for a file that can't be trained on, for an image that does not decode (where none does, if they are
-    replaced), and for more memory than there is.
+    asked for a batch. In a process forked from the one that made it, as by torch's DataLoader, a loader works on its own, but for an
+    iteration that was under way, which raises UserError. What goes wrong in a thread is raised in the loop; leaving the loop early
+    stops the threads' work. Raises UserError for a file that can't be trained on, for an image that does not decode (where none does,
+    if they are replaced), and for more memory than there is.
     """
 
     def __init__(
@@ -81,8 +86,12 @@ class ViewLoader:
         world_size: int = 1,
         loaders_here: int = 1,
         broken: str = "stop",
+        label_field: str | None = None,
     ):
-        self.beton = read_beton(path)
+        self.beton = read_beton(path, label_field)
+        if self.beton.labels is None and any(kind in (FLOAT_FIELD, INT_FIELD) for _, kind in self.beton.fields):
+            fields = describe_fields(self.beton.fields)
+            warnings.warn(f"{path}: no labels are served, since it is not clear which field holds them; its fields: {fields}", stacklevel=2)
         self.samples = np.arange(len(self.beton)) if indices is None else self._checked_indices(indices)
         for name, value, least in (("batch_size", batch_size, 1), ("batches_ahead", batches_ahead, 1), ("workers", workers, 0)):
             if value < least:
@@ -112,22 +121,35 @@ class ViewLoader:
         self._max_resolution = max_resolution or resolution
         self._settings = ViewSettings(views, resolution, policy, seed, scaled_decoding)
         self._kernel = compile_view_kernel(kernel) if kernel is not None else None
-        self._buffer: torch.Tensor | None = None
+        self._start()
         self._require_memory(loaders_here)
         self._file = ImageFile(self.beton.path)
+
+    def _start(self) -> None:
+        """What belongs to a process: a forked one has none of the threads, and of the buffers a copy that the GPU doesn't know."""
+        self._process = os.getpid()
+        self._pins = torch.cuda.is_available() and not torch.cuda._is_in_bad_fork()
+        self._buffer: torch.Tensor | None = None
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="ffssl-views")
         self._running: weakref.ref[_Iteration] | None = None  # weak: a loop left by break then ends its iteration at once
         self._consumed: torch.cuda.Event | None = None  # the consumer's work on the last batch served has read its views
+
+    def __reduce__(self):
+        raise UserError(f"{self.beton.path}: a ViewLoader can't be sent to another process; open one there")
 
     @property
     def resolution(self) -> int:
         return self._settings.resolution
 
     @property
+    def views(self) -> int:
+        return self._settings.views
+
+    @property
     def buffer_bytes(self) -> int:
         """Bytes of all view buffers, which are taken when the first epoch starts and held until `close`."""
-        needed = self.batches_ahead * self.batch_size * self._settings.views * 3 * self._max_resolution**2
-        return 1 << (needed - 1).bit_length() if torch.cuda.is_available() else needed  # torch pins memory by powers of two
+        needed = self.batches_ahead * self.batch_size * self._settings.most_views * 3 * self._max_resolution**2
+        return 1 << (needed - 1).bit_length() if self._pins else needed  # torch pins memory by powers of two
 
     @property
     def memory_bytes(self) -> int:
@@ -140,7 +162,7 @@ class ViewLoader:
         """What the loader will hold, in a line."""
         return (
             f"the loader will hold {self.memory_bytes / 1e9:.2f} GB: {self.batches_ahead} batches of {self.batch_size} x "
-            f"{self._settings.views} views at {self._max_resolution} px, and {(self.memory_bytes - self.buffer_bytes) / 1e6:.0f} MB for "
+            f"{self._settings.most_views} views at {self._max_resolution} px, and {(self.memory_bytes - self.buffer_bytes) / 1e6:.0f} MB for "
             f"{self.workers} threads"
         )
 
@@ -149,19 +171,25 @@ class ViewLoader:
         share = len(self.samples) // self.world_size
         return share // self.batch_size if self.drop_last else -(-share // self.batch_size)
 
-    def require_labels(self) -> None:
-        """Raises UserError where the samples have no labels."""
-        if self.beton.labels is None or (self.beton.labels[self.samples] < 0).any():
-            raise UserError(f"{self.beton.path}: the online kNN needs labels, and this file lacks some; train without --data.validation")
-
     def set_epoch(
-        self, epoch: int, resolution: int | None = None, magnitude: float = STANDARD_MAGNITUDE, *, first_batch: int = 0
+        self,
+        epoch: int,
+        resolution: int | None = None,
+        magnitude: float = STANDARD_MAGNITUDE,
+        *,
+        views: int | None = None,
+        first_batch: int = 0,
     ) -> None:
-        """Choose what the next iteration serves, from which of the epoch's batches on. Ends an iteration that is under way."""
+        """Choose what the next iteration serves. Ends an iteration that is under way.
+
+        resolution, views: by default as before; of the views at most as many as the loader was
+        made for, of which the first are served. first_batch: of the epoch's batches.
+        """
         self._stop()
         if not 0 <= first_batch <= len(self):
             raise UserError(f"{self.beton.path}: an epoch of {len(self)} batches can't begin at batch {first_batch}")
-        self._settings.set_epoch(epoch, self.resolution if resolution is None else resolution, magnitude)
+        resolution = self.resolution if resolution is None else resolution
+        self._settings.set_epoch(epoch, resolution, self.views if views is None else views, magnitude)
         self._max_resolution = max(self._max_resolution, self.resolution)
         self.epoch, self.first_batch = epoch, first_batch
 
@@ -174,7 +202,7 @@ class ViewLoader:
 
     def close(self) -> None:
         """End the threads, free the buffers and close the file."""
-        self._stop()
+        self._stop()  # in a forked process the threads are its own then, or none
         self._pool.shutdown()
         self._file.close()
         self._buffer = None
@@ -186,6 +214,9 @@ class ViewLoader:
         self.close()
 
     def _stop(self) -> None:
+        if self._process != os.getpid():
+            self._of_parent = self._buffer  # kept: to free pinned memory is CUDA's work, which a fork can't ask for
+            self._start()
         running = self._running() if self._running is not None else None
         if running is not None:
             running.end()
@@ -214,6 +245,7 @@ class ViewLoader:
         whole = self.samples[epoch_order(len(self.samples), seed=self.seed, epoch=self.epoch, shuffle=self.shuffle)]
         order = share(whole, self.rank, self.world_size)
         served = order.copy()
+        process = os.getpid()
         slots = self._take_slots()
         starts = iter(range(self.first_batch * self.batch_size, len(self) * self.batch_size, self.batch_size))
         under_way: deque[tuple[torch.Tensor, np.ndarray, np.ndarray, list[Future]]] = deque()
@@ -245,7 +277,7 @@ class ViewLoader:
                     task.result()
                 under_way.popleft()
                 self.replaced += int((indices != planned).sum())
-                labels = np.full(len(indices), -1) if self.beton.labels is None else self.beton.labels[indices]
+                labels = np.full(len(indices), UNLABELLED) if self.beton.labels is None else self.beton.labels[indices]
                 try:
                     yield Batch(views, torch.from_numpy(labels), torch.from_numpy(indices))
                 finally:
@@ -253,19 +285,18 @@ class ViewLoader:
                         self._consumed = mark_work()
                 start_batch(slot)
         finally:
-            for *_, tasks in under_way:
-                for task in tasks:
-                    task.cancel()
-            for *_, tasks in under_way:
-                for task in tasks:
-                    if not task.cancelled():
-                        task.exception()  # waits: nobody may write into the buffers any more
+            tasks = [task for *_, tasks in under_way for task in tasks] if process == os.getpid() else []  # a fork's would never end
+            for task in tasks:
+                task.cancel()
+            for task in tasks:
+                if not task.cancelled():
+                    task.exception()  # waits: nobody may write into the buffers any more
 
     def _take_slots(self) -> torch.Tensor:
         if self._buffer is None or len(self._buffer) < self.buffer_bytes:
             self._buffer = None  # before a larger one is taken
             self._require_memory()
-            self._buffer = torch.empty(self.buffer_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+            self._buffer = torch.empty(self.buffer_bytes, dtype=torch.uint8, pin_memory=self._pins)
         shape = (self.batches_ahead, self.batch_size, self._settings.views, 3, self.resolution, self.resolution)
         return self._buffer[: math.prod(shape)].view(shape)
 
@@ -308,11 +339,14 @@ class _Iteration:
     def __init__(self, batches: Generator[Batch]):
         self._batches = batches
         self._ended = False
+        self._process = os.getpid()
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
+        if self._process != os.getpid():
+            raise UserError("this iteration of a ViewLoader belongs to the process that this one was forked from; begin another, by iter()")
         if self._ended:
             raise UserError(
                 "this iteration of a ViewLoader was ended by another one, by set_epoch or by close; "

@@ -1,31 +1,16 @@
-"""View policies: which random views of an image are drawn, and the draw itself.
-
-Random numbers are counted, not drawn from a stream: draw k of a view is a hash of (seed, epoch, sample, view, k). So a view is
-the same whatever the number of workers, ranks or restarts, and changing one option of a policy leaves the other draws alone.
-"""
+"""View policies: which random views of an image are rendered."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ffssl.data.compiled import compiled
-from ffssl.data.rand_augment import IDENTITY, MOST_MAGNITUDE, OPERATIONS, operation_strength
+from ffssl.data.kernels.draw import MOST_OPERATIONS, POLICY_COLUMNS
+from ffssl.data.kernels.rand_augment import MOST_MAGNITUDE
 from ffssl.errors import UserError
 
 STANDARD_MAGNITUDE = 5.0
-
-# Columns of a policy row (float64): what the compiled code reads of a policy, magnitude already applied.
-(CENTRE_CROP, SCALE_LOW, SCALE_HIGH, LOG_RATIO_LOW, LOG_RATIO_HIGH, FLIP, JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY,
- BLUR, SIGMA_LOW, SIGMA_HIGH, SOLARISE, AFFINE_JITTER, RAND_AUGMENT, RAND_MAGNITUDE) = range(19)  # fmt: skip
-POLICY_COLUMNS = 19
-
-# Columns of a view's parameters (float64): what was drawn. Factors of a step that was not drawn are the step's identity.
-# The last two are repeated for each operation of RandAugment.
-(P_TOP, P_LEFT, P_HEIGHT, P_WIDTH, P_FLIP, P_JITTER, P_BRIGHTNESS, P_CONTRAST, P_SATURATION, P_HUE, P_ORDER, P_GREY, P_SIGMA,
- P_SOLARISE, P_OPERATION, P_STRENGTH) = range(16)  # fmt: skip
-MOST_OPERATIONS = 4
-PARAMETER_COLUMNS = P_OPERATION + 2 * MOST_OPERATIONS
 
 JITTER_FORMS = ("torchvision", "affine")
 
@@ -111,87 +96,33 @@ def choose_policies(name: str, *, crop_scale_min: float | None = None, **changes
     return tuple(replace(policy, **changes) for policy in POLICIES[name])
 
 
-@compiled
-def _mix(x):
-    """The output function of SplitMix64 (Steele, Lea & Flood 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+class ViewSettings:
+    """What to render of each image: `views` views of `resolution` pixels by `policy` (one, or one a view, dealt out in turn).
 
+    With `scaled_decoding` a JPEG that is large beside its views is decoded at 1/2, 1/4 or 1/8 of its size, see `choose_denominator`.
+    Epoch, resolution, magnitude and the number of views, `views` at most, change by `set_epoch`, without recompiling: the compiled code reads `counters` (int64: seed,
+    epoch) and `policy_rows` (float64, (policies, POLICY_COLUMNS)), whose addresses never change.
+    """
 
-@compiled
-def view_key(seed, epoch, sample, view):
-    """The 64-bit key of a view, from which all its random numbers follow."""
-    key = np.uint64(0)
-    for part in (np.uint64(seed), np.uint64(epoch), np.uint64(sample), np.uint64(view)):
-        key = _mix((key ^ part) + np.uint64(0x9E3779B97F4A7C15))
-    return key
+    def __init__(self, views: int, resolution: int, policy: ViewPolicy | Sequence[ViewPolicy], seed: int, scaled_decoding: bool = True):
+        if views < 1:
+            raise UserError(f"{views} views asked for, at least 1 is needed")
+        self.most_views = views
+        self.policies = (policy,) if isinstance(policy, ViewPolicy) else tuple(policy)
+        if not self.policies:
+            raise UserError("no view policy given, at least one is needed")
+        self.scaled_decoding = scaled_decoding
+        self.counters = np.array([seed, 0])
+        self.policy_rows = np.zeros((len(self.policies), POLICY_COLUMNS))
+        self.set_epoch(0, resolution, views)
 
-
-@compiled
-def uniform(key, k):
-    """Draw k of a view: uniform in [0, 1)."""
-    bits = _mix(key + np.uint64(k + 1) * np.uint64(0x9E3779B97F4A7C15))
-    return np.float64(bits >> np.uint64(11)) * (1.0 / 9007199254740992.0)
-
-
-@compiled
-def _between(key, k, low, high):
-    return low + (high - low) * uniform(key, k)
-
-
-@compiled
-def _draw_crop(key, height, width, policy, out):
-    """torchvision's RandomResizedCrop.get_params: ten tries, then the largest centred crop of an admissible ratio."""
-    for attempt in range(10):
-        area = height * width * _between(key, 100 + 4 * attempt, policy[SCALE_LOW], policy[SCALE_HIGH])
-        ratio = math.exp(_between(key, 101 + 4 * attempt, policy[LOG_RATIO_LOW], policy[LOG_RATIO_HIGH]))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            out[P_TOP] = math.floor(_between(key, 102 + 4 * attempt, 0, height - h + 1))
-            out[P_LEFT] = math.floor(_between(key, 103 + 4 * attempt, 0, width - w + 1))
-            out[P_HEIGHT], out[P_WIDTH] = h, w
-            return
-    low, high = math.exp(policy[LOG_RATIO_LOW]), math.exp(policy[LOG_RATIO_HIGH])
-    w, h = float(width), float(height)
-    if width < low * height:
-        h = max(1.0, round(width / low))
-    elif width > high * height:
-        w = max(1.0, round(height * high))
-    out[P_TOP], out[P_LEFT] = (height - h) // 2, (width - w) // 2
-    out[P_HEIGHT], out[P_WIDTH] = h, w
-
-
-@compiled
-def _centre_crop(height, width, fraction, out):
-    side = max(1.0, round(min(height, width) * fraction))
-    out[P_TOP], out[P_LEFT] = (height - side) // 2, (width - side) // 2
-    out[P_HEIGHT], out[P_WIDTH] = side, side
-
-
-@compiled
-def _factor(key, k, strength):
-    return _between(key, k, max(0.0, 1.0 - strength), 1.0 + strength)
-
-
-@compiled
-def draw(key, height, width, policy, out):
-    """Draw the parameters of a view of a `height` x `width` image into `out` (float64, (PARAMETER_COLUMNS,))."""
-    if policy[CENTRE_CROP] > 0:
-        _centre_crop(height, width, policy[CENTRE_CROP], out)
-    else:
-        _draw_crop(key, height, width, policy, out)
-    out[P_FLIP] = uniform(key, 0) < policy[FLIP]
-    out[P_JITTER] = uniform(key, 1) < policy[JITTER]
-    out[P_BRIGHTNESS] = _factor(key, 2, policy[BRIGHTNESS])
-    out[P_CONTRAST] = _factor(key, 3, policy[CONTRAST])
-    out[P_SATURATION] = _factor(key, 4, policy[SATURATION])
-    out[P_HUE] = _between(key, 5, -policy[HUE], policy[HUE])
-    out[P_ORDER] = math.floor(_between(key, 6, 0, 24))
-    out[P_GREY] = uniform(key, 7) < policy[GREY]
-    out[P_SIGMA] = _between(key, 9, policy[SIGMA_LOW], policy[SIGMA_HIGH]) if uniform(key, 8) < policy[BLUR] else 0.0
-    out[P_SOLARISE] = uniform(key, 10) < policy[SOLARISE]
-    for i in range(MOST_OPERATIONS):
-        operation = int(_between(key, 200 + 2 * i, 0, OPERATIONS)) if i < policy[RAND_AUGMENT] else IDENTITY
-        out[P_OPERATION + 2 * i] = operation
-        out[P_STRENGTH + 2 * i] = operation_strength(operation, policy[RAND_MAGNITUDE], uniform(key, 201 + 2 * i) < 0.5)
+    def set_epoch(
+        self, epoch: int, resolution: int, views: int, magnitude: float = STANDARD_MAGNITUDE
+    ) -> None:
+        if resolution < 1:
+            raise UserError(f"resolution {resolution} asked for, at least 1 pixel is needed")
+        if not 1 <= views <= self.most_views:
+            raise UserError(f"{views} views asked for, of 1 to {self.most_views}")
+        self.resolution, self.views = resolution, views
+        self.counters[1] = epoch
+        self.policy_rows[:] = [policy.row(magnitude) for policy in self.policies]

@@ -10,7 +10,7 @@ A run is its folder, or a checkpoint file. Results are added to evaluation.json 
 import sys
 from pathlib import Path
 
-from ffssl.command_line import NETWORKS, Parser, checked, exit_status
+from ffssl.config.command_line import NETWORKS, Parser, checked, exit_status
 from ffssl.config import Number
 
 
@@ -22,7 +22,7 @@ def main() -> None:
     from ffssl.evaluate.linear import Recipe, usual_batch_size
     from ffssl.evaluate.results import add_result, markdown_table, require_recordable
 
-    common = {name: arguments.pop(name) for name in ("network", "train", "validation", "resolution", "workers", "device", "amp")}
+    common = {name: arguments.pop(name) for name in ("network", "train", "validation", "label_field", "resolution", "workers", "device", "amp")}
     for run in runs:
         require_recordable(freeze(run, **common).checkpoint.parent)  # all are checked before the first takes hours
     results = []
@@ -48,6 +48,7 @@ def parser() -> Parser:
     common.add_argument("--network", default="student", choices=NETWORKS, help="whose backbone (default: %(default)s)")
     common.add_argument("--train", type=Path, metavar="FILE", help="beton file with labels; default: the run's own, as the following")
     common.add_argument("--validation", type=Path, metavar="FILE", help="beton file with labels")
+    common.add_argument("--label-field", metavar="NAME", help="their field of labels, where it is not clear which it is")
     common.add_argument("--resolution", type=checked(integer), metavar="SIDE", help="side of the views in pixels; default: the run's largest")
     common.add_argument("--workers", type=checked(Number(int, 0)), metavar="N", help="threads that render views; 0: one per core")
     common.add_argument("--device", default="auto", help="cuda, cuda:N or cpu (default: a GPU where there is one)")

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ffssl.data.loader import ViewLoader
+from ffssl.data.normalise import to_input
 from ffssl.data.policy import EVALUATION
-from ffssl.device import mark_work
-from ffssl.images import to_input
-from ffssl.saver import copy_to_host
-from ffssl.step import to_device
+from ffssl.parallel.device import mark_work
+from ffssl.run_folder.saver import copy_to_host
+from ffssl.training.step import to_device
 
 IMAGES_AT_ONCE = 256  # through the backbone; a probe's batches are larger, and would need memory in proportion
 
@@ -27,7 +27,7 @@ def open_views(path: str | Path, data: SimpleNamespace, resolution: int, **setti
     """
     usual = {
         "batch_size": 256, "policy": EVALUATION, "shuffle": False, "workers": data.workers, "batches_ahead": 2,
-        "scaled_decoding": data.scaled_decoding,
+        "scaled_decoding": data.scaled_decoding, "label_field": data.label_field,
     }  # fmt: skip
     return ViewLoader(path, views=1, resolution=resolution, drop_last=False, **usual | settings)
 

@@ -9,27 +9,27 @@ MEMORY = 1 << 30
 
 @torch.no_grad()
 def knn_predict(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, *, k: int = 200, temperature: float = 0.1, classes: int | None = None,
-    memory: int = MEMORY, device: torch.device | None = None,
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, *, k: int = 200, temperature: float = 0.1, memory: int = MEMORY,
+    device: torch.device | None = None,
 ) -> Tensor:  # fmt: skip
     """Predicted labels, int64 (Q,), where the queries are.
 
-    bank: (N, d) features, bank_labels: int64 (N,) in 0..classes-1, queries: (Q, d). Features are L2-normalised here, in float32; each
-    of the k nearest votes with weight exp(cosine / temperature); k is cut to N. Of equal votes the smallest label wins.
+    bank: (N, d) features, bank_labels: int64 (N,), any numbers, queries: (Q, d). Features are L2-normalised here, in float32; each of the
+    k nearest votes with weight exp(cosine / temperature); k is cut to N. Of equal votes the smallest label wins.
     memory: bytes taken at most besides the arguments, the result and what libraries hold. ValueError where even single vectors need more.
     device: where to compute, by default where the bank is. Bank and queries may be anywhere and of any float type: they go there, and
     become float32, block by block.
     """
     device = device or bank.device
-    classes = classes or int(bank_labels.max()) + 1
-    k = min(k, len(bank))
+    known, bank_labels = bank_labels.unique(return_inverse=True)  # sorted: a column for each class, whatever its number
+    known, classes, k = known.to(queries.device), len(known), min(k, len(bank))
     query_block, bank_block = block_sizes(memory, queries=len(queries), bank=len(bank), width=bank.shape[1], k=k, classes=classes)
     predictions = []
     for part in queries.split(query_block):
         cosines, labels = _nearest(F.normalize(part.to(device, torch.float32), dim=1), bank, bank_labels, k, bank_block)
         weights = ((cosines - cosines.amax(1, keepdim=True)) / temperature).exp()  # relative to the nearest: neither over- nor underflows
         votes = torch.zeros(len(part), classes, device=device).scatter_add_(1, labels, weights)
-        predictions.append(votes.argmax(1).to(queries.device))
+        predictions.append(known[votes.argmax(1).to(queries.device)])
     return torch.cat(predictions)
 
 

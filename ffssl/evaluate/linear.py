@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from ffssl import checkpoint
+from ffssl.run_folder import checkpoint
 from ffssl.data.loader import ViewLoader
 from ffssl.data.order import epoch_order
 from ffssl.data.policy import EVALUATION
-from ffssl.device import send
+from ffssl.parallel.device import send
 from ffssl.errors import UserError
 from ffssl.evaluate.features import frozen_features, labelled_images
-from ffssl.optimizers import build_optimizer, set_learning_rate_and_momentum
+from ffssl.training.optimizers import build_optimizer, set_learning_rate_and_momentum
 from ffssl.schedules import cosine
 
 AUGMENTATION = replace(EVALUATION, centre_crop=0.0, crop_scale=(0.08, 1.0), flip=0.5)  # torchvision's for supervised training

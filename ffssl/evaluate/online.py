@@ -6,22 +6,30 @@ import numpy as np
 import torch
 from torch import nn
 
+from ffssl.data.beton.read import read_beton
+from ffssl.errors import UserError
 from ffssl.evaluate.features import extract_features, open_views
 from ffssl.evaluate.knn import knn_accuracy
+from ffssl.evaluate.labels import shared_classes
 
 
 class OnlineKnn:
     """Classifies the validation images by their neighbours among training images (at most `bank_samples`, drawn at random).
 
-    Views are centre crops at the largest training resolution. `options`: all sections; see the section evaluate.
+    Views are centre crops at the largest training resolution. `options`: all sections; see the section evaluate. label_field: where the
+    training file has its labels. Raises UserError where the two files' labels can't be compared, see `shared_classes`.
     """
 
     def __init__(self, options: SimpleNamespace, device: torch.device):
         self._options, self._device = options.evaluate, device
+        bank, queries = (read_beton(path, options.data.label_field) for path in (options.data.train, options.data.validation))
+        try:
+            shared_classes(bank, queries)
+        except UserError as error:
+            raise UserError(f"{error}; or train without --data.validation") from error
+        self.label_field = bank.label_field
         self._queries = open_views(options.data.validation, options.data, options.resolution.max)
         self._bank = open_views(options.data.train, options.data, options.resolution.max, broken=options.data.broken)
-        for loader in (self._queries, self._bank):
-            loader.require_labels()
         total = len(self._bank.samples)
         if total > options.evaluate.bank_samples:
             chosen = np.random.Generator(np.random.Philox(options.run.seed)).choice(total, options.evaluate.bank_samples, replace=False)

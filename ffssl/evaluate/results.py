@@ -4,7 +4,7 @@ The file is a list of records. A record holds
 
     evaluation  "knn" or "linear"
     checkpoint, epoch, steps, network, weights      what was evaluated: after how many epochs, and steps of the next, whose backbone;
-                weights is `ffssl.runs.fingerprint`
+                weights is `ffssl.load.fingerprint`
     settings, data, machine                 how, on which files, on what
     scores      top1, and top5 of a probe: shares in 0..1, or null
 

@@ -1,6 +1,6 @@
 from torch import Tensor, nn
 
-from ffssl.distributed import mean_over_ranks
+from ffssl.parallel.ranks import mean_over_ranks
 from ffssl.methods.base import Method, full_precision, mlp, wide_product
 
 

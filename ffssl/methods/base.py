@@ -66,6 +66,29 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
+    def compare(self, images: Tensor, batch: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """The losses of all pairs of views, of images (B m, 3, R, R). batch: B and m.
+
+        Returns the losses (B, m, m), the projections (B, m, d) and the targets (B, m, d').
+        """
+        projections = self.project(images)
+        targets = self.targets(images, projections).unflatten(0, batch)
+        projections = projections.unflatten(0, batch)
+        return self.pair_losses(projections, targets), projections, targets
+
+    @property
+    def pair_loss(self) -> str:
+        """What Hard Augment compares pairs by if it is not told: "method" or "cosine".
+
+        It is the method's own loss, unless that is none of single images. A subclass for which the
+        cosine of the projections ranks pairs alike, and costs less, may say so.
+        """
+        return "method" if self.has_pair_losses else "cosine"
+
+    @property
+    def has_pair_losses(self) -> bool:
+        return type(self).pair_losses is not Method.pair_losses
+
     def check(self, batch_size: int) -> None:
         """Raise UserError if the method can't work with optimiser steps of `batch_size` images."""
 

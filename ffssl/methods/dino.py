@@ -3,7 +3,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-from ffssl.distributed import mean_over_ranks
+from ffssl.parallel.ranks import mean_over_ranks
 from ffssl.methods.base import Progress, full_precision
 from ffssl.methods.teacher import Teacher, TeacherMethod
 

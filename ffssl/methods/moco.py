@@ -2,7 +2,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ffssl.distributed import gather
+from ffssl.parallel.ranks import gather
 from ffssl.errors import UserError
 from ffssl.methods.base import cosines, full_precision
 from ffssl.methods.teacher import Teacher, TeacherMethod
@@ -19,6 +19,7 @@ class MoCoV2Plus(TeacherMethod):
     """
 
     name = "mocov2plus"
+    pair_loss = "cosine"  # InfoNCE ranks an image's pairs alike, and its keys cost a teacher's pass
     direction_weight = 1.0  # the authors' symmetric code adds the two directions
 
     def __init__(

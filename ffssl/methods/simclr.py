@@ -2,7 +2,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ffssl.distributed import gather, gather_with_gradient, rank
+from ffssl.parallel.ranks import gather, gather_with_gradient, rank
 from ffssl.methods.base import Method, full_precision, mlp
 
 
@@ -13,6 +13,7 @@ class SimCLR(Method):
     """
 
     name = "simclr"
+    pair_loss = "cosine"  # NT-Xent ranks an image's pairs alike: its negatives differ little
     policy = "simclr"
     joint_views = True  # the authors pass both views at once
     decay_all = False  # the authors exclude biases and BatchNorm parameters from weight decay

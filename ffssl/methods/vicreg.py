@@ -1,7 +1,8 @@
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ffssl.distributed import gather_with_gradient
+from ffssl.parallel.ranks import gather_with_gradient
 from ffssl.methods.base import Method, full_precision, mlp, wide_product
 
 
@@ -30,6 +31,12 @@ class VICReg(Method):
     def loss(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         z1, z2 = self.project_pair(first, second)
         return vicreg(z1, z2, *self.weights), z1
+
+    def pair_losses(self, projections: Tensor, targets: Tensor) -> Tensor:
+        """The invariance term, the only one that depends on which views of an image are a pair."""
+        with full_precision(projections):
+            distances = torch.cdist(projections.float(), targets.float())
+        return self.weights[0] * distances.square() / projections.shape[2]
 
 
 def vicreg(z1: Tensor, z2: Tensor, invariance: float, variance: float, covariance: float) -> Tensor:

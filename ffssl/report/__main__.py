@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ffssl.command_line import exit_status
+from ffssl.config.command_line import exit_status
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 
-from ffssl.figures import COLOURS, MARKERS, flop_unit, ink, label, time_unit
+from ffssl.plots import COLOURS, MARKERS, any_script, drawable, flop_unit, ink, label, time_unit
 from ffssl.report.runs import ReportedRun
 
 INK, MUTED, RULE, PAPER = "#1f2328", "#59636e", "#d9dee3", "#ffffff"
@@ -99,6 +99,9 @@ def training_charts(runs: list[ReportedRun]) -> list[Chart]:
     charts = [
         _logged(runs, "loss", "loss", "loss"),
         replace(_logged(runs, "embedding_std", "embedding-spread", "spread of the embeddings (0: collapse)"), from_zero=True),
+        _logged(runs, "hardness", "hardness", "loss of the chosen pairs - of random ones (below 0: easy pairs)"),
+        _logged(runs, "predictor_cosine", "predictor-cosine", "cosine of projection and prediction (-1: upside down)"),
+        replace(_logged(runs, "effective_rank", "effective-rank", "effective rank of the embeddings"), from_zero=True),
         replace(_logged(runs, "knn", "accuracy-epochs", "kNN accuracy (%)", scale=100), marks=True),
         replace(_logged(runs, "images_per_second", "throughput", "images per second"), from_zero=True),
         replace(_logged(runs, "data_wait", "data-wait", "waiting for data (% of the time)", scale=100), from_zero=True),
@@ -135,7 +138,7 @@ def _split(run: int, x: np.ndarray, y: np.ndarray, done: int) -> Curve:
 
 def draw_chart(chart: Chart, names: list[str], unfinished: set[int]) -> Figure:
     """names: of all runs. unfinished: the places of runs whose last mark is to be hollow."""
-    with matplotlib.rc_context(LOOK):
+    with matplotlib.rc_context(LOOK), any_script(*names):
         figure = Figure(chart.size, dpi=144, layout="constrained")
         axis = figure.subplots()
         style = "steps-post" if chart.steps else "default"
@@ -176,10 +179,14 @@ def _shortened(name: str) -> str:
 
 def render(figure: Figure, name: str, title: str) -> tuple[str, bytes]:
     """A figure as an SVG element for a page that defines VARIABLES, with ids of its own, and as PNG."""
-    with matplotlib.rc_context(LOOK):
+    texts = {text: text.get_text() for text in figure.findobj(Text)}
+    with matplotlib.rc_context(LOOK), any_script():
         png = io.BytesIO()
+        for text, words in texts.items():
+            text.set_text(drawable(words))
         figure.savefig(png, format="png", facecolor=PAPER)
-        for text in figure.findobj(Text):
+        for text, words in texts.items():
+            text.set_text(words)
             text.set_path_effects([])  # with one, a text would be drawn as outlines; the page gives it a border by CSS
         svg = io.StringIO()
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
@@ -218,7 +225,7 @@ def draw_shares(shares: np.ndarray, names: list[str], title: str, x_label: str, 
 
 def draw_points(points: np.ndarray, labels: np.ndarray, names: dict[int, str], title: str) -> Figure:
     """Points (n, 2), a colour and a mark a label, each named at its middle; in grey where labels are not among `names`."""
-    with matplotlib.rc_context(LOOK | {"axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}):
+    with matplotlib.rc_context(LOOK | {"axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}), any_script(*names.values()):
         figure = Figure((4.6, 4.4), dpi=144, layout="constrained")
         axis = figure.subplots()
         others = ~np.isin(labels, list(names))

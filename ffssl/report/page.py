@@ -8,7 +8,7 @@ import torch
 
 from ffssl.errors import UserError
 from ffssl.evaluate import results
-from ffssl.figures import COLOURS, flop_unit, time_unit
+from ffssl.plots import COLOURS, flop_unit, time_unit
 from ffssl.methods import Method
 from ffssl.report.charts import Chart, accuracy_charts, draw_chart, schedule_charts, training_charts
 from ffssl.report.gallery import Gallery
@@ -101,6 +101,9 @@ def _cost(runs: list[ReportedRun], gallery: Gallery) -> str:
             "These accuracies are of different data or measured in different ways, and not to be compared: "
             + "; ".join(f"{run.name}: {_describe_evaluation(run)}" for run in runs if run.last_evaluation) + ".", "warning",
         )  # fmt: skip
+    warning += "".join(
+        _note(f"The accuracies of {run.name} mean nothing: {run.accuracy_doubt}.", "warning") for run in runs if run.accuracy_doubt
+    )
     charts, evaluated = accuracy_charts(runs), _results(runs)
     curves = f'<div class="charts large">{_charts(charts, runs, gallery)}</div>' if charts else ""
     return warning + _table(runs) + (evaluated + curves or _note("No accuracy has been measured."))

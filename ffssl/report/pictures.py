@@ -10,8 +10,8 @@ from html import escape
 import numpy as np
 import torch
 
-from ffssl.figures import COLOURS
-from ffssl.hard_augment import pairs
+from ffssl.data.convert.sources.base import UNLABELLED
+from ffssl.plots import COLOURS
 from ffssl.methods import Method
 from ffssl.report import samples
 from ffssl.report.charts import draw_points, draw_shares
@@ -31,7 +31,7 @@ NEIGHBOURS = (
 
 def show_views(run: ReportedRun, method: Method, place: int, gallery: Gallery) -> str:
     epochs = samples.views_by_epoch(run, method)
-    count, largest = epochs[0].views.shape[1], max(one.resolution for one in epochs)
+    count, largest = max(one.views.shape[1] for one in epochs), max(one.resolution for one in epochs)
     across = math.ceil(count**0.5)
     zoom = max(1, SHOWN_SIDE // largest)
     rows, sheet = [], []
@@ -70,7 +70,7 @@ def _view(view: torch.Tensor, *, chosen: bool) -> str:
 def show_choice(run: ReportedRun, method: Method, place: int, gallery: Gallery) -> str:
     """How good the cheap choice is, and whether it prefers views by their place."""
     choice = samples.examine_choice(run, method)
-    candidates = pairs(choice.views).tolist()
+    candidates = choice.candidates.tolist()
     ranks = torch.bincount(choice.ranks, minlength=len(candidates)).numpy() / len(choice.ranks)
     positions = torch.bincount(choice.positions, minlength=len(candidates)).numpy() / len(choice.positions)
     colour = COLOURS[place % len(COLOURS)]
@@ -99,7 +99,7 @@ def show_choice(run: ReportedRun, method: Method, place: int, gallery: Gallery) 
 def show_embedding(run: ReportedRun, method: Method, place: int, gallery: Gallery) -> str:
     embedding = samples.embed(run, method)
     labels = embedding.labels.numpy()
-    names = {label: samples.class_name(embedding.class_names, label) for label in np.unique(labels[labels >= 0]).tolist()}
+    names = {label: samples.class_name(embedding.class_names, label) for label in np.setdiff1d(labels, UNLABELLED).tolist()}
     by = "UMAP" if embedding.explained is None else "PCA"
     figure = draw_points(embedding.points.numpy(), labels, names, f"features by {by}")
     card = gallery.draw(figure, _file_name("embeddings", run, place), f"features by {by}")
@@ -113,15 +113,13 @@ def show_embedding(run: ReportedRun, method: Method, place: int, gallery: Galler
     return f'{card}<p class="caption">{words}.</p>'
 
 
-
-
 def show_neighbours(run: ReportedRun, method: Method, place: int, gallery: Gallery) -> str:
     near = samples.nearest_neighbours(run, method)
     rows, sheet = [], []
     for i, query_label in enumerate(near.query_labels.tolist()):
         figures = [_thumbnail(near.queries[i], _class(near, query_label) or "image", "")]
         for image, label, cosine in zip(near.found[i], near.found_labels[i].tolist(), near.cosines[i].tolist()):
-            other = query_label >= 0 and label != query_label
+            other = UNLABELLED not in (query_label, label) and label != query_label
             figures.append(_thumbnail(image, f"{_class(near, label)} {cosine:.2f}", ' class="other"' if other else ""))
         rows.append(f'<div class="row">{"".join(figures)}</div>')
         sheet.append([(near.queries[i], False), None, *((image, False) for image in near.found[i])])
@@ -130,7 +128,7 @@ def show_neighbours(run: ReportedRun, method: Method, place: int, gallery: Galle
 
 
 def _class(near: samples.Neighbours, label: int) -> str:
-    return samples.class_name(near.class_names, label) if label >= 0 else ""
+    return samples.class_name(near.class_names, label) if label != UNLABELLED else ""
 
 
 def _thumbnail(image: torch.Tensor, caption: str, attributes: str) -> str:

@@ -5,15 +5,18 @@ from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
-from ffssl import checkpoint
+from ffssl.run_folder import checkpoint
 from ffssl.config import as_dict
-from ffssl.data.convert import description_or_empty
+from ffssl.data.beton.read import read_beton
+from ffssl.data.convert.conversion import description_or_empty
 from ffssl.errors import UserError
+from ffssl.evaluate.labels import shared_classes
 from ffssl.methods import Method
-from ffssl.plan import Plan
-from ffssl.run_log import NAME, read_log
-from ffssl.run_record import read_starts
-from ffssl.runs import load_run
+from ffssl.training.schedule import Plan
+from ffssl.printable import printable
+from ffssl.run_folder.log import NAME, read_log
+from ffssl.run_folder.provenance import read_starts
+from ffssl.load import load_run
 from ffssl.schedules import noise_scale
 
 POINTS = 400  # in a schedule's curve, at least
@@ -76,6 +79,22 @@ class ReportedRun:
         settings = self.options.resolution.max, evaluate.bank_samples, evaluate.k, evaluate.temperature
         return images, describe_data(data.validation).identity, *settings
 
+    @cached_property
+    def accuracy_doubt(self) -> str | None:
+        """Why its accuracies mean nothing: labels of other classes, which the training now refuses. None where nothing says so."""
+        if self.options is None or not self.options.data.validation or not self.last_evaluation:
+            return None
+        data = self.options.data
+        try:
+            betons = [read_beton(path, data.label_field) for path in (data.train, data.validation)]
+        except UserError:  # gone since
+            return None
+        try:
+            shared_classes(*betons)
+        except UserError as error:
+            return str(error)
+        return None
+
     @property
     def hardware(self) -> tuple[str, int] | None:
         """The device that it ran on, and in how many processes; None where these changed, or it kept no record."""
@@ -102,7 +121,7 @@ def read_runs(folders: list[Path]) -> list[ReportedRun]:
     """The runs in these folders. Raises UserError for a folder without a log."""
     tails = [folder.resolve().name for folder in folders]
     names = tails if len(set(tails)) == len(tails) else [str(folder) for folder in folders]
-    return [_read_run(folder, name) for folder, name in zip(folders, names)]
+    return [_read_run(folder, printable(name)) for folder, name in zip(folders, names)]
 
 
 def _read_run(folder: Path, name: str) -> ReportedRun:

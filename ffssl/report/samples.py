@@ -6,7 +6,7 @@ All of it is computed anew from the run's checkpoint and beton files, and raises
 import contextlib
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ffssl.data.beton import Beton, read_beton
+from ffssl.data.beton.read import Beton, read_beton
 from ffssl.data.loader import ViewLoader
+from ffssl.data.convert.sources.base import UNLABELLED
 from ffssl.evaluate.features import extract_features, open_views
-from ffssl.hard_augment import losses_of_pairs, pairs
+from ffssl.evaluate.labels import shared_classes
+from ffssl.hard_augment import hardest_pair, losses_of_pairs, pairs
 from ffssl.methods import Method
 from ffssl.methods.base import Progress
+from ffssl.printable import printable
 from ffssl.report.runs import ReportedRun, describe_data
 from ffssl.train import open_loader
 
@@ -46,11 +49,11 @@ class EpochViews:
 class Choice:
     """Of each image's pairs, which one the selection pass chose.
 
-    positions: int64 (n,), its place among `hard_augment.pairs`. ranks: int64 (n,), at the resolution of the training: 0 where the
+    candidates: int64 (pairs, 2). positions: int64 (n,), its place among them. ranks: int64 (n,), at the resolution of the training: 0 where the
     chosen pair has the largest loss there too. losses: mean loss there, of the chosen, the hardest and a random pair.
     """
 
-    views: int
+    candidates: Tensor
     selection_resolution: int
     resolution: int
     positions: Tensor
@@ -87,16 +90,16 @@ def spread(total: int, count: int) -> np.ndarray:
 
 
 def class_name(names: Sequence[str], label: int) -> str:
-    return names[label] if label < len(names) else f"class {label}"
+    return printable(names[label]) if 0 <= label < len(names) else f"class {label}"
 
 
 @contextlib.contextmanager
-def _fixed_views(run: ReportedRun, method: Method, count: int):
+def _fixed_views(run: ReportedRun, count: int):
     """The run's training loader, over `count` images at most, always the same ones. Its views are those that the training sees."""
     options = run.options
     total = len(read_beton(options.data.train))
     small = SimpleNamespace(**vars(options.training) | {"batch_size": min(BATCH, total)})
-    with open_loader(SimpleNamespace(**vars(options) | {"training": small}), method) as loader:
+    with open_loader(SimpleNamespace(**vars(options) | {"training": small})) as loader:
         loader.shuffle, loader.drop_last = False, False
         loader.samples = spread(total, count)
         yield loader
@@ -104,63 +107,69 @@ def _fixed_views(run: ReportedRun, method: Method, count: int):
 
 def views_by_epoch(run: ReportedRun, method: Method) -> list[EpochViews]:
     """The views of a few images in a few epochs, from the first to the last. The choice is that of the checkpoint's weights."""
-    settings, plan, shown = run.options.hard_augment, run.plan, []
+    plan, shown = run.plan, []
     device = next(method.parameters()).device
     method.train()  # as the selection pass sees it: BatchNorm takes the batch's statistics
-    with _fixed_views(run, method, BATCH) as loader:
+    with _fixed_views(run, BATCH) as loader:
         kept = spread(len(loader.samples), SHOWN_IMAGES)
         for epoch in spread(run.options.training.epochs, SHOWN_EPOCHS).tolist():
             resolution, magnitude = plan.resolution(epoch), plan.magnitude(epoch)
-            loader.set_epoch(epoch, resolution, magnitude)
+            selection = plan.selection(epoch)
+            loader.set_epoch(epoch, resolution, magnitude, views=plan.views(epoch))
             method.before_step(Progress(epoch * plan.steps_per_epoch, plan.total_steps, epoch))
             for views, _, _ in loader:
                 chosen = None
-                if settings.select == "hard":
-                    losses = losses_of_pairs(method, views.to(device), settings.resolution, loss=settings.loss)
-                    candidates = pairs(views.shape[1])
-                    chosen = candidates[chosen_pairs(losses.cpu())][kept]
+                if selection.select == "hard":
+                    losses = losses_of_pairs(method, views.to(device), selection).cpu()
+                    chosen = hardest_pair(losses, selection.policies)[kept]
                 shown.append(EpochViews(epoch, resolution, magnitude, views[kept].clone(), chosen))
     return shown
 
 
 def examine_choice(run: ReportedRun, method: Method) -> Choice:
     """How the pair that the cheap pass chooses ranks at the resolution trained on, with the checkpoint's weights and its epoch's views."""
-    settings, plan = run.options.hard_augment, run.plan
+    plan = run.plan
     device = next(method.parameters()).device
     method.train()
-    epoch = max(run.epoch - 1, 0)
+    epoch = max(run.epoch - 1, plan.selection_start)
+    selection = plan.selection(epoch)
     method.before_step(Progress(epoch * plan.steps_per_epoch, plan.total_steps, epoch))
     small, large = [], []
-    with _fixed_views(run, method, COMPARED_IMAGES) as loader:
-        loader.set_epoch(epoch, plan.resolution(epoch), plan.magnitude(epoch))
+    with _fixed_views(run, COMPARED_IMAGES) as loader:
+        loader.set_epoch(
+            epoch, plan.resolution(epoch), plan.magnitude(epoch), views=plan.views(epoch)
+        )
         for views, _, _ in loader:
             images = views.to(device)
-            for losses, resolution in ((small, settings.resolution), (large, loader.resolution)):
-                losses.append(losses_of_pairs(method, images, resolution, loss=settings.loss).float().cpu())
+            for losses, resolution in ((small, selection.resolution), (large, loader.resolution)):
+                at_it = replace(selection, resolution=resolution)
+                losses.append(losses_of_pairs(method, images, at_it).float().cpu())
         resolution = loader.resolution
-    chosen, ranks = chosen_pairs(torch.cat(small)), rank_of(torch.cat(large), chosen_pairs(torch.cat(small)))
-    of_pairs = _by_pair(torch.cat(large))
+    cheap, of_pairs = (by_pair(torch.cat(x), selection.policies) for x in (small, large))
+    chosen = cheap.argmax(1)
     means = {"chosen": of_pairs.gather(1, chosen[:, None]), "hardest": of_pairs.max(1).values, "random": of_pairs}
     return Choice(
-        views.shape[1], min(settings.resolution, resolution), resolution, chosen, ranks, {name: value.mean().item() for name, value in means.items()}
+        pairs(views.shape[1], policies=selection.policies),
+        min(selection.resolution, resolution),
+        resolution,
+        chosen,
+        rank_of(of_pairs, chosen),
+        {name: value.mean().item() for name, value in means.items()},
     )
 
 
-def _by_pair(losses: Tensor) -> Tensor:
-    """(B, m, m) to (B, pairs)."""
-    candidates = pairs(losses.shape[1])
+def by_pair(losses: Tensor, policies: int = 1) -> Tensor:
+    """The losses of the candidate pairs, in the order of `hard_augment.pairs`: (B, m, m) to (B, pairs)."""
+    candidates = pairs(losses.shape[1], policies=policies)
     return losses[:, candidates[:, 0], candidates[:, 1]]
 
 
-def chosen_pairs(losses: Tensor) -> Tensor:
-    """The place among `hard_augment.pairs` of each image's pair with the largest loss: int64 (B,). losses: (B, m, m)."""
-    return _by_pair(losses).argmax(1)
-
-
 def rank_of(losses: Tensor, chosen: Tensor) -> Tensor:
-    """How many pairs of the image have a larger loss than the chosen: int64 (B,). losses: (B, m, m), chosen: places (B,)."""
-    of_pairs = _by_pair(losses)
-    return (of_pairs > of_pairs.gather(1, chosen[:, None])).sum(1)
+    """How many pairs of the image have a larger loss than the chosen: int64 (B,).
+
+    losses: (B, pairs). chosen: int64 (B,), a place among the pairs.
+    """
+    return (losses > losses.gather(1, chosen[:, None])).sum(1)
 
 
 def _centre_crops(run: ReportedRun, path: str, resolution: int, indices: np.ndarray) -> ViewLoader:
@@ -190,9 +199,9 @@ def evaluation_path(run: ReportedRun) -> str:
 def embed(run: ReportedRun, method: Method) -> Embedding:
     """The features of a few hundred images in the plane; of a few classes, where there are many."""
     path = evaluation_path(run)
-    beton = read_beton(path)
-    labels = np.full(len(beton), -1) if beton.labels is None else beton.labels
-    classes = np.unique(labels[labels >= 0])
+    beton = read_beton(path, run.options.data.label_field)
+    labels = np.full(len(beton), UNLABELLED) if beton.labels is None else beton.labels
+    classes = _classes(beton)
     indices = np.arange(len(beton))
     if len(classes):
         indices = np.flatnonzero(np.isin(labels, classes[spread(len(classes), EMBEDDED_CLASSES)]))
@@ -215,9 +224,14 @@ def project(features: Tensor) -> tuple[Tensor, float | None]:
     return centred @ (directions[:2] * signs).T, (variances[:2].sum() / variances.sum().clamp(min=1e-12)).item()
 
 
+def _classes(beton: Beton) -> np.ndarray:
+    """The labels that there are, ascending."""
+    return np.setdiff1d([] if beton.labels is None else beton.labels, UNLABELLED)
+
+
 def _examples(beton: Beton, count: int) -> np.ndarray:
     """Images of different classes, where there are labels."""
-    classes = np.unique(beton.labels[beton.labels >= 0]) if beton.labels is not None else []
+    classes = _classes(beton)
     if not len(classes):
         return spread(len(beton), count)
     firsts = [np.flatnonzero(beton.labels == one)[0] for one in classes[spread(len(classes), count)]]
@@ -225,10 +239,15 @@ def _examples(beton: Beton, count: int) -> np.ndarray:
 
 
 def nearest_neighbours(run: ReportedRun, method: Method) -> Neighbours:
-    """The training images, of at most BANK, whose features are closest to those of a few validation images, by the cosine."""
+    """The training images, of at most BANK, whose features are closest to those of a few validation images, by the cosine.
+
+    Raises UserError where both files have labels, but not of the same classes.
+    """
     path, bank_path = evaluation_path(run), run.options.data.train
-    queries = _examples(read_beton(path), QUERIES)
-    bank = spread(len(read_beton(bank_path)), BANK)
+    asked, trained = (read_beton(one, run.options.data.label_field) for one in (path, bank_path))
+    if all(len(_classes(beton)) for beton in (asked, trained)) and path != bank_path:
+        shared_classes(trained, asked)
+    queries, bank = _examples(asked, QUERIES), spread(len(trained), BANK)
     if path == bank_path:
         bank = np.setdiff1d(bank, queries)
     features, query_labels = _features(run, method, path, queries)

@@ -1,6 +1,6 @@
 """The page's looks: one column on a phone, charts side by side where there is room, light or dark as the reader's system is."""
 
-from ffssl.figures import COLOURS, ink
+from ffssl.plots import COLOURS, ink
 
 LIGHT = {"page": "#f6f7f9", "card": "#ffffff", "ink": "#1f2328", "muted": "#59636e", "rule": "#d9dee3", "mark": "#fff3d6", "frame": "#d55e00"}
 DARK = {"page": "#0e1116", "card": "#171b21", "ink": "#e6e9ed", "muted": "#9aa4af", "rule": "#2e353d", "mark": "#3d3116", "frame": "#ff8a3d"}

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ffssl.device import choose_device
+from ffssl.parallel.device import choose_device
 from ffssl.errors import UserError
 from ffssl.files import replacing
 from ffssl.report.page import compose
@@ -19,7 +19,7 @@ def write_report(folders: list[Path], output: Path, device: str = "auto") -> Pat
     beside = output.with_name(f"{output.stem}_pictures")
     try:
         beside.mkdir(parents=True, exist_ok=True)
-        for path, content in (*((beside / name, png) for name, png in pictures.items()), (output, page.encode())):
+        for path, content in (*((beside / name, png) for name, png in pictures.items()), (output, page.encode("utf-8", "backslashreplace"))):
             with replacing(path) as partial:
                 partial.write_bytes(content)
     except OSError as error:

@@ -5,7 +5,7 @@ import mmap
 
 import numpy as np
 
-from ffssl.data.beton import ALLOCATION_TYPE, FIELD_TYPE, HEADER_TYPE, IMAGE_FIELD, INT_FIELD, metadata_type
+from ffssl.data.beton.read import ALLOCATION_TYPE, FIELD_TYPE, HEADER_TYPE, IMAGE_FIELD, INT_FIELD, metadata_type
 
 ROWS_TYPE = metadata_type([IMAGE_FIELD, INT_FIELD])
 ROWS_START = HEADER_TYPE.itemsize + 2 * FIELD_TYPE.itemsize

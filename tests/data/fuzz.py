@@ -5,7 +5,7 @@
 
 A case follows from its seed alone. Seeds are dealt out in turn to three kinds of case:
 
-- jpeg: a damaged JPEG through `ffssl.data.jpeg`, which the converter stands on. It decodes, or JpegError is raised.
+- jpeg: a damaged JPEG through `ffssl.data.convert.jpeg`, which the converter stands on. It decodes, or JpegError is raised.
 - decode: a damaged JPEG through the loader's compiled decoder, at every scale.
 - beton: a damaged beton file through `read_beton`, sample by sample through `render_samples`, and as a whole through `ViewLoader`.
   It is refused with a UserError that begins with the file's name; or the loader serves the samples in order up to the first that does
@@ -49,13 +49,13 @@ import numpy as np
 import PIL.Image
 
 from damage import Guarded, compact, damage_beton, damage_jpeg
-from ffssl.data import jpeg
-from ffssl.data.beton import MODE_JPEG, MODE_RAW, read_beton
-from ffssl.data.beton_writer import MIN_PAGE_SIZE, BetonWriter
+from ffssl.data.convert import jpeg
+from ffssl.data.beton.read import MODE_JPEG, MODE_RAW, read_beton
+from ffssl.data.beton.write import MIN_PAGE_SIZE, BetonWriter
 from ffssl.errors import UserError
 from sample_images import smooth_image
 
-LIMIT_S = 60  # a case takes milliseconds, and a child seconds to start
+LIMIT_S = 600  # a case takes milliseconds
 SERVED, IN_PART, REFUSED, WRONG, CRASHED, HUNG = OUTCOMES = ("served", "in part", "refused", "wrong", "crashed", "hung")
 Check = Callable[[int], str]
 
@@ -127,7 +127,7 @@ def memory(name: str) -> Guarded:
 
 
 def check_decode(random: np.random.Generator) -> str:
-    from ffssl.data.decoder import decode
+    from ffssl.data.kernels.decode import (decode)
 
     data, (height, width) = draw_damaged_jpeg(random)
     try:
@@ -191,7 +191,7 @@ def scratch_folder() -> tempfile.TemporaryDirectory:
 
 def check_beton(random: np.random.Generator) -> str:
     from ffssl.data.loader import ViewLoader
-    from ffssl.data.policy import POLICIES
+    from ffssl.data.policy import (POLICIES)
 
     sound = sound_betons()[random.integers(len(sound_betons()))]
     data = damage_beton(random, sound, sound_jpegs()[random.integers(len(sound_jpegs()))])
@@ -228,7 +228,8 @@ def check_beton(random: np.random.Generator) -> str:
 
 def render_guarded(data: bytes, beton, sample: int, settings: dict) -> np.ndarray | None:
     """The views of one sample, rendered alone between forbidden pages; None if it does not decode."""
-    from ffssl.data.decoder import ViewSettings, render_samples
+    from ffssl.data.policy import (ViewSettings)
+    from ffssl.data.kernels.decode import (render_samples)
 
     view_settings = ViewSettings(seed=0, **settings)
     views, side, seen = settings["views"], settings["resolution"], []
@@ -272,7 +273,10 @@ def attempt_all_here(check: Check, seeds: Iterable[int]) -> Iterator[tuple[int, 
 
 
 def attempt_all(check: Check, seeds: Iterable[int], limit_s: float = LIMIT_S) -> Iterator[tuple[int, str, str]]:
-    """Seed, outcome and what there is to say of each case, run in a child process, a new one after a crash or a hang."""
+    """Seed, outcome and what there is to say of each case, run in a child process, a new one after a crash or a hang.
+
+    limit_s: for a case, once the child has imported what it needs.
+    """
     context, child = multiprocessing.get_context("spawn"), None
     try:
         for seed in seeds:
@@ -281,6 +285,7 @@ def attempt_all(check: Check, seeds: Iterable[int], limit_s: float = LIMIT_S) ->
                 child = context.Process(target=_serve, args=(check, other_end))
                 child.start()
                 other_end.close()
+                connection.recv()
             connection.send(seed)
             try:
                 outcome, said = connection.recv() if connection.poll(limit_s) else (HUNG, f"no answer within {limit_s} s")
@@ -298,6 +303,7 @@ def attempt_all(check: Check, seeds: Iterable[int], limit_s: float = LIMIT_S) ->
 
 def _serve(check: Check, connection) -> None:
     faulthandler.enable()
+    connection.send("ready")
     while True:
         try:
             seed = connection.recv()

@@ -5,8 +5,8 @@ import io
 import numpy as np
 import PIL.Image
 
-from ffssl.data.beton import MODE_JPEG, MODE_RAW
-from ffssl.data.beton_writer import BetonWriter
+from ffssl.data.beton.read import MODE_JPEG, MODE_RAW
+from ffssl.data.beton.write import BetonWriter
 
 
 def smooth_image(height, width, seed):

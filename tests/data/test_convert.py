@@ -6,21 +6,24 @@ import json
 import os
 import signal
 import struct
+import subprocess
+import sys
 import zlib
 from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
+import PIL.features
 import PIL.Image
 import PIL.ImageOps
 import pytest
 
-from ffssl.data import workers
-from ffssl.data.beton import MODE_JPEG, MODE_RAW, read_beton
-from ffssl.data.convert import ConversionError, ConvertOptions, convert, identity, is_compressed, select_subset
-from ffssl.data.encode import BrokenImage, Encoding, How, encode_image
-from ffssl.data.sources import Source
-from ffssl.data.sources.folder import ImageFolder
+from ffssl.data.convert import workers
+from ffssl.data.beton.read import MODE_JPEG, MODE_RAW, read_beton
+from ffssl.data.convert.conversion import ConversionError, ConvertOptions, convert, identity, is_compressed, select_subset
+from ffssl.data.convert.encode import BrokenImage, Encoding, How, encode_image
+from ffssl.data.convert.sources import Source
+from ffssl.data.convert.sources.folder import ImageFolder
 from ffssl.errors import UserError
 from damage import frame_size_at
 
@@ -92,8 +95,10 @@ def test_exif_orientation_is_applied(orientation, max_side):
     assert_close(png, reference)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "BMP", "GIF"])
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000"])
 def test_other_formats(kind):
+    if kind == "AVIF" and not PIL.features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
     assert_close(encode_image(save(picture(), kind), Encoding()), picture())
 
 
@@ -355,6 +360,59 @@ def test_a_broken_image_is_skipped_and_listed(folder, workers):
     assert json.loads(Path(f"{path}.json").read_text())["skipped"] == [{"name": name, "reason": reason}]
 
 
+def test_what_is_left_out_is_in_the_summary_and_the_description(folder):
+    for name in ("b/notes.txt", "a/y.heic", "a/x.heic", "a/z"):
+        (folder / name).write_bytes(b"")
+    path, summary = convert_folder(folder)
+    assert summary.passed_over == [
+        (".heic", 2, "a/x.heic"),
+        (".txt", 1, "b/notes.txt"),
+        ("without suffix", 1, "a/z"),
+    ]
+    description = json.loads(Path(f"{path}.json").read_text())
+    assert description["passed_over"] == [
+        {"kind": kind, "files": count, "first": first} for kind, count, first in summary.passed_over
+    ]
+    assert (summary.labels, summary.unlabelled, description["unlabelled"]) == (2, 0, 0)
+
+
+def test_class_names_that_are_no_utf8_become_text(folder):
+    os.rename(folder / "b", os.fsencode(folder) + b"/caf\xe9\n")
+    os.rename(folder / "a", folder / "caf\u00e9")
+    path, summary = convert_folder(folder)
+    assert summary.class_names == ["caf\u00e9", r"caf\xe9\x0a"]
+    description = Path(f"{path}.json").read_bytes()
+    assert (
+        b"\\ud" not in description and json.loads(description)["class_names"] == summary.class_names
+    )
+    assert read_beton(path).labels.tolist() == [0] * 12 + [1] * 12
+
+
+class Numbered(Source):
+    """One grey image for each label that is given."""
+
+    origin = "here"
+
+    def __init__(self, labels):
+        self.labels = labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def name(self, index):
+        return f"sample {index}"
+
+    def load(self, index):
+        return np.zeros((8, 8, 3), np.uint8), self.labels[index]
+
+
+def test_labels_are_stored_as_they_are(tmp_path):
+    labels = [2**63 - 1, 0, -(2**63), 1_400_000_000, -1, 0]
+    summary = convert(Numbered(labels), tmp_path / "out.beton", ConvertOptions(**QUIET))
+    assert read_beton(tmp_path / "out.beton").labels.tolist() == labels
+    assert (summary.labels, summary.unlabelled, summary.class_names) == (4, 1, None)
+
+
 def test_nothing_but_broken_images(tmp_path):
     (tmp_path / "x.jpg").write_bytes(b"\xff\xd8\xff")
     with pytest.raises(ConversionError, match="all 1 images are broken"):
@@ -450,6 +508,38 @@ def test_a_killed_worker_is_reported(tmp_path):
         convert(Deadly(), tmp_path / "out.beton", ConvertOptions(workers=2, **QUIET))
     signal.alarm(0)
     assert os.listdir(tmp_path) == []
+
+
+CONVERT = """
+from ffssl.data.convert.conversion import ConvertOptions, convert
+from ffssl.data.convert.sources.folder import ImageFolder
+{}convert(ImageFolder("images"), "out.beton", ConvertOptions(workers=2, progress=False))
+"""
+
+
+@pytest.mark.parametrize(
+    "program",
+    [CONVERT.format(""), CONVERT.format("if __name__ != '__main__': raise SystemExit('no')\n")],
+    ids=["calls again", "fails"],
+)
+def test_a_program_that_workers_cannot_import_is_told(folder, program):
+    (folder.parent / "program.py").write_text(program)
+    root = Path(__file__).resolve().parents[2]
+    result = subprocess.run(
+        [sys.executable, "program.py"],
+        cwd=folder.parent,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 1 and result.stderr.count("Traceback") == 1, result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert (
+        last.startswith("ffssl.errors.UserError: the worker processes did not start")
+        and '`if __name__ == "__main__":`' in last
+    )
+    assert sorted(os.listdir(folder.parent)) == ["images", "program.py"]
 
 
 def test_photographs_keep_their_bytes(shared_data, tmp_path):

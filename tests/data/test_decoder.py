@@ -6,18 +6,20 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import numba
 import numpy as np
 import PIL.Image
 import pytest
 
 import ffssl.data
-from ffssl.data.beton import MODE_JPEG, MODE_RAW
-from ffssl.data.beton_writer import BetonWriter
-from ffssl.data.decoder import decode, render_samples
+from ffssl.data.beton.read import MODE_JPEG, MODE_RAW
+from ffssl.data.beton.write import BetonWriter
+from ffssl.data.kernels.decode import (decode, render_samples)
 from ffssl.data.loader import ViewLoader
-from ffssl.data.policy import POLICIES, ViewPolicy
+from ffssl.data.policy import (POLICIES, ViewPolicy)
 from damage import without_segments
 from sample_images import jpeg_bytes, smooth_image, write_beton
 
@@ -26,8 +28,8 @@ IDENTITY = ViewPolicy(crop_scale=(1, 1), crop_ratio=(1, 1), flip=0, jitter=0, gr
 # ffcv's loader waits for ever when something goes wrong, so it runs in a process that can be killed.
 STOCK_LOADER = """
 import sys, numpy as np
-from ffssl.data.ffcv_operation import ViewDecoder  # first: it spares ffcv's import what takes seconds to compile
-from ffssl.data.policy import POLICIES
+from ffssl.data.beton.ffcv_operation import ViewDecoder  # first: it spares ffcv's import what takes seconds to compile
+from ffssl.data.policy import (POLICIES)
 from ffcv.loader import Loader, OrderOption
 from ffcv.transforms import ToTensor
 from ffcv.pipeline import PipelineSpec
@@ -52,7 +54,7 @@ def test_stock_ffcv_loader_serves_the_same_views(images, tmp_path):
         for i, image in enumerate(images):
             data, mode = (image.tobytes(), MODE_RAW) if i % 3 == 0 else (jpeg_bytes(image), MODE_JPEG)
             writer.add(data, mode, image.shape[1], image.shape[0], i)
-    subprocess.run([sys.executable, "-c", STOCK_LOADER, path, tmp_path / "views.npz"], check=True, timeout=200)
+    subprocess.run([sys.executable, "-c", STOCK_LOADER, path, tmp_path / "views.npz"], check=True, timeout=600)
     stock = np.load(tmp_path / "views.npz")
     with ViewLoader(path, batch_size=5, views=3, resolution=40, policy=POLICIES["byol"], seed=7, shuffle=False, drop_last=False) as loader:
         for epoch, resolution, magnitude in [(0, 40, 5.0), (3, 24, 6.5)]:
@@ -153,7 +155,9 @@ def test_changing_resolution_magnitude_views_or_batch_compiles_nothing(beton):
 
 def import_compiled(folder):
     spec = importlib.util.spec_from_file_location("compiled_copy", folder / "compiled.py")
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_compiled_files_are_dropped_when_any_kernel_module_has_changed(tmp_path):
@@ -209,7 +213,7 @@ def test_compiled_files_that_lie_elsewhere_are_dropped_too(tmp_path):
 def test_importing_the_ffcv_decoder_leaves_torchs_and_numbas_threads_alone():
     code = (
         "import torch, numba; torch.set_num_threads(2); before = torch.get_num_threads(), numba.get_num_threads()\n"
-        "import ffssl.data.ffcv_operation\n"
+        "import ffssl.data.beton.ffcv_operation\n"
         "assert (torch.get_num_threads(), numba.get_num_threads()) == before"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -219,7 +223,48 @@ def test_the_library_that_decodes_is_not_loaded_for_all_of_the_process():
     """Of the libraries that it is linked to, torch would take the BLAS for its own, and be 30 times slower."""
     code = (
         "import ctypes; process = ctypes.CDLL(None)\n"
-        "import ffssl.data.decoder\n"
+        "import ffssl.data.kernels.decode\n"
         "for symbol in ('sgemm_', 'tjDecompress2'): assert not hasattr(process, symbol), symbol"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture
+def nowhere(tmp_path, monkeypatch):
+    """A copy of the package that Numba can't keep compiled files beside, and no user's cache; even for root, files are no folders."""
+    folder = tmp_path / "data"
+    shutil.copytree(Path(ffssl.data.__path__[0]), folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "__pycache__").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/cache")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "")
+    monkeypatch.setattr(numba.config, "CACHE_DIR", "")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return folder
+
+
+def test_where_nothing_can_be_kept_compiled_files_go_under_the_temporary_folder_which_is_told_once(nowhere, tmp_path, capsys):
+    own = tmp_path / f"ffssl-{os.getuid()}"
+    for told in (f"compiled code can be kept neither beside {nowhere} nor in the user's cache: it is kept in {own}; NUMBA_CACHE_DIR", ""):
+        import_compiled(nowhere)
+        error = capsys.readouterr().err
+        assert error.startswith(told) and error.count("\n") == bool(told)
+        assert [path.name for path in own.rglob("*") if path.is_file()] == ["kernels.sha256"]  # what goes there is found again
+        assert os.environ["NUMBA_CACHE_DIR"] == str(own) and own.stat().st_mode & 0o777 == 0o700
+        numba.config.CACHE_DIR = ""  # as in another process
+
+
+@pytest.mark.parametrize("taken", [lambda own: (own.mkdir(), own.chmod(0o777)), lambda own: own.symlink_to("/tmp"), lambda own: own.touch()])
+def test_a_folder_that_somebody_else_may_write_to_is_not_trusted_and_nothing_is_kept(nowhere, tmp_path, capsys, taken):
+    taken(tmp_path / f"ffssl-{os.getuid()}")
+    module = import_compiled(nowhere)
+    assert "is not this user's alone" in capsys.readouterr().err
+    function = module.compiled(lambda x: x + 1)
+    assert function(1) == 2 and function.stats.cache_path is None
+
+
+def test_kernels_are_compiled_where_numba_is_told_not_to(beton):
+    code = "import sys\nfrom ffssl.data import ViewLoader\nprint(next(iter(ViewLoader(sys.argv[1], batch_size=4, views=2, resolution=24))).views.sum())"
+    words, environment = [sys.executable, "-c", code, beton], os.environ | {"NUMBA_DISABLE_JIT": "1"}
+    told = subprocess.run(words, env=environment, check=True, capture_output=True, text=True, timeout=600).stdout
+    with ViewLoader(beton, batch_size=4, views=2, resolution=24) as loader:
+        assert told == f"{next(iter(loader)).views.sum()}\n"

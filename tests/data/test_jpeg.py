@@ -6,8 +6,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from ffssl.data import jpeg
-from ffssl.data.jpeg import JpegError
+from ffssl.data.convert import jpeg
+from ffssl.data.convert.jpeg import JpegError
 from damage import frame_size_at, without_segments
 
 
@@ -166,5 +166,5 @@ def test_ffcv_is_not_imported():
     import subprocess
     import sys
 
-    program = "import sys; from ffssl.data import jpeg; jpeg.turbojpeg(); sys.exit('ffcv' in sys.modules or 'torch' in sys.modules)"
+    program = "import sys; from ffssl.data.convert import jpeg; jpeg.turbojpeg(); sys.exit('ffcv' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0

@@ -15,12 +15,10 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from ffssl.data import kernels
-from ffssl.data.policy import (
-    P_BRIGHTNESS, P_CONTRAST, P_FLIP, P_GREY, P_HEIGHT, P_HUE, P_JITTER, P_LEFT, P_ORDER, P_SATURATION, P_SIGMA, P_SOLARISE, P_TOP,
-    P_WIDTH, PARAMETER_COLUMNS, POLICIES, draw, view_key,
-)  # fmt: skip
-from ffssl.data.render import colour_order, render
+from ffssl.data.kernels import operations
+from ffssl.data.kernels.draw import (P_BRIGHTNESS, P_CONTRAST, P_FLIP, P_GREY, P_HEIGHT, P_HUE, P_JITTER, P_LEFT, P_ORDER, P_SATURATION, P_SIGMA, P_SOLARISE, P_TOP, P_WIDTH, PARAMETER_COLUMNS, draw, view_key)
+from ffssl.data.policy import (POLICIES)
+from ffssl.data.kernels.render import colour_order, render
 from sample_images import smooth_image
 
 ROUNDING = 0.51  # levels: half a level, and float32's own noise
@@ -110,18 +108,18 @@ def adjusted(kernel, *arguments):
 @pytest.mark.parametrize("factor", [0.0, 0.2, 0.63, 1.0, 1.4, 1.8])
 def test_brightness_contrast_and_saturation_equal_torchvision(factor):
     tensor, f = as_float(PALETTE), np.float32(factor)
-    mean = np.float32(kernels.grey_sum(*planes_of(PALETTE)) / PALETTE[..., 0].size)
+    mean = np.float32(operations.grey_sum(*planes_of(PALETTE)) / PALETTE[..., 0].size)
     for ours, theirs in (
-        (adjusted(kernels.adjust_brightness, f), F.adjust_brightness(tensor, factor)),
-        (adjusted(kernels.adjust_contrast, f, mean), F.adjust_contrast(tensor, factor)),
-        (adjusted(kernels.adjust_saturation, f), F.adjust_saturation(tensor, factor)),
+        (adjusted(operations.adjust_brightness, f), F.adjust_brightness(tensor, factor)),
+        (adjusted(operations.adjust_contrast, f, mean), F.adjust_contrast(tensor, factor)),
+        (adjusted(operations.adjust_saturation, f), F.adjust_saturation(tensor, factor)),
     ):
         np.testing.assert_allclose(ours, levels(theirs), atol=0.01)
 
 
 @pytest.mark.parametrize("shift", [-0.5, -0.3, -0.1, -0.013, 0.0, 0.05, 0.1, 0.25, 1 / 3, 0.5])
 def test_hue_equals_torchvision_and_the_standard_library(shift):
-    ours = adjusted(kernels.adjust_hue, np.float32(shift))
+    ours = adjusted(operations.adjust_hue, np.float32(shift))
     np.testing.assert_allclose(ours, levels(F.adjust_hue(as_float(PALETTE), shift)), atol=0.05)
 
     def turned(pixel):
@@ -133,7 +131,7 @@ def test_hue_equals_torchvision_and_the_standard_library(shift):
 
 
 def test_grey_equals_torchvision():
-    grey = adjusted(kernels.to_grey)
+    grey = adjusted(operations.to_grey)
     np.testing.assert_allclose(grey, levels(F.rgb_to_grayscale(as_float(PALETTE), 3)), atol=0.01)
 
 
@@ -141,7 +139,7 @@ def test_solarise_inverts_the_values_that_torchvision_inverts():
     values = np.arange(256, dtype=np.uint8)
     for threshold in (0, 1, 128, 255):
         row = values.astype(np.float32)
-        kernels.solarise(row, np.float32(threshold))
+        operations.solarise(row, np.float32(threshold))
         np.testing.assert_array_equal(row, F.solarize(torch.from_numpy(values).expand(3, 1, -1), threshold)[0, 0].numpy())
 
 
@@ -209,7 +207,7 @@ def test_colour_matrix_is_the_composition_of_its_steps():
     colour = np.linalg.inv(to_yiq) @ np.diag([1, saturation, saturation]) @ rotation @ to_yiq
     expected = np.column_stack([brightness * contrast * colour, np.full(3, brightness * (1 - contrast) * 128)])
     matrix = np.empty((3, 4), np.float32)
-    kernels.colour_matrix(brightness, contrast, saturation, hue, matrix)
+    operations.colour_matrix(brightness, contrast, saturation, hue, matrix)
     np.testing.assert_allclose(matrix[:, :3], expected[:, :3], atol=1e-3)
     np.testing.assert_allclose(matrix[:, 3], expected[:, 3], rtol=1e-6)
 
@@ -221,7 +219,7 @@ def test_colour_matrix_is_the_composition_of_its_steps():
 
 def test_colour_matrix_turns_hue_the_way_hsv_does():
     matrix = np.empty((3, 4), np.float32)
-    kernels.colour_matrix(1.0, 1.0, 1.0, 1 / 3, matrix)
+    operations.colour_matrix(1.0, 1.0, 1.0, 1 / 3, matrix)
     assert [int((matrix[:, :3] @ primary).argmax()) for primary in np.eye(3)] == [1, 2, 0]  # red to green, green to blue, blue to red
 
 

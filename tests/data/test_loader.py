@@ -1,17 +1,21 @@
+import multiprocessing
 import os
+import pickle
 import shutil
+import signal
 import time
+import warnings
 
 import numba
 import numpy as np
 import pytest
 import torch
 
-from ffssl.data.beton import read_beton
+from ffssl.data.beton.read import read_beton
 from ffssl.data.loader import ViewLoader
 from ffssl.data.order import epoch_order, share
-from ffssl.data.policy import uniform, view_key
-from ffssl.data.view_kernel import compile_view_kernel
+from ffssl.data.kernels.draw import (uniform, view_key)
+from ffssl.data.kernels.own_step import compile_view_kernel
 from ffssl.errors import UserError
 from sample_images import write_beton
 
@@ -92,6 +96,21 @@ def test_resolution_may_fall_and_rise_beyond_the_first(beton):
     with open_loader(beton) as loader:
         for epoch, resolution in enumerate((24, 8, 40, 24)):
             assert epoch_of(loader, epoch, resolution)[0].shape == (20, 2, 3, resolution, resolution)
+
+
+def test_an_epoch_may_serve_the_first_of_the_views_alone(beton):
+    with open_loader(beton, views=5, scaled_decoding=False) as loader:
+        loader.set_epoch(3, views=5)
+        every = torch.cat([views.clone() for views, _, _ in loader])
+        for count in (2, 1, 5):
+            loader.set_epoch(3, views=count)
+            assert torch.equal(torch.cat([v.clone() for v, _, _ in loader]), every[:, :count])
+            assert loader.views == count
+        loader.set_epoch(4)
+        assert loader.views == 5
+        for count in (0, 6):
+            with pytest.raises(UserError, match=f"{count} views asked for, of 1 to 5"):
+                loader.set_epoch(3, views=count)
 
 
 @pytest.mark.parametrize("samples, world_size", [(20, 4), (23, 4), (7, 3)])
@@ -298,19 +317,25 @@ def test_too_few_samples_for_a_batch_are_refused_or_served_as_one(beton):
         assert sorted(batch.indices.tolist()) == list(range(23))
 
 
-def test_missing_labels_are_minus_one_and_can_be_required(images, tmp_path):
+def test_labels_of_a_field_of_another_name_are_served(images, tmp_path):
     path = write_beton(tmp_path / "images.beton", images)
-    path.write_bytes(path.read_bytes().replace(b"label", b"other", 1))
-    with open_loader(path) as loader:
+    path.write_bytes(path.read_bytes().replace(b"label", b"taxon", 1))
+    for field in (None, "taxon"):
+        with open_loader(path, label_field=field) as loader:
+            batch = next(iter(loader))
+            assert torch.equal(batch.labels, 10 * batch.indices)
+    with pytest.raises(UserError, match="images.beton: the field of labels, 'label', is not in it; its fields: 'taxon' .int."):
+        open_loader(path, label_field="label")
+
+
+def test_where_it_is_not_clear_which_field_holds_the_labels_none_are_served_and_that_is_said(images, tmp_path):
+    path = write_beton(tmp_path / "images.beton", images)
+    content = path.read_bytes().replace(b"label", b"score", 1)
+    # Its type is the byte before the name: of floats, which the integers' bits are not whole numbers of.
+    at = content.index(b"score")
+    path.write_bytes(content[: at - 1] + b"\0" + content[at:])
+    with pytest.warns(UserWarning, match=r"images.beton: no labels are served.*its fields: 'score' \(float\)"), open_loader(path) as loader:
         assert next(iter(loader)).labels.tolist() == [-1] * 4
-        with pytest.raises(UserError, match="images.beton.*labels"):
-            loader.require_labels()
-    partly = write_beton(tmp_path / "partly.beton", images, labels=[-1] + [1] * 22)
-    with open_loader(partly) as loader:
-        with pytest.raises(UserError, match="labels"):
-            loader.require_labels()
-    with open_loader(partly, indices=range(1, 23)) as loader:
-        loader.require_labels()
 
 
 @pytest.mark.parametrize(
@@ -366,21 +391,29 @@ def test_a_batch_holds_until_the_next_is_asked_for(beton):
             assert torch.equal(batch.views, copy)
 
 
-def test_closing_an_iteration_stops_the_rendering(beton):
-    # One thread, with 20 large batches ahead of it.
-    with open_loader(beton, batch_size=1, views=12, resolution=256, batches_ahead=20, workers=1) as loader:
-        started = time.perf_counter()
-        for batch in loader:
-            pass
-        epoch = time.perf_counter() - started
+def test_closing_an_iteration_stops_the_rendering(beton, monkeypatch):
+    # One thread, with 20 batches ahead of it. It is held up in the second until that which comes last has been given up.
+    with open_loader(beton, batch_size=1, batches_ahead=20, workers=1) as loader:
+        submit, render, tasks, rendered = loader._pool.submit, loader._render, [], []
+
+        def kept(*task):
+            tasks.append(submit(*task))
+            return tasks[-1]
+
+        def held_up(*what):
+            deadline = time.monotonic() + 600
+            while rendered and not tasks[-1].cancelled():
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+            rendered.append(what)
+            render(*what)
+
+        monkeypatch.setattr(loader._pool, "submit", kept)
+        monkeypatch.setattr(loader, "_render", held_up)
         iteration = iter(loader)
-        buffers = torch.empty(0, dtype=torch.uint8).set_(next(iteration).views.untyped_storage())
-        started = time.perf_counter()
+        next(iteration)
         iteration.close()
-        assert time.perf_counter() - started < epoch / 3
-        before = buffers.clone()
-        time.sleep(epoch / 3)
-        assert torch.equal(buffers, before)
+        assert len(tasks) == 20 and len(rendered) <= 2 and all(task.done() for task in tasks)
 
 
 def test_set_epoch_ends_the_iteration_under_way(beton):
@@ -410,6 +443,65 @@ def test_an_exception_in_the_loop_leaves_a_loader_that_works(beton):
             for batch in loader:
                 1 / 0
         assert_same(epoch_of(loader, 1), expected)
+
+
+# Other processes
+
+
+def in_a_fork(work):
+    """What `work()` returns, or the text of the UserError that it raises, in a process that is forked from this one."""
+    receive, send = multiprocessing.Pipe(duplex=False)
+    pid = os.fork()
+    if not pid:
+        try:
+            send.send(work())
+        except UserError as error:
+            send.send(str(error))
+        finally:
+            os._exit(0)
+    send.close()
+    answer = receive.recv() if receive.poll(600) else os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return answer
+
+
+@pytest.mark.filterwarnings("ignore:This process .*is multi-threaded, use of fork:DeprecationWarning")
+def test_a_loader_works_in_a_forked_process_and_goes_on_in_its_own(beton):
+    with open_loader(beton, workers=2) as loader:
+        expected = [part.numpy() for part in epoch_of(loader, 3)]  # its threads are there by now
+        loader.set_epoch(3)
+        iteration = iter(loader)
+        begun = next(iteration).views.clone()
+
+        def work():
+            with pytest.raises(UserError, match="belongs to the process that this one was forked from; begin another"):
+                next(iteration)
+            iteration.close()  # whose batches under way nobody will end
+            found = [part.numpy() for part in epoch_of(loader, 3)]
+            loader.close()
+            return found
+
+        for ours, theirs in zip(expected, in_a_fork(work), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        views = torch.cat([begun, *(batch.views.clone() for batch in iteration)])
+        np.testing.assert_array_equal(views, expected[0])
+
+
+def test_a_loader_serves_torchs_data_loader_after_it_was_used(beton):
+    class Views(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return (batch.indices for batch in loader)
+
+    with open_loader(beton, workers=1) as loader:
+        before = [batch.indices.tolist() for batch in loader]
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+            after = [batch.tolist() for batch in torch.utils.data.DataLoader(Views(), None, num_workers=1, multiprocessing_context="fork", timeout=600)]
+    assert before == after
+
+
+def test_a_loader_can_not_be_sent_to_another_process(beton):
+    with open_loader(beton) as loader, pytest.raises(UserError, match="images.beton: a ViewLoader can't be sent .*; open one there"):
+        pickle.dumps(loader)
 
 
 def test_two_loaders_at_once_do_not_disturb_each_other(beton):

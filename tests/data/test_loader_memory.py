@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from ffssl.data import loader as loader_module
-from ffssl.data.beton import MODE_RAW
-from ffssl.data.beton_writer import BetonWriter
-from ffssl.data.image_file import ImageFile
+from ffssl.data.beton.read import MODE_RAW
+from ffssl.data.beton.write import BetonWriter
+from ffssl.data.beton.mapped import ImageFile
 from ffssl.data.loader import ViewLoader
 from ffssl.data.memory import available_memory
 from ffssl.errors import UserError
@@ -32,7 +32,7 @@ def resident(kind):  # of VmRSS, VmHWM, RssAnon, RssFile
 def run_alone(code, *arguments):
     """What `code` prints, run by a fresh interpreter."""
     command = [sys.executable, "-c", PREAMBLE + textwrap.dedent(code), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=ROOT)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -100,7 +100,7 @@ def test_prefetched_ranges_and_no_others_are_read_from_the_disk(large_beton):
         """
         import numpy as np
         from ffssl.data import read_beton
-        from ffssl.data.image_file import ImageFile
+        from ffssl.data.beton.mapped import ImageFile
 
         def bytes_read():
             with open("/proc/self/io") as file:
@@ -156,21 +156,20 @@ def test_fifty_epochs_left_early_at_changing_resolutions_leave_memory_threads_an
     )
 
 
-def test_the_first_batch_comes_within_seconds_when_the_kernels_are_compiled(beton):
+def test_nothing_is_compiled_again_when_the_kernels_are(beton):
     with ViewLoader(beton, batch_size=4, views=2, resolution=32) as loader:
         next(iter(loader))
     run_alone(
         """
-        import ffssl.data.loader
-        started = time.perf_counter()
+        from ffssl.data.kernels.decode import (render_samples)
         next(iter(ViewLoader(path, batch_size=4, views=2, resolution=32)))
-        assert time.perf_counter() - started < 5
+        assert render_samples.stats.cache_hits and not render_samples.stats.cache_misses
         """,
         beton,
     )
 
 
-@pytest.mark.parametrize("statement", ["import ffssl", "import ffssl.data", "import ffssl.data.memory, ffssl.data.beton", "import ffssl.study, ffssl.study_report"])
+@pytest.mark.parametrize("statement", ["import ffssl", "import ffssl.data", "import ffssl.data.memory, ffssl.data.beton.read", "import ffssl.study, ffssl.study.table_and_picture"])
 def test_light_imports_bring_neither_torch_nor_ffcv_nor_numba(statement):
     code = f"import sys; {statement}; assert not {{'torch', 'ffcv', 'numba', 'torchvision'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

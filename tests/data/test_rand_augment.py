@@ -6,14 +6,15 @@ import torch
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from ffssl.data.decoder import render_samples
+from ffssl.data.kernels.decode import (render_samples)
 from ffssl.data.loader import ViewLoader
-from ffssl.data.policy import P_OPERATION, P_STRENGTH, PARAMETER_COLUMNS, POLICIES, ViewPolicy, draw, view_key
-from ffssl.data.rand_augment import (
+from ffssl.data.kernels.draw import (P_OPERATION, P_STRENGTH, PARAMETER_COLUMNS, draw, view_key)
+from ffssl.data.policy import (POLICIES, ViewPolicy)
+from ffssl.data.kernels.rand_augment import (
     AUTOCONTRAST, EQUALISE, IDENTITY, OPERATIONS, POSTERISE, ROTATE, SHARPNESS, SHEAR_X, SHEAR_Y, SOLARISE, TRANSLATE_X, TRANSLATE_Y,
     augment, autocontrast, inverse_map, operation_strength,
 )  # fmt: skip
-from ffssl.data.render import render
+from ffssl.data.kernels.render import render
 from sample_images import smooth_image
 
 SPACE = v2.RandAugment._AUGMENTATION_SPACE

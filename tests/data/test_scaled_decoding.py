@@ -7,10 +7,11 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from ffssl.data import kernels
-from ffssl.data.decoder import SCALED_PIXELS, choose_denominator, decode
+from ffssl.data.kernels import operations
+from ffssl.data.kernels.decode import (SCALED_PIXELS, choose_denominator, decode)
 from ffssl.data.loader import ViewLoader
-from ffssl.data.policy import P_HEIGHT, P_WIDTH, PARAMETER_COLUMNS, POLICIES, ViewPolicy
+from ffssl.data.kernels.draw import (P_HEIGHT, P_WIDTH, PARAMETER_COLUMNS)
+from ffssl.data.policy import (POLICIES, ViewPolicy)
 from sample_images import jpeg_bytes, smooth_image, write_beton
 
 WHOLE = ViewPolicy(crop_scale=(1, 1), crop_ratio=(4 / 3, 4 / 3), flip=0, jitter=0, grey=0, blur=0)
@@ -23,9 +24,9 @@ def natural_image(height, width, seed):
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
     spectrum = np.fft.rfft2(rng.standard_normal((3, height, width))) / np.maximum(frequency, 1 / max(height, width))
     pixels = np.fft.irfft2(spectrum, (height, width))
-    grey, colour = pixels[0], pixels - pixels.mean(0)
+    grey, colour = pixels[0], pixels - operations.mean(0)
     pixels = 128 + 45 * (grey / grey.std() + 0.4 * colour / colour.std())
-    return np.ascontiguousarray(pixels.clip(0, 255).round().astype(np.uint8).transpose(1, 2, 0))
+    return np.ascontiguousarray(operations.clip(0, 255).round().astype(np.uint8).transpose(1, 2, 0))
 
 
 def views_of(path, scaled, **options):
@@ -107,8 +108,8 @@ def test_taps_are_centred_on_the_pixels_of_a_crop_with_a_fractional_origin(origi
     target = 20
     length = scale * target
     first, count = np.empty(target, np.uint64), np.empty(target, np.int64)
-    weights = np.zeros((target, kernels.most_taps(length, target)), np.float32)
-    kernels.triangle_weights(origin, length, target, first, count, weights)
+    weights = np.zeros((target, operations.most_taps(length, target)), np.float32)
+    operations.triangle_weights(origin, length, target, first, count, weights)
     inner = range(6, target - 6)
     positions = [sum(weights[i, k] * (first[i] + k + 0.5) for k in range(count[i])) for i in inner]
     np.testing.assert_allclose(positions, [origin + (i + 0.5) * scale for i in inner], atol=1e-5)

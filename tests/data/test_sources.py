@@ -13,12 +13,13 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from ffssl.data.sources.base import PackedStrings, natural_order
-from ffssl.data.sources.embedded import Embedded
-from ffssl.data.sources.folder import ImageFolder
-from ffssl.data.sources.imagenet import ImageNet
-from ffssl.data.sources.torchvision_sets import Cifar10, Imagenette, Stl10
-from ffssl.data.sources.webdataset import WebDataset, expand_braces
+from ffssl.data.convert.sources.base import PackedStrings, natural_order
+from ffssl.data.convert.sources.embedded import Embedded
+from ffssl.data.convert.sources.folder import ImageFolder
+from ffssl.data.convert.sources.imagenet import ImageNet
+from ffssl.data.convert.sources.shards import split_of
+from ffssl.data.convert.sources.torchvision_sets import Cifar10, Imagenette, Stl10
+from ffssl.data.convert.sources.webdataset import WebDataset, expand_braces
 from ffssl.errors import UserError
 
 WNIDS = ["n01440764", "n02102040", "n03888257"]
@@ -103,6 +104,182 @@ def test_folder_refuses(tmp_path):
         ImageFolder(tmp_path)
 
 
+def passed_over(source):
+    return {kind: (count, first) for kind, count, first in source.passed_over}
+
+
+def test_what_a_folder_leaves_out_is_counted_by_kind(tmp_path):
+    for name in ("a/1.jpg", "a/2.AVIF", "a/3.jp2", "b/4.pnm"):
+        put(tmp_path / name)
+    for name in (
+        "a/z.heic",
+        "a/5.HEIC",
+        "a/6",
+        "b/7.jpg?width=300",
+        "b/8.jpg.1",
+        "b/.hidden.jpg",
+        ".git/x.jpg",
+        ".git/y",
+    ):
+        put(tmp_path / name)
+    os.mkfifo(tmp_path / "a" / "pipe.jpg")
+    source = ImageFolder(tmp_path)
+    assert [os.path.basename(name) for _, _, name in contents(source)] == [
+        "1.jpg",
+        "2.AVIF",
+        "3.jp2",
+        "4.pnm",
+    ]
+    assert passed_over(source) == {
+        ".heic": (2, "a/5.HEIC"),
+        "without suffix": (1, "a/6"),
+        "with other suffixes": (2, "b/7.jpg?width=300"),
+        "hidden": (2, ".git"),
+        "pipes, sockets or devices": (1, "a/pipe.jpg"),
+    }
+    assert (
+        str(source.passed_over).startswith("2 .heic, 2 hidden, ") and source.passed_over.total == 8
+    )
+    for path in (tmp_path / "a").glob("[123]*"):
+        path.unlink()
+    with pytest.raises(
+        UserError,
+        match="no images in it, only 2 .heic, 1 pipes, sockets or devices, 1 without suffix",
+    ):
+        ImageFolder(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "folders", [("train", "val"), ("Train", "test", "docs"), ("train",), ("training", "dev", "x")]
+)
+def test_the_root_of_a_data_set_is_not_taken_for_class_folders(tmp_path, folders):
+    for folder in folders:
+        put(tmp_path / folder / "cat" / "1.jpg")
+    with pytest.raises(
+        UserError,
+        match=rf"are splits, not classes; name one, such as {tmp_path}/(?i:train).*--no-labels",
+    ):
+        ImageFolder(tmp_path)
+    assert len(ImageFolder(tmp_path, labels=False)) == len(folders)
+
+
+def test_a_class_may_have_the_name_of_a_split(tmp_path):
+    put(tmp_path / "train/1.jpg"), put(tmp_path / "boat/1.jpg")
+    assert ImageFolder(tmp_path).class_names == ["boat", "train"]
+    put(tmp_path / "one/train/1.jpg")
+    assert ImageFolder(tmp_path / "one").class_names == ["train"]
+
+
+def reachable(folder, seen=None):
+    """The real paths of all images that can be reached from a folder, by brute force."""
+    seen = set() if seen is None else seen
+    real, found = os.path.realpath(folder), set()
+    if real in seen:
+        return found
+    seen.add(real)
+    for name in os.listdir(real):
+        path = os.path.join(real, name)
+        if os.path.isdir(path):
+            found |= reachable(path, seen)
+        elif name.endswith(".jpg"):
+            found.add(os.path.realpath(path))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_links_of_all_kinds_give_each_image_once(tmp_path, seed):
+    random = np.random.default_rng(seed)
+    folders = [
+        tmp_path / "root",
+        tmp_path / "root/a",
+        tmp_path / "root/a/b",
+        tmp_path / "root/c",
+        tmp_path / "out",
+        tmp_path / "out/d",
+    ]
+    files = [put(folder / f"{i}.jpg") for folder in folders for i in range(2)]
+    for i in range(8):
+        choice = random.integers(2)
+        target = [folders, files][choice][random.integers([len(folders), len(files)][choice])]
+        link = folders[random.integers(len(folders))] / f"link{i}{['', '.jpg'][choice]}"
+        os.symlink(
+            target
+            if random.integers(2)
+            else os.path.relpath(target, os.path.realpath(link.parent)),
+            link,
+        )
+        [folders, files][choice].append(link)
+    source = ImageFolder(tmp_path / "root", labels=False)
+    names = [source.name(i) for i in range(len(source))]
+    real = [os.path.realpath(name) for name in names]
+    assert sorted(real) == sorted(reachable(tmp_path / "root"))
+    inside = str(tmp_path / "root") + os.sep
+    assert all(name == path for name, path in zip(names, real) if path.startswith(inside))
+
+
+def test_link_loops_end(tmp_path):
+    put(tmp_path / "a/1.jpg"), put(tmp_path / "b/1.jpg")
+    for name in ("l1", "l2", "l3"):
+        os.symlink(".", tmp_path / "a" / name)
+    source = ImageFolder(tmp_path)
+    assert [label for _, label, _ in contents(source)] == [0, 1]
+    assert passed_over(source) == {"links to what is taken already": (3, "a/l1/")}
+
+
+@pytest.mark.parametrize(
+    "link, target", [("a/up", ".."), ("c", "a"), ("a/2.jpg", "../b/1.jpg"), ("b/x", "../a")]
+)
+def test_links_that_put_an_image_into_two_classes_are_refused(tmp_path, link, target):
+    put(tmp_path / "a/1.jpg"), put(tmp_path / "b/1.jpg")
+    os.symlink(target, tmp_path / link)
+    with pytest.raises(
+        UserError,
+        match=rf"{tmp_path}/{link}/?: leads to {tmp_path}.* two classes; remove .*--no-labels",
+    ):
+        ImageFolder(tmp_path)
+    assert len(ImageFolder(tmp_path, labels=False)) == 2
+
+
+def test_folders_without_images_may_be_linked_from_every_class(tmp_path):
+    put(tmp_path / "root/a/1.jpg"), put(tmp_path / "root/b/1.jpg"), put(tmp_path / "docs/readme.md")
+    for name in "ab":
+        os.symlink("../../docs", tmp_path / "root" / name / "docs")
+    assert len(ImageFolder(tmp_path / "root")) == 2
+
+
+def test_links_to_class_folders_and_images_elsewhere_are_followed(tmp_path):
+    put(tmp_path / "store/1.jpg", b"1"), put(tmp_path / "store/blob", b"2")
+    (tmp_path / "root/b").mkdir(parents=True)
+    os.symlink(tmp_path / "store", tmp_path / "root/a")
+    os.symlink("../../store/blob", tmp_path / "root/b/2.jpg")
+    assert [(data, label) for data, label, _ in contents(ImageFolder(tmp_path / "root"))] == [
+        (b"1", 0),
+        (b"2", 1),
+    ]
+
+
+def test_links_that_lead_nowhere_or_above_are_refused(tmp_path):
+    put(tmp_path / "root/a/1.jpg")
+    for link, target in (
+        ("root/a/2.jpg", "gone.jpg"),
+        ("root/b", "/gone"),
+        ("root/a/3.jpg", "3.jpg"),
+    ):
+        os.symlink(target, tmp_path / link)
+        with pytest.raises(UserError, match=f"{link}: a link to {target}, which can't be reached"):
+            ImageFolder(tmp_path / "root")
+        (tmp_path / link).unlink()
+    os.symlink("gone.txt", tmp_path / "root/a/notes.txt")
+    os.mkfifo(tmp_path / "pipe")
+    os.symlink("../../pipe", tmp_path / "root/a/pipe.jpg")
+    assert passed_over(ImageFolder(tmp_path / "root")) == {
+        ".txt": (1, "a/notes.txt"), "pipes, sockets or devices": (1, "a/pipe.jpg"),
+    }  # fmt: skip
+    os.symlink("../..", tmp_path / "root/a/above")
+    with pytest.raises(UserError, match="a/above: a link to a folder above .*/root;"):
+        ImageFolder(tmp_path / "root", labels=False)
+
+
 @pytest.mark.parametrize("layout", ["train", "ILSVRC2012_img_train", "ILSVRC/Data/CLS-LOC/train", "."])
 def test_imagenet_train(tmp_path, layout):
     for i, wnid in enumerate(reversed(WNIDS)):
@@ -178,6 +355,80 @@ def test_imagenet_refuses(tmp_path):
     put(tmp_path / "train" / "x.JPEG")
     with pytest.raises(UserError, match="no class folders"):
         ImageNet(tmp_path, "train")
+
+
+def label_lines(ids=IDS, separator=","):
+    return [
+        f"ILSVRC2012_val_{i:08d}{separator}{ids[t]} 1 2 3 4" for i, t in enumerate(TRUTH, start=1)
+    ]
+
+
+@pytest.mark.parametrize("moved", [(1,), (2, 4), (1, 2, 3, 4)])
+def test_imagenet_validation_half_moved_into_class_folders(tmp_path, moved):
+    flat_validation(tmp_path / "val")
+    (tmp_path / "LOC_val_solution.csv").write_text("\n".join(label_lines()))
+    for i in moved:
+        name = f"ILSVRC2012_val_{i:08d}.JPEG"
+        put(tmp_path / "val" / IDS[TRUTH[i - 1]] / name, (tmp_path / "val" / name).read_bytes())
+        (tmp_path / "val" / name).unlink()
+    source = ImageNet(tmp_path, "val", tmp_path / "LOC_val_solution.csv")
+    assert source.class_names == WNIDS
+    assert sorted((data[0], label) for data, label, _ in contents(source)) == [
+        (i, WNIDS.index(IDS[truth])) for i, truth in enumerate(TRUTH, start=1)
+    ]
+
+
+def test_imagenet_images_beside_another_split(tmp_path):
+    flat_validation(tmp_path)
+    put(tmp_path / "train" / WNIDS[0] / "x.JPEG")
+    (tmp_path / "LOC_val_solution.csv").write_text("\n".join(label_lines()))
+    source = ImageNet(tmp_path, "val")
+    assert_is_validation(source)
+    assert passed_over(source)["not of the validation images"] == (1, f"train/{WNIDS[0]}/x.JPEG")
+
+
+def test_imagenet_refuses_what_its_labels_do_not_fit(tmp_path):
+    labels = tmp_path / "LOC_val_solution.csv"
+    labels.write_text("\n".join(label_lines()))
+    flat_validation(tmp_path / "val")
+    (tmp_path / "val/ILSVRC2012_val_00000003.JPEG").unlink()
+    with pytest.raises(
+        UserError,
+        match=r"val: ILSVRC2012_val_00000003 is not in it, though .*csv names it \(1 such",
+    ):
+        ImageNet(tmp_path, "val")
+    put(tmp_path / "val" / WNIDS[1] / "ILSVRC2012_val_00000003.JPEG")
+    with pytest.raises(
+        UserError, match=f"{WNIDS[1]}/ILSVRC2012_val_00000003.JPEG: .*csv says class {WNIDS[0]}"
+    ):
+        ImageNet(tmp_path, "val")
+    shutil.move(tmp_path / "val" / WNIDS[1], tmp_path / "val" / WNIDS[0])
+    assert len(ImageNet(tmp_path, "val")) == 4
+    put(tmp_path / "val/ILSVRC2012_val_00000003.JPEG")
+    with pytest.raises(UserError, match="00000003.JPEG: is also at .*00000003.JPEG; remove one"):
+        ImageNet(tmp_path, "val")
+    labels.write_text("\n".join([*label_lines(), f"ILSVRC2012_val_00000001,{WNIDS[0]}"]))
+    with pytest.raises(
+        UserError, match="csv, line 5: another class for ILSVRC2012_val_00000001 than before"
+    ):
+        ImageNet(tmp_path, "val")
+
+
+@pytest.mark.parametrize(
+    "encoding, separator, quote, end",
+    [
+        ("utf-8-sig", ",", "", "\n"),
+        ("utf-8", ",", '"', "\r\n"),
+        ("utf-8-sig", ";", '"', "\r\n"),
+        ("utf-16", "\t", "", "\n"),
+    ],
+)
+def test_imagenet_labels_as_spreadsheets_write_them(tmp_path, encoding, separator, quote, end):
+    flat_validation(tmp_path / "val")
+    rows = [line.split(",") for line in ["ImageId,PredictionString", *label_lines()]]
+    text = end.join(separator.join(quote + cell + quote for cell in row) for row in rows)
+    (tmp_path / "LOC_val_solution.csv").write_bytes(text.encode(encoding))
+    assert_is_validation(ImageNet(tmp_path, "val"))
 
 
 def test_imagenet_takes_no_other_split_for_the_one_that_is_missing(tmp_path):
@@ -347,6 +598,235 @@ def test_webdataset_refuses(tmp_path):
             WebDataset([str(tmp_path / "cut.tar")])
 
 
+def labels_of(path, members, **options):
+    source = WebDataset([str(make_shard(path, members))], **options)
+    return [(data, label) for data, label, _ in contents(source)], source
+
+
+@pytest.mark.parametrize(
+    "members, expected",
+    [
+        # keys with dots
+        ("IMG.2020.01.jpg IMG.2020.01.cls=1 b.jpg b.cls=2", [1, 2]),
+        ("v1.2/a.b.jpg v1.2/a.b.cls=7 v1.2/a.c.png v1.2/a.c.cls=8", [7, 8]),
+        ("p.01.jpg p.02.jpg", [-1, -1]),
+        # files of a sample that do not follow each other
+        ("0.cls=3 1.cls=4 0.jpg 1.jpg", [3, 4]),
+        ("0.jpg 1.jpg ./1.cls=4 ./0.cls=3", [3, 4]),
+        # a key that comes again is another sample
+        ("0.jpg 0.cls=1 1.jpg 1.cls=2 0.jpg 0.cls=3 1.jpg 1.cls=4", [1, 2, 3, 4]),
+        # where labels are
+        ('0.jpg 0.json={"label":3} 1.jpg 1.json={"label":5}', [3, 5]),
+        ('0.jpg 0.json={"cls":-3} 1.jpg 1.json={"target":5,"label":null}', [-3, 5]),
+        ('0.jpg 0.cls=2 0.json={"label":3} 0.txt=4', [2]),
+        ("0.jpg 0.txt=3 1.jpg 1.txt=12", [3, 12]),
+        ("0.jpg 0.txt=3 1.jpg 1.txt=cats", [-1, -1]),
+        ('0.jpg 0.json={"width":3,"url":"label"} 1.jpg 1.json={"meta":{"label":1}}', [-1, -1]),
+        ("0.jpg 0.cls=9223372036854775807 1.jpg 1.cls=-9223372036854775808", [2**63 - 1, -(2**63)]),
+        # other suffixes
+        ("0.avif 0.cls=1 1.JPG 1.cls=2 2.jp2 2.CLS=3", [1, 2, 3]),
+    ],
+)
+def test_webdataset_labels(tmp_path, members, expected):
+    pairs = [member.partition("=")[::2] for member in members.split(" ")]
+    # Each image is told from the others by its place.
+    data = [(name, text.encode() or str(i).encode()) for i, (name, text) in enumerate(pairs)]
+    got, source = labels_of(tmp_path / "s.tar", data)
+    assert [label for _, label in got] == expected and source.class_names is None
+    images = {i: name for i, (name, text) in enumerate(pairs) if not text}
+    assert sorted(int(data) for data, _ in got) == sorted(images)
+    unlabelled, _ = labels_of(tmp_path / "s.tar", data, labels=False)
+    assert [label for _, label in unlabelled] == [-1] * len(expected)
+
+
+def test_webdataset_labels_that_are_texts_are_numbered_as_class_folders_are(tmp_path):
+    names = ["dog", "cat", "dog", "Ärger"]
+    members = [
+        m
+        for i, n in enumerate(names)
+        for m in ((f"{i}.jpg", b"x"), (f"{i}.json", json.dumps({"label": n}).encode()))
+    ]
+    got, source = labels_of(tmp_path / "s.tar", [*members, ("9.jpg", b"y")])
+    assert source.class_names == sorted(set(names))
+    assert [label for _, label in got] == [*map(sorted(set(names)).index, names), -1]
+
+
+def add_link(archive, name, target, kind):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    archive.addfile(member)
+
+
+def test_webdataset_follows_links_inside_the_shard(tmp_path):
+    make_shard(
+        tmp_path / "s.tar",
+        [("d/0.jpg", b"one"), ("d/0.cls", b"1"), ("d/1.cls", b"2"), ("x/2.cls", b"3")],
+    )
+    with tarfile.open(tmp_path / "s.tar", "a") as archive:
+        add_link(archive, "d/1.jpg", "d/0.jpg", tarfile.LNKTYPE)
+        add_link(archive, "x/2.jpg", "../d/1.jpg", tarfile.SYMTYPE)
+        add_link(archive, "x/3.jpg", "4.jpg", tarfile.SYMTYPE)
+        add_link(archive, "x/3.cls", "2.cls", tarfile.SYMTYPE)
+        member = tarfile.TarInfo("x/4.jpg")
+        member.size = 4
+        archive.addfile(member, io.BytesIO(b"four"))
+        add_link(archive, "latest", "d", tarfile.SYMTYPE)
+        add_link(archive, "pipe.jpg", "", tarfile.FIFOTYPE)
+    source = WebDataset([str(tmp_path / "s.tar")])
+    assert [(data, label) for data, label, _ in contents(source)] == [
+        (b"one", 1),
+        (b"one", 2),
+        (b"one", 3),
+        (b"four", 3),
+        (b"four", -1),
+    ]
+    assert passed_over(source) == {
+        "without suffix": (1, f"{tmp_path}/s.tar:latest"),
+        "pipes, sockets or devices": (1, f"{tmp_path}/s.tar:pipe.jpg"),
+    }
+    for target, kind in (
+        ("../gone.jpg", tarfile.SYMTYPE),
+        ("5.jpg", tarfile.SYMTYPE),
+        ("/etc/x.jpg", tarfile.LNKTYPE),
+    ):
+        make_shard(tmp_path / "l.tar", [("0.jpg", b"one")])
+        with tarfile.open(tmp_path / "l.tar", "a") as archive:
+            add_link(archive, "5.jpg", target, kind)
+        with pytest.raises(
+            UserError,
+            match=f"l.tar:5.jpg: a link to {target}, which is no file of the shard.*--dereference",
+        ):
+            WebDataset([str(tmp_path / "l.tar")])
+
+
+def test_what_a_shard_leaves_out_is_counted_by_kind(tmp_path):
+    names = (
+        "0.jpg 0.json 0.txt 0.seg.png 1.heic 1.cls 2 .3.jpg __meta__/4.jpg 5.npy 6.jpg 6.cls 6.txt"
+    )
+    got, source = labels_of(tmp_path / "s.tar", [(name, b"7") for name in names.split()])
+    assert [label for _, label in got] == [7, 7]  # of the .txt, and of the .cls
+    s = f"{tmp_path}/s.tar"
+    assert passed_over(source) == {
+        ".json": (1, f"{s}:0.json"),
+        ".seg.png": (1, f"{s}:0.seg.png"),
+        ".heic": (1, f"{s}:1.heic"),
+        ".cls": (1, f"{s}:1.cls"),
+        "without suffix": (1, f"{s}:2"),
+        "hidden": (2, f"{s}:.3.jpg"),
+        ".npy": (1, f"{s}:5.npy"),
+        ".txt": (1, f"{s}:6.txt"),
+    }
+    with pytest.raises(UserError, match="no images in 1 shards, only 1 .cls, 1 .heic"):
+        labels_of(tmp_path / "h.tar", [("1.heic", b""), ("1.cls", b"1")])
+
+
+@pytest.mark.parametrize(
+    "members, message",
+    [
+        (
+            "0.jpg 0.cls=99999999999999999999",
+            "s.tar:0.cls: holds '9{20}', not a class number of 64 bits.*--no-labels",
+        ),
+        ("0.jpg 0.cls=1.5", "0.cls: holds '1.5', not a class number"),
+        (
+            '0.jpg 0.json={"label":3.5}',
+            "0.json: its label, 3.5, is neither an integer nor a text.*--no-labels",
+        ),
+        ('0.jpg 0.json={"label":[1,2]}', r"0.json: its label, \[1, 2\], is neither"),
+        ('0.jpg 0.json={"label":true}', "0.json: its label, True, is neither"),
+        ('0.jpg 0.json={"label":', "0.json: is no sound JSON"),
+        (
+            '0.jpg 0.json={"label":"cat"} 1.jpg 1.cls=3',
+            "s.tar:0: its label is the text 'cat', and .*s.tar:1 has a number",
+        ),
+        # fields of one sample, of which none is the image by its key
+        (
+            "5.left.jpg 5.right.jpg 5.cls=1",
+            "5.cls: has no image of its name, while 5.left.jpg is there",
+        ),
+        ("5.left.jpg 5.right.jpg", "s.tar:5: which of its images is to be taken, 5.left, 5.right?"),
+        ("5.a.jpg 5.a.png", "5.a: two images under one key"),
+        # what may be one sample or two
+        ("0.jpg 0.jpg", "s.tar:0.jpg: its sample is there twice"),
+        ("0.jpg 1.jpg 0.cls=2 0.jpg", "s.tar:0.jpg: its sample is there twice"),
+        ("0.jpg 1.jpg 0.jpg 1.jpg 0.cls=1", "s.tar:0.cls: its sample is there twice"),
+        ("0.jpg 1.jpg 0.cls=1 1.cls=2 0.jpg", "s.tar:0.jpg: its sample is there twice"),
+    ],
+)
+def test_webdataset_refuses_odd_samples(tmp_path, members, message):
+    pairs = [member.partition("=")[::2] for member in members.split(" ")]
+    with pytest.raises(UserError, match=message):
+        labels_of(tmp_path / "s.tar", [(name, text.encode()) for name, text in pairs])
+
+
+def test_webdataset_folders(tmp_path):
+    def shard(name):
+        return make_shard(tmp_path / name, [("0.jpg", b"1")])
+
+    def refused(message, *patterns):
+        with pytest.raises(UserError, match=message):
+            WebDataset([str(tmp_path / pattern) for pattern in patterns])
+
+    shard("sets/a.tar"), shard("sets/b.TAR")
+    put(tmp_path / "sets/a.tar.md5"), put(tmp_path / "sets/_SUCCESS"), put(tmp_path / "sets/.x.tar")
+    (tmp_path / "sets/sub").mkdir()
+    source = WebDataset([str(tmp_path / "sets")])
+    assert source.shards == [f"{tmp_path}/sets/a.tar", f"{tmp_path}/sets/b.TAR"]
+    assert {kind: count for kind, (count, _) in passed_over(source).items()} == {
+        ".md5": 1, "without suffix": 1, "hidden": 1, "folders": 1,
+    }  # fmt: skip
+    refused("sets/a.tar: given twice", "sets/a.tar", "sets/*.tar")
+    os.symlink("a.tar", tmp_path / "sets/c.tar")
+    refused("sets/c.tar: the same file as .*sets/a.tar", "sets")
+    (tmp_path / "sets/c.tar").unlink()
+    for name in ("c.tar.gz", "c.tgz", "c.tar.zst", "c.tar.xz"):
+        put(tmp_path / "sets" / name)
+        refused(f"sets/{name}: a compressed shard can't be read in any order; decompress", "sets")
+        (tmp_path / "sets" / name).unlink()
+    os.mkfifo(tmp_path / "sets/p.tar")
+    refused("p.tar: is a folder, a pipe or a device", "sets")
+    refused("p.tar: is a folder, a pipe or a device", "sets/p.tar")
+    put(tmp_path / "none/x.parquet")
+    refused("none: no .tar in it, only 1 .parquet", "none")
+
+    for name in ("imagenet-train-000.tar", "imagenet-train-001.tar", "imagenet-validation-00.tar"):
+        shard(f"splits/{name}")
+    several = r"several splits: train \(.*-train-000.tar\), validation \(.*-validation-00.tar\)"
+    refused(several, "splits"), refused(several, "splits/*.tar")
+    shard("apart/train/0.tar"), shard("apart/val/0.tar")
+    refused(r"several splits: train \(train/0.tar\), validation \(val/0.tar\)", "apart/*/*.tar")
+    refused("apart: no .tar in it, only 2 folders", "apart")
+    assert len(WebDataset([f"{tmp_path}/splits/*-train-*.tar"])) == 2
+    shard("numbered/x-1-of-3.tar"), shard("numbered/x-3-of-3.tar")
+    refused("1 of 3 shards are not there, such as number 2 beside x-1-of-3.tar", "numbered")
+    assert (
+        len(WebDataset([f"{tmp_path}/numbered/x-1-of-3.tar", f"{tmp_path}/numbered/x-3-of-3.tar"]))
+        == 2
+    )
+    shard("numbered/x-2-of-3.tar")
+    assert len(WebDataset([f"{tmp_path}/numbered"])) == 3
+
+
+@pytest.mark.parametrize(
+    "path, split",
+    [
+        ("train-00000-of-00002.parquet", "train"),
+        ("data/val-00000-of-00001-8b6e212f3e1ece96.parquet", "validation"),
+        ("unlabeled-00000-of-00002.parquet", "unlabeled"),
+        ("train_extra-00000-of-00002.parquet", "train_extra"),
+        ("default/partial-train/0000.parquet", "train"),
+        ("test/part-0.parquet", "test"),
+        ("train/x/eval.parquet", "train"),
+        ("my_dev.parquet", "validation"),
+        ("training2.parquet", "train"),
+        ("testfile.parquet", None),
+        ("part-0.parquet", None),
+    ],
+)
+def test_splits_are_told_from_names(path, split):
+    assert split_of(path) == split
+
+
 @pytest.fixture
 def parquet(tmp_path):
     pa = pytest.importorskip("pyarrow")
@@ -367,7 +847,7 @@ def parquet(tmp_path):
 
 
 def test_huggingface(tmp_path, parquet):
-    from ffssl.data.sources.huggingface import HuggingFace
+    from ffssl.data.convert.sources.huggingface import HuggingFace
 
     features = {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}, "image": {"_type": "Image"}}
     cells = [{"bytes": bytes([i]) * 3, "path": f"{i}.jpg"} for i in range(12)]
@@ -386,11 +866,14 @@ def test_huggingface(tmp_path, parquet):
 
 
 def test_huggingface_refuses(tmp_path, parquet):
-    from ffssl.data.sources.huggingface import HuggingFace
+    from ffssl.data.convert.sources.huggingface import HuggingFace
 
-    path = parquet("a.parquet", [{"bytes": b"x", "path": ""}], ["cat"])
-    with pytest.raises(UserError, match="'label' is not one of class numbers"):
+    path = parquet("a.parquet", [{"bytes": b"x", "path": ""}], [1.5])
+    with pytest.raises(
+        UserError, match="'label' is not one of class numbers or names .*--no-labels"
+    ):
         HuggingFace([path])
+    assert len(HuggingFace([path], labels=False)) == 1
     with pytest.raises(UserError, match="no column 'img'"):
         HuggingFace([path], image_column="img")
     labelled = parquet("b.parquet", [{"bytes": b"x", "path": ""}], [0])
@@ -400,17 +883,281 @@ def test_huggingface_refuses(tmp_path, parquet):
             HuggingFace(files)
     with pytest.raises(UserError, match="d.parquet: no column 'image'"):
         HuggingFace([labelled, parquet("d.parquet", [{"bytes": b"x", "path": ""}], [0], column="img")])
-    with pytest.raises(UserError, match="no Parquet files of split 'val'"):
+    with pytest.raises(
+        UserError, match="no Parquet files of split 'val' there, only 4 of other splits"
+    ):
         HuggingFace([str(tmp_path)], split="val")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 nonsense")
     with pytest.raises(UserError, match="bad.parquet: not a sound Parquet file"):
         HuggingFace([str(tmp_path / "bad.parquet")])
 
 
+CAT_DOG, DOG_CAT, CAT_COW = (
+    {"label": {"names": n, "_type": "ClassLabel"}}
+    for n in (["cat", "dog"], ["dog", "cat"], ["cat", "cow"])
+)
+
+
+@pytest.fixture
+def converted(tmp_path, parquet):
+    """Labels and class names of files in a folder: {name: (labels, features)}."""
+    from ffssl.data.convert.sources.huggingface import HuggingFace
+
+    def convert(files, folder="d", **options):
+        for name, (labels, features) in files.items():
+            parquet(
+                f"{folder}/{name}", [{"bytes": b"x", "path": ""}] * len(labels), labels, features
+            )
+        source = HuggingFace([str(tmp_path / folder)], **options)
+        return [label for _, label, _ in contents(source)], source.class_names
+
+    return convert
+
+
+def test_huggingface_classes_in_another_order_are_mapped(converted):
+    files = {
+        "train-0-of-2.parquet": ([0, 1, None, -1], CAT_DOG),
+        "train-1-of-2.parquet": ([0, 1, None, -1, 0], DOG_CAT),
+    }
+    assert converted(files) == ([0, 1, -1, -1, 1, 0, -1, -1, 1], ["cat", "dog"])
+    twice = {
+        "label": {"names": ["crane", "cat", "crane"], "_type": "ClassLabel"}
+    }  # as ImageNet's words have it
+    assert converted({"a.parquet": ([0, 1, 2], twice), "b.parquet": ([2], twice)}, "e")[0] == [
+        0,
+        1,
+        2,
+        2,
+    ]
+
+
+@pytest.mark.parametrize(
+    "other", [CAT_COW, None, {"label": {"names": ["dog"], "_type": "ClassLabel"}}]
+)
+def test_huggingface_refuses_files_with_other_classes(converted, other):
+    files = {"train-0-of-2.parquet": ([0, 1], CAT_DOG), "train-1-of-2.parquet": ([0], other)}
+    with pytest.raises(
+        UserError,
+        match="train-1-of-2.parquet: column 'label' has other classes than "
+        ".*train-0-of-2.parquet, such as '.*--no-labels",
+    ):
+        converted(files)
+    assert converted(files, labels=False) == ([-1] * 3, None)
+
+
+@pytest.mark.parametrize("label", [2, -2])
+def test_huggingface_refuses_labels_without_a_name(converted, label):
+    with pytest.raises(UserError, match=f"column 'label' holds {label}, and has 2 names"):
+        converted({"a.parquet": ([0, label], CAT_DOG)})
+
+
+def test_huggingface_texts_are_numbered_as_class_folders_are(converted):
+    files = {
+        "train-0-of-2.parquet": (["dog", None], None),
+        "train-1-of-2.parquet": (["cat", "Cow", "dog"], None),
+    }
+    names = ["Cow", "cat", "dog"]
+    assert converted(files) == ([2, -1, 1, 0, 2], names)
+    assert converted({"a.parquet": (["10", None, "9"], None)}, "n") == ([10, -1, 9], None)
+    with pytest.raises(
+        UserError, match="b.parquet: column 'label' holds texts, and numbers in .*a.parquet"
+    ):
+        converted({"a.parquet": ([1], None), "b.parquet": (["cat"], None)}, "m")
+
+
+def test_huggingface_categories_and_ids(tmp_path, converted):
+    pa = pytest.importorskip("pyarrow")
+    assert converted({"a.parquet": (pa.array(["b", "a", "b"]).dictionary_encode(), None)}) == (
+        [1, 0, 1],
+        ["a", "b"],
+    )
+    ids = [2**63 - 1, -(2**63), 1_400_000_000]
+    assert converted({"a.parquet": (ids, None)}, "ids") == (ids, None)
+    with pytest.raises(UserError, match="is not one of class numbers or names"):
+        converted({"a.parquet": (pa.array([2**64 - 1], pa.uint64()), None)}, "large")
+
+
+def test_huggingface_finds_the_label_column_by_the_schema(tmp_path, parquet):
+    from ffssl.data.convert.sources.huggingface import HuggingFace
+    import pyarrow as pa, pyarrow.parquet
+
+    def write(columns, classes):
+        features = {"img": {"_type": "Image"}} | {
+            c: {"names": ["x", "y"], "_type": "ClassLabel"} for c in classes
+        }
+        cells = pa.array(
+            [{"bytes": b"1", "path": ""}],
+            pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+        )
+        table = pa.table(
+            {"img": cells, "mask": pa.array([b"?"])} | {c: [i] for i, c in enumerate(columns)}
+        )
+        table = table.replace_schema_metadata(
+            {"huggingface": json.dumps({"info": {"features": features}})}
+        )
+        path = str(tmp_path / f"{'-'.join(columns)}.parquet")
+        pyarrow.parquet.write_table(table, path)
+        return path
+
+    source = HuggingFace([write(["id", "species"], ["species"])])
+    assert (source.image_column, source.label_column, source.load(0)) == (
+        "img",
+        "species",
+        (b"1", 1),
+    )
+    assert (
+        HuggingFace(
+            [write(["coarse_label", "fine_label"], ["coarse_label", "fine_label"])]
+        ).label_column
+        == "fine_label"
+    )
+    assert HuggingFace([write(["label", "species"], ["species"])]).label_column == "species"
+    path = write(["genus", "species"], ["genus", "species"])
+    with pytest.raises(
+        UserError,
+        match=r"species.parquet: which column holds the labels\? \(genus, species\); pass --label-",
+    ):
+        HuggingFace([path])
+    assert HuggingFace([path], label_column="species").load(0) == (b"1", 1)
+    assert HuggingFace([path], labels=False, image_column="img").load(0) == (b"1", -1)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        b"x",
+        b'{"info": 3}',
+        b"[1]",
+        b'{"info": {"features": {"label": {"names": [1, 2]}}}}',
+        b'{"info": {"features": {"label": {"names": 7}}}}',
+        b"\xff",
+    ],
+)
+def test_huggingface_damaged_metadata_is_one_line(tmp_path, metadata):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+    from ffssl.data.convert.sources.huggingface import HuggingFace
+
+    pyarrow.parquet.write_table(
+        pa.table({"image": [b"1"], "label": [0]}).replace_schema_metadata(
+            {"huggingface": metadata}
+        ),
+        tmp_path / "a.parquet",
+    )
+    with pytest.raises(
+        UserError, match="^.*a.parquet: the metadata of its columns are damaged .*--no-labels$"
+    ):
+        HuggingFace([str(tmp_path / "a.parquet")])
+    assert HuggingFace([str(tmp_path / "a.parquet")], labels=False).load(0) == (b"1", -1)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        b'{"info": null}',
+        b'{"info": {"features": null}}',
+        b'{"info": {"features": {"label": {"names": null}}}}',
+        b"{}",
+    ],
+)
+def test_huggingface_metadata_that_say_nothing(tmp_path, metadata):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+    from ffssl.data.convert.sources.huggingface import HuggingFace
+
+    pyarrow.parquet.write_table(
+        pa.table({"image": [b"1"], "label": [5]}).replace_schema_metadata(
+            {"huggingface": metadata}
+        ),
+        tmp_path / "a.parquet",
+    )
+    source = HuggingFace([str(tmp_path / "a.parquet")])
+    assert source.class_names is None and source.load(0) == (b"1", 5)
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (
+            ["train-00000-of-00002"],
+            "1 of 2 shards are not there, such as number 1 beside train-00000-of-00002.parquet",
+        ),
+        (
+            ["data/train-1-of-3", "data/train-2-of-3"],
+            "1 of 3 shards are not there, such as number 0",
+        ),
+        (
+            ["a/train-0-of-1", "b/train-0-of-1"],
+            "a/train-0-of-1.parquet and b/train-0-of-1.parquet are shards of two sets",
+        ),
+        (["train-0-of-1", "train-0-of-2", "train-1-of-2"], "are shards of two sets"),
+        (["train-0-of-1", "test-0-of-1"], "several splits: test .*, train .*; pass --split"),
+        (["train", "extra"], "several splits: no split .extra.parquet., train"),
+        (["train/0", "val/0"], "several splits: train .*, validation"),
+        (["default/partial-train/0000", "default/test/0000"], "several splits: test .*, train"),
+    ],
+)
+def test_huggingface_refuses_folders_that_are_not_one_whole_split(
+    tmp_path, parquet, names, message
+):
+    from ffssl.data.convert.sources.huggingface import HuggingFace
+
+    files = [parquet(f"{name}.parquet", [{"bytes": b"x", "path": ""}]) for name in names]
+    with pytest.raises(UserError, match=message):
+        HuggingFace([str(tmp_path)])
+    if len({os.path.dirname(name) for name in names}) == 1:
+        with pytest.raises(UserError, match=message.split(";")[0]):
+            HuggingFace([f"{os.path.dirname(files[0])}/*.parquet"])
+    assert len(HuggingFace(files)) == len(files)  # named one by one, they are what is wanted
+
+
+def test_huggingface_splits_and_what_is_left_out(tmp_path, parquet):
+    from ffssl.data.convert.sources.huggingface import HuggingFace
+
+    for i, name in enumerate(
+        [
+            "data/train-0-of-1",
+            "data/validation-0-of-1",
+            "data/unlabeled-0-of-1",
+            "data/train_extra-0-of-1",
+        ]
+    ):
+        parquet(f"{name}.parquet", [{"bytes": b"x", "path": ""}] * (i + 1))
+    put(tmp_path / "README.md"), put(tmp_path / ".gitattributes")
+    for split, count in (
+        ("train", 1),
+        ("validation", 2),
+        ("val", 2),
+        ("unlabeled", 3),
+        ("train_extra", 4),
+    ):
+        source = HuggingFace([str(tmp_path)], split=split)
+        assert len(source) == count
+        assert [(kind, count) for kind, count, _ in source.passed_over] == [
+            (".md", 1),
+            ("hidden", 1),
+            ("of other splits", 3),
+        ]
+        assert len(HuggingFace([f"{tmp_path}/data/*.parquet"], split=split)) == count
+    with pytest.raises(
+        UserError, match="no Parquet files of split 'test' there, only .* 4 of other splits"
+    ):
+        HuggingFace([str(tmp_path)], split="test")
+    # As the hub's client lays them out: links to files elsewhere.
+    (tmp_path / "cache/data").mkdir(parents=True)
+    os.symlink("../../data/train-0-of-1.parquet", tmp_path / "cache/data/train-0-of-1.parquet")
+    assert len(HuggingFace([str(tmp_path / "cache")])) == 1
+    with pytest.raises(UserError, match="the same file as"):
+        HuggingFace([str(tmp_path / "cache"), f"{tmp_path}/data/train-0-of-1.parquet"])
+    os.mkfifo(tmp_path / "pipe.parquet")
+    with pytest.raises(UserError, match="pipe.parquet: is a folder, a pipe"):
+        HuggingFace([str(tmp_path / "pipe.parquet")])
+
+
 def test_huggingface_without_pyarrow(monkeypatch):
     import sys
 
-    from ffssl.data.sources.huggingface import HuggingFace
+    from ffssl.data.convert.sources.huggingface import HuggingFace
 
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)

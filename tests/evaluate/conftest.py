@@ -2,7 +2,7 @@ import contextlib
 
 import pytest
 
-from ffssl import checkpoint
+from ffssl.run_folder import checkpoint
 
 
 @pytest.fixture

@@ -11,21 +11,21 @@ from PIL import Image
 from small_runs import save_run
 from torch.nn import functional as F
 
-from ffssl import checkpoint
-from ffssl.command_line import exit_status
-from ffssl.data.beton import read_beton
-from ffssl.data.convert import ConvertOptions, convert, description_path
+from ffssl.run_folder import checkpoint
+from ffssl.config.command_line import exit_status
+from ffssl.data.beton.read import read_beton
+from ffssl.data.convert.conversion import ConvertOptions, convert, description_path
 from ffssl.data.loader import ViewLoader
-from ffssl.data.policy import EVALUATION
-from ffssl.data.sources.embedded import Embedded
-from ffssl.data.sources.folder import ImageFolder
+from ffssl.data.policy import (EVALUATION)
+from ffssl.data.convert.sources.embedded import Embedded
+from ffssl.data.convert.sources.folder import ImageFolder
 from ffssl.evaluate.__main__ import main
 from ffssl.errors import UserError
 from ffssl.evaluate.frozen_run import FrozenRun, describe, freeze
 from ffssl.evaluate.linear import Recipe, usual_batch_size
 from ffssl.evaluate.results import read_results
-from ffssl.images import to_input
-from ffssl.runs import fingerprint
+from ffssl.data.normalise import to_input
+from ffssl.load import fingerprint
 
 
 def evaluate(monkeypatch, *words) -> int:

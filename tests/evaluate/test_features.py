@@ -3,11 +3,11 @@ from torch import nn
 
 from ffssl.backbones import build_backbone
 from ffssl.data.loader import ViewLoader
-from ffssl.data.policy import EVALUATION
-from ffssl.device import mixed_precision
+from ffssl.data.policy import (EVALUATION)
+from ffssl.parallel.device import mixed_precision
 from ffssl.evaluate import features as features_module
 from ffssl.evaluate.features import extract_features, frozen_features
-from ffssl.images import to_input
+from ffssl.data.normalise import to_input
 
 CPU = torch.device("cpu")
 OFF, _ = mixed_precision("off", CPU)

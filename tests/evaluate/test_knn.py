@@ -85,7 +85,7 @@ print(resident("VmHWM") - before)
 
 def test_memory_at_its_peak_is_what_was_given():
     """Here 32 MB; the whole matrix of similarities would take 240 MB."""
-    result = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, timeout=280)
+    result = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) < (1 << 25) + 32e6  # what the product of matrices takes for itself varies with the threads
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ffssl import checkpoint
+from ffssl.run_folder import checkpoint
 from ffssl.errors import UserError
 from ffssl.evaluate.linear import Recipe, cached_batches, top_accuracies, train_probe, usual_batch_size
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
-import ffssl.step
+import ffssl.training.step
 from ffssl.backbones import SmallResNet
 
 def pytest_collection_modifyitems(items):
@@ -25,7 +25,7 @@ def made_up(request):
 
 @pytest.fixture(autouse=True)
 def tiny_backbone(monkeypatch):
-    monkeypatch.setattr(ffssl.step, "build_backbone", lambda *_, **__: SmallResNet((8, 16)))
+    monkeypatch.setattr(ffssl.training.step, "build_backbone", lambda *_, **__: SmallResNet((8, 16)))
 
 
 @pytest.fixture

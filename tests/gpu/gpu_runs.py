@@ -5,8 +5,8 @@ import contextlib
 import torch
 
 from ffssl.config import read_options
-from ffssl.plan import Plan
-from ffssl.step import build, start_run
+from ffssl.training.schedule import Plan
+from ffssl.training.step import build, start_run
 
 GPU = torch.device("cuda", 0)
 NETWORK = {

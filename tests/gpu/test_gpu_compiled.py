@@ -5,8 +5,8 @@ import torch
 from gpu_runs import GPU, no_waits, start, views
 from torch._dynamo.utils import counters
 
-from ffssl.device import is_out_of_memory, until_out_of_memory
-from ffssl.step import PASSES, compile_passes, memory_advice, train_step
+from ffssl.parallel.device import is_out_of_memory, until_out_of_memory
+from ffssl.training.step import PASSES, compile_passes, memory_advice, train_step
 
 METHODS = ["simsiam", "byol", "simclr", "mocov2plus", "dino"]
 pytestmark = pytest.mark.slow

@@ -10,7 +10,7 @@ from gpu_runs import GPU, no_waits, start, views
 
 from ffssl.errors import UserError
 from ffssl.methods import METHODS
-from ffssl.step import train_step
+from ffssl.training.step import train_step
 
 SETTINGS = {  # of Hard Augment, precision, accumulation and optimiser
     "pairs off": ["--augment.views=2", "--hard_augment.select=off", "--training.amp=bf16"],
@@ -60,13 +60,13 @@ import contextlib, sys, torch
 from pathlib import Path
 from made_up_gpu.plugin import MadeUp, pytest_configure
 from ffssl.backbones import SmallResNet
-from ffssl.data.convert import convert
-from ffssl.data.sources.embedded import Embedded
-from ffssl.device import choose_device
+from ffssl.data.convert.conversion import convert
+from ffssl.data.convert.sources.embedded import Embedded
+from ffssl.parallel.device import choose_device
 from ffssl.evaluate.features import extract_features, open_views
 from ffssl.data.loader import ViewLoader
-from ffssl.saver import Saver
-from ffssl.step import Lead, to_device
+from ffssl.run_folder.background_writer import Saver
+from ffssl.training.step import Lead, to_device
 pytest_configure(None)
 folder = Path(sys.argv[1])
 convert(Embedded("train", 40), folder / "train.beton")

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from ffssl.config import read_options
-from ffssl.data.convert import ConvertOptions, convert
-from ffssl.data.sources.embedded import Embedded
+from ffssl.data.convert.conversion import ConvertOptions, convert
+from ffssl.data.convert.sources.embedded import Embedded
 from ffssl.methods import METHODS
-from ffssl.run_log import read_log
-from ffssl.study_file import read_study
+from ffssl.run_folder.log import read_log
+from ffssl.study.recipes import read_study
 from ffssl.train import train
 
 STUDY = Path(__file__).resolve().parents[2] / "rn50_configs" / "studies" / "methods.yaml"

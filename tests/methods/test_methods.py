@@ -9,7 +9,7 @@ from small import OPTIONS, WITH_TEACHER, build, randoms, train_a_step, views
 from torch import nn
 
 from ffssl.config import declare
-from ffssl.data.policy import POLICIES
+from ffssl.data.policy import (POLICIES)
 from ffssl.errors import UserError
 from ffssl.methods import METHODS
 from ffssl.methods.base import Method, Progress

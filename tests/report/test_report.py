@@ -12,17 +12,17 @@ import PIL.Image
 import pytest
 import torch
 
-from ffssl import checkpoint
+from ffssl.run_folder import checkpoint
 from ffssl.config import read_options
-from ffssl.data.convert import convert
-from ffssl.data.sources.embedded import Embedded
+from ffssl.data.convert.conversion import convert
+from ffssl.data.convert.sources.embedded import Embedded
 from ffssl.errors import UserError
 from ffssl.evaluate.results import add_result
 from ffssl.report import write
 from ffssl.report.page import compose
 from ffssl.report.runs import describe_data, read_runs
 from ffssl.report.write import write_report
-from ffssl.run_log import NAME as LOG_NAME
+from ffssl.run_folder.log import NAME as LOG_NAME
 from ffssl.train import train
 
 SMALL = [
@@ -93,7 +93,7 @@ def test_every_section_is_there_and_shows_its_pictures(folder, page):
     assert [own["id"] for tag, own in page.elements if tag == "section"] == list(SECTIONS)
     assert page.misnested == []
     assert "Not shown" not in "".join(page.text.values())
-    assert page.count("svg") == 2 + 5 + 6 + 2 + 2
+    assert page.count("svg") == 2 + 5 + 8 + 2 + 2
     views = 2 * 4 * 2 + 2 * 4 * 3  # epochs, images, views, of both runs
     assert page.count("img", **{"class": "chosen"}) == 2 * 4 * 2
     assert page.count("img") == views + 2 * 6 * (1 + 8)
@@ -334,7 +334,7 @@ def test_a_browser_shows_it_without_complaint(folder, page, tmp_path, width):
     ]  # fmt: skip
     # Files, not pipes: its helpers would keep pipes open after it has been killed, and the test would wait for them for ever.
     with open(tmp_path / "dom", "w+") as dom, open(tmp_path / "messages", "w+") as messages:
-        subprocess.run(command, stdout=dom, stderr=messages, timeout=120, check=True)
+        subprocess.run(command, stdout=dom, stderr=messages, timeout=600, check=True)
         dom.seek(0), messages.seek(0)
         text, complaints = dom.read(), messages.read()
     assert "CONSOLE" not in complaints, complaints

@@ -6,7 +6,7 @@ from small_runs import save_run
 
 from ffssl.hard_augment import hardest_pair, pairs
 from ffssl.report.runs import read_runs
-from ffssl.report.samples import chosen_pairs, examine_choice, project, rank_of, spread, views_by_epoch
+from ffssl.report.samples import by_pair, examine_choice, project, rank_of, spread, views_by_epoch
 
 
 def test_spread_goes_from_end_to_end():
@@ -20,18 +20,20 @@ def losses(images, views, seed=0):
     return values + values.mT
 
 
-def test_the_chosen_pair_is_that_of_the_selection():
+@pytest.mark.parametrize("policies", [1, 2])
+def test_the_chosen_pair_is_that_of_the_selection(policies):
     values = losses(50, 4)
-    assert torch.equal(pairs(4)[chosen_pairs(values)], hardest_pair(values))
+    chosen = by_pair(values, policies).argmax(1)
+    assert torch.equal(pairs(4, policies=policies)[chosen], hardest_pair(values, policies))
 
 
 def test_the_rank_counts_the_harder_pairs():
     low, high = losses(50, 4), losses(50, 4, seed=1)
-    chosen = chosen_pairs(low)
-    for image, rank in enumerate(rank_of(high, chosen).tolist()):
+    chosen = by_pair(low).argmax(1)
+    for image, rank in enumerate(rank_of(by_pair(high), chosen).tolist()):
         ordered = sorted(((high[image, a, b].item(), (a, b)) for a, b in pairs(4).tolist()), reverse=True)
         assert ordered[rank][1] == tuple(pairs(4)[chosen[image]].tolist())
-    assert rank_of(low, chosen).sum() == 0
+    assert rank_of(by_pair(low), chosen).sum() == 0
 
 
 def test_the_choice_is_at_the_teachers_temperature_of_the_epoch(tmp_path, betons, monkeypatch):

@@ -1,0 +1,94 @@
+"""The same views from a stock ffcv loader, for a pipeline that has one already:
+
+    decoder = ViewDecoder(views=2, resolution=224)
+    loader = ffcv.loader.Loader(path, ..., pipelines={"image": PipelineSpec("image", decoder=decoder, transforms=[ToTensor()])})
+    decoder.set_epoch(epoch, resolution=160)     # before an epoch
+
+`ffssl.data.ViewLoader` gives bit-identical views, and besides stops when an image does not decode: ffcv's loader prints the error
+and waits for ever.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from unittest import mock
+
+import numba.typed
+import numpy as np
+import torch
+from numba import carray, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+# ffcv compiles one numba.typed.Dict at import, which takes seconds; it only ever looks two strings up in it. And its import sets
+# torch and Numba to one thread.
+_torch_threads, _numba_threads = torch.get_num_threads(), numba.get_num_threads()
+with mock.patch.object(numba.typed, "Dict", dict):
+    from ffcv.pipeline.allocation_query import AllocationQuery
+    from ffcv.pipeline.operation import Operation
+    from ffcv.pipeline.state import State
+torch.set_num_threads(_torch_threads)
+numba.set_num_threads(_numba_threads)
+
+from ffssl.data.policy import (ViewSettings)
+from ffssl.data.kernels.decode import (most_pixels, render_sample)
+from ffssl.data.policy import (STANDARD_MAGNITUDE, ViewPolicy)
+
+
+@intrinsic
+def _pointer_at(typing_context, address):
+    """The memory address in an int64, as a pointer."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), generate
+
+
+class ViewDecoder(Operation):
+    """FFCV decoder: JPEG or raw image to uint8 (batch, views, 3, resolution, resolution). Arguments: see `ViewSettings`.
+
+    Raises ValueError with the sample's index where an image does not decode.
+    """
+
+    def __init__(
+        self,
+        views: int,
+        resolution: int,
+        policy: ViewPolicy | Sequence[ViewPolicy] = ViewPolicy(),
+        seed: int = 0,
+        scaled_decoding: bool = True,
+    ):
+        super().__init__()
+        self.settings = ViewSettings(views, resolution, policy, seed, scaled_decoding)
+
+    def set_epoch(self, epoch: int, resolution: int, magnitude: float = STANDARD_MAGNITUDE) -> None:
+        """Choose what the loader's next iteration serves; nothing is compiled again."""
+        self.settings.set_epoch(epoch, resolution, magnitude)
+
+    def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
+        shape = (self.settings.views, 3, self.settings.resolution, self.settings.resolution)
+        dtype = np.dtype("u1")
+        return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), AllocationQuery(shape, dtype)
+
+    def generate_code(self):
+        # Numba freezes the arrays of a closure, so the settings come in by their addresses.
+        counters_at, policies_at = self.settings.counters.ctypes.data, self.settings.policy_rows.ctypes.data
+        policies_shape = self.settings.policy_rows.shape
+        scaled_decoding = self.settings.scaled_decoding
+        read_file = self.memory_read
+
+        def decode_batch(indices, views, metadata, storage_state):
+            counters = carray(_pointer_at(counters_at), 2, np.int64)
+            policy_rows = carray(_pointer_at(policies_at), policies_shape, np.float64)
+            pixels = np.empty(3 * most_pixels(metadata, indices), np.uint8)
+            for b in range(len(indices)):
+                image = metadata[indices[b]]
+                height, width = np.int64(image["height"]), np.int64(image["width"])
+                data = read_file(image["data_ptr"], storage_state)
+                if not render_sample(
+                    data, image["mode"], height, width, counters, policy_rows, indices[b], scaled_decoding, pixels, views[b]
+                ):
+                    raise ValueError("image does not decode", indices[b])
+            return views[: len(indices)]
+
+        return decode_batch

@@ -1,0 +1,327 @@
+"""Converts a source of images to a beton file, in parallel, with the same bytes whatever the number of workers.
+
+    from ffssl.data.convert.conversion import ConvertOptions, Encoding, convert
+    from ffssl.data.convert.sources.folder import ImageFolder
+
+    if __name__ == "__main__":  # worker processes import the main module
+        summary = convert(ImageFolder("photos"), "photos.beton", ConvertOptions(Encoding(max_side=500)))
+
+Beside the file goes `photos.beton.json`: class names, options, counts, what was left out, and the
+file's checksum.
+"""
+
+import json
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import ffssl
+from ffssl.data.beton.read import Beton, read_beton
+from ffssl.data.beton.write import BetonWriter, check_writable
+from ffssl.data.convert.encode import BrokenImage, EncodedImage, Encoding, How, encode_image
+from ffssl.data.convert.sources import UNLABELLED, Source
+from ffssl.data.convert.workers import WorkerDied, WorkersNotStarted, leave_if_worker, map_in_order
+from ffssl.errors import UserError
+from ffssl.files import write_json
+
+
+class ConversionError(UserError):
+    """The run failed at a sample, a worker or a device, though the options were sound."""
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """How to convert; raises UserError for values out of range.
+
+    encoding: size limit and JPEG quality. compressed_share: share of samples stored as JPEG, the rest as raw pixels;
+    which, a hash of the sample's index decides. workers: processes that encode; with 1 the caller's own does.
+    subset: that many samples, those whose hash of (subset_seed, index) is least, in the source's order: random,
+    repeatable, and a smaller subset is part of a larger one. skip_broken: leave broken images out instead of stopping.
+    """
+
+    encoding: Encoding = field(default_factory=Encoding)
+    compressed_share: float = 1.0
+    workers: int = 1
+    subset: int | None = None
+    subset_seed: int = 0
+    skip_broken: bool = False
+    overwrite: bool = False
+    progress: bool = True
+
+    def __post_init__(self):
+        if not 0 <= self.compressed_share <= 1:
+            raise UserError(f"compressed share {self.compressed_share}: must be 0 to 1 (--compressed-share)")
+        if self.workers < 1:
+            raise UserError(f"{self.workers} workers: must be at least 1 (--workers)")
+        if self.subset is not None and self.subset < 1:
+            raise UserError(f"subset {self.subset}: must be at least 1 (--subset)")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was written.
+
+    counts: samples by `How`. skipped: (name, reason) of each broken image that was left out.
+    passed_over: (kind, count, first name) of the files that the source does not take for images.
+    labels: how many different ones. unlabelled: how many samples without.
+    Names are text that can be printed: a byte that is no UTF-8 is written as \\xe9.
+    """
+
+    path: Path
+    samples: int
+    class_names: list[str] | None
+    labels: int
+    unlabelled: int
+    file_bytes: int
+    counts: dict[str, int]
+    skipped: list[tuple[str, str]]
+    passed_over: list[tuple[str, int, str]]
+    sha256: str
+    seconds: float
+
+
+def convert(source: Source, path: str | os.PathLike, options: ConvertOptions = ConvertOptions()) -> Summary:
+    """Write the images and labels of `source` to a beton file at `path`, and a description to `path`.json.
+
+    The file appears under its name when it is whole; a failed or interrupted run leaves what was
+    there before. Raises UserError for options that do not fit and for a program that workers can't
+    import, ConversionError for a broken image, a failing source or a worker that was killed,
+    BetonWriteError when writing fails.
+    """
+    leave_if_worker()
+    path = Path(path)
+    started = time.monotonic()
+    check_output(path, options.overwrite)
+    indices = select_subset(len(source), options.subset, options.subset_seed)
+    counts: Counter[str] = Counter()
+    labels: Counter[int] = Counter()
+    skipped: list[tuple[str, str]] = []
+    # Closed explicitly: an exception's traceback would keep the generator, and its workers, alive.
+    with BetonWriter(path, max_samples=len(indices)) as writer, closing(_encoded(source, indices, options)) as results:
+        for result in results:
+            if isinstance(result, _Broken):
+                if not options.skip_broken:
+                    raise ConversionError(f"{result.name}: {result.reason}; repair it, or pass --skip-broken")
+                skipped.append((result.name, result.reason))
+                continue
+            image, label = result
+            writer.add(image.data, image.mode, image.width, image.height, label)
+            counts[image.how.value] += 1
+            labels[label] += 1
+        if len(writer) == 0:
+            raise ConversionError(
+                f"{path}: not written: all {len(skipped)} images are broken; the first, {': '.join(skipped[0])}"
+            )
+        sha256 = writer.finish()
+        # A description must never lie beside a file it does not describe, even if this process is killed here.
+        try:
+            description_path(path).unlink(missing_ok=True)
+        except OSError as error:
+            raise ConversionError(f"{description_path(path)}: cannot be replaced: {error.strerror}; {path} was not written") from error
+    summary = Summary(
+        path=path,
+        samples=sum(counts.values()),
+        class_names=None
+        if source.class_names is None
+        else [_as_text(name) for name in source.class_names],
+        labels=len(labels.keys() - {UNLABELLED}),
+        unlabelled=labels[UNLABELLED],
+        file_bytes=path.stat().st_size,
+        counts={how.value: counts[how.value] for how in How},
+        skipped=[(_as_text(name), _as_text(reason)) for name, reason in skipped],
+        passed_over=[
+            (_as_text(kind), count, _as_text(first)) for kind, count, first in source.passed_over
+        ],
+        sha256=sha256,
+        seconds=time.monotonic() - started,
+    )
+    _write_description(summary, source, options)
+    return summary
+
+
+def _as_text(name: str) -> str:
+    """A name that can be printed: bytes that are no UTF-8, and control characters, as \\xe9."""
+
+    def escape(found: re.Match) -> str:
+        code = ord(found[0])
+        code -= 0xDC00 if 0xDC80 <= code <= 0xDCFF else 0  # where Python keeps such a byte
+        return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+    return re.sub("[\x00-\x1f\x7f\ud800-\udfff]", escape, name)
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Raise UserError unless a beton file may be put at `path`, and its description beside it."""
+    check_writable(path)
+    description = description_path(path)
+    if description.exists() and not description.is_file():
+        raise UserError(f"{description}: is not a file, and the description of {path.name} belongs there; choose another name, or move it away")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path}: exists already; pass --overwrite to replace it")
+
+
+def description_path(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def read_description(beton: Path) -> dict | None:
+    """What the converter noted beside a beton file, or None where it did not. Raises UserError for one that can't be read."""
+    path = description_path(beton)
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable description ({error}); convert {beton.name} again, or delete it") from error
+
+
+def description_or_empty(beton: Path) -> dict:
+    """`read_description` for whoever can do without: empty where there is none that can be read."""
+    try:
+        return read_description(beton) or {}
+    except UserError:
+        return {}
+
+
+def identity(beton: Beton) -> dict[str, object]:
+    """What tells a beton file's samples from others: their number, a digest of the tables and, where it is described, the file's sha256.
+
+    Raises UserError where the description beside the file is of other samples.
+    """
+    found = {"samples": len(beton), "digest": beton.digest()}
+    description = read_description(beton.path) or {}
+    if description.get("digest", found["digest"]) != found["digest"]:
+        raise UserError(f"{beton.path}: damaged, or not the file that {description_path(beton.path).name} describes; write or copy both again")
+    return found | {name: description[name] for name in ("sha256",) if name in description}
+
+
+def same_samples(one: dict[str, object], other: dict[str, object]) -> bool:
+    """Whether two identities are of the same samples, by what both of them say."""
+    return all(one[name] == other[name] for name in one.keys() & other.keys())
+
+
+def select_subset(count: int, subset: int | None, seed: int) -> np.ndarray:
+    """Indices into `count` samples, ascending. Raises UserError if there are fewer than `subset`."""
+    if subset is None:
+        return np.arange(count)
+    if subset > count:
+        raise UserError(f"subset {subset}: the source has only {count} images (--subset)")
+    return np.sort(np.argsort(_hash(np.arange(count), seed), kind="stable")[:subset])
+
+
+def is_compressed(indices: np.ndarray, share: float) -> np.ndarray:
+    """Which samples are stored as JPEG: a `share` of them, by a hash of their index. bool, like `indices`."""
+    # The upper 53 bits make an exact float64 in [0, 1), so shares of 0 and 1 are exact as well.
+    return (_hash(indices, seed=0x6A706567) >> np.uint64(11)) * 2.0**-53 < share
+
+
+def _hash(indices: np.ndarray, seed: int) -> np.ndarray:
+    """SplitMix64's output function (Steele et al. 2014) of a counter that starts at a hash of `seed`. uint64."""
+
+    def mix(z: np.ndarray) -> np.ndarray:
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+    gamma = np.uint64(0x9E3779B97F4A7C15)
+    start = mix(np.array([seed % 2**64], np.uint64) + gamma)
+    return mix(start + (indices.astype(np.uint64) + np.uint64(1)) * gamma)
+
+
+@dataclass(frozen=True)
+class _Broken:
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """The workers' task: (index, whether compressed) -> (image, label) or _Broken."""
+
+    source: Source
+    encoding: Encoding
+
+    def __call__(self, sample: np.ndarray) -> tuple[EncodedImage, int] | _Broken:
+        index, compressed = sample.tolist()
+        try:
+            image, label = self.source.load(index)
+        except OSError as error:
+            # Not a broken image: with --skip-broken, a failing disk must not thin out the data set.
+            raise ConversionError(f"{self.source.name(index)}: cannot be read: {error.strerror or error}") from error
+        try:
+            return encode_image(image, self.encoding, bool(compressed)), label
+        except BrokenImage as error:
+            return _Broken(self.source.name(index), str(error))
+        except MemoryError:
+            raise ConversionError(f"{self.source.name(index)}: not enough memory; pass fewer --workers") from None
+
+
+def _encoded(source: Source, indices: np.ndarray, options: ConvertOptions) -> Iterator:
+    samples = np.column_stack([indices, is_compressed(indices, options.compressed_share)])
+    results = map_in_order(_Encoder(source, options.encoding), samples, options.workers, size_of=_bytes_of)
+    # disable=None: no bar unless standard error is a terminal.
+    bar = tqdm(results, total=len(samples), unit=" images", smoothing=0.05, disable=None if options.progress else True)
+    try:
+        yield from bar
+    except WorkersNotStarted:
+        raise UserError(
+            "the worker processes did not start: they import the program first, and it calls "
+            'convert() again there, or fails; put the call under `if __name__ == "__main__":`, '
+            "or pass one worker"
+        ) from None
+    except WorkerDied as error:
+        first = source.name(int(indices[error.position]))
+        raise ConversionError(
+            f"a worker process was killed near {first}, perhaps for lack of memory; pass fewer --workers"
+        ) from error
+    finally:
+        bar.close()
+        results.close()
+
+
+def _bytes_of(result: tuple[EncodedImage, int] | _Broken) -> int:
+    return 0 if isinstance(result, _Broken) else len(result[0].data)
+
+
+def _write_description(summary: Summary, source: Source, options: ConvertOptions) -> None:
+    """Only what the input determines: neither times nor the number of workers, so equal runs give equal files."""
+    description = {
+        "ffssl": ffssl.__version__,
+        "sha256": summary.sha256,
+        "bytes": summary.file_bytes,
+        "samples": summary.samples,
+        "digest": read_beton(summary.path).digest(),
+        "class_names": summary.class_names,
+        "unlabelled": summary.unlabelled,
+        "source": {
+            "kind": type(source).__name__,
+            "origin": _as_text(source.origin),
+            "samples": len(source),
+        },
+        "options": {
+            **asdict(options.encoding),
+            "compressed_share": options.compressed_share,
+            "subset": options.subset,
+            "subset_seed": options.subset_seed,
+            "skip_broken": options.skip_broken,
+        },
+        "counts": summary.counts,
+        "skipped": [{"name": name, "reason": reason} for name, reason in summary.skipped],
+        "passed_over": [
+            {"kind": kind, "files": count, "first": first}
+            for kind, count, first in summary.passed_over
+        ],
+    }
+    target = description_path(summary.path)
+    try:
+        write_json(target, description)
+    except OSError as error:
+        raise ConversionError(
+            f"{target}: could not be written: {error.strerror}; {summary.path} itself is whole"
+        ) from error

@@ -1,0 +1,134 @@
+"""A parallel map that keeps the order, bounds its memory, notices killed workers and stops at once."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection
+from typing import TypeVar
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+MAX_CHUNK = 16  # enough that handing out work costs little beside the work
+IN_FLIGHT_BYTES = 256 << 20
+
+
+class WorkerDied(RuntimeError):
+    """A worker process ended by itself or was killed. position: of the first item whose result is missing."""
+
+    def __init__(self, position: int):
+        super().__init__(f"a worker died; results from item {position} on are missing")
+        self.position = position
+
+
+class WorkersNotStarted(RuntimeError):
+    """A worker process ended before it began: it imports the main module first, and that failed."""
+
+
+def leave_if_worker() -> None:
+    """End a process that is just starting as a worker, and is here since it imports the program.
+
+    It would start workers of its own, and each of them others. Its parent raises WorkersNotStarted.
+    """
+    # By this, multiprocessing tells it too, but it prints a traceback.
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise SystemExit(1)
+
+
+def map_in_order(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    workers: int,
+    size_of: Callable[[Result], int],
+) -> Iterator[Result]:
+    """Yield function(item) for each item, in order, computed by `workers` processes, or in this one if there is 1.
+
+    Results computed ahead of the consumer are held to about IN_FLIGHT_BYTES, judged by `size_of`
+    the largest so far. `function` is pickled once a worker. What it raises is raised here,
+    WorkerDied when a worker is killed, and WorkersNotStarted when none could be started. Closing
+    the iterator ends the workers at once.
+    """
+    if workers == 1 or len(items) <= 1:
+        yield from map(function, items)
+        return
+    # Forking a process with threads may deadlock, and ours may hold torch's and ffcv's; the fork server has none.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([function.__class__.__module__])
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (function,))
+    try:
+        yield from _in_chunks(pool, items, 2 * workers + 2, size_of)
+        pool.shutdown()
+    except WorkerDied as error:
+        processes = list((pool._processes or {}).values())
+        pool.shutdown()  # waits for them to end
+        # What ends with an exception, and not by a signal, ends with 1.
+        if error.position == 0 and any(process.exitcode == 1 for process in processes):
+            raise WorkersNotStarted from None
+        raise
+    finally:
+        _stop(pool)
+
+
+def _in_chunks(pool: ProcessPoolExecutor, items: Sequence, max_pending: int, size_of: Callable) -> Iterator:
+    pending: deque = deque()
+    submitted, done, largest = 0, 0, 0
+    try:
+        while done < len(items):
+            # Two at least, so that there is work while a result is consumed.
+            while submitted < len(items) and (
+                len(pending) < 2 or len(pending) < max_pending and (len(pending) + 1) * largest <= IN_FLIGHT_BYTES
+            ):
+                # One item each until sizes are known.
+                chunk = min(MAX_CHUNK, IN_FLIGHT_BYTES // (largest * max_pending)) if largest else 1
+                pending.append(pool.submit(_run_chunk, items[submitted : submitted + max(1, chunk)]))
+                submitted += max(1, chunk)
+            results, error = pending.popleft().result()
+            for result in results:
+                largest = max(largest, size_of(result))
+                yield result
+            if error:
+                raise error
+            done += len(results)
+    except BrokenProcessPool:
+        raise WorkerDied(done) from None
+
+
+_function: Callable
+
+
+def _start_worker(function: Callable) -> None:
+    global _function
+    _function = function
+    # Ctrl-C reaches the whole process group; the parent decides what becomes of the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    # Workers of a killed parent would wait for work for ever.
+    connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _run_chunk(items: Sequence) -> tuple[list, Exception | None]:
+    """The results up to the first exception, and that: what came before it is still wanted."""
+    results = []
+    for item in items:
+        try:
+            results.append(_function(item))
+        except Exception as error:
+            return results, error
+    return results, None
+
+
+def _stop(pool: ProcessPoolExecutor) -> None:
+    # Before Python 3.14 there is no public way to end workers in the middle of a task.
+    for process in list((pool._processes or {}).values()):
+        process.terminate()
+    # Waits for the pool's thread, which ends with its workers: at the interpreter's exit the executor wakes that thread
+    # without a lock, through a pipe that it may just be closing.
+    pool.shutdown(cancel_futures=True)

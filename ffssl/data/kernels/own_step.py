@@ -1,0 +1,42 @@
+"""A step of the user's own, applied to every view that the policy has rendered."""
+
+from collections.abc import Callable
+
+from numba import njit, types
+from numba.core.errors import NumbaError, UnsupportedBytecodeError
+from numba.extending import is_jitted
+
+from ffssl.data.kernels.draw import (view_key)
+from ffssl.errors import UserError
+
+_VIEW_AND_KEY = (types.Array(types.uint8, 3, "C"), types.uint64)
+
+
+def compile_view_kernel(kernel: Callable) -> Callable:
+    """Compile `kernel(view, key)` into a function of (counters, indices, views) that applies it to every view of a batch.
+
+    view: uint8 (3, R, R), to be changed in place. key: uint64, from which `policy.uniform(key, k)` gives random number k = 0, 1, ...
+    of this view; none of them is a number that the policy draws. Raises UserError if Numba does not compile the kernel.
+    """
+    name = getattr(kernel, "__name__", repr(kernel))
+    if not callable(kernel):
+        raise UserError(f"view kernel {name}: must be a function of (view, key)")
+    step = kernel if is_jitted(kernel) else njit(kernel)
+    try:
+        step.compile(_VIEW_AND_KEY)
+    except (NumbaError, UnsupportedBytecodeError, TypeError) as error:
+        raise UserError(f"view kernel {name}: Numba does not compile it as a function of (view, key): {_reason(error)}") from error
+
+    @njit(nogil=True)
+    def apply(counters, indices, views):
+        for b in range(len(indices)):
+            for v in range(views.shape[1]):
+                key_of_policy = view_key(counters[0], counters[1], indices[b], v)
+                step(views[b, v], view_key(key_of_policy, 0, 0, 0))
+
+    return apply
+
+
+def _reason(error: Exception) -> str:
+    """The line of Numba's message that says what is wrong; the rest is in the traceback."""
+    return next(line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Failed in"))

@@ -1,5 +1,0 @@
-"""Where images come from: one module a kind of source, each imported when used, so that starting stays quick."""
-
-from ffssl.data.sources.base import UNLABELLED, Source
-
-__all__ = ["UNLABELLED", "Source"]

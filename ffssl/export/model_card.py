@@ -1,0 +1,96 @@
+"""The model card of an exported backbone: how to load it, how it was trained, what it scored. Only what the run recorded."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import yaml
+from torch import nn
+
+from ffssl.backbones import RESNETS, ResizableViT, TimmModel
+from ffssl.config import as_dict
+from ffssl.data.convert.conversion import description_or_empty
+from ffssl.evaluate.results import markdown_table, read_results
+from ffssl.data.normalise import MEAN, STD
+from ffssl.run_folder.log import read_log
+from ffssl.load import LoadedRun, fingerprint
+
+
+def model_card(run: LoadedRun, backbone: nn.Module, *, folder: Path, network: str, to: str, file: str) -> str:
+    """Markdown. folder: where log.jsonl and evaluation.json lie. network: whose `backbone` it is. to, file: format and name of the file."""
+    options, epoch = run.options, run.state["epoch"]
+    weights = fingerprint(backbone)
+    title = f"{options.model.backbone}, pre-trained without labels by {options.method.name}"
+    scores = online_knn(options, folder, epoch) if network == "student" and not run.steps else []
+    records = [record for record in read_results(folder) if record["weights"] == weights]
+    return "\n".join([
+        f"# {title}", "",
+        f"The {network}'s backbone: from images (N, 3, R, R) to pooled features (N, {backbone.features}), without a classifier. Weights {weights}.",
+        "", "## Load it", "", "```python", loading_code(options.model, backbone, to, file), "```", "",
+        f"Images are RGB in 0..1, normalised by the mean {MEAN} and the standard deviation {STD}.",
+        "", "## How it was trained", "", *[f"- {line}" for line in training(run)], "",
+        "Its options:", "", "```yaml", published_options(options).rstrip(), "```",
+        "", "## What it scored", "",
+        *(scores or ([] if records else ["Nothing was recorded of these weights."])),
+        *(["", markdown_table((file, record) for record in records)] if records else []), "",
+    ])  # fmt: skip
+
+
+def loading_code(model: SimpleNamespace, backbone: nn.Module, to: str, file: str) -> str:
+    """Python that makes `backbone` of the file. FFSSL's own networks need FFSSL."""
+    name = model.backbone
+    if to == "torchvision":
+        return (
+            f"import torch, torchvision\n\nbackbone = torchvision.models.{name}()\nbackbone.fc = torch.nn.Identity()\n"
+            f'backbone.load_state_dict(torch.load("{file}", weights_only=True))'
+        )
+    if isinstance(backbone, TimmModel) or (name in RESNETS and model.stem == "imagenet"):
+        sizes = "dynamic_img_size=True, " if isinstance(backbone, ResizableViT) else ""
+        return f'import timm\n\nbackbone = timm.create_model("{name}", num_classes=0, {sizes}checkpoint_path="{file}")'
+    return (
+        "from safetensors.torch import load_file\n\nfrom ffssl.backbones import build_backbone\n\n"
+        f'backbone = build_backbone("{name}", stem="{model.stem}")\nbackbone.load_state_dict(load_file("{file}"))'
+    )
+
+
+def training(run: LoadedRun) -> list[str]:
+    """The facts of a run's training, a line each."""
+    options, state = run.options, run.state
+    epochs, epoch = options.training.epochs, state["epoch"]
+    sides = options.resolution
+    resolution = f"{sides.max} px" if sides.schedule == "constant" else f"{sides.min} to {sides.max} px ({sides.schedule})"
+    steps = f" and {run.steps} steps of the next" if run.steps else ""
+    lines = [
+        f"{epoch} epochs" if epoch == epochs else f"{epoch} of {epochs} epochs{steps}: the run had not finished",
+        f"images: {describe_images(Path(options.data.train))}",
+        f"{options.training.optimizer} by the schedule {options.training.schedule}, views of {resolution}",
+        f"{state['spent']['flops']:.4g} FLOPs (a backward pass counted as two forward passes), {state['spent']['seconds']:.0f} s of training"
+        + (f", in the {epoch} epochs" if steps else ""),
+        f"seed {options.run.seed}",
+    ]
+    return lines + ([f"last checkpoint written on {state['written_on']}"] if "written_on" in state else [])
+
+
+def describe_images(beton: Path) -> str:
+    """The file's name, and what its converter noted of it."""
+    description = description_or_empty(beton)
+    if not description:
+        return beton.name
+    classes = f" of {len(description['class_names'])} classes" if description["class_names"] else ""
+    return f"{beton.name}, {description['samples']}{classes}, source {description['source']['kind']}, sha256 {description['sha256']}"
+
+
+def published_options(options: SimpleNamespace) -> str:
+    """The options that decide about the weights, as YAML; no files and folders of the machine that trained them."""
+    sections = {name: {key: value for key, value in values.items() if value is not None} for name, values in as_dict(options).items()}
+    return yaml.safe_dump({name: values for name, values in sections.items() if name not in ("data", "run", "evaluate")}, sort_keys=False)
+
+
+def online_knn(options: SimpleNamespace, folder: Path, epoch: int) -> list[str]:
+    """The kNN accuracy that the log has of the epoch, in a line, or nothing."""
+    e = options.evaluate
+    return [
+        f"Online kNN after epoch {epoch}: {row['knn']:.2%} (k = {e.k}, T = {e.temperature:g}, at most {e.bank_samples} training images; centre "
+        f"crops of {options.resolution.max} px of {Path(options.data.validation).name})"
+        for row in read_log(folder)
+        if row["epoch"] == epoch and "knn" in row
+    ]

@@ -1,0 +1,119 @@
+"""Checkpoints: whole or absent, the last few kept, and loaded without running code from the file."""
+
+import contextlib
+import errno
+import functools
+import os
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+
+from ffssl.run_folder.machine import describe_machine
+from ffssl.parallel.device import is_out_of_memory
+from ffssl.errors import UserError
+from ffssl.files import replacing, sync_folder
+
+NAME = "checkpoint.pt"
+_PACKAGES = ("ffssl", "torch", "torchvision", "timm", "ffcv")
+
+
+class Damaged(UserError):
+    """A file that is not, or no longer, a checkpoint."""
+
+
+def save(folder: Path, state: dict, name: str = NAME, *, keep: int = 1) -> None:
+    """Write `state` (tensors, numbers, strings, in dicts and lists) as the folder's checkpoint, replacing the one before.
+
+    "written_on", the machine and the versions, is added. keep: how many there are to be at most; those before are called checkpoint.1.pt
+    (the one before), checkpoint.2.pt and so on. A process killed at any moment leaves either the old checkpoint or the new one.
+    """
+    path = folder / name
+    try:
+        with replacing(path) as partial:
+            with open(partial, "wb") as file:
+                torch.save(state | {"written_on": _written_on()}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            _make_earlier(path, keep)
+        for old in _earlier(path)[keep - 1 :]:
+            old.unlink()
+        sync_folder(folder)
+    except (OSError, RuntimeError) as error:
+        failure = error if isinstance(error, OSError) else error.__context__  # after a failed write torch complains of its position
+        if not isinstance(failure, OSError):
+            raise
+        raise UserError(f"{path}: the checkpoint can't be written: {failure.strerror}; the one before is untouched") from error
+
+
+@functools.cache
+def _written_on() -> str:
+    return describe_machine(_PACKAGES)  # runs a program, which is not for every epoch
+
+
+def load(folder: Path, device: torch.device | str = "cpu", name: str = NAME, *, mend: bool = True) -> dict | None:
+    """The folder's latest checkpoint that is whole, or None where there is none.
+
+    Damaged ones that are later are told, and kept beside it as NAME.damaged. Raises UserError where all are damaged, and where one can't be
+    read. mend: whether files may be renamed; if not, a damaged one that is met is raised as Damaged.
+    """
+    latest, damaged = folder / name, []
+    for path in [*([latest] if latest.exists() else []), *_earlier(latest)]:
+        try:
+            state = read(path, device)
+        except Damaged as error:
+            if not mend:
+                raise
+            damaged.append((path, error))
+            continue
+        for bad, error in damaged:
+            os.replace(bad, bad.with_name(f"{bad.name}.damaged"))
+            print(f"warning: {error}; kept as {bad.name}.damaged, the one before it, {path.name}, takes its place", file=sys.stderr, flush=True)
+        if mend:
+            os.replace(path, latest)
+        return state
+    if damaged:
+        raise UserError(f"{damaged[0][1]}; delete it to start anew")
+    return None
+
+
+def read(path: Path, device: torch.device | str = "cpu") -> dict:
+    """A checkpoint file. Code that it may hold is refused, not run. Raises Damaged where a byte has changed, or for another kind of file."""
+    try:
+        with open(path, "rb") as file:
+            with zipfile.ZipFile(file) as archive:
+                if bad := archive.testzip():  # torch.load doesn't look at the checksums
+                    raise zipfile.BadZipFile(f"{bad} has changed")
+            file.seek(0)
+            return torch.load(file, map_location=device, weights_only=True)
+    except Exception as error:  # a damaged archive raises whatever the part hit raises
+        if isinstance(error, MemoryError) or is_out_of_memory(error):
+            raise
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # those are of the archive; others of the disk
+            raise UserError(f"{path}: the checkpoint can't be read: {error.strerror}") from error
+        raise Damaged(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
+
+
+def _make_earlier(path: Path, keep: int) -> None:
+    """Give the checkpoints that are there the names of earlier ones, without taking away that of the latest."""
+    for age in range(keep - 2, 0, -1):
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(_aged(path, age), _aged(path, age + 1))
+    if keep > 1 and path.exists():
+        try:
+            with replacing(_aged(path, 1)) as link:
+                link.unlink(missing_ok=True)  # of a process that was killed here
+                os.link(path, link)
+        except OSError:  # no hard links on this file system: for a moment, which `load` can cope with, only the earlier name is there
+            os.replace(path, _aged(path, 1))
+
+
+def _aged(path: Path, age: int) -> Path:
+    return path.with_name(f"{path.stem}.{age}{path.suffix}")
+
+
+def _earlier(path: Path) -> list[Path]:
+    """The checkpoints before the one at `path`, latest first."""
+    middle = {other: other.name.removeprefix(f"{path.stem}.").removesuffix(path.suffix) for other in path.parent.glob(f"{path.stem}.*{path.suffix}")}
+    return sorted((other for other in middle if middle[other].isdecimal()), key=lambda other: int(middle[other]))

@@ -1,0 +1,180 @@
+"""Compare recipes and methods over several seeds: one run after another, then one table and one picture.
+
+    python -m ffssl.study rn50_configs/studies/methods.yaml
+    python -m ffssl.study STUDY.yaml --folder runs/mine --training.epochs=2     # overrides an option in all runs
+
+It runs the commands of ffssl/train.py that a user would run, and prints them. The same call again goes on where it stopped: what has
+finished is kept, an interrupted run is continued, a failed one is tried again. `table.md`, `table.json` and `picture.png` in the
+folder are replaced after every run. A study file:
+
+    title: Warm-up and magnitude
+    data: {train: train.beton, validation: val.beton}     # or drawn on the spot: embedded: {train: 4000, validation: 1000}
+    seeds: [0, 1, 2]
+    config: ../demo_baseline.yaml                          # of the runs that name none, relative to this file; may be left out
+    options: {training: {epochs: 20}}                      # of all runs; may be left out
+    runs:
+      baseline:
+      warm-up: {against: baseline, options: {training: {schedule: cosine-warmup, warmup_epochs: 2}}}
+      efficient: {against: baseline, config: ../demo_efficient.yaml}
+    groups:                                                # may be left out; with it, every run is made once for each group
+      simclr: {options: {method: {name: simclr}}}
+      simsiam: {options: {method: {name: simsiam}}, runs: {efficient: {training: {learning_rate: 0.1}}}, leave_out: [warm-up]}
+
+An option is taken from the command line, else from the group's `runs`, the group, the run, the study, the config.
+"""
+
+import argparse
+import datetime
+import json
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from ffssl.config.command_line import exit_status
+from ffssl.config import read_options
+from ffssl.data.beton.read import read_beton
+from ffssl.data.convert.conversion import identity, same_samples
+from ffssl.errors import UserError
+from ffssl.evaluate.labels import shared_classes
+from ffssl.files import make_folder, only_one_in, write_json
+from ffssl.study.recipes import SPLITS, Run, Study, comparable, read_study
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORD = "study.json"  # in a run's folder: how it was started, and when it finished
+EMBEDDED_SPLITS = {"train": "train", "validation": "val"}  # what write_datasets.py calls them
+
+
+def main() -> int:
+    usage = "%(prog)s STUDY.yaml [--folder FOLDER] [--section.option=value ...]"
+    parser = argparse.ArgumentParser(
+        prog="python -m ffssl.study", usage=usage, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("study", type=Path, metavar="STUDY.yaml", help="the study file")
+    parser.add_argument("--folder", type=Path, help="where everything goes (default: runs/ and the study file's name)")
+    arguments, overrides = parser.parse_known_args()
+    folder = arguments.folder or Path("runs") / arguments.study.stem
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as an exception, so that the run is ended too
+    return conduct(read_study(arguments.study, folder, overrides), folder)
+
+
+def conduct(study: Study, folder: Path) -> int:
+    """Do what is left of a study in `folder`, and report. Returns 1 if a run failed, else 0."""
+    todo = [(seed, run) for seed in study.seeds for run in study.runs]  # a seed of every run first: they share the machine's moods
+    make_folder(folder, "--folder")
+    with only_one_in(folder, "study", "--folder") as lock:
+        data = {split: identity(read_beton(path)) for split, path in study.data.items() if path.exists()}
+        check_classes(study, folder)
+        for seed, run in todo:
+            check_unchanged(study, run, seed, folder, data)
+        for split, count in study.embedded.items():
+            if not study.data[split].exists():
+                study.data[split].parent.mkdir(exist_ok=True)
+                words = ("--split", EMBEDDED_SPLITS[split], "--size", str(count), "--output", str(study.data[split]))
+                if status := execute("write_datasets.py", ["embedded", *words], lock):
+                    return status
+        failed: dict[tuple[str, int], int] = {}
+        for number, (seed, run) in enumerate(todo, 1):
+            if finished(run.folder(folder, seed)):
+                continue
+            print(f"\n[{number} of {len(todo)}] {run.name}, seed {seed}", flush=True)
+            if status := train(study, run, seed, folder, lock):
+                failed[run.name, seed] = status
+                print(f"{run.name}, seed {seed}: failed with status {status}; the others go on", file=sys.stderr, flush=True)
+            report(study, folder, failed)
+        print(f"\n{report(study, folder, failed)}\nPicture: {folder / 'picture.png'}")
+    return 1 if failed else 0
+
+
+def train(study: Study, run: Run, seed: int, study_folder: Path, lock: int) -> int:
+    """Train one run to its end, continuing it where it has begun. Returns the exit status."""
+    folder, arguments = run.folder(study_folder, seed), run.command(study_folder, seed)
+    record = {
+        "command": shlex.join(["python", "ffssl/train.py", *arguments]),
+        "options": comparable(read_options(arguments)),
+        "data": {split: identity(read_beton(path)) for split, path in study.data.items()},
+    }
+    write_record(folder, record)
+    status = execute("ffssl/train.py", arguments, lock)
+    if status == 0:
+        write_record(folder, record | {"finished": datetime.datetime.now().isoformat(timespec="seconds")})
+    return status
+
+
+def execute(program: str, arguments: list[str], lock: int) -> int:
+    """Run one of the project's programs, showing its command. Returns its exit status; interrupted, ends it first."""
+    print(f"$ python {program} {shlex.join(arguments)}", flush=True)
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / program), *arguments],
+        pass_fds=[lock],  # should this process be killed outright, the folder stays locked until its child has ended as well
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # Ctrl-C reaches both; only one is to answer
+    ) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+
+
+def report(study: Study, folder: Path, failed: dict[tuple[str, int], int]) -> str:
+    """Write the table and the picture of what has finished so far. Returns the table."""
+    from ffssl.study.table_and_picture import write_report  # imports matplotlib, which takes a second
+
+    records = {(run.name, seed): finished(run.folder(folder, seed)) for run in study.runs for seed in study.seeds}
+    done = {key: record for key, record in records.items() if record}
+    return write_report(study, folder, done, failed, command=shlex.join(["python", "-m", "ffssl.study", *sys.argv[1:]]))
+
+
+def finished(folder: Path) -> dict | None:
+    """The record of a run that has finished, else None."""
+    record = read_record(folder)
+    return record if record and "finished" in record else None
+
+
+def read_record(folder: Path) -> dict | None:
+    path = folder / RECORD
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_record(folder: Path, record: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / RECORD, record)
+
+
+def check_classes(study: Study, folder: Path) -> None:
+    """Raises UserError where the files are there, and their labels not of the same classes, before any run takes hours."""
+    if all(path.exists() for path in study.data.values()):
+        for field in {read_options(run.command(folder, study.seeds[0])).data.label_field for run in study.runs}:
+            try:
+                shared_classes(*(read_beton(study.data[split], field) for split in SPLITS))
+            except UserError as error:
+                raise UserError(f"{study.path}: {error}") from error
+
+
+def check_unchanged(study: Study, run: Run, seed: int, study_folder: Path, data: dict[str, dict]) -> None:
+    """Raises UserError, naming the option or the file, if a run was started with other options or data than the study now gives it.
+
+    data: the identity of each file that is there.
+    """
+    record = read_record(run.folder(study_folder, seed))
+    for split, before in (record or {}).get("data", {}).items():
+        if not same_samples(before, data.get(split, {})):
+            raise UserError(
+                f"{study.path}: {study.data[split]} holds other images than those that the run in {run.folder(study_folder, seed)} is trained "
+                "or evaluated on; put that file back, or choose another --folder"
+            )
+    now = comparable(read_options(run.command(study_folder, seed)))
+    for section, options in record["options"].items() if record else ():
+        for name, before in options.items():
+            if now.get(section, {}).get(name, before) != before:
+                raise UserError(
+                    f"{study.path}: run {run.name}: {section}.{name} is {now[section][name]}, but its run in "
+                    f"{run.folder(study_folder, seed)} was started with {before}; put it back, give the run another name, choose another "
+                    f"--folder, or delete {study_folder}/seed*/{run.name} to train it anew"
+                )
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main, interrupted="\ninterrupted; the same command goes on where it stopped"))

@@ -1,0 +1,154 @@
+"""What an epoch adds up to: how far it has come, for whoever continues it, and its row in the log."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ffssl.parallel.ranks import gather, mean_over_ranks, rank, world_size
+from ffssl.parallel.energy import JOULES_PER_KWH
+from ffssl.training.gauges import EMBEDDINGS
+
+
+class StepResult(NamedTuple):
+    """What a step measured on this rank, on the device, without waiting for it.
+
+    loss, embedding_std: scalars. embeddings: (B, d), of the first views. gauges: (3,), the hardness,
+    the variance of its mean and the predictor's cosine, see `ffssl.training.gauges`; NaN for what a run does
+    not have; None in steps that are not measured.
+    """
+
+    loss: Tensor
+    embedding_std: Tensor
+    embeddings: Tensor
+    gauges: Tensor | None
+
+
+PER_STEP = ("losses", "spreads", "gauges")
+
+
+@dataclass
+class Tally:
+    """An epoch under way, on this rank.
+
+    losses, spreads: of each step's loss and embeddings, scalars on the device. gauges: of some
+    steps, (3,). embeddings: (n, d) of the last steps. seconds: of training, `waited` of them for
+    data. replaced: images that did not decode. kwh: of this rank's GPU; None where nothing has
+    counted them, or only a part.
+    """
+
+    losses: list[Tensor] = field(default_factory=list)
+    spreads: list[Tensor] = field(default_factory=list)
+    gauges: list[Tensor] = field(default_factory=list)
+    embeddings: Tensor | None = None
+    seconds: float = 0.0
+    waited: float = 0.0
+    replaced: float = 0.0
+    kwh: float | None = None
+
+    @property
+    def steps(self) -> int:
+        return len(self.losses)
+
+    def add(self, result: StepResult) -> None:
+        self.losses.append(result.loss)
+        self.spreads.append(result.embedding_std)
+        if result.gauges is not None:
+            self.gauges.append(result.gauges)
+        rows = result.embeddings.float()
+        if self.embeddings is not None:
+            rows = torch.cat([self.embeddings, rows])
+        self.embeddings = rows[-max(EMBEDDINGS // world_size(), 1) :].clone()
+
+    def share(self) -> None:
+        """Make every figure the mean over the ranks, so that the checkpoint of one will do for all.
+
+        Called by all ranks at one step. `embeddings` stay this rank's: `all_embeddings` has all.
+        """
+        if world_size() == 1:
+            return
+        for name in PER_STEP:
+            values = getattr(self, name)
+            if values:
+                setattr(self, name, list(mean_over_ranks(torch.stack(values))))
+        device = self.losses[0].device
+        kwh = float("nan") if self.kwh is None else self.kwh
+        figures = [self.seconds, self.waited, self.replaced, kwh]
+        figures = mean_over_ranks(torch.tensor(figures, dtype=torch.float64, device=device))
+        self.seconds, self.waited, self.replaced, kwh = figures.tolist()
+        self.kwh = None if kwh != kwh else kwh
+        self._everyones = gather(self.embeddings)
+
+    @property
+    def all_embeddings(self) -> Tensor | None:
+        """The embeddings (n, d) of all ranks, which have shared."""
+        return self.embeddings if world_size() == 1 else self._everyones
+
+    def gauge_means(self) -> dict[str, float]:
+        """The means of the gauges that were measured, and the standard error of the hardness."""
+        if not self.gauges:
+            return {}
+        hardness, variance, cosine = torch.stack(self.gauges).double().mean(0).tolist()
+        error = math.sqrt(variance / (len(self.gauges) * world_size()))
+        means = {"hardness": hardness, "hardness_error": error, "predictor_cosine": cosine}
+        return {name: mean for name, mean in means.items() if not math.isnan(mean)}
+
+    def state(self) -> dict:
+        """For a checkpoint, of any number of ranks: `replaced` and kwh are of all together. Called once they have shared."""
+        kwh = None if self.kwh is None else self.kwh * world_size()
+        rows = torch.empty(0) if self.embeddings is None else self.all_embeddings
+        lists = {
+            name: torch.stack(values) if values else torch.empty(0)
+            for name in PER_STEP
+            for values in [getattr(self, name)]
+        }
+        return {
+            "seconds": self.seconds,
+            "waited": self.waited,
+            "replaced": self.replaced * world_size(),
+            "kwh": kwh,
+            "embeddings": rows,
+            **lists,
+        }
+
+    @classmethod
+    def restored(cls, state: dict, device: torch.device) -> "Tally":
+        kwh = None if state["kwh"] is None else state["kwh"] / world_size()
+        lists = {name: list(state[name].to(device)) for name in PER_STEP}
+        rows = state["embeddings"].to(device)
+        return cls(
+            seconds=state["seconds"],
+            waited=state["waited"],
+            replaced=state["replaced"] / world_size(),
+            kwh=kwh,
+            embeddings=rows.chunk(world_size())[rank()] if len(rows) else None,
+            **lists,
+        )
+
+
+class Meter:
+    """Charges the time since the last charge, and the energy where something counts it, to an epoch's tally.
+
+    joules: used so far, or None; see `ffssl.parallel.energy`.
+    """
+
+    def __init__(self, tally: Tally, joules: Callable[[], float | None]):
+        self._tally, self._read_joules = tally, joules
+        self._time, self._joules = time.perf_counter(), joules()
+
+    def elapsed(self) -> float:
+        """Seconds since the last charge."""
+        return time.perf_counter() - self._time
+
+    def charge(self) -> None:
+        now, joules = time.perf_counter(), self._read_joules()
+        if joules is None or (self._tally.kwh is None and self._tally.seconds):  # now or before; the rest would pass for the whole
+            self._tally.kwh = None
+        else:
+            self._tally.kwh = (self._tally.kwh or 0.0) + (joules - self._joules) / JOULES_PER_KWH
+        self._tally.seconds += now - self._time
+        self._time, self._joules = now, joules

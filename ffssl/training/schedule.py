@@ -1,0 +1,125 @@
+"""The schedules of one run: `ffssl.schedules` with a run's options filled in."""
+
+import itertools
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import NamedTuple
+
+from ffssl import methods
+from ffssl import schedules
+from ffssl.data.policy import (ViewPolicy, choose_policies)
+from ffssl.hard_augment import Selection
+
+
+class StepShape(NamedTuple):
+    """What a step's cost depends on: the side of its views in pixels, and how many of each image."""
+
+    resolution: int
+    views: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each epoch and each step of a run is to be. `options`: all sections; see `ffssl.config`."""
+
+    options: SimpleNamespace
+    steps_per_epoch: int
+
+    @property
+    def total_steps(self) -> int:
+        return self.options.training.epochs * self.steps_per_epoch
+
+    @property
+    def warmup_epochs(self) -> float:
+        t = self.options.training
+        return t.warmup_share * t.epochs if t.schedule == "1-clr" else t.warmup_epochs
+
+    def resolution(self, epoch: int) -> int:
+        r, epochs = self.options.resolution, self.options.training.epochs
+        return schedules.resolution(
+            epoch, schedule=r.schedule, epochs=epochs, warmup=round(self.warmup_epochs), low=r.min, high=r.max, step=r.step
+        )
+
+    @property
+    def selection_start(self) -> int:
+        """The first epoch in which Hard Augment chooses pairs: by default the one after the warm-up."""
+        start, epochs = self.options.hard_augment.start_epoch, self.options.training.epochs
+        return min(round(self.warmup_epochs), epochs - 1) if start is None else start
+
+    def views(self, epoch: int) -> int:
+        """Views rendered of each image: two before pairs are chosen."""
+        return self.options.augment.views if epoch >= self.selection_start else 2
+
+    def selection(self, epoch: int) -> Selection:
+        """How the pair of views that is trained on is chosen."""
+        h, epochs = self.options.hard_augment, self.options.training.epochs
+        if h.select == "off" or epoch < self.selection_start:
+            return Selection()
+        policies = len(view_policies(self.options)) if h.across_policies is not False else 1
+        share = schedules.hard_share(
+            epoch, epochs=epochs, start=self.selection_start, low=h.share_min, high=h.share_max
+        )
+        return Selection(h.select, h.resolution, h.loss, h.extra_targets, share, policies)
+
+    def shape(self, epoch: int) -> StepShape:
+        return StepShape(self.resolution(epoch), self.views(epoch))
+
+    @property
+    def stages(self) -> list[tuple[StepShape, int]]:
+        """The consecutive epochs whose steps cost the same: the shape of their steps, and how many they are."""
+        shapes = itertools.groupby(self.shape(epoch) for epoch in range(self.options.training.epochs))
+        return [(shape, len(list(epochs))) for shape, epochs in shapes]
+
+    @property
+    def first_epochs(self) -> dict[StepShape, int]:
+        """The first epoch of each shape of a step, by resolution in ascending order."""
+        epochs = reversed(range(self.options.training.epochs))
+        return dict(sorted((self.shape(epoch), epoch) for epoch in epochs))
+
+    @property
+    def resolutions(self) -> list[int]:
+        """All of the run, in ascending order."""
+        return sorted({shape.resolution for shape, _ in self.stages})
+
+    def magnitude(self, epoch: int) -> float:
+        a = self.options.augment
+        return schedules.magnitude(epoch, epochs=self.options.training.epochs, low=a.magnitude_min, high=a.magnitude_max)
+
+    def learning_rate_and_momentum(self, step: int) -> tuple[float, float]:
+        t = self.options.training
+        warmup = round(self.warmup_epochs * self.steps_per_epoch)
+        return schedules.learning_rate_and_momentum(
+            step, schedule=t.schedule, total=self.total_steps, warmup=warmup, peak=t.learning_rate,
+            momentum=t.momentum, momentum_low=t.momentum_low, momentum_high=t.momentum_high,
+        )  # fmt: skip
+
+    def noise_scale(self, step: int, samples: int) -> float:
+        learning_rate, momentum = self.learning_rate_and_momentum(step)
+        return schedules.noise_scale(
+            learning_rate=learning_rate, momentum=momentum, samples=samples, batch_size=self.options.training.batch_size
+        )
+
+
+def view_policies(options: SimpleNamespace) -> tuple[ViewPolicy, ...]:
+    """The policies that a run's views are dealt out to in turn. Raises UserError for an unknown name."""
+    augment = options.augment
+    return choose_policies(
+        augment.policy or methods.METHODS[options.method.name].policy,
+        crop_scale_min=augment.crop_scale_min,
+        blur=augment.blur,
+        jitter_form=augment.jitter_form,
+    )
+
+
+def input_sides(options: SimpleNamespace) -> dict[int, str]:
+    """Every side in pixels of the images that a run's backbone sees, of views, of Hard Augment's low-resolution pass and of the
+    evaluation, with the option that it comes from.
+    """
+    r, hard_augment = options.resolution, options.hard_augment
+    bounds = {r.min: "--resolution.min", r.max: "--resolution.max"}
+    sides = {side: bounds.get(side, "--resolution.step") for side in Plan(options, steps_per_epoch=1).resolutions}
+    if hard_augment.select == "hard" or hard_augment.extra_targets:
+        sides.setdefault(min(hard_augment.resolution, max(sides)), "--hard_augment.resolution")
+    if options.data.validation:
+        sides[r.max] = "--resolution.max"
+    return sides

@@ -1,0 +1,37 @@
+"""A killed test run leaves nothing behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import leftovers
+
+# What a test does: it starts a program that starts another, in another group, and all hang.
+TESTS = """
+import subprocess, sys, time, leftovers
+leftovers.watch()
+hang = [sys.executable, "-c", "import time; print(flush=True); time.sleep(3600)"]
+nested = [sys.executable, "-c", f"import subprocess, time; subprocess.Popen({hang}, start_new_session=True); time.sleep(3600)"]
+child = subprocess.Popen(nested, stdout=subprocess.PIPE)
+child.stdout.readline()  # of the innermost
+import os
+print(os.environ[leftovers.MARK], flush=True)
+time.sleep(3600)
+"""
+
+
+def test_what_tests_have_started_ends_with_them(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != leftovers.MARK}
+    environment["PYTHONPATH"] = str(Path(leftovers.__file__).parent)
+    with subprocess.Popen([sys.executable, "-c", TESTS], stdout=subprocess.PIPE, env=environment, text=True) as tests:
+        mark = tests.stdout.readline().strip()
+        started = leftovers.processes(mark)
+        assert len(started) == 3 and tests.pid not in started  # both programs, and the one that watches
+        tests.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 600
+    while leftovers.processes(mark):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
