@@ -15,7 +15,7 @@ from ffssl.errors import UserError
 from ffssl.methods import METHODS
 from ffssl.run_folder.log import read_log
 from ffssl.training.schedule import Plan, StepShape
-from ffssl.training.step import build
+from ffssl.training.build import build
 from ffssl.train import train
 
 CONFIGS = Path(__file__).resolve().parent.parent / "rn50_configs"

@@ -239,6 +239,7 @@ def test_half_precision_is_normalised_by_statistics_of_full_precision():
 
 
 @pytest.mark.gpu
+@pytest.mark.values
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("shape", [(64, 32), (8, 32, 9, 9)])

@@ -96,6 +96,7 @@ def test_a_copy_has_the_same_layout_and_types_and_takes_the_place_of_one_before(
 
 
 @pytest.mark.gpu
+@pytest.mark.values
 def test_a_copy_from_the_gpu_is_of_the_state_before_the_steps_that_follow(tmp_path):
     device = torch.device("cuda")
     weights = torch.zeros(1 << 26, device=device)

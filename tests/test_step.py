@@ -77,22 +77,6 @@ def test_a_step_reads_no_value_of_a_tensor(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_a_step_never_waits_for_the_gpu(name, amp):
-    run = start(options_of(name, *HARD, f"--training.amp={amp}"), device=torch.device("cuda"))
-    views = batch(views=3).cuda()
-    for step in range(2):
-        train_step(run, views, step)  # constants are copied to the device once
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        train_step(run, views, 2)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
 def test_batches_copied_ahead_arrive_whole():
     batches = [batch(seed=i).pin_memory() for i in range(10)]
     on_device = to_device((one for one in batches), torch.device("cuda"))

@@ -1,5 +1,7 @@
 """Features of a frozen backbone: in evaluation mode (BatchNorm by its running statistics) and without gradient."""
 
+import collections
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -9,8 +11,11 @@ from tqdm import tqdm
 
 from ffssl.config.options import DataOptions
 from ffssl.data.loader import ViewLoader
-from ffssl.data.policy import (EVALUATION)
 from ffssl.data.normalise import to_input
+from ffssl.data.policy import EVALUATION
+from ffssl.parallel.device import mark_work
+from ffssl.run_folder.background_writer import copy_to_host
+from ffssl.training.transfer import to_device
 
 IMAGES_AT_ONCE = 256  # through the backbone; a probe's batches are larger, and would need memory in proportion
 
@@ -27,11 +32,26 @@ def open_views(path: str | Path, data: DataOptions, resolution: int, **settings)
     return ViewLoader(path, views=1, resolution=resolution, drop_last=False, **usual | settings)
 
 
+def labelled_images(loader: ViewLoader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of each batch the first views, uint8 (B, 3, R, R), on `device` until the next is asked for (see `to_device`), and the labels (B,), in
+    the host's memory.
+    """
+    labels: collections.deque[Tensor] = collections.deque()
+
+    def images() -> Iterator[Tensor]:
+        for views, of_batch, _ in loader:
+            labels.append(of_batch)
+            yield views[:, 0]
+
+    for batch in to_device(images(), device):
+        yield batch, labels.popleft()
+
+
 @torch.no_grad()
-def frozen_features(backbone: nn.Module, images: Tensor, device: torch.device, amp: torch.autocast) -> Tensor:
-    """Pooled features (B, d), float32 on `device`, of uint8 images (B, 3, R, R). `backbone` must be in evaluation mode."""
+def frozen_features(backbone: nn.Module, images: Tensor, amp: torch.autocast) -> Tensor:
+    """Pooled features (B, d), float32, of uint8 images (B, 3, R, R) on the backbone's device. `backbone` must be in evaluation mode."""
     with amp:
-        return torch.cat([backbone(to_input(part.to(device))).float() for part in images.split(IMAGES_AT_ONCE)])
+        return torch.cat([backbone(to_input(part)).float() for part in images.split(IMAGES_AT_ONCE)])
 
 
 def extract_features(
@@ -45,14 +65,32 @@ def extract_features(
     """
     store = store or device
     features = torch.empty(len(loader.samples), backbone.features, dtype=torch.float16 if unit_length else torch.float32, device=store)
-    labels = torch.empty(len(loader.samples), dtype=torch.int64, device=store)
+    labels = torch.empty(len(loader.samples), dtype=torch.int64)
     training, done = backbone.training, 0
+    arriving: collections.deque[tuple[Tensor, Tensor, torch.cuda.Event]] = collections.deque()  # at the host, while the next are computed
+
+    def take_in() -> None:
+        rows, found, copied = arriving.popleft()
+        copied.synchronize()
+        rows.copy_(found)
+
     backbone.eval()
-    for views, batch_labels, _ in tqdm(loader, desc=f"features of {loader.beton.path.name}", unit="batch", leave=False, disable=None):
-        found = frozen_features(backbone, views[:, 0], device, amp)
-        rows = slice(done, done + len(found))
-        features[rows] = F.normalize(found, dim=1) if unit_length else found
-        labels[rows] = batch_labels
+    batches = labelled_images(loader, device)
+    for images, batch_labels in tqdm(
+        batches, desc=f"features of {loader.beton.path.name}", total=len(loader), unit="batch", leave=False, disable=None
+    ):
+        found = frozen_features(backbone, images, amp)
+        found = (F.normalize(found, dim=1) if unit_length else found).to(features.dtype)
+        labels[done : done + len(found)] = batch_labels
+        rows = features[done : done + len(found)]
         done += len(found)
+        if found.is_cuda and not rows.is_cuda:
+            arriving.append((rows, copy_to_host(found), mark_work(device)))
+            if len(arriving) > 1:
+                take_in()
+        else:
+            rows.copy_(found)
+    while arriving:
+        take_in()
     backbone.train(training)
-    return features[:done], labels[:done]
+    return features[:done], labels[:done].to(store)

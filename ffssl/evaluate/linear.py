@@ -13,9 +13,10 @@ from torchmetrics.classification import MulticlassAccuracy
 from ffssl.run_folder import checkpoint
 from ffssl.data.loader import ViewLoader
 from ffssl.data.order import epoch_order
-from ffssl.data.policy import (EVALUATION)
+from ffssl.data.policy import EVALUATION
+from ffssl.parallel.device import send
 from ffssl.errors import UserError
-from ffssl.evaluate.features import frozen_features
+from ffssl.evaluate.features import frozen_features, labelled_images
 from ffssl.training.optimizers import build_optimizer, set_learning_rate_and_momentum
 from ffssl.schedules import cosine
 
@@ -54,8 +55,8 @@ def augmented_batches(backbone: nn.Module, loader: ViewLoader, device: torch.dev
 
     def of_epoch(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         loader.set_epoch(epoch)
-        for views, labels, _ in loader:
-            yield frozen_features(backbone, views[:, 0], device, amp), labels
+        for images, labels in labelled_images(loader, device):
+            yield frozen_features(backbone, images, amp), labels
 
     return of_epoch
 
@@ -96,7 +97,7 @@ def train_probe(
         for step, (inputs, labels) in enumerate(batches(epoch), epoch * steps):
             learning_rate = cosine(step, total=recipe.epochs * steps, peak=recipe.learning_rate)
             set_learning_rate_and_momentum(optimizer, learning_rate, MOMENTUM, peak=recipe.learning_rate)
-            loss = F.cross_entropy(classifier(inputs.to(device)), labels.to(device))
+            loss = F.cross_entropy(classifier(send(inputs, device)), send(labels, device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -116,7 +117,7 @@ def top_accuracies(classifier: nn.Linear, features: Tensor, labels: Tensor, batc
     device, classes = classifier.weight.device, classifier.out_features
     metrics = {f"top{k}": MulticlassAccuracy(classes, top_k=k, average="micro").to(device) for k in (1, 5) if k < classes}
     for inputs, targets in zip(features.split(batch_size), labels.split(batch_size)):
-        logits, targets = classifier(inputs.to(device)), targets.to(device)
+        logits, targets = classifier(send(inputs, device)), send(targets, device)
         for metric in metrics.values():
             metric.update(logits, targets)
     return {"top1": None, "top5": None} | {name: metric.compute().item() for name, metric in metrics.items()}

@@ -39,6 +39,13 @@ def wait_in_thread(event: torch.cuda.Event) -> None:
     event.synchronize()
 
 
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on `device`: to a GPU by way of pinned memory, so that the host need not wait for what the GPU still computes."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error, or one that it comes from, tells that a device's memory does not suffice. torch.compile wraps what is raised
     while it compiles; libraries have no class for it.

@@ -102,5 +102,3 @@ def embedding_std(embeddings: Tensor) -> Tensor:
     """Standard deviation of the L2-normalised embeddings (N, d) times sqrt(d): 1 for directions at random, 0 after a collapse."""
     z = F.normalize(embeddings.float(), dim=1)
     return z.std(0).mean() * z.shape[1] ** 0.5
-
-

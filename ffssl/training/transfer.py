@@ -11,9 +11,9 @@ from ffssl.parallel.device import mark_work
 
 
 def to_device(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """Batches of one shape, in memory that is overwritten by the next, on the `device`.
+    """Batches of one shape, of which the last may be shorter, on the `device`.
 
-    On a GPU a batch is copied while the one before it is computed with; it is overwritten by the next but one.
+    Their memory is overwritten by the next. On a GPU a batch is copied while the one before it is computed with; it is overwritten by the next but one.
     """
     if device.type != "cuda":
         yield from (batch.to(device) for batch in batches)
@@ -30,9 +30,9 @@ def to_device(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tenso
             read.append(computing.record_event())  # the memory may have been something else's
         copying.wait_event(read[turn])
         with torch.cuda.stream(copying):
-            buffers[turn].copy_(batch, non_blocking=True)
+            on_device = buffers[turn][: len(batch)].copy_(batch, non_blocking=True)
         computing.wait_stream(copying)
-        yield buffers[turn]
+        yield on_device
         read[turn] = computing.record_event()
 
 

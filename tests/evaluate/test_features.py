@@ -44,8 +44,8 @@ def test_features_are_those_of_running_statistics_and_leave_the_backbone_as_it_w
 
 def test_a_large_batch_goes_through_in_parts(monkeypatch):
     network, images = backbone().eval(), torch.randint(256, (11, 3, 32, 32), dtype=torch.uint8)
-    whole, sizes = frozen_features(network, images, CPU, OFF), []
+    whole, sizes = frozen_features(network, images, OFF), []
     monkeypatch.setattr(features_module, "IMAGES_AT_ONCE", 4)
     network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    torch.testing.assert_close(frozen_features(network, images, CPU, OFF), whole)
+    torch.testing.assert_close(frozen_features(network, images, OFF), whole)
     assert sizes == [4, 4, 3]

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from small_runs import save_run
 
 from ffssl.config.command_line import exit_status
-from ffssl.data.convert import description_path
-from ffssl.export import main as export
+from ffssl.data.convert.conversion import description_path
+from ffssl.export.__main__ import main as export
 from ffssl.plots import _fonts_for, any_script, drawable
 from ffssl.printable import printable
 from ffssl.report.charts import draw_points, render

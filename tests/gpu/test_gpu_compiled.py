@@ -1,0 +1,80 @@
+"""What torch.compile makes for a GPU: how much, how often, and whether it waits. No numbers."""
+
+import pytest
+import torch
+from gpu_runs import GPU, no_waits, start, views
+from torch._dynamo.utils import counters
+
+from ffssl.parallel.device import is_out_of_memory, until_out_of_memory
+from ffssl.training.build import PASSES, compile_passes
+from ffssl.training.memory import memory_advice
+from ffssl.training.step import train_step
+
+METHODS = ["simsiam", "byol", "simclr", "mocov2plus", "dino"]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def compiled(name, mode, *more):
+    run = start(name, *more)
+    assert compile_passes(run.method, PASSES, mode, GPU) == ("default" if mode == "auto" else mode)
+    return run
+
+
+def steps(run, number=3, side=48, epoch=0):
+    run.epoch = epoch
+    run.method.train()
+    for step in range(number):
+        train_step(run, views(side), 1000 * epoch + step)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_ranks_have_one_graph_of_the_loss_and_one_of_the_selection_and_never_wait(two_ranks, name):
+    run = compiled(name, "auto")
+    steps(run, 2)
+    with no_waits():
+        train_step(run, views(), 2)
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"], counters
+
+
+@pytest.mark.parametrize("name", ["simsiam", "dino"])
+def test_code_is_made_once_for_each_resolution(name):
+    run, made = compiled(name, "default"), []
+    for epoch, side in enumerate((48, 32, 48, 32)):
+        steps(run, side=side, epoch=epoch)
+        made.append(counters["stats"]["unique_graphs"])
+    assert made == [2, 3, 3, 3] and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("name", ["simsiam", "byol", "mocov2plus", "dino"])
+def test_cuda_graphs_are_recorded_without_a_skip(made_up, name):
+    run = compiled(name, "reduce-overhead")
+    steps(run, 4)
+    made_up.reset()
+    with no_waits():
+        train_step(run, views(), 4)
+    assert not counters["inductor"]["cudagraph_skips"], counters["inductor"]
+    assert made_up.counts()["graph launched"] >= 3, made_up.counts()  # selection, loss, its backward pass
+
+
+def test_a_memory_that_does_not_suffice_while_code_is_made_is_known_and_advice_makes_none(made_up):
+    run = compiled("simsiam", "default")
+    batch = (256, 4, 3, 96, 96)
+    images = torch.zeros(batch, dtype=torch.uint8, device=GPU)
+    made_up.memory(torch.cuda.memory_reserved() + (64 << 20))
+    with pytest.raises(Exception) as raised:
+        train_step(run, images, 0)
+    assert is_out_of_memory(raised.value)
+    with until_out_of_memory():
+        raise raised.value
+    del raised, images
+    graphs = counters["stats"]["unique_graphs"]
+    assert "images fit: take --training.batch_size=" in memory_advice(run, batch)
+    assert counters["stats"]["unique_graphs"] == graphs
