@@ -53,7 +53,7 @@ def run(code: str, *, shell: str = "", **environment) -> subprocess.CompletedPro
     code = f"import sys\nfrom ffssl.config.command_line import exit_status\nfrom ffssl.errors import UserError\ndef program():\n {code}\nsys.exit(exit_status(program))"
     words = [sys.executable, "-c", code]
     words = ["bash", "-c", f"{shlex.join(words)} {shell}; exit ${{PIPESTATUS[0]}}"] if shell else words
-    return subprocess.run(words, cwd=ROOT, env=os.environ | environment, capture_output=True, timeout=600)
+    return subprocess.run(words, cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": ""} | environment, capture_output=True, timeout=600)
 
 
 def test_what_a_terminal_can_not_show_is_escaped():
