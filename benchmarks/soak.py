@@ -26,7 +26,7 @@ from pathlib import Path
 from ffssl.config.command_line import exit_status
 from ffssl.data.convert.conversion import ConvertOptions, convert
 from ffssl.data.loader import ViewLoader
-from ffssl.data.policy import (EVALUATION)
+from ffssl.data.policy import EVALUATION
 from ffssl.data.convert.sources.embedded import Embedded
 
 LIMIT_MB = 2

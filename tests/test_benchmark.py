@@ -5,7 +5,7 @@ from argparse import Namespace
 from ffssl.benchmark import loader
 from ffssl.data.beton.read import read_beton
 from ffssl.data.convert.conversion import convert
-from ffssl.data.policy import (choose_policies)
+from ffssl.data.policy import choose_policies
 from ffssl.data.convert.sources.embedded import Embedded
 
 

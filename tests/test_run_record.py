@@ -4,8 +4,8 @@ import subprocess
 import pytest
 import torch
 
-from ffssl.benchmark import machine
 from ffssl.errors import UserError
+from ffssl.run_folder import machine
 from ffssl.run_folder.provenance import NAME, git_revision, read_starts, record_start
 
 

@@ -16,13 +16,13 @@ import PIL.Image
 import pytest
 import yaml
 
-from ffssl import study as program
 from ffssl.config.command_line import exit_status
 from ffssl.config import read_options
 from ffssl.errors import UserError
 from ffssl.files import only_one_in
 from ffssl.run_folder.log import NAME as LOG_NAME
 from ffssl.run_folder.log import read_log
+from ffssl.study import __main__ as program
 from ffssl.study.__main__ import check_unchanged, comparable, finished, write_record
 from ffssl.study.recipes import Run, read_study
 from ffssl.study.table_and_picture import draw, first_reached, format_table, mean_curve, summarise

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ffssl.data.policy import (STANDARD_MAGNITUDE, ViewPolicy)
+from ffssl.data.policy import STANDARD_MAGNITUDE, ViewPolicy
 
 Epoch = Callable[[], int]
 
@@ -50,7 +50,7 @@ def decode_only(workload: Workload) -> Epoch:
     """The limit: every image decoded once with ffcv's decoder, nothing else."""
     from ffssl.data.beton.read import read_beton
     from ffssl.data.kernels.jit import compiled_uncached
-    from ffssl.data.kernels.decode import (decode, most_pixels)
+    from ffssl.data.kernels.decode import decode, most_pixels
 
     @compiled_uncached
     def decode_samples(file, pointers, sizes, images, indices):

@@ -30,7 +30,7 @@ from ffssl.benchmark.stages import stage_times
 from ffssl.data.beton.read import MODE_JPEG, read_beton
 from ffssl.data.convert.conversion import ConvertOptions, convert
 from ffssl.data.convert.embedded import EmbeddedDataset
-from ffssl.data.policy import (choose_policies)
+from ffssl.data.policy import choose_policies
 from ffssl.data.convert.sources.folder import ImageFolder
 from ffssl.errors import UserError
 

@@ -6,12 +6,15 @@ from pathlib import Path
 import numpy as np
 
 from ffssl.data.beton.read import read_beton
+from ffssl.data.kernels.decode import decode
+from ffssl.data.kernels.draw import (
+    AFFINE_JITTER, P_GREY, P_JITTER, P_OPERATION, P_SIGMA, P_SOLARISE, PARAMETER_COLUMNS, draw,
+    view_key,
+)  # fmt: skip
 from ffssl.data.kernels.jit import compiled_uncached
-from ffssl.data.kernels.decode import (decode)
 from ffssl.data.kernels.operations import store
-from ffssl.data.kernels.draw import (AFFINE_JITTER, P_GREY, P_JITTER, P_OPERATION, P_SIGMA, P_SOLARISE, PARAMETER_COLUMNS, draw, view_key)
-from ffssl.data.policy import (ViewPolicy)
 from ffssl.data.kernels.render import render
+from ffssl.data.policy import ViewPolicy
 
 SAMPLES = 200
 REPEATS = 5

@@ -16,8 +16,8 @@ _MODULES = {
     "POLICIES": "policy",
     "EVALUATION": "policy",
     "choose_policies": "policy",
-    "uniform": "policy",
-    "read_beton": "beton",
+    "uniform": "kernels.draw",
+    "read_beton": "beton.read",
 }
 __all__ = list(_MODULES)
 

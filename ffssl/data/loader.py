@@ -21,17 +21,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ffssl.data.beton.read import FLOAT_FIELD, INT_FIELD, describe_fields, read_beton
-from ffssl.data.policy import (ViewSettings)
-from ffssl.data.kernels.decode import (render_samples)
 from ffssl.data.beton.mapped import ImageFile
+from ffssl.data.beton.read import FLOAT_FIELD, INT_FIELD, describe_fields, read_beton
+from ffssl.data.convert.sources.base import UNLABELLED
+from ffssl.data.kernels.decode import render_samples
+from ffssl.data.kernels.own_step import compile_view_kernel
 from ffssl.data.memory import available_memory
 from ffssl.data.order import epoch_order, share
-from ffssl.data.policy import (STANDARD_MAGNITUDE, ViewPolicy)
-from ffssl.data.convert.sources.base import UNLABELLED
-from ffssl.data.kernels.own_step import compile_view_kernel
-from ffssl.parallel.device import mark_work, wait_in_thread
+from ffssl.data.policy import STANDARD_MAGNITUDE, ViewPolicy, ViewSettings
 from ffssl.errors import UserError
+from ffssl.parallel.device import mark_work, wait_in_thread
 
 SAMPLES_PER_TASK = 8  # small enough that the threads finish a batch together, large enough that starting a task costs nothing
 

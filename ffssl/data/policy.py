@@ -21,7 +21,7 @@ class ViewPolicy:
 
     They come in this order. The defaults are SimSiam's and MoCo v2's. `brightness`, `contrast`, `saturation` and `hue` are
     torchvision's ranges at the standard magnitude 5 and scale linearly with the magnitude. `jitter_form` is "torchvision" (its four
-    steps in random order, clipped after each) or "affine" (one colour matrix a view, cheaper; `kernels.colour_matrix` says what
+    steps in random order, clipped after each) or "affine" (one colour matrix a view, cheaper; `operations.colour_matrix` says what
     differs). `blur_sigma` is in pixels of the rendered view. `rand_augment` is the number of RandAugment's operations, whose
     magnitude is the run's, 0..30 and clipped there. With `centre_crop` > 0 nothing is random: the largest centred square is taken,
     and of it that fraction of the side.

@@ -17,11 +17,11 @@ child goes on behind it. Leaves with status 1 if any case crashed, hung or broke
 
 Reads and writes out of bounds: in the kinds decode and beton the JPEG, the decoded pixels, the whole beton file and the views lie against
 pages that may not be touched (`damage.Guarded`), first at the end of their memory, then at its beginning. Not guarded is what the compiled
-kernels and libjpeg allocate themselves. Numba can check the kernels' indices, but for those of lanes.py:
+kernels and libjpeg allocate themselves. Numba can check the kernels' indices, but for those of simd.py:
 
     NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=/tmp/checked PYTHONPATH=. python tests/data/fuzz.py --kinds decode beton
 
-and valgrind every access of all compiled code, lanes.py and libjpeg-turbo included; Numba's has to be compiled for a CPU that it knows,
+and valgrind every access of all compiled code, simd.py and libjpeg-turbo included; Numba's has to be compiled for a CPU that it knows,
 best by a first run without it:
 
     export NUMBA_CPU_NAME=generic NUMBA_CACHE_DIR=/tmp/generic PYTHONMALLOC=malloc PYTHONPATH=.
@@ -127,7 +127,7 @@ def memory(name: str) -> Guarded:
 
 
 def check_decode(random: np.random.Generator) -> str:
-    from ffssl.data.kernels.decode import (decode)
+    from ffssl.data.kernels.decode import decode
 
     data, (height, width) = draw_damaged_jpeg(random)
     try:
@@ -191,7 +191,7 @@ def scratch_folder() -> tempfile.TemporaryDirectory:
 
 def check_beton(random: np.random.Generator) -> str:
     from ffssl.data.loader import ViewLoader
-    from ffssl.data.policy import (POLICIES)
+    from ffssl.data.policy import POLICIES
 
     sound = sound_betons()[random.integers(len(sound_betons()))]
     data = damage_beton(random, sound, sound_jpegs()[random.integers(len(sound_jpegs()))])
@@ -228,8 +228,8 @@ def check_beton(random: np.random.Generator) -> str:
 
 def render_guarded(data: bytes, beton, sample: int, settings: dict) -> np.ndarray | None:
     """The views of one sample, rendered alone between forbidden pages; None if it does not decode."""
-    from ffssl.data.policy import (ViewSettings)
-    from ffssl.data.kernels.decode import (render_samples)
+    from ffssl.data.policy import ViewSettings
+    from ffssl.data.kernels.decode import render_samples
 
     view_settings = ViewSettings(seed=0, **settings)
     views, side, seen = settings["views"], settings["resolution"], []

@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from ffssl.data.convert.conversion import beton as format_
+from ffssl.data.beton import read as format_
 from ffssl.data.beton.read import MODE_JPEG, MODE_RAW, read_beton
 from ffssl.data.beton.write import BetonWriteError, BetonWriter
 from ffssl.errors import UserError

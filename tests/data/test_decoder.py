@@ -14,12 +14,12 @@ import numpy as np
 import PIL.Image
 import pytest
 
-import ffssl.data
+import ffssl.data.kernels
 from ffssl.data.beton.read import MODE_JPEG, MODE_RAW
 from ffssl.data.beton.write import BetonWriter
-from ffssl.data.kernels.decode import (decode, render_samples)
+from ffssl.data.kernels.decode import decode, render_samples
 from ffssl.data.loader import ViewLoader
-from ffssl.data.policy import (POLICIES, ViewPolicy)
+from ffssl.data.policy import POLICIES, ViewPolicy
 from damage import without_segments
 from sample_images import jpeg_bytes, smooth_image, write_beton
 
@@ -29,7 +29,7 @@ IDENTITY = ViewPolicy(crop_scale=(1, 1), crop_ratio=(1, 1), flip=0, jitter=0, gr
 STOCK_LOADER = """
 import sys, numpy as np
 from ffssl.data.beton.ffcv_operation import ViewDecoder  # first: it spares ffcv's import what takes seconds to compile
-from ffssl.data.policy import (POLICIES)
+from ffssl.data.policy import POLICIES
 from ffcv.loader import Loader, OrderOption
 from ffcv.transforms import ToTensor
 from ffcv.pipeline import PipelineSpec
@@ -154,19 +154,19 @@ def test_changing_resolution_magnitude_views_or_batch_compiles_nothing(beton):
 
 
 def import_compiled(folder):
-    spec = importlib.util.spec_from_file_location("compiled_copy", folder / "compiled.py")
+    spec = importlib.util.spec_from_file_location("compiled_copy", folder / "jit.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def test_compiled_files_are_dropped_when_any_kernel_module_has_changed(tmp_path):
-    folder = tmp_path / "data"
-    shutil.copytree(Path(ffssl.data.__path__[0]), folder, ignore=shutil.ignore_patterns("__pycache__"))
+    folder = tmp_path / "kernels"
+    shutil.copytree(Path(ffssl.data.kernels.__path__[0]), folder, ignore=shutil.ignore_patterns("__pycache__"))
     cache = folder / "__pycache__"
     cache.mkdir()
-    kept = cache / "beton.cpython-311.pyc"
-    stale = [cache / f"{name}.f-10.py311.{end}" for name in ("kernels", "policy", "render", "decoder") for end in ("nbi", "1.nbc")]
+    kept = cache / "render.cpython-311.pyc"
+    stale = [cache / f"{name}.f-10.py311.{end}" for name in ("operations", "draw", "render", "decode") for end in ("nbi", "1.nbc")]
 
     def put_files():
         for file in (kept, *stale):
@@ -178,7 +178,7 @@ def test_compiled_files_are_dropped_when_any_kernel_module_has_changed(tmp_path)
     put_files()
     import_compiled(folder)
     assert all(file.exists() for file in (kept, *stale))
-    for name in ("kernels", "policy", "render", "decoder", "compiled"):
+    for name in ("operations", "draw", "render", "decode", "jit"):
         put_files()
         with open(folder / f"{name}.py", "a") as file:
             file.write("# changed\n")
@@ -187,10 +187,10 @@ def test_compiled_files_are_dropped_when_any_kernel_module_has_changed(tmp_path)
 
 
 def test_compiled_files_that_lie_elsewhere_are_dropped_too(tmp_path):
-    folder, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
-    shutil.copytree(Path(ffssl.data.__path__[0]), folder, ignore=shutil.ignore_patterns("__pycache__"))
+    folder, elsewhere = tmp_path / "kernels", tmp_path / "elsewhere"
+    shutil.copytree(Path(ffssl.data.kernels.__path__[0]), folder, ignore=shutil.ignore_patterns("__pycache__"))
     code = (
-        "import importlib.util as u; s = u.spec_from_file_location('compiled', 'compiled.py'); m = u.module_from_spec(s)\n"
+        "import importlib.util as u; s = u.spec_from_file_location('jit', 'jit.py'); m = u.module_from_spec(s)\n"
         "s.loader.exec_module(m)"
     )
 
@@ -204,7 +204,7 @@ def test_compiled_files_that_lie_elsewhere_are_dropped_too(tmp_path):
     stale.touch()
     import_elsewhere()
     assert stale.exists()
-    with open(folder / "kernels.py", "a") as file:
+    with open(folder / "operations.py", "a") as file:
         file.write("# changed\n")
     import_elsewhere()
     assert not stale.exists()
@@ -231,9 +231,9 @@ def test_the_library_that_decodes_is_not_loaded_for_all_of_the_process():
 
 @pytest.fixture
 def nowhere(tmp_path, monkeypatch):
-    """A copy of the package that Numba can't keep compiled files beside, and no user's cache; even for root, files are no folders."""
-    folder = tmp_path / "data"
-    shutil.copytree(Path(ffssl.data.__path__[0]), folder, ignore=shutil.ignore_patterns("__pycache__"))
+    """A copy of the kernels that Numba can't keep compiled files beside, and no user's cache; even for root, files are no folders."""
+    folder = tmp_path / "kernels"
+    shutil.copytree(Path(ffssl.data.kernels.__path__[0]), folder, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "__pycache__").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/cache")
     monkeypatch.setenv("NUMBA_CACHE_DIR", "")

@@ -16,9 +16,12 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from ffssl.data.kernels import operations
-from ffssl.data.kernels.draw import (P_BRIGHTNESS, P_CONTRAST, P_FLIP, P_GREY, P_HEIGHT, P_HUE, P_JITTER, P_LEFT, P_ORDER, P_SATURATION, P_SIGMA, P_SOLARISE, P_TOP, P_WIDTH, PARAMETER_COLUMNS, draw, view_key)
-from ffssl.data.policy import (POLICIES)
+from ffssl.data.kernels.draw import (
+    P_BRIGHTNESS, P_CONTRAST, P_FLIP, P_GREY, P_HEIGHT, P_HUE, P_JITTER, P_LEFT, P_ORDER,
+    P_SATURATION, P_SIGMA, P_SOLARISE, P_TOP, P_WIDTH, PARAMETER_COLUMNS, draw, view_key,
+)  # fmt: skip
 from ffssl.data.kernels.render import colour_order, render
+from ffssl.data.policy import POLICIES
 from sample_images import smooth_image
 
 ROUNDING = 0.51  # levels: half a level, and float32's own noise

@@ -14,7 +14,7 @@ import torch
 from ffssl.data.beton.read import read_beton
 from ffssl.data.loader import ViewLoader
 from ffssl.data.order import epoch_order, share
-from ffssl.data.kernels.draw import (uniform, view_key)
+from ffssl.data.kernels.draw import uniform, view_key
 from ffssl.data.kernels.own_step import compile_view_kernel
 from ffssl.errors import UserError
 from sample_images import write_beton

@@ -164,7 +164,7 @@ def test_nothing_is_compiled_again_when_the_kernels_are(beton):
         next(iter(loader))
     run_alone(
         """
-        from ffssl.data.kernels.decode import (render_samples)
+        from ffssl.data.kernels.decode import render_samples
         next(iter(ViewLoader(path, batch_size=4, views=2, resolution=32)))
         assert render_samples.stats.cache_hits and not render_samples.stats.cache_misses
         """,

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torchvision import transforms
 
-from ffssl.data import policy as columns
-from ffssl.data.policy import (EVALUATION, POLICIES, ViewPolicy, choose_policies)
-from ffssl.data.kernels.draw import (PARAMETER_COLUMNS, draw, view_key)
+from ffssl.data.kernels import draw as columns
+from ffssl.data.kernels.draw import PARAMETER_COLUMNS, draw, view_key
 from ffssl.data.kernels.rand_augment import BRIGHTNESS, COLOUR, CONTRAST, ROTATE, SHARPNESS, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y
+from ffssl.data.policy import EVALUATION, POLICIES, ViewPolicy, choose_policies
 from ffssl.errors import UserError
 
 SIGNED = (SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, ROTATE, BRIGHTNESS, COLOUR, CONTRAST, SHARPNESS)

@@ -6,10 +6,10 @@ import torch
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from ffssl.data.kernels.decode import (render_samples)
+from ffssl.data.kernels.decode import render_samples
 from ffssl.data.loader import ViewLoader
-from ffssl.data.kernels.draw import (P_OPERATION, P_STRENGTH, PARAMETER_COLUMNS, draw, view_key)
-from ffssl.data.policy import (POLICIES, ViewPolicy)
+from ffssl.data.kernels.draw import P_OPERATION, P_STRENGTH, PARAMETER_COLUMNS, draw, view_key
+from ffssl.data.policy import POLICIES, ViewPolicy
 from ffssl.data.kernels.rand_augment import (
     AUTOCONTRAST, EQUALISE, IDENTITY, OPERATIONS, POSTERISE, ROTATE, SHARPNESS, SHEAR_X, SHEAR_Y, SOLARISE, TRANSLATE_X, TRANSLATE_Y,
     augment, autocontrast, inverse_map, operation_strength,

@@ -8,10 +8,10 @@ import PIL.Image
 import pytest
 
 from ffssl.data.kernels import operations
-from ffssl.data.kernels.decode import (SCALED_PIXELS, choose_denominator, decode)
+from ffssl.data.kernels.decode import SCALED_PIXELS, choose_denominator, decode
 from ffssl.data.loader import ViewLoader
-from ffssl.data.kernels.draw import (P_HEIGHT, P_WIDTH, PARAMETER_COLUMNS)
-from ffssl.data.policy import (POLICIES, ViewPolicy)
+from ffssl.data.kernels.draw import P_HEIGHT, P_WIDTH, PARAMETER_COLUMNS
+from ffssl.data.policy import POLICIES, ViewPolicy
 from sample_images import jpeg_bytes, smooth_image, write_beton
 
 WHOLE = ViewPolicy(crop_scale=(1, 1), crop_ratio=(4 / 3, 4 / 3), flip=0, jitter=0, grey=0, blur=0)
@@ -24,9 +24,9 @@ def natural_image(height, width, seed):
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
     spectrum = np.fft.rfft2(rng.standard_normal((3, height, width))) / np.maximum(frequency, 1 / max(height, width))
     pixels = np.fft.irfft2(spectrum, (height, width))
-    grey, colour = pixels[0], pixels - operations.mean(0)
+    grey, colour = pixels[0], pixels - pixels.mean(0)
     pixels = 128 + 45 * (grey / grey.std() + 0.4 * colour / colour.std())
-    return np.ascontiguousarray(operations.clip(0, 255).round().astype(np.uint8).transpose(1, 2, 0))
+    return np.ascontiguousarray(pixels.clip(0, 255).round().astype(np.uint8).transpose(1, 2, 0))
 
 
 def views_of(path, scaled, **options):

@@ -16,7 +16,7 @@ from ffssl.config.command_line import exit_status
 from ffssl.data.beton.read import read_beton
 from ffssl.data.convert.conversion import ConvertOptions, convert, description_path
 from ffssl.data.loader import ViewLoader
-from ffssl.data.policy import (EVALUATION)
+from ffssl.data.policy import EVALUATION
 from ffssl.data.convert.sources.embedded import Embedded
 from ffssl.data.convert.sources.folder import ImageFolder
 from ffssl.evaluate.__main__ import main

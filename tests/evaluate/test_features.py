@@ -3,7 +3,7 @@ from torch import nn
 
 from ffssl.backbones import build_backbone
 from ffssl.data.loader import ViewLoader
-from ffssl.data.policy import (EVALUATION)
+from ffssl.data.policy import EVALUATION
 from ffssl.parallel.device import mixed_precision
 from ffssl.evaluate import features as features_module
 from ffssl.evaluate.features import extract_features, frozen_features

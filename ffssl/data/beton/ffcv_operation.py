@@ -29,9 +29,8 @@ with mock.patch.object(numba.typed, "Dict", dict):
 torch.set_num_threads(_torch_threads)
 numba.set_num_threads(_numba_threads)
 
-from ffssl.data.policy import (ViewSettings)
-from ffssl.data.kernels.decode import (most_pixels, render_sample)
-from ffssl.data.policy import (STANDARD_MAGNITUDE, ViewPolicy)
+from ffssl.data.kernels.decode import most_pixels, render_sample
+from ffssl.data.policy import STANDARD_MAGNITUDE, ViewPolicy, ViewSettings
 
 
 @intrinsic
@@ -63,7 +62,7 @@ class ViewDecoder(Operation):
 
     def set_epoch(self, epoch: int, resolution: int, magnitude: float = STANDARD_MAGNITUDE) -> None:
         """Choose what the loader's next iteration serves; nothing is compiled again."""
-        self.settings.set_epoch(epoch, resolution, magnitude)
+        self.settings.set_epoch(epoch, resolution, self.settings.views, magnitude)
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
         shape = (self.settings.views, 3, self.settings.resolution, self.settings.resolution)

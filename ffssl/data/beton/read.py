@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ffssl.data.convert.jpeg import MOST_PIXELS_PER_BYTE
+from ffssl.data.turbojpeg import MOST_PIXELS_PER_BYTE
 from ffssl.errors import UserError
 
 VERSION = 2

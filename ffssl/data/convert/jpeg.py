@@ -9,17 +9,15 @@ ctypes, without importing ffcv. Marker codes and layouts: ITU-T T.81, annex B; E
 
 import contextlib
 import ctypes
-import functools
-import importlib.util
 import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
 from ffssl.data.convert import exif
+from ffssl.data.turbojpeg import MOST_PIXELS_PER_BYTE, turbojpeg
 
 BASELINE, EXTENDED, PROGRESSIVE = 0xC0, 0xC1, 0xC2
 _FRAME_MARKERS = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # without DHT, JPG, DAC
@@ -32,7 +30,6 @@ _ADOBE, _ADOBE_LENGTH = b"Adobe", 12
 _ADOBE_YCBCR, _ADOBE_YCCK = 1, 2
 _LAST_COEFFICIENT = 63
 _DATA_MISSING = "premature end of data segment"  # in libjpeg's words
-MOST_PIXELS_PER_BYTE = 512  # of Huffman-coded files: of some component each 8 x 8 pixels are a block, and a block takes a bit or more
 
 
 class JpegError(ValueError):
@@ -238,32 +235,6 @@ class _Transform(ctypes.Structure):
         ("data", ctypes.c_void_p),
         ("custom_filter", ctypes.c_void_p),
     ]
-
-
-def _ffcv_library() -> Path:
-    """ffcv's extension module, found without importing ffcv. Raises ImportError where there is none.
-
-    Looking a name up in it also finds those of the libraries that it was linked to, libjpeg-turbo among them.
-    """
-    spec = importlib.util.find_spec("ffcv")
-    folder = Path(spec.submodule_search_locations[0]) if spec else None
-    paths = sorted([*folder.glob("_libffcv*"), *folder.parent.glob("_libffcv*")]) if folder else []
-    if not paths:
-        raise ImportError("ffcv's extension module _libffcv was not found; reinstall ffcv")
-    return paths[0]
-
-
-@functools.cache
-def turbojpeg() -> ctypes.CDLL:
-    """libjpeg-turbo by way of ffcv's library, which is linked to it, without importing the package, which takes seconds."""
-    library = ctypes.CDLL(str(_ffcv_library()))
-    size, integer, handle = ctypes.c_ulong, ctypes.c_int, ctypes.c_void_p
-    library.tjInitDecompress.restype = library.tjInitTransform.restype = handle
-    library.tjDecompress2.argtypes = [handle, ctypes.c_char_p, size, handle] + [integer] * 5
-    library.tjTransform.argtypes = [handle, ctypes.c_char_p, size, integer] + [handle] * 3 + [integer]
-    library.tjFree.argtypes = library.tjDestroy.argtypes = library.tjGetErrorStr2.argtypes = [handle]
-    library.tjGetErrorStr2.restype = ctypes.c_char_p
-    return library
 
 
 @contextlib.contextmanager

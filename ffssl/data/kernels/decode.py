@@ -7,8 +7,6 @@ import numpy as np
 from numba import types
 
 from ffssl.data.beton.read import MODE_RAW
-from ffssl.data.kernels.jit import compiled
-from ffssl.data.convert.jpeg import turbojpeg
 from ffssl.data.kernels.draw import (
     AFFINE_JITTER,
     P_HEIGHT,
@@ -19,7 +17,9 @@ from ffssl.data.kernels.draw import (
     draw,
     view_key,
 )
+from ffssl.data.kernels.jit import compiled
 from ffssl.data.kernels.render import render
+from ffssl.data.turbojpeg import turbojpeg
 
 # Side of a crop in scaled pixels over that of its view, at least. With 1.5 the views of photographs differ from those of the full decode
 # by 0.3 to 1 of 255 levels in the mean, a few by more than 2; with 1 by twice as much.

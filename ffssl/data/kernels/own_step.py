@@ -6,7 +6,7 @@ from numba import njit, types
 from numba.core.errors import NumbaError, UnsupportedBytecodeError
 from numba.extending import is_jitted
 
-from ffssl.data.kernels.draw import (view_key)
+from ffssl.data.kernels.draw import view_key
 from ffssl.errors import UserError
 
 _VIEW_AND_KEY = (types.Array(types.uint8, 3, "C"), types.uint64)
@@ -15,7 +15,7 @@ _VIEW_AND_KEY = (types.Array(types.uint8, 3, "C"), types.uint64)
 def compile_view_kernel(kernel: Callable) -> Callable:
     """Compile `kernel(view, key)` into a function of (counters, indices, views) that applies it to every view of a batch.
 
-    view: uint8 (3, R, R), to be changed in place. key: uint64, from which `policy.uniform(key, k)` gives random number k = 0, 1, ...
+    view: uint8 (3, R, R), to be changed in place. key: uint64, from which `draw.uniform(key, k)` gives random number k = 0, 1, ...
     of this view; none of them is a number that the policy draws. Raises UserError if Numba does not compile the kernel.
     """
     name = getattr(kernel, "__name__", repr(kernel))

@@ -9,10 +9,13 @@ import math
 import numpy as np
 
 from ffssl.data.kernels import operations
+from ffssl.data.kernels.draw import (
+    MOST_OPERATIONS, P_BRIGHTNESS, P_CONTRAST, P_FLIP, P_GREY, P_HEIGHT, P_HUE, P_JITTER, P_LEFT,
+    P_OPERATION, P_ORDER, P_SATURATION, P_SIGMA, P_SOLARISE, P_STRENGTH, P_TOP, P_WIDTH,
+)  # fmt: skip
 from ffssl.data.kernels.jit import compiled
-from ffssl.data.kernels.simd import BLOCK, LANES, weighted_sum
-from ffssl.data.kernels.draw import (MOST_OPERATIONS, P_BRIGHTNESS, P_CONTRAST, P_FLIP, P_GREY, P_HEIGHT, P_HUE, P_JITTER, P_LEFT, P_OPERATION, P_ORDER, P_SATURATION, P_SIGMA, P_SOLARISE, P_STRENGTH, P_TOP, P_WIDTH)
 from ffssl.data.kernels.rand_augment import augment
+from ffssl.data.kernels.simd import BLOCK, LANES, weighted_sum
 
 SOLARISE_THRESHOLD = np.float32(128)
 _IDENTITY_SIGMA = 0.2  # a narrower Gaussian leaves every pixel within 0.001/255
@@ -36,7 +39,7 @@ def colour_order(number, order):
 def render(image, drawn, affine, out):
     """Render one view.
 
-    image: uint8 (height, width, 3). drawn: the view's parameters, see `policy.draw`; the crop in pixels of `image`, of which it
+    image: uint8 (height, width, 3). drawn: the view's parameters, see `draw.draw`; the crop in pixels of `image`, of which it
     may have fractions. affine: which form of colour jitter.
     out: uint8 (3, R, R), written. Allocates about 4 R^2 floats of scratch.
     """
