@@ -1,5 +1,6 @@
 """The files below a folder, each once. Links are followed, and what they reach again is told."""
 
+import functools
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +42,7 @@ class FileTree:
         while links:
             inner = []
             for link in sorted(links):
-                if os.path.isdir(self.root / link):
+                if os.path.isdir(os.path.join(self.root, link)):
                     inner += self._follow(link)
                 else:
                     file_links.append(link)
@@ -95,28 +96,28 @@ class FileTree:
 
     def _take_linked_files(self, links: list[str]) -> None:
         taken: dict[tuple[_FolderId, str], str] = {}
+        id_of = functools.cache(_id_of)  # of a few folders, to which there may be a million links
         for link in links:
-            path, suffix = self.root / link, _suffix(link)
-            # One that leads nowhere may be an image that is missing, or, without a suffix, a whole
-            # class.
+            path, suffix = os.path.join(self.root, link), _suffix(link)
+            # One that leads nowhere may be an image that is missing, or a whole class.
             if not os.path.exists(path) and (not suffix or suffix in self.suffixes):
                 raise UserError(
-                    f"{path}: a link to {os.readlink(path)}, which can't be reached; bring that "
-                    "back, or remove the link"
+                    f"{path}: a link to {os.readlink(path)}, which can't be reached; "
+                    "bring that back, or remove the link"
                 )
             if suffix not in self.suffixes:
-                self.passed_over.add(kind_of_name(path.name), link)
+                self.passed_over.add(kind_of_name(os.path.basename(link)), link)
             elif not os.path.isfile(path):
                 self.passed_over.add(SPECIAL, link)
             else:
-                target = Path(os.path.realpath(path))
-                folder = _id_of(target.parent)
-                if folder in self._folders and self._is_taken(target.name):
-                    self.again.append((link, self._folders[folder] + target.name))
-                elif (folder, target.name) in taken:
-                    self.again.append((link, taken[folder, target.name]))
+                folder, name = os.path.split(os.path.realpath(path))
+                place = id_of(folder), name
+                if place[0] in self._folders and self._is_taken(name):
+                    self.again.append((link, self._folders[place[0]] + name))
+                elif place in taken:
+                    self.again.append((link, taken[place]))
                 else:
-                    taken[folder, target.name] = link
+                    taken[place] = link
                     self.paths.append(link)
 
     def _is_taken(self, name: str) -> bool:
