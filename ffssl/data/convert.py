@@ -68,9 +68,10 @@ class ConvertOptions:
 
 @dataclass(frozen=True)
 class Summary:
-    """What was written. counts: samples by `How`; skipped: (name, reason) of each broken image left out.
+    """What was written.
 
-    largest: (name, width, height) of the stored image with most pixels; notes: what to know of the images, in sentences.
+    counts: samples by `How`. skipped: (name, reason) of each broken image left out. largest: (name,
+    width, height) of the stored image with most pixels. notes: what to know of the images.
     """
 
     path: Path
@@ -269,7 +270,10 @@ def _size_notes(name: str, width: int, height: int) -> list[str]:
     if width * height < _LARGE:
         return []
     memory = f"{3 * width * height / 1e9:.1f} GB"
-    return [f"the largest image, {name}, measures {width} x {height}: each thread of the loader takes {memory} for it; --max-side reduces it"]
+    return [
+        f"the largest image, {name}, measures {width} x {height}: "
+        f"each thread of the loader takes {memory} for it; --max-side reduces it"
+    ]
 
 
 def _write_description(summary: Summary, source: Source, options: ConvertOptions) -> None:
