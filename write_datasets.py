@@ -77,7 +77,8 @@ def build_parser() -> Parser:
         type=int,
         default=65535,
         metavar="V",
-        help="the value that is white in images of 16 bits a channel; 4095 for data of 12 bits (default: 65535)",
+        help="the value that is white in images of 16 bits a channel, as 4095 for data of 12 bits "
+        "(default: 65535)",
     )
     output.add_argument(
         "--compressed-share",
@@ -109,7 +110,8 @@ def build_parser() -> Parser:
     run.add_argument(
         "--quick-check",
         action="store_true",
-        help="only check that JPEG files are complete and their headers sound, not that all of their data decodes",
+        help="only check that JPEG files are complete and their headers sound, "
+        "not that all of their data decodes",
     )
     run.add_argument(
         "--no-progress",
@@ -248,7 +250,9 @@ def run(options: argparse.Namespace) -> None:
     from ffssl.data.convert.encode import Encoding
 
     convert_options = ConvertOptions(
-        encoding=Encoding(options.max_side, options.jpeg_quality, options.quick_check, options.white_level),
+        encoding=Encoding(
+            options.max_side, options.jpeg_quality, options.quick_check, options.white_level
+        ),
         compressed_share=options.compressed_share,
         workers=options.workers,
         subset=options.subset,

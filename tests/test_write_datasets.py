@@ -66,7 +66,20 @@ def test_a_whole_run(images, tmp_path):
 
 def test_every_option_arrives(images, tmp_path):
     out = tmp_path / "out.beton"
-    options = ["--max-side", 40, "--jpeg-quality", 55, "--compressed-share", 0.5, "--subset", 4, "--subset-seed", 3, "--white-level", 4095]
+    options = [
+        "--max-side",
+        40,
+        "--jpeg-quality",
+        55,
+        "--compressed-share",
+        0.5,
+        "--subset",
+        4,
+        "--subset-seed",
+        3,
+        "--white-level",
+        4095,
+    ]
     run(
         "folder",
         "--input",

@@ -245,15 +245,19 @@ class ViewLoader:
         index = int(sizes.argmax())
         if 2 * self.workers * 3 * int(sizes[index]) < self.memory_bytes:
             return "lower batch_size, views, batches_ahead or the largest resolution"
-        from ffssl.data.convert import description_or_empty  # not for every training: it changes Pillow's limits
+        # Not imported for every training: it changes Pillow's limits.
+        from ffssl.data.convert import description_or_empty
 
         width, height = (int(self.beton.images[side][index]) for side in ("width", "height"))
         noted = description_or_empty(self.beton.path).get("largest", {})
-        name = f" ({noted['name']})" if (noted.get("width"), noted.get("height")) == (width, height) else ""
-        threads = (available - self.buffer_bytes) * self.workers // (self.memory_bytes - self.buffer_bytes)
+        is_it = (noted.get("width"), noted.get("height")) == (width, height)
+        name = f" ({noted['name']})" if is_it else ""
+        each = (self.memory_bytes - self.buffer_bytes) // self.workers
+        threads = (available - self.buffer_bytes) // each
         fewer = f"lower workers to {threads}, or " if threads > 0 else ""
         return (
-            f"image {index}{name} measures {width} x {height}, which is {3 * width * height / 1e9:.2f} GB in each thread: "
+            f"image {index}{name} measures {width} x {height}, "
+            f"which is {3 * width * height / 1e9:.2f} GB in each thread: "
             f"{fewer}write the file again with --max-side, or without this image"
         )
 
@@ -334,7 +338,8 @@ class ViewLoader:
                 attempts = attempts + 1 if at == done else 1
                 if self.broken == "stop" or attempts > len(whole):
                     raise UserError(
-                        f"{self.beton.path}: image {broken} does not decode; write the file again, with --skip-broken and without --quick-check to leave it out"
+                        f"{self.beton.path}: image {broken} does not decode; to leave it out, "
+                        "write the file again with --skip-broken and without --quick-check"
                     ) from error
                 done, indices[at] = at, substitute(whole, (start + at) * self.world_size + self.rank, attempts)
         if self._kernel is not None:

@@ -181,7 +181,9 @@ def test_orientation_stored_as_a_long_in_every_format(kind):
     data = with_exif(kind, EXIF_OF_SIX)
     reference = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(data))).convert("RGB")
     assert reference.size == (60, 90)
-    np.testing.assert_array_equal(pixels_of(encode_image(data, Encoding(), compressed=False)), np.asarray(reference))
+    np.testing.assert_array_equal(
+        pixels_of(encode_image(data, Encoding(), compressed=False)), np.asarray(reference)
+    )
 
 
 XMP = "<x:xmpmeta xmlns:x='adobe:ns:meta/'><rdf:Description tiff:Orientation=\"6\"/></x:xmpmeta>"
@@ -207,7 +209,9 @@ def test_megabytes_of_text_cost_no_image():
     data = save(picture(), "PNG", pnginfo=info)
     with pytest.raises(ValueError, match="too large"):
         PIL.Image.open(io.BytesIO(data)).load()
-    np.testing.assert_array_equal(pixels_of(encode_image(data, Encoding(), compressed=False)), np.asarray(picture()))
+    np.testing.assert_array_equal(
+        pixels_of(encode_image(data, Encoding(), compressed=False)), np.asarray(picture())
+    )
 
 
 @pytest.mark.parametrize("quick_check", [False, True])
@@ -215,8 +219,12 @@ def test_megabytes_of_text_cost_no_image():
 def test_a_header_that_libjpeg_warns_of_is_mended(options, quick_check):
     sound = save(picture(), **options)
     place = sound.index(b"JFIF\0") + 5
-    faulty = sound[:place] + b"\0\0" + sound[place + 2 : place + 9] + b"between" + sound[place + 9 :]
-    reference, encoded = (encode_image(data, Encoding(quick_check=quick_check)) for data in (sound, faulty))
+    faulty = (
+        sound[:place] + b"\0\0" + sound[place + 2 : place + 9] + b"between" + sound[place + 9 :]
+    )
+    reference, encoded = (
+        encode_image(data, Encoding(quick_check=quick_check)) for data in (sound, faulty)
+    )
     assert reference.how != How.MENDED
     assert encoded.how == (How.MENDED if reference.how == How.KEPT else reference.how)
     assert (encoded.width, encoded.height) == (reference.width, reference.height)
@@ -225,30 +233,34 @@ def test_a_header_that_libjpeg_warns_of_is_mended(options, quick_check):
         assert encoded.data == sound[:place] + b"\1\1" + sound[place + 2 :]
 
 
-def deep_colours(values, transparent=None):
-    """A PNG of 16 bits a channel, by hand: Pillow writes none. values: uint16 (height, width, 1 to 4)."""
+def png_chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def deep_colours(values, *chunks):
+    """A PNG of 16 bits a channel, which Pillow does not write. values: uint16 (height, width, 1 to 4)."""
     height, width, channels = values.shape
     kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0))
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    if transparent is not None:
-        parts.insert(1, (b"tRNS", struct.pack(">H", transparent)))
-    chunks = [struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+    end = png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + end
 
 
 def deep_tiff(values, orientation=1):
     """A TIFF of 16 bits a channel, uncompressed. values: uint16 (height, width, 3)."""
-    height, width, channels = values.shape
-    pixels = values.astype("<u2").tobytes()
-    entries = [(256, 4, width), (257, 4, height), (259, 3, 1), (262, 3, 2), (273, 4, 8), (274, 3, orientation), (277, 3, channels), (278, 4, height), (279, 4, len(pixels))]
-    entries.insert(2, (258, 3, None))
-    bits_at = 8 + len(pixels) + 2 + 12 * len(entries) + 4
-    table = b"".join(
-        struct.pack("<HHII", tag, kind, channels, bits_at) if value is None else struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries
-    )
-    header = b"II*\0" + struct.pack("<I", 8 + len(pixels))
-    return header + pixels + struct.pack("<H", len(entries)) + table + bytes(4) + struct.pack("<" + "H" * channels, *[16] * channels)
+    height, width, _ = values.shape
+    pixels, bits = values.astype("<u2").tobytes(), struct.pack("<HHH", 16, 16, 16)
+    directory_at = 8 + len(bits) + len(pixels)
+    short, long = 3, 4
+    entries = (
+        (256, long, 1, width), (257, long, 1, height), (258, short, 3, 8), (259, short, 1, 1),
+        (262, short, 1, 2), (273, long, 1, 8 + len(bits)), (274, short, 1, orientation),
+        (277, short, 1, 3), (278, long, 1, height), (279, long, 1, len(pixels)),
+    )  # fmt: skip
+    table = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    header = b"II*\0" + struct.pack("<I", directory_at)
+    return header + bits + pixels + struct.pack("<H", len(entries)) + table + bytes(4)
 
 
 TWELVE_BITS = np.random.default_rng(0).integers(0, 4096, (30, 40, 3), np.uint16)
@@ -264,7 +276,9 @@ def test_the_white_level_of_16_bit_colours(write):
     dark = encode_image(write(TWELVE_BITS), Encoding(), compressed=False)
     np.testing.assert_array_equal(pixels_of(dark), TWELVE_BITS // 256)
     assert dark.peak == 4095
-    np.testing.assert_array_equal(pixels_of(encode_image(write(TWELVE_BITS), Encoding(white_level=1000), compressed=False)).max(), 255)
+    beyond = encode_image(write(TWELVE_BITS), Encoding(white_level=1000), compressed=False)
+    clipped = np.minimum(TWELVE_BITS, 1000)
+    np.testing.assert_array_equal(pixels_of(beyond), np.round(clipped * 255.0 / 1000))
 
 
 @pytest.mark.parametrize("white_level", [65535, 4095])
@@ -276,30 +290,38 @@ def test_16_bit_colours_are_turned_once(orientation, white_level):
     exif = PIL.Image.Exif()
     exif[0x0112] = orientation
     upright = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(save(image, "PNG", exif=exif))))
-    turned = encode_image(deep_tiff(values, orientation), Encoding(white_level=white_level), compressed=False)
-    np.testing.assert_array_equal(pixels_of(turned), np.asarray(upright))
-    block = exif.tobytes().removeprefix(b"Exif\0\0")
-    chunk = struct.pack(">I", len(block)) + b"eXIf" + block + struct.pack(">I", zlib.crc32(b"eXIf" + block))
-    data = deep_colours(values)
-    place = data.index(b"IDAT") - 4
-    turned = encode_image(data[:place] + chunk + data[place:], Encoding(white_level=white_level), compressed=False)
-    np.testing.assert_array_equal(pixels_of(turned), np.asarray(upright))
+    block = png_chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
+    for data in (deep_tiff(values, orientation), deep_colours(values, block)):
+        turned = encode_image(data, Encoding(white_level=white_level), compressed=False)
+        np.testing.assert_array_equal(pixels_of(turned), np.asarray(upright))
 
 
 def test_the_white_level_of_16_bit_grey_and_transparent_images():
     grey = TWELVE_BITS[..., :1]
     expected = np.repeat(np.round(grey * 255.0 / 4095), 3, 2)
-    for data in (deep_colours(grey), save(PIL.Image.fromarray(grey[..., 0]), "TIFF"), save(PIL.Image.fromarray(grey[..., 0].astype(np.int32)), "TIFF")):
+    for data in (
+        deep_colours(grey),
+        save(PIL.Image.fromarray(grey[..., 0]), "TIFF"),
+        save(PIL.Image.fromarray(grey[..., 0].astype(np.int32)), "TIFF"),
+    ):
         encoded = encode_image(data, Encoding(white_level=4095), compressed=False)
         np.testing.assert_array_equal(pixels_of(encoded), expected)
         assert encoded.peak == encode_image(data, Encoding()).peak == 4095
     opaque = np.full_like(grey, 65535)
     for channels in ((grey, opaque), (TWELVE_BITS, opaque)):
-        encoded = encode_image(deep_colours(np.dstack(channels)), Encoding(white_level=4095), compressed=False)
-        np.testing.assert_array_equal(pixels_of(encoded), np.round(channels[0] * 255.0 / 4095) * np.ones(3))
-        clear = encode_image(deep_colours(np.dstack((channels[0], 0 * opaque))), Encoding(white_level=4095), compressed=False)
+        encoded = encode_image(
+            deep_colours(np.dstack(channels)), Encoding(white_level=4095), compressed=False
+        )
+        np.testing.assert_array_equal(
+            pixels_of(encoded), np.round(channels[0] * 255.0 / 4095) * np.ones(3)
+        )
+        clear = encode_image(
+            deep_colours(np.dstack((channels[0], 0 * opaque))),
+            Encoding(white_level=4095),
+            compressed=False,
+        )
         assert (pixels_of(clear) == 255).all()
-    key = encode_image(deep_colours(grey, transparent=4095), Encoding(), compressed=False)
+    key = encode_image(deep_colours(grey, png_chunk(b"tRNS", struct.pack(">H", 4095))), Encoding(), compressed=False)
     np.testing.assert_array_equal(pixels_of(key)[..., 0] == 255, grey[..., 0] == 4095)
 
 
@@ -307,20 +329,36 @@ def test_files_that_state_their_white_go_by_that():
     pgm = b"P5 40 30 4095\n" + TWELVE_BITS[..., 0].astype(">u2").tobytes()
     jpeg_2000 = save(PIL.Image.fromarray(TWELVE_BITS[..., 0] * np.uint16(16)), "JPEG2000")
     for data in (pgm, jpeg_2000):
-        one, other = (encode_image(data, Encoding(white_level=level), compressed=False) for level in (65535, 4095))
+        one, other = (
+            encode_image(data, Encoding(white_level=level), compressed=False)
+            for level in (65535, 4095)
+        )
         assert one == other and one.peak is None
         assert np.abs(pixels_of(one)[..., 0] - TWELVE_BITS[..., 0] * 255.0 / 4095).max() <= 1
-    raw = encode_image(b"P5 40 30 65535\n" + TWELVE_BITS[..., 0].astype(">u2").tobytes(), Encoding(white_level=4095), compressed=False)
-    np.testing.assert_array_equal(pixels_of(raw)[..., 0], np.round(TWELVE_BITS[..., 0] * 255.0 / 4095))
+    raw = encode_image(
+        b"P5 40 30 65535\n" + TWELVE_BITS[..., 0].astype(">u2").tobytes(),
+        Encoding(white_level=4095),
+        compressed=False,
+    )
+    np.testing.assert_array_equal(
+        pixels_of(raw)[..., 0], np.round(TWELVE_BITS[..., 0] * 255.0 / 4095)
+    )
     eight = encode_image(save(picture(), "PNG"), Encoding(white_level=4095), compressed=False)
     np.testing.assert_array_equal(pixels_of(eight), np.asarray(picture()))
     assert eight.peak is None
 
 
 def test_what_is_said_of_16_bits():
-    assert depth_notes([], 65535) == depth_notes([65535, 20_000, 0], 65535) == depth_notes([4095, 12], 4095) == []
+    assert (
+        depth_notes([], 65535)
+        == depth_notes([65535, 20_000, 0], 65535)
+        == depth_notes([4095, 12], 4095)
+        == []
+    )
     (note,) = depth_notes([65535, 3900, 1000], 65535)
-    assert note.startswith("2 images of 16 bits hold no value above 3900") and note.endswith("pass --white-level 4095")
+    assert note.startswith("2 images of 16 bits hold no value above 3900") and note.endswith(
+        "pass --white-level 4095"
+    )
     assert "--white-level 16383" in depth_notes([16383, 5], 65535)[0]
     (note,) = depth_notes([4095, 5000, 4096], 4095)
     assert note.startswith("2 images of 16 bits hold values beyond --white-level 4095, up to 5000")
@@ -333,12 +371,15 @@ def blank(width, height):
     header = data[:place] + struct.pack(">HH", height, width) + data[place + 4 : scan + 10]
     blocks = -(-width // 8) * -(-height // 8)
     assert blocks % 4 == 0
-    return header + b"\x28\xa2\x8a" * (blocks // 4) + b"\xff\xd9"  # no difference (00), no coefficients (1010)
+    # In each block: no difference (00), no coefficients (1010).
+    return header + b"\x28\xa2\x8a" * (blocks // 4) + b"\xff\xd9"
 
 
 def test_a_jpeg_larger_than_other_formats_may_be_is_named_with_what_helps():
     data = blank(16_000, 22_400)
-    with pytest.raises(BrokenImage, match="16000 x 22400, more than 357 million pixels; pass --max-side"):
+    with pytest.raises(
+        BrokenImage, match="16000 x 22400, more than 357 million pixels; pass --max-side"
+    ):
         encode_image(data, Encoding())
     with pytest.raises(BrokenImage, match="pass a smaller --max-side"):
         encode_image(data, Encoding(max_side=20_000))
@@ -346,7 +387,9 @@ def test_a_jpeg_larger_than_other_formats_may_be_is_named_with_what_helps():
     assert (encoded.width, encoded.height) == (357, 500) and (pixels_of(encoded) == 128).all()
     progressive = data.replace(b"\xff\xc0", b"\xff\xc2", 1)
     for encoding in (Encoding(), Encoding(max_side=500)):
-        with pytest.raises(BrokenImage, match="is progressive and measures 16000 x 22400, .*; reduce it first"):
+        with pytest.raises(
+            BrokenImage, match="is progressive and measures 16000 x 22400, .*; reduce it first"
+        ):
             encode_image(progressive, encoding)
 
 
@@ -482,7 +525,10 @@ def convert_folder(folder, name="out.beton", encoding=Encoding(), **options):
 def test_a_whole_run(folder):
     path, summary = convert_folder(folder, workers=2)
     beton, data, source = read_beton(path), path.read_bytes(), ImageFolder(folder)
-    assert summary.counts == {"kept": 12, "mended": 0, "baseline": 6, "encoded": 6, "raw": 0} and summary.samples == 24
+    assert (
+        summary.counts == {"kept": 12, "mended": 0, "baseline": 6, "encoded": 6, "raw": 0}
+        and summary.samples == 24
+    )
     assert beton.labels.tolist() == [0] * 12 + [1] * 12
     for i, (row, size) in enumerate(zip(beton.images, beton.image_sizes)):
         (original, label), name = source.load(i), source.name(i)
@@ -556,16 +602,32 @@ def test_the_largest_image_and_dark_ones_are_told_of(folder, monkeypatch):
     (note,) = summary.notes
     assert note.startswith("3 images of 16 bits hold no value above 4095")
     description = json.loads(Path(f"{path}.json").read_text())
-    assert description["notes"] == [note] and description["largest"] == {"name": largest, "width": 130, "height": 54}
+    assert description["notes"] == [note] and description["largest"] == {
+        "name": largest,
+        "width": 130,
+        "height": 54,
+    }
     monkeypatch.setattr("ffssl.data.convert._LARGE", 130 * 54)
     _, summary = convert_folder(folder, encoding=Encoding(white_level=4095), overwrite=True)
     assert summary.notes == [
-        f"the largest image, {largest}, measures 130 x 54: each thread of the loader takes 0.0 GB for it; --max-side reduces it"
+        f"the largest image, {largest}, measures 130 x 54: "
+        "each thread of the loader takes 0.0 GB for it; --max-side reduces it"
     ]
 
 
 def test_suffixes_of_images():
-    assert IMAGE_SUFFIXES >= {".jpg", ".jpeg", ".png", ".webp", ".avif", ".jp2", ".tif", ".tiff", ".bmp", ".gif"}
+    assert IMAGE_SUFFIXES >= {
+        ".jpg",
+        ".jpeg",
+        ".png",
+        ".webp",
+        ".avif",
+        ".jp2",
+        ".tif",
+        ".tiff",
+        ".bmp",
+        ".gif",
+    }
     known = PIL.Image.registered_extensions()
     assert {suffix for suffix in IMAGE_SUFFIXES if suffix not in known} <= {".jpx"}
 

@@ -6,14 +6,24 @@ import pytest
 
 from ffssl.data.convert.exif import PREFIX, orientation
 
-TYPES = {"BYTE": (1, "B"), "SHORT": (3, "H"), "LONG": (4, "I"), "SBYTE": (6, "b"), "SSHORT": (8, "h"), "SLONG": (9, "i")}
+TYPES = {
+    "BYTE": (1, "B"),
+    "SHORT": (3, "H"),
+    "LONG": (4, "I"),
+    "SBYTE": (6, "b"),
+    "SSHORT": (8, "h"),
+    "SLONG": (9, "i"),
+}
 
 
 def block(value, kind="SHORT", order="<", count=1, before=b"", padding=0):
-    """A TIFF header, whose one directory holds a maker and an orientation; `before`: what lies between header and directory."""
+    """A TIFF header, whose one directory holds a maker and an orientation; `before`: what lies
+    between header and directory."""
     number, letter = TYPES[kind]
     entries = struct.pack(order + "HHI4s", 0x010F, 2, 4, b"abc\0")
-    entries += struct.pack(order + "HHI4s", 0x0112, number, count, struct.pack(order + letter, value).ljust(4, b"\0"))
+    entries += struct.pack(
+        order + "HHI4s", 0x0112, number, count, struct.pack(order + letter, value).ljust(4, b"\0")
+    )
     header = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, 8 + len(before))
     return header + before + struct.pack(order + "H", 2) + entries + bytes(4 + padding)
 
@@ -30,7 +40,14 @@ def test_the_first_block_that_says_so_wins(order):
     six, one, eight = (PREFIX + block(value, order=order) for value in (6, 1, 8))
     assert orientation([six, one]) == orientation([six, eight]) == 6
     assert orientation([one, six]) == 1
-    for nothing in (b"", PREFIX, PREFIX + b"rubbish rubbish", PREFIX + block(0), PREFIX + block(9), PREFIX + block(6, count=2)):
+    for nothing in (
+        b"",
+        PREFIX,
+        PREFIX + b"rubbish rubbish",
+        PREFIX + block(0),
+        PREFIX + block(9),
+        PREFIX + block(6, count=2),
+    ):
         assert orientation([nothing, eight]) == orientation([eight, nothing]) == 8
 
 
@@ -48,6 +65,9 @@ def test_prefixes_may_be_missing_or_repeated():
 def test_what_is_damaged_counts_as_upright():
     sound = block(6)
     lengths = range(sound.index(b"\x12\x01") + 10)
-    for damaged in [sound[:length] for length in lengths] + [b"XX" + sound[2:], sound[:4] + b"\xff\xff\xff\x7f" + sound[8:]]:
+    for damaged in [sound[:length] for length in lengths] + [
+        b"XX" + sound[2:],
+        sound[:4] + b"\xff\xff\xff\x7f" + sound[8:],
+    ]:
         assert orientation([PREFIX + damaged]) == 1
     assert orientation([]) == 1

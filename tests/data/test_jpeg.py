@@ -85,7 +85,12 @@ WITH_EXIF = {
     "an empty one before": exif_segments(PREFIX, SIX),
     "one in two segments": exif_segments(SIX + bytes(40_000), PREFIX + bytes(40_000)),
     "XMP before": exif_segments(b"http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation='3'/>", SIX),
-    "behind other metadata": behind_start(save(picture()), segment(0xED, b"Photoshop 3.0\0"), segment(APP1, SIX), segment(0xFE, b"text")),
+    "behind other metadata": behind_start(
+        save(picture()),
+        segment(0xED, b"Photoshop 3.0\0"),
+        segment(APP1, SIX),
+        segment(0xFE, b"text"),
+    ),
 }
 
 
@@ -97,11 +102,15 @@ def test_orientation_in_several_segments_is_what_others_read(name):
 
     data = WITH_EXIF[name]
     assert jpeg.parse_header(data).orientation == 6
+    file = torch.tensor(list(data), dtype=torch.uint8)
+    pillows = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(data)))
+    torchvisions = torchvision.io.decode_jpeg(file, apply_exif_orientation=True)
+    opencvs = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     upright = (67, 45)  # height, width
     others = {
-        "Pillow": np.asarray(PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(data)))).shape[:2],
-        "OpenCV": cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR).shape[:2],
-        "torchvision": tuple(torchvision.io.decode_jpeg(torch.tensor(list(data), dtype=torch.uint8), apply_exif_orientation=True).shape[1:]),
+        "Pillow": (pillows.height, pillows.width),
+        "OpenCV": opencvs.shape[:2],
+        "torchvision": tuple(torchvisions.shape[1:]),
     }
     if name in ("an empty one before", "XMP before"):
         others.pop("torchvision")  # which looks at the first segment alone
@@ -185,7 +194,8 @@ def test_a_file_that_has_lost_its_tables_is_not_decoded_with_those_of_the_file_b
         jpeg.verify(without, jpeg.parse_header(without))
 
 
-# Faults of headers, as cameras and editors write them: libjpeg warns, and other programs read the picture
+# Faults of headers, as cameras and editors write them: libjpeg warns, and other programs read the
+# picture
 
 
 def version_of_jfif(data, version=b"\0\0"):
@@ -209,16 +219,34 @@ def bytes_between(data, inserted=b"\1\2\3\4\xff\0\5", marker=0xDB):
 
 
 def unknown_transform(data, value=7):
-    return behind_start(without_segments(data, 0xE0), segment(0xEE, b"Adobe\0\x64\0\0\0\0" + bytes([value])))
+    return behind_start(
+        without_segments(data, 0xE0), segment(0xEE, b"Adobe\0\x64\0\0\0\0" + bytes([value]))
+    )
 
 
 def scan_by_scan():
     """A baseline file of one scan a component: the coded data of three greyscale files."""
     planes = [save(plane) for plane in picture().convert("YCbCr").split()]
-    parts = {marker: b"".join(planes[0][a:b] for a, b in segments(planes[0]) if planes[0][a + 1] == marker) for marker in (0xDB, 0xC4)}
+    parts = {
+        marker: b"".join(
+            planes[0][a:b] for a, b in segments(planes[0]) if planes[0][a + 1] == marker
+        )
+        for marker in (0xDB, 0xC4)
+    }
     frame = segment(0xC0, b"\x08\0\x2d\0\x43\x03" + b"\1\x11\0\2\x11\0\3\x11\0")
-    scans = [segment(0xDA, bytes([1, i + 1, 0, 0, 63, 0])) + plane[jpeg_scans(plane)[0][1] : -2] for i, plane in enumerate(planes)]
-    return b"\xff\xd8" + segment(0xE0, b"JFIF\0\1\1\0\0\1\0\1\0\0") + parts[0xDB] + frame + parts[0xC4] + b"".join(scans) + b"\xff\xd9"
+    scans = [
+        segment(0xDA, bytes([1, i + 1, 0, 0, 63, 0])) + plane[jpeg_scans(plane)[0][1] : -2]
+        for i, plane in enumerate(planes)
+    ]
+    return (
+        b"\xff\xd8"
+        + segment(0xE0, b"JFIF\0\1\1\0\0\1\0\1\0\0")
+        + parts[0xDB]
+        + frame
+        + parts[0xC4]
+        + b"".join(scans)
+        + b"\xff\xd9"
+    )
 
 
 FAULTS = {
@@ -226,10 +254,14 @@ FAULTS = {
     "JFIF 2.01": lambda data: version_of_jfif(data, b"\2\1"),
     "scans without parameters": scans_without_parameters,
     "bytes between segments": bytes_between,
-    "zeros before the frame": lambda data: bytes_between(data, bytes(40), marker=data[frame_size_at(data) - 4]),
+    "zeros before the frame": lambda data: bytes_between(
+        data, bytes(40), marker=data[frame_size_at(data) - 4]
+    ),
     "a line end before the first table": lambda data: bytes_between(data, b"\r\n", marker=0xC4),
     "an unknown transform": unknown_transform,
-    "several": lambda data: scans_without_parameters(bytes_between(bytes_between(version_of_jfif(data)), b"\0", marker=0xDA)),
+    "several": lambda data: scans_without_parameters(
+        bytes_between(bytes_between(version_of_jfif(data)), b"\0", marker=0xDA)
+    ),
 }
 FILES = {
     "RGB": save(picture()),
@@ -239,10 +271,12 @@ FILES = {
     "scan by scan": scan_by_scan(),
     "progressive": save(picture(), progressive=True),
 }
-CASES = [
-    (file, fault) for file in FILES for fault in FAULTS
-    if (file, fault) not in (("grey", "an unknown transform"), ("progressive", "scans without parameters"), ("progressive", "several"))
-]  # fmt: skip
+NO_FAULTS = {
+    ("grey", "an unknown transform"),
+    ("progressive", "scans without parameters"),
+    ("progressive", "several"),
+}
+CASES = [(file, fault) for file in FILES for fault in FAULTS if (file, fault) not in NO_FAULTS]
 
 
 def strictly(data):
@@ -271,12 +305,15 @@ def test_faults_of_headers_are_mended(file, fault, capfd):
         jpeg.verify_markers(faulty)
     mended = jpeg.mended(faulty)
     np.testing.assert_array_equal(strictly(mended), strictly(sound))
-    assert len(faulty) - len(mended) in (0, 2, 7, 8, 40)  # nothing but the bytes between segments is missing
+    # Nothing but the bytes between segments is missing.
+    assert len(faulty) - len(mended) in (0, 2, 7, 8, 40)
     capfd.readouterr()
     decoded = cv2.imdecode(np.frombuffer(mended, np.uint8), cv2.IMREAD_COLOR)
     assert np.abs(decoded[..., ::-1].astype(int) - rgb(sound)).max() <= 3
     assert capfd.readouterr().err == ""  # where OpenCV shows libjpeg's warnings
-    other = torchvision.io.decode_jpeg(torch.tensor(list(mended), dtype=torch.uint8), torchvision.io.ImageReadMode.RGB)
+    other = torchvision.io.decode_jpeg(
+        torch.tensor(list(mended), dtype=torch.uint8), torchvision.io.ImageReadMode.RGB
+    )
     assert np.abs(other.permute(1, 2, 0).numpy().astype(int) - rgb(sound)).max() <= 3
     assert jpeg.mended(mended) is mended
 
@@ -297,7 +334,10 @@ def is_found(data):
     return False
 
 
-@pytest.mark.parametrize("fault", ["JFIF 0.00", "scans without parameters", "bytes between segments", "an unknown transform"])
+@pytest.mark.parametrize(
+    "fault",
+    ["JFIF 0.00", "scans without parameters", "bytes between segments", "an unknown transform"],
+)
 @pytest.mark.parametrize("file", ["RGB", "optimized", "restarts"])
 def test_damage_is_found_behind_a_mended_header_as_behind_a_sound_one(file, fault):
     (_, begin), faulty = jpeg_scans(FILES[file])[0], FAULTS[fault](FILES[file])
@@ -305,9 +345,12 @@ def test_damage_is_found_behind_a_mended_header_as_behind_a_sound_one(file, faul
     faulty_header = faulty[: -len(coded)]
     middle, random = len(coded) // 2, np.random.default_rng(0)
     damages = [
-        coded[:middle], coded[:-2], coded[:middle] + coded[middle + 200 :], coded[:middle] + b"\xff\xd9" + coded[middle:],
+        coded[:middle],
+        coded[:-2],
+        coded[:middle] + coded[middle + 200 :],
+        coded[:middle] + b"\xff\xd9" + coded[middle:],
         coded[:-2] + b"left over" * 9 + coded[-2:],
-    ]  # fmt: skip
+    ]
     for damaged in damages:
         assert is_found(jpeg.mended(faulty_header + damaged))
     found = 0
@@ -344,7 +387,10 @@ def test_what_may_be_damage_is_not_mended():
     place = named_rgb.index(b"Adobe") + 11
     for damaged in (
         named_rgb[:place] + b"\4" + named_rgb[place + 1 :],
-        *(save(picture()).replace(b"\x11\0\x3f\0", b"\x11" + values) for values in (b"\1\x3f\0", b"\0\x3f\1", b"\0\x3f\x10")),
+        *(
+            save(picture()).replace(b"\x11\0\x3f\0", b"\x11" + values)
+            for values in (b"\1\x3f\0", b"\0\x3f\1", b"\0\x3f\x10")
+        ),
     ):
         assert jpeg.mended(damaged) == damaged
         with pytest.raises(JpegError):
@@ -376,13 +422,35 @@ def test_markers_that_no_decoder_takes_are_found_without_the_data(file):
         sound[: frame + 7] + b"\3" + sound[frame + 8 :],  # a table that is not there
         sound[: scan[0] + 6] + b"\x33" + sound[scan[0] + 7 :],
         sound[: scan[0] + 5] + b"\x77" + sound[scan[0] + 6 :],  # a component that is not there
-        sound.replace(b"\xff\xc4\0\x1f\0\0\1", b"\xff\xc4\0\x1f\0\xff\1"),  # more codes than there can be
+        sound.replace(
+            b"\xff\xc4\0\x1f\0\0\1", b"\xff\xc4\0\x1f\0\xff\1"
+        ),  # more codes than there can be
         behind_start(sound, b"\xff\xd8"),
         behind_start(sound, segment(0x7F, b"unknown")),
     ):
         assert damaged != sound
         with pytest.raises(JpegError):
             jpeg.verify_markers(damaged)
+
+
+def test_what_damaged_headers_leave_unseen_is_about_the_coded_data():
+    whole, random = FILES["RGB"], np.random.default_rng(0)
+    header_ends, let_in = jpeg_scans(whole)[0][1], 0
+    for _ in range(400):
+        damaged, place = bytearray(whole), int(random.integers(2, header_ends - 2))
+        damaged[place : place + 2] = random.bytes(2)
+        data = jpeg.mended(bytes(damaged))
+        try:
+            header = jpeg.parse_header(data)
+            jpeg.verify_markers(data)
+        except JpegError:
+            continue
+        let_in += 1
+        try:
+            jpeg.verify(data, header)
+        except JpegError as error:
+            assert str(error).startswith("Corrupt JPEG data")
+    assert let_in > 200
 
 
 def test_random_damage_never_crashes():
@@ -392,10 +460,12 @@ def test_random_damage_never_crashes():
         damaged = whole.copy()
         damaged[random.integers(0, len(whole), 3)] = random.integers(0, 256, 3)
         data = damaged[: random.integers(len(whole) // 2, len(whole) + 1)].tobytes()
+        jpeg.mended(data)
         try:
             header = jpeg.parse_header(data)
             if header.width * header.height < 1 << 24 and header.decodes_to_rgb:
                 jpeg.verify(data, header)
+                jpeg.verify_markers(data)
                 jpeg.to_baseline(data)
         except JpegError:
             pass

@@ -1,4 +1,5 @@
-"""PNG chunks: what is taken out of a file must leave its pixels to Pillow, and what damages these must be seen."""
+"""PNG chunks: what is taken out of a file must leave its pixels to Pillow, and what damages these
+must be seen."""
 
 import io
 import struct
@@ -15,7 +16,9 @@ EXIF = exif.PREFIX + b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0
 
 
 def picture(mode="RGB"):
-    return PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)).convert(mode)
+    return PIL.Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+    ).convert(mode)
 
 
 def save(image, **options):
@@ -25,7 +28,12 @@ def save(image, **options):
 
 
 def chunk(kind, payload, checksum=None):
-    return struct.pack(">I", len(payload)) + kind + payload + struct.pack(">I", zlib.crc32(kind + payload) if checksum is None else checksum)
+    return (
+        struct.pack(">I", len(payload))
+        + kind
+        + payload
+        + struct.pack(">I", zlib.crc32(kind + payload) if checksum is None else checksum)
+    )
 
 
 def insert(data, *chunks, before=b"IDAT"):
@@ -33,9 +41,16 @@ def insert(data, *chunks, before=b"IDAT"):
     return data[:place] + b"".join(chunks) + data[place:]
 
 
-@pytest.mark.parametrize("mode, options", [("RGB", {}), ("P", {"transparency": 3}), ("RGBA", {}), ("I;16", {}), ("1", {})])
+@pytest.mark.parametrize(
+    "mode, options",
+    [("RGB", {}), ("P", {"transparency": 3}), ("RGBA", {}), ("I;16", {}), ("1", {})],
+)
 def test_without_metadata_the_pixels_are_the_same(mode, options):
-    image = PIL.Image.fromarray(np.asarray(picture("L")) * np.uint16(257)) if mode == "I;16" else picture(mode)
+    image = (
+        PIL.Image.fromarray(np.asarray(picture("L")) * np.uint16(257))
+        if mode == "I;16"
+        else picture(mode)
+    )
     plain = save(image, **options)
     assert png.without_metadata(plain) == (plain, [])
     info = PngInfo()
@@ -50,9 +65,13 @@ def test_without_metadata_the_pixels_are_the_same(mode, options):
 def test_damaged_metadata_is_taken_out_like_sound_one(before):
     plain = save(picture())
     for rubbish in (
-        chunk(b"eXIf", b"rubbish"), chunk(b"tEXt", b"a\0b", checksum=1), chunk(b"pHYs", b"short"), chunk(b"iCCP", b"a\0\0not compressed"),
-        chunk(b"iTXt", b"Comment\0\1\0\0\0" + zlib.compress(bytes(5_000_000))), chunk(b"zTXt", b"no end of the keyword"),
-    ):  # fmt: skip
+        chunk(b"eXIf", b"rubbish"),
+        chunk(b"tEXt", b"a\0b", checksum=1),
+        chunk(b"pHYs", b"short"),
+        chunk(b"iCCP", b"a\0\0not compressed"),
+        chunk(b"iTXt", b"Comment\0\1\0\0\0" + zlib.compress(bytes(5_000_000))),
+        chunk(b"zTXt", b"no end of the keyword"),
+    ):
         assert png.without_metadata(insert(plain, rubbish, before=before))[0] == plain
 
 
@@ -69,7 +88,9 @@ def test_exif_as_imagemagick_wrote_it():
         later = insert(data, chunk(b"eXIf", b"here"), before=b"IEND")
         assert png.without_metadata(later) == (plain, [b"here", EXIF])
     for text in (b"", b"\nexif\n 3\nno digits", b"\0rubbish"):
-        kept, blocks = png.without_metadata(insert(plain, chunk(b"zTXt", title + text), chunk(b"tEXt", title + text)))
+        kept, blocks = png.without_metadata(
+            insert(plain, chunk(b"zTXt", title + text), chunk(b"tEXt", title + text))
+        )
         assert kept == plain and not any(blocks)
     bomb = title + b"\0" + zlib.compress(profile(EXIF) + b"0" * 50_000_000)
     (block,) = png.without_metadata(insert(plain, chunk(b"zTXt", bomb)))[1] or [b""]

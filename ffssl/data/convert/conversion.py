@@ -307,7 +307,10 @@ def _size_notes(name: str, width: int, height: int) -> list[str]:
     if width * height < _LARGE:
         return []
     memory = f"{3 * width * height / 1e9:.1f} GB"
-    return [f"the largest image, {name}, measures {width} x {height}: each thread of the loader takes {memory} for it; --max-side reduces it"]
+    return [
+        f"the largest image, {name}, measures {width} x {height}: "
+        f"each thread of the loader takes {memory} for it; --max-side reduces it"
+    ]
 
 
 def _write_description(summary: Summary, source: Source, options: ConvertOptions) -> None:

@@ -1,16 +1,18 @@
 """One image as it goes into a beton file: kept as it is where possible, otherwise decoded upright, reduced and encoded.
 
 - A JPEG that libjpeg-turbo decodes to RGB, stands upright and is not too large keeps its bytes; greyscale ones too.
-  Its data is decoded once to see that it is sound: ffcv ignores decoding errors and would train on what is left. Where
-  libjpeg warns of the markers alone, these are mended before.
+  Its data is decoded once to see that it is sound: ffcv ignores decoding errors and would train on
+  what is left. Where libjpeg warns of the markers alone, these are mended before.
 - A progressive one is re-coded as baseline, which decodes faster, from the same coefficients: the same pixels.
-- Everything else is decoded: orientation applied, transparency put on white, 16 bits rounded to 8, the first frame of an
-  animation taken. It is reduced, never enlarged, with a Lanczos filter, and stored as raw pixels or as JPEG: at
-  4:2:0 when it came lossily compressed, for then its chroma has been halved before, and at 4:4:4 otherwise.
+- Everything else is decoded: orientation applied, transparency put on white, 16 bits rounded to 8,
+  the first frame of an animation taken. It is reduced, never enlarged, with a Lanczos filter, and
+  stored as raw pixels or as JPEG: at 4:2:0 when it came lossily compressed, for then its chroma has
+  been halved before, and at 4:4:4 otherwise.
 
-Orientation is that of Exif (of TIFF: its own), in every format; XMP's is not read, for programs that turn an image leave it
-behind, and OpenCV, torchvision and browsers pass over it. Damaged metadata costs no image. Colour profiles are not applied,
-as nobody's training pipeline does.
+Orientation is that of Exif (of TIFF and AVIF: the file's own). XMP's is not read in any format:
+programs that turn an image leave it behind as it was, and OpenCV and torchvision pass over it.
+Damaged metadata costs no image. Colour profiles are not applied, as nobody's training pipeline
+does.
 """
 
 import io
@@ -34,14 +36,14 @@ from ffssl.errors import UserError
 JPEG_MAX_SIDE = 65500  # libjpeg's own limit
 RAW_MAX_BYTES = 1 << 30
 MOST_PIXELS = RAW_MAX_BYTES // 3
-PIL.Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow warns of more, and refuses more than twice as many
+PIL.Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow refuses more than twice as many
 FULL_WHITE = 65535  # of 16 bits
-_DARK = 1 << 14  # 16-bit images without a value of that or more have at most a quarter of full brightness
+_DARK = 1 << 14  # below a quarter of full brightness
 _SUBSAMPLING_444, _SUBSAMPLING_420 = 0, 2
 _LOSSY_FORMATS = {"JPEG", "MPO", "WEBP", "GIF", "AVIF"}
 _MAY_HAVE_16_BITS = {"PNG", "TIFF", "PPM"}
-# The entry of AVIF's Exif in the list of items (ISO/IEC 14496-12, ItemInfoEntry). Pillow refuses a file whose Exif is damaged;
-# its orientation doesn't count, that of the file itself does.
+# The entry of AVIF's Exif in the list of items (ISO/IEC 14496-12, ItemInfoEntry). Pillow refuses a
+# file whose Exif is damaged; its orientation doesn't count, that of the file itself does.
 _AVIF_EXIF = re.compile(rb"(infe[\2\3].{7,9})Exif", re.DOTALL)
 _UPRIGHT = {
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
@@ -72,7 +74,8 @@ class How(StrEnum):
 class EncodedImage:
     """data: a JPEG file (MODE_JPEG), or pixels uint8 (height, width, 3) (MODE_RAW).
 
-    peak: largest value of an image with 16 bits a channel whose white nothing states; None of any other.
+    peak: largest value of an image with 16 bits a channel whose white nothing states; None of any
+    other.
     """
 
     data: bytes
@@ -88,8 +91,9 @@ class Encoding:
     """How images are stored.
 
     max_side: longest side in pixels, None for no limit. jpeg_quality: 0 to 100. quick_check: of a JPEG that keeps its
-    bytes, check the markers only, not that all of its data decodes. white_level: the value that is white in images with
-    16 bits a channel, 4095 for data of 12 bits, say; those that state their own range go by that.
+    bytes, check the markers only, not that all of its data decodes. white_level: the value that is
+    white in images with 16 bits a channel, 4095 for data of 12 bits, say; those that state their
+    own range go by that.
     """
 
     max_side: int | None = None
@@ -103,7 +107,9 @@ class Encoding:
         if not 0 <= self.jpeg_quality <= 100:
             raise UserError(f"jpeg quality {self.jpeg_quality}: must be 0 to 100, 90 is a good choice (--jpeg-quality)")
         if not 1 <= self.white_level <= FULL_WHITE:
-            raise UserError(f"white level {self.white_level}: must be 1 to {FULL_WHITE} (--white-level)")
+            raise UserError(
+                f"white level {self.white_level}: must be 1 to {FULL_WHITE} (--white-level)"
+            )
 
 
 def encode_image(image: Image, encoding: Encoding, compressed: bool = True) -> EncodedImage:
@@ -146,11 +152,15 @@ def _encode_sound_jpeg(data: bytes, encoding: Encoding, compressed: bool) -> Enc
     header = jpeg.parse_header(data)
     if compressed and (done := _without_decoding(data, header, encoding)):
         return done
-    return _encode_pixels(_Decoded(_decode_jpeg(data, header, encoding.max_side), lossless=False), encoding, compressed)
+    pixels = _decode_jpeg(data, header, encoding.max_side)
+    return _encode_pixels(_Decoded(pixels, lossless=False), encoding, compressed)
 
 
 def _without_decoding(data: bytes, header: jpeg.JpegHeader, encoding: Encoding) -> EncodedImage | None:
-    fits = max(header.width, header.height) <= (encoding.max_side or JPEG_MAX_SIDE) and header.width * header.height <= MOST_PIXELS
+    fits = (
+        max(header.width, header.height) <= (encoding.max_side or JPEG_MAX_SIDE)
+        and header.width * header.height <= MOST_PIXELS
+    )
     if not (header.decodes_to_rgb and header.orientation == 1 and fits):
         return None
     how = How.KEPT
@@ -169,7 +179,10 @@ def _without_decoding(data: bytes, header: jpeg.JpegHeader, encoding: Encoding) 
 def _decode_jpeg(data: bytes, header: jpeg.JpegHeader, max_side: int | None) -> PIL.Image.Image:
     if header.process == jpeg.PROGRESSIVE and header.width * header.height > MOST_PIXELS:
         # All of its coefficients are in memory at once, whatever the scale.
-        raise BrokenImage(f"is progressive and measures {header.width} x {header.height}, {_too_many()}; reduce it first")
+        raise BrokenImage(
+            f"is progressive and measures {header.width} x {header.height}, {_too_many()}; "
+            "reduce it first"
+        )
     if not header.decodes_to_rgb:
         # CMYK, arithmetic coding and the like: PIL's libjpeg knows more, but keeps quiet about damaged data.
         if header.precision == 8 and header.components == 4:
@@ -181,7 +194,9 @@ def _decode_jpeg(data: bytes, header: jpeg.JpegHeader, max_side: int | None) -> 
         denominator *= 2
     if header.width * header.height > MOST_PIXELS * denominator**2:
         smaller = "a smaller --max-side" if max_side else "--max-side"
-        raise BrokenImage(f"measures {header.width} x {header.height}, {_too_many()}; pass {smaller} to reduce it")
+        raise BrokenImage(
+            f"measures {header.width} x {header.height}, {_too_many()}; pass {smaller} to reduce it"
+        )
     return _turned(PIL.Image.fromarray(jpeg.decode(data, header, denominator)), header.orientation)
 
 
@@ -193,7 +208,9 @@ def _turned(image: PIL.Image.Image, orientation: int) -> PIL.Image.Image:
     return image.transpose(_UPRIGHT[orientation]) if orientation != 1 else image
 
 
-def _decode_with_pil(data: bytes, white_level: int = FULL_WHITE, orientation: int | None = None) -> _Decoded:
+def _decode_with_pil(
+    data: bytes, white_level: int = FULL_WHITE, orientation: int | None = None
+) -> _Decoded:
     """The first frame. orientation: where it is known already."""
     try:
         with warnings.catch_warnings():
@@ -224,16 +241,23 @@ def _decode_with_pil(data: bytes, white_level: int = FULL_WHITE, orientation: in
 
 
 def _has_16_bits(image: PIL.Image.Image) -> bool:
-    """Whether an image that is not yet loaded holds 16-bit channels (or 32-bit integers) as they stand in its file."""
-    # A PGM of another range than 16 bits, and JPEG 2000, are scaled to 16 bits by Pillow: they state their white.
-    return image.format in _MAY_HAVE_16_BITS and any(bits in str(image.tile[:1]) for bits in (";16", ";32"))
+    """Whether an image, not yet loaded, holds 16-bit channels or 32-bit integers as in its file."""
+    # A PGM of another range than 16 bits, and JPEG 2000, are scaled to 16 bits by Pillow: they
+    # state their white.
+    return image.format in _MAY_HAVE_16_BITS and any(
+        bits in str(image.tile[:1]) for bits in (";16", ";32")
+    )
 
 
-def _to_rgb(image: PIL.Image.Image, deep: bool, white_level: int, data: bytes) -> tuple[PIL.Image.Image, int | None]:
+def _to_rgb(
+    image: PIL.Image.Image, deep: bool, white_level: int, data: bytes
+) -> tuple[PIL.Image.Image, int | None]:
     """A loaded image, and its peak, see EncodedImage. deep: see _has_16_bits. data: its file."""
     if image.mode.startswith("I"):
         values = _16_bit_values(image)
-        grey = PIL.Image.fromarray(_to_8_bits(values, white_level if deep else FULL_WHITE, image.info.get("transparency")))
+        grey = PIL.Image.fromarray(
+            _to_8_bits(values, white_level if deep else FULL_WHITE, image.info.get("transparency"))
+        )
         return grey.convert("RGB"), int(values.max()) if deep else None
     if image.mode == "F":
         raise BrokenImage("has floating-point pixels, whose range is unknown; store it with 8 bits")
@@ -241,8 +265,8 @@ def _to_rgb(image: PIL.Image.Image, deep: bool, white_level: int, data: bytes) -
     if deep and white_level != FULL_WHITE:
         image, peak = _deep_colours(data, white_level)
     elif deep:
-        colours = image.getextrema()[: 1 if image.mode == "L" else 3]
-        peak = 256 * max(largest for _, largest in colours) + 255  # Pillow has kept the upper 8 bits
+        largest = max(largest for _, largest in image.getextrema()[:3])
+        peak = 256 * largest + 255  # Pillow has kept the upper 8 bits
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = PIL.Image.new("RGBA", image.size, "white")
@@ -259,20 +283,29 @@ def _16_bit_values(image: PIL.Image.Image) -> np.ndarray:
 
 
 def _to_8_bits(values: np.ndarray, white_level: int, transparent: int | None = None) -> np.ndarray:
-    """uint16 to uint8 of the same shape, rounded; what is beyond the white level is white, and so is what is transparent."""
-    levels = np.minimum((np.arange(FULL_WHITE + 1) * 255 + white_level // 2) // white_level, 255).astype(np.uint8)
+    """uint16 to uint8 of the same shape, rounded; what is beyond the white level is white, and so
+    is what is transparent."""
+    levels = np.minimum(
+        (np.arange(FULL_WHITE + 1) * 255 + white_level // 2) // white_level, 255
+    ).astype(np.uint8)
     if transparent is not None:
         levels[transparent] = 255
     return levels[values]
 
 
 def _deep_colours(data: bytes, white_level: int) -> tuple[PIL.Image.Image, int]:
-    """RGB or RGBA, and the largest value of a colour. Pillow keeps the upper 8 of 16 bits alone, too few for data of 12."""
+    """RGB or RGBA, and the largest value of a colour. Pillow keeps the upper 8 of 16 bits alone,
+    too few for data of 12."""
     import cv2  # ffcv needs it too
 
     decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if decoded is None or decoded.dtype != np.uint16 or decoded.ndim != 3 or decoded.shape[2] not in (3, 4):
-        raise BrokenImage("has 16 bits a channel, of a kind that the white level can't be set of; store it with 8 bits")
+    if (
+        decoded is None
+        or decoded.dtype != np.uint16
+        or decoded.ndim != 3
+        or decoded.shape[2] not in (3, 4)
+    ):
+        raise BrokenImage("has 16 bits a channel, of a kind that takes no white level; use 8 bits")
     colours = decoded[..., 2::-1]
     scaled = _to_8_bits(colours, white_level)
     if decoded.shape[2] == 4:
@@ -281,12 +314,14 @@ def _deep_colours(data: bytes, white_level: int) -> tuple[PIL.Image.Image, int]:
 
 
 def depth_notes(peaks: Sequence[int], white_level: int) -> list[str]:
-    """What to tell of images with 16 bits a channel, from the largest value of each and the level that was taken for white."""
+    """What to tell of images with 16 bits a channel, from the largest value of each and the level
+    that was taken for white."""
     notes = []
     beyond, dark = [p for p in peaks if p > white_level], [p for p in peaks if 0 < p < _DARK]
     if beyond:
         notes.append(
-            f"{len(beyond)} images of 16 bits hold values beyond --white-level {white_level}, up to {max(beyond)}: they were made white"
+            f"{len(beyond)} images of 16 bits hold values beyond --white-level {white_level}, "
+            f"up to {max(beyond)}: they were made white"
         )
     if dark and white_level == FULL_WHITE:
         white = (1 << max(dark).bit_length()) - 1

@@ -1,7 +1,8 @@
 """JPEG files at the level of their bytes: headers, whether the data decodes, lossless progressive to baseline.
 
-libjpeg's warnings count as damage: ffcv's decoder and ours stop at them. Some are of headers alone, which cameras and
-editors write: `mended` sets these right, byte for byte, so that the strict check that follows still sees all of the data.
+libjpeg's warnings count as damage: ffcv's decoder and ours stop at them. Some are of headers alone,
+which cameras and editors write: `mended` sets these right, byte for byte, so that the strict check
+that follows still sees all of the data.
 
 The decoder is the libjpeg-turbo that ffcv links to, so that what passes here decodes there; it is called through
 ctypes, without importing ffcv. Marker codes and layouts: ITU-T T.81, annex B; Exif 2.3, section 4.6.
@@ -12,7 +13,7 @@ import ctypes
 import re
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,7 +22,9 @@ from ffssl.data.turbojpeg import MOST_PIXELS_PER_BYTE, turbojpeg
 
 BASELINE, EXTENDED, PROGRESSIVE = 0xC0, 0xC1, 0xC2
 _FRAME_MARKERS = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # without DHT, JPG, DAC
-_STANDALONE_MARKERS = {0x01, *range(0xD0, 0xD9)}
+_WITHOUT_LENGTH = {0x00, 0x01, *range(0xD0, 0xDA)}  # the first is none: a stuffed byte
+# By libjpeg: comments, and the segments of applications without those of JFIF and Adobe.
+_IGNORED = {0xFE, *range(0xE1, 0xF0)} - {0xEE}
 _START_OF_SCAN, _END_OF_IMAGE, _APP0, _APP1, _APP14 = 0xDA, 0xD9, 0xE0, 0xE1, 0xEE
 # Any but those that occur within a scan: stuffed zeros, restarts, fill bytes.
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)
@@ -84,32 +87,35 @@ def parse_header(data: bytes) -> JpegHeader:
         raise JpegError("has no width or no height")
     if process in (BASELINE, EXTENDED, PROGRESSIVE) and width * height > MOST_PIXELS_PER_BYTE * len(data):
         raise JpegError(f"claims {width} x {height} pixels, more than {len(data)} bytes can hold")
-    return JpegHeader(width, height, components, precision, process, exif.orientation(exif_blocks))
+    orientation = exif.orientation(exif_blocks) if exif_blocks else 1
+    return JpegHeader(width, height, components, precision, process, orientation)
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Yield (begin, marker, end) of each marker segment up to the end of the image, and pass over what lies between them.
+    """Yield (begin, marker, end) of each marker segment, up to the end of the image.
 
-    data[begin] is 0xff, data[begin + 4 : end] what the segment says. Raises JpegError where the next one can't be found.
+    What lies between them is passed over. data[begin] is 0xff, data[begin + 4 : end] what the
+    segment says. Raises JpegError where the next one can't be found.
     """
-    position = 2
+    position, size = 2, len(data)
     while True:
         try:
             begin = data.index(b"\xff", position)
-            while (marker := data[begin + 1]) == 0xFF:  # a marker may be preceded by any number of fill bytes
+            marker = data[begin + 1]
+            while marker == 0xFF:  # a marker may be preceded by any number of fill bytes
                 begin += 1
+                marker = data[begin + 1]
+            position = begin + 2
+            if marker in _WITHOUT_LENGTH:
+                if marker != 0:
+                    yield begin, marker, position
+                if marker == _END_OF_IMAGE:
+                    return
+                continue
+            position += data[position] << 8 | data[position + 1]
         except (ValueError, IndexError):
             raise JpegError("has a cut header") from None
-        position = begin + 2
-        if marker == 0:
-            continue
-        if marker == _END_OF_IMAGE or marker in _STANDALONE_MARKERS:
-            yield begin, marker, position
-            if marker == _END_OF_IMAGE:
-                return
-            continue
-        position += int.from_bytes(data[position : position + 2], "big")
-        if position < begin + 4 or position > len(data):
+        if position < begin + 4 or position > size:
             raise JpegError("has a cut header")
         yield begin, marker, position
         if marker == _START_OF_SCAN:
@@ -125,19 +131,22 @@ def _readable_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def mended(data: bytes) -> bytes:
-    """The file without what libjpeg warns of in its markers, though the picture is whole; `data` itself where it has none of that.
+    """The file without what libjpeg warns of in its markers, though the picture is whole.
 
-    Bytes between segments are taken out. An unknown version of JFIF becomes 1.01; an unknown colour transform of Adobe's
-    the one that decoders assume; the last coefficient of a sequential scan, which decoders ignore, the only one it can be.
-    Coded data stay as they are, and so does what may be damage: a segment whose marker or length is lost, colours that the
-    components' names contradict, other parameters of a scan, and all that follows where a marker can't be found.
+    It is `data` itself where there is none of that. Bytes between segments are taken out. An
+    unknown version of JFIF becomes 1.01; an unknown colour transform of Adobe's the one that
+    decoders assume; the last coefficient of a sequential scan, which decoders ignore, the only one
+    it can be. Coded data stay as they are, and so does what may be damage: a segment whose marker
+    or length is lost, colours that the components' names contradict, other parameters of a scan,
+    and all that follows where a marker can't be found.
     """
     file, gaps = bytearray(data), []
     process, names, jfif, adobe, scanned, last = None, b"", False, None, 0, 2
     for begin, marker, end in _readable_segments(data):
         gap, said = data[last:begin], data[begin + 4 : end]
-        if scanned == 0 and gap.strip(b"\xff"):  # behind a scan it would be data left over, or a scan that has lost its marker
-            if len(gap) == 2 + int.from_bytes(gap[2:4], "big") > 3 or any(name in gap for name in (_JFIF, _ADOBE, exif.PREFIX)):
+        # Behind a scan it would be data left over, or a scan that has lost its marker.
+        if scanned == 0 and gap.strip(b"\xff"):
+            if _is_a_lost_segment(gap):
                 return data
             gaps.append((last, begin))
         last = end
@@ -166,6 +175,11 @@ def mended(data: bytes) -> bytes:
     return data if file == data else bytes(file)
 
 
+def _is_a_lost_segment(gap: bytes) -> bool:
+    named = any(name in gap for name in (_JFIF, _ADOBE, exif.PREFIX))
+    return named or len(gap) == 2 + int.from_bytes(gap[2:4], "big") > 3
+
+
 def verify(data: bytes, header: JpegHeader) -> None:
     """Decode all of the entropy-coded data, at 1/8 scale and in grey, which costs little more than the Huffman codes.
 
@@ -175,22 +189,30 @@ def verify(data: bytes, header: JpegHeader) -> None:
 
 
 def verify_markers(data: bytes) -> None:
-    """Follow the markers to the end of the image, and see what libjpeg makes of them, which costs a fraction of `verify`.
+    """Follow the markers to the end of the image, and see what libjpeg makes of them.
 
-    Raises JpegError for a file that is cut off or overwritten with something else, and for markers that no decoder takes;
-    flipped bits in the coded data go unnoticed.
+    It costs a fraction of `verify`. Raises JpegError for a file that is cut off or overwritten with
+    something else, and for markers that no decoder takes; flipped bits in the coded data go
+    unnoticed.
     """
-    # The markers alone are a file whose data is missing, which libjpeg says unless something about them comes first.
-    # One pixel will do.
+    # The markers alone are a file whose data is missing, which libjpeg says unless something about
+    # them comes first. Of one pixel, and without metadata, it is the same file for many images.
     markers, last = bytearray(data[:2]), 2
     for begin, marker, end in _segments(data):
-        markers += data[begin if last is None else last : end]
+        if last is not None:
+            markers += data[last:begin]
+        if marker not in _IGNORED:
+            markers += data[begin:end]
         if marker in _FRAME_MARKERS:
             markers[begin - end + 5 : begin - end + 9] = b"\0\1\0\1"
         last = end if marker != _START_OF_SCAN else None
-    header = replace(parse_header(data), width=1, height=1)
+    _verify_without_data(bytes(markers))
+
+
+@functools.lru_cache(maxsize=64)
+def _verify_without_data(markers: bytes) -> None:
     try:
-        verify(bytes(markers), header)
+        verify(markers, parse_header(markers))
     except JpegError as error:
         if _DATA_MISSING not in str(error):
             raise

@@ -1,4 +1,5 @@
-"""PNG files at the level of their chunks: what says something about the picture, apart from the picture itself.
+"""PNG files at the level of their chunks: what says something about the picture, apart from the
+picture itself.
 
 Chunk layouts: PNG specification, third edition, section 11.
 """
@@ -8,13 +9,14 @@ import zlib
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PIXELS, _TEXT, _COMPRESSED_TEXT, _EXIF = b"IDAT", b"tEXt", b"zTXt", b"eXIf"
-# Chunks that no pixel depends on. Unknown ones stay, for one may be a damaged name, which its checksum then shows.
+# Chunks that no pixel depends on. Unknown ones stay, for one may be a damaged name, which its
+# checksum then shows.
 _METADATA = frozenset(
-    [_TEXT, _COMPRESSED_TEXT, _EXIF, b"iTXt", b"iCCP", b"gAMA", b"cHRM", b"sRGB", b"cICP", b"mDCV", b"cLLI", b"sBIT"]
-    + [b"bKGD", b"hIST", b"pHYs", b"sPLT", b"tIME"]
+    b"tEXt zTXt iTXt eXIf iCCP gAMA cHRM sRGB cICP mDCV cLLI sBIT bKGD hIST pHYs sPLT tIME".split()
 )
-_PROFILES = (b"Raw profile type exif", b"Raw profile type APP1")  # where ImageMagick put Exif before eXIf was there
-_MOST_PROFILE = 1 << 20  # bytes of text, of twice as many digits as Exif's 64 kB have, and more
+# Where ImageMagick put Exif before there was eXIf.
+_PROFILES = (b"Raw profile type exif", b"Raw profile type APP1")
+_MOST_PROFILE = 1 << 20  # bytes of text; the digits of 64 kB of Exif take an eighth
 
 
 class PngError(ValueError):
@@ -26,10 +28,11 @@ def is_png(data: bytes) -> bool:
 
 
 def without_metadata(data: bytes) -> tuple[bytes, list[bytes]]:
-    """The file without its metadata, and its Exif blocks, see `exif.orientation`. A file that is cut off keeps what is left of it.
+    """The file without its metadata, and its Exif blocks, see `exif.orientation`.
 
-    Pillow is strict with metadata: text of a megabyte, or a wrong checksum of it, would cost the image. With pixels it is not,
-    so their checksums are looked at here. Raises PngError for a wrong one.
+    A file that is cut off keeps what is left of it. Pillow is strict with metadata: text of a
+    megabyte, or a wrong checksum of it, would cost the image. With pixels it is not, so their
+    checksums are looked at here. Raises PngError for a wrong one.
     """
     kept, exif, profiles, start, position = [], [], [], 0, len(SIGNATURE)
     while position + 12 <= len(data):
@@ -38,7 +41,8 @@ def without_metadata(data: bytes) -> tuple[bytes, list[bytes]]:
         if end > len(data):
             break
         if kind == _PIXELS:
-            if zlib.crc32(memoryview(data)[position + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+            checksum = int.from_bytes(data[end - 4 : end], "big")
+            if zlib.crc32(memoryview(data)[position + 4 : end - 4]) != checksum:
                 raise PngError("pixels whose checksum is wrong")
         elif kind in _METADATA:
             kept.append(data[start:position])
@@ -52,13 +56,14 @@ def without_metadata(data: bytes) -> tuple[bytes, list[bytes]]:
 
 
 def _exif_profile(kind: bytes, payload: bytes) -> list[bytes]:
-    """Exif in hexadecimal digits, after three lines of other things; none where it is something else, or damaged."""
+    """What Exif there is in hexadecimal digits, after three lines of other things."""
     keyword, _, text = payload.partition(b"\0")
     if keyword not in _PROFILES:
         return []
     try:
         if kind == _COMPRESSED_TEXT:
-            text = zlib.decompressobj().decompress(text[1:], _MOST_PROFILE)  # after a byte for the method
+            # After a byte for the method.
+            text = zlib.decompressobj().decompress(text[1:], _MOST_PROFILE)
         return [bytes.fromhex(b"".join(text.split(b"\n")[3:]).decode("ascii"))]
     except (ValueError, zlib.error):
         return []
