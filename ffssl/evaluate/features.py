@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from ffssl.config.options import DataOptions
 from ffssl.data.loader import ViewLoader
-from ffssl.data.policy import EVALUATION
+from ffssl.data.policy import (EVALUATION)
 from ffssl.data.normalise import to_input
 
 IMAGES_AT_ONCE = 256  # through the backbone; a probe's batches are larger, and would need memory in proportion

@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from ffssl.run_folder import checkpoint
 from ffssl.data.loader import ViewLoader
 from ffssl.data.order import epoch_order
-from ffssl.data.policy import EVALUATION
+from ffssl.data.policy import (EVALUATION)
 from ffssl.errors import UserError
 from ffssl.evaluate.features import frozen_features
 from ffssl.training.optimizers import build_optimizer, set_learning_rate_and_momentum
