@@ -294,7 +294,8 @@ def main() -> int:
     # As an exception, so that the unfinished file is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     for stream in (sys.stdout, sys.stderr):  # a terminal that knows only ASCII
-        stream.reconfigure(errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     options = build_parser().parse_args()
     try:
         run(options)

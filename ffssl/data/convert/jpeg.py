@@ -10,6 +10,7 @@ ctypes, without importing ffcv. Marker codes and layouts: ITU-T T.81, annex B; E
 
 import contextlib
 import ctypes
+import functools
 import re
 import struct
 from collections.abc import Callable, Iterator

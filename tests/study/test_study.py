@@ -27,7 +27,7 @@ from ffssl.study.__main__ import check_unchanged, comparable, finished, write_re
 from ffssl.study.recipes import Run, read_study
 from ffssl.study.table_and_picture import draw, first_reached, format_table, mean_curve, summarise
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TOY = {
     "title": "Toy",
     "embedded": {"train": 100, "validation": 20},

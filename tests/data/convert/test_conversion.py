@@ -820,7 +820,7 @@ from ffssl.data.convert.sources.folder import ImageFolder
 )
 def test_a_program_that_workers_cannot_import_is_told(folder, program):
     (folder.parent / "program.py").write_text(program)
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     result = subprocess.run(
         [sys.executable, "program.py"],
         cwd=folder.parent,

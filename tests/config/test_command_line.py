@@ -9,7 +9,7 @@ import pytest
 from ffssl.config.command_line import exit_status
 from ffssl.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def raising(error):
