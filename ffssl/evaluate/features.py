@@ -14,7 +14,7 @@ from ffssl.data.loader import ViewLoader
 from ffssl.data.normalise import to_input
 from ffssl.data.policy import EVALUATION
 from ffssl.parallel.device import mark_work
-from ffssl.run_folder.saver import copy_to_host
+from ffssl.run_folder.background_writer import copy_to_host
 from ffssl.training.step import to_device
 
 IMAGES_AT_ONCE = 256  # through the backbone; a probe's batches are larger, and would need memory in proportion
