@@ -10,6 +10,7 @@ from ffssl.parallel.openmp import share_cores
 BENCHMARKS = {
     "loader": "images/s of the loader and of its peers, in one run",
     "step": "a training step: where its time goes, and how near it is to the ceiling",
+    "agreement": "whether the GPU computes what the CPU does: losses and chosen pairs of all methods",
     "speedup": "how much faster one config trains than another, by timing every stage of both",
 }
 
@@ -18,7 +19,7 @@ def main() -> None:
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print("usage: python -m ffssl.benchmark NAME ...\n")
-        print("\n".join(f"{name:<9}{about}" for name, about in BENCHMARKS.items()))
+        print("\n".join(f"{name:<11}{about}" for name, about in BENCHMARKS.items()))
         return
     if name not in BENCHMARKS:
         raise UserError(f"{name!r}: unknown benchmark; known are {', '.join(BENCHMARKS)}")

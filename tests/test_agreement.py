@@ -1,0 +1,29 @@
+"""`python -m ffssl.benchmark agreement`, on a CPU that stands for a GPU."""
+
+import pytest
+import torch
+
+from ffssl.benchmark import agreement
+from ffssl.errors import UserError
+
+
+def test_a_cpu_agrees_with_itself_in_float32_and_half_precision_is_told_beside_it(capsys):
+    agreement.main(["--methods", "simclr"])
+    name, loss, half_loss, pairs, half_pairs = capsys.readouterr().out.splitlines()[-1].split()
+    assert (name, float(loss), pairs) == ("simclr", 0, "100%")
+    assert 0 < float(half_loss) and 0 < int(half_pairs[:-1]) < 100
+
+
+@pytest.mark.parametrize("loss, pair", [(0.02, 0), (0, 1)])
+def test_a_device_that_computes_something_else_is_named_with_the_method(monkeypatch, capsys, loss, pair):
+    answers = iter([(torch.ones(4), torch.zeros(4, 16, 2)), (torch.full((4,), 1 + loss), torch.full((4, 16, 2), pair)), (torch.ones(4), torch.zeros(4, 16, 2))])
+    monkeypatch.setattr(agreement, "first_steps", lambda *_: next(answers))
+    with pytest.raises(UserError, match="the cpu does not compute what the CPU does, for byol"):
+        agreement.main(["--methods", "byol"])
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_the_machine_alone_is_described_without_a_step(monkeypatch, capsys):
+    monkeypatch.setattr(agreement, "first_steps", None)
+    agreement.main(["--describe"])
+    assert "torch" in capsys.readouterr().out
