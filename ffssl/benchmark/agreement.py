@@ -24,7 +24,7 @@ from ffssl.parallel.device import choose_device, has_bf16
 from ffssl.parallel.energy import energy_counter
 from ffssl.run_folder.machine import describe_machine
 from ffssl.training.schedule import Plan
-from ffssl.training.step import build, start_run, train_step
+from ffssl.training.build import build
 
 PACKAGES = ("ffssl", "torch", "torchvision", "timm", "numba", "numpy", "ffcv")
 CPU = torch.device("cpu")
