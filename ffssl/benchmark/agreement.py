@@ -25,6 +25,8 @@ from ffssl.parallel.energy import energy_counter
 from ffssl.run_folder.machine import describe_machine
 from ffssl.training.schedule import Plan
 from ffssl.training.build import build
+from ffssl.training.run import start_run
+from ffssl.training.step import train_step
 
 PACKAGES = ("ffssl", "torch", "torchvision", "timm", "numba", "numpy", "ffcv")
 CPU = torch.device("cpu")
