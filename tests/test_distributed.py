@@ -331,10 +331,10 @@ def test_a_rank_takes_the_gpu_of_its_number_on_the_machine_and_the_first_where_i
 
 def test_what_is_saved_of_an_epoch_goes_on_in_another_number_of_ranks(monkeypatch):
     tally = Tally([torch.tensor(1.0)] * 3, [torch.tensor(2.0)] * 3, seconds=10.0, waited=1.0, replaced=1.5, kwh=0.5)  # the means of four
-    monkeypatch.setattr("ffssl.training.epoch.world_size", lambda: 4)
+    monkeypatch.setattr("ffssl.training.totals.world_size", lambda: 4)
     saved = tally.state()
     for ranks in (1, 2, 4):
-        monkeypatch.setattr("ffssl.training.epoch.world_size", lambda: ranks)
+        monkeypatch.setattr("ffssl.training.totals.world_size", lambda: ranks)
         goes_on = Tally.restored(saved, torch.device("cpu"))
         assert (goes_on.replaced * ranks, goes_on.kwh * ranks) == (6, 2)
         assert (goes_on.seconds, goes_on.waited, goes_on.steps) == (10, 1, 3)

@@ -224,7 +224,7 @@ def test_several_processes_are_shown(folder):
 def test_what_decides_an_accuracy_decides_whether_it_is_comparable(folder, section, name, value):
     first, run = read_runs([folder / "<b>", folder / "hard"])
     assert first.evaluation == run.evaluation
-    setattr(getattr(run.options, section), name, value)
+    run = replace(run, options=run.options.changed(**{section: {name: value}}))
     assert first.evaluation != run.evaluation
 
 
