@@ -1,4 +1,6 @@
-"""Converts images to FFCV's .beton files, from which FFSSL trains: `python write_datasets.py --help`."""
+"""Converts images to FFCV's .beton files, from which FFSSL trains: `python write_datasets.py
+--help`.
+"""
 
 import argparse
 import difflib
@@ -31,7 +33,9 @@ class Parser(argparse.ArgumentParser):
     """argparse with one-line errors that name the nearest known word."""
 
     def __init__(self, **options):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options
+        )
 
     def error(self, message: str):
         print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
@@ -41,15 +45,23 @@ class Parser(argparse.ArgumentParser):
         # Before argparse: it would first complain of the required option whose name was mistyped.
         for word in sys.argv[1:] if args is None else args:
             option = word.split("=")[0]
-            if self._subparsers is None and option.startswith("--") and option not in self._option_string_actions:
-                self.error(f"unknown option {option}{_did_you_mean(option, self._option_string_actions)}")
+            if (
+                self._subparsers is None
+                and option.startswith("--")
+                and option not in self._option_string_actions
+            ):
+                self.error(
+                    f"unknown option {option}{_did_you_mean(option, self._option_string_actions)}"
+                )
         return super().parse_known_args(args, namespace)
 
     def _check_value(self, action, value):
         if action.choices is not None and value not in action.choices:
             what = action.metavar or " ".join(action.option_strings)
             known = ", ".join(action.choices)
-            self.error(f"unknown {what} {value!r}{_did_you_mean(value, action.choices)} (known: {known})")
+            self.error(
+                f"unknown {what} {value!r}{_did_you_mean(value, action.choices)} (known: {known})"
+            )
 
 
 def _did_you_mean(word: str, known) -> str:
@@ -60,10 +72,15 @@ def _did_you_mean(word: str, known) -> str:
 def build_parser() -> Parser:
     common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     output = common.add_argument_group("output")
-    output.add_argument("--output", "-o", required=True, type=Path, metavar="FILE", help="the .beton file to write")
+    output.add_argument(
+        "--output", "-o", required=True, type=Path, metavar="FILE", help="the .beton file to write"
+    )
     output.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
     output.add_argument(
-        "--max-side", type=int, metavar="PX", help="reduce images whose longer side is larger (default: keep sizes)"
+        "--max-side",
+        type=int,
+        metavar="PX",
+        help="reduce images whose longer side is larger (default: keep sizes)",
     )
     output.add_argument(
         "--jpeg-quality",
@@ -85,7 +102,9 @@ def build_parser() -> Parser:
         type=float,
         default=1.0,
         metavar="P",
-        help="share of images stored as JPEG, the rest as raw pixels, larger and faster (default: 1)",
+        help=(
+            "share of images stored as JPEG, the rest as raw pixels, larger and faster (default: 1)"
+        ),
     )
     run = common.add_argument_group("run")
     run.add_argument(
@@ -99,9 +118,14 @@ def build_parser() -> Parser:
         "--subset",
         type=int,
         metavar="N",
-        help="only N images, drawn at random but the same each time; smaller subsets are part of larger ones",
+        help=(
+            "only N images, drawn at random but the same each time; smaller subsets are part "
+            "of larger ones"
+        ),
     )
-    run.add_argument("--subset-seed", type=int, default=0, metavar="S", help="draw another subset (default: 0)")
+    run.add_argument(
+        "--subset-seed", type=int, default=0, metavar="S", help="draw another subset (default: 0)"
+    )
     run.add_argument(
         "--skip-broken",
         action="store_true",
@@ -123,7 +147,9 @@ def build_parser() -> Parser:
     sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE", title="sources")
 
     def add(name: str, summary: str, details: str = "") -> Parser:
-        return sources.add_parser(name, parents=[common], help=summary, description=f"{summary}.\n{details}")
+        return sources.add_parser(
+            name, parents=[common], help=summary, description=f"{summary}.\n{details}"
+        )
 
     def add_input(source: Parser, metavar: str, text: str, **options) -> None:
         source.add_argument("--input", "-i", required=True, metavar=metavar, help=text, **options)
@@ -144,7 +170,9 @@ def build_parser() -> Parser:
     )
     add_input(folder, "DIR", "the folder")
     folder.add_argument(
-        "--no-labels", action="store_true", help="take all images below DIR, however nested, without labels"
+        "--no-labels",
+        action="store_true",
+        help="take all images below DIR, however nested, without labels",
     )
 
     imagenet = add("imagenet", "ImageNet (ILSVRC 2012), already extracted")
@@ -160,20 +188,34 @@ def build_parser() -> Parser:
     imagenette = add("imagenette", "Imagenette, downloaded if need be")
     add_input(imagenette, "DIR", "where it is or shall be put")
     add_split(imagenette, "train", "val")
-    imagenette.add_argument("--size", choices=("full", "320px", "160px"), default="full", help="default: full")
+    imagenette.add_argument(
+        "--size", choices=("full", "320px", "160px"), default="full", help="default: full"
+    )
 
-    cifar10 = add("cifar10", "CIFAR-10, downloaded if need be", "Pixels: --compressed-share 0 stores them exactly.")
+    cifar10 = add(
+        "cifar10",
+        "CIFAR-10, downloaded if need be",
+        "Pixels: --compressed-share 0 stores them exactly.",
+    )
     add_input(cifar10, "DIR", "where it is or shall be put")
     add_split(cifar10, "train", "test")
 
-    stl10 = add("stl10", "STL-10, downloaded if need be", "Pixels: --compressed-share 0 stores them exactly.")
+    stl10 = add(
+        "stl10",
+        "STL-10, downloaded if need be",
+        "Pixels: --compressed-share 0 stores them exactly.",
+    )
     add_input(stl10, "DIR", "where it is or shall be put")
     add_split(stl10, "train", "test", "unlabeled", "train+unlabeled")
 
     huggingface = add(
-        "huggingface", "Hugging Face data sets in Parquet files", "Needs pyarrow: pip install 'ffssl[huggingface]'."
+        "huggingface",
+        "Hugging Face data sets in Parquet files",
+        "Needs pyarrow: pip install 'ffssl[huggingface]'.",
     )
-    add_input(huggingface, "PATH", "Parquet files, patterns, or the folder that holds them", nargs="+")
+    add_input(
+        huggingface, "PATH", "Parquet files, patterns, or the folder that holds them", nargs="+"
+    )
     huggingface.add_argument(
         "--split",
         metavar="NAME",
@@ -194,19 +236,27 @@ def build_parser() -> Parser:
         "where all .txt are integers, that.",
     )
     add_input(
-        webdataset, "SHARDS", "shards, in quotes: 'train-{000..146}.tar', 'shards/*.tar', or their folder", nargs="+"
+        webdataset,
+        "SHARDS",
+        "shards, in quotes: 'train-{000..146}.tar', 'shards/*.tar', or their folder",
+        nargs="+",
     )
     add_no_labels(webdataset)
 
     embedded = add("embedded", "FFSSL's own small data set, drawn on the spot")
     add_split(embedded, "train", "val")
-    embedded.add_argument("--size", type=int, default=2000, metavar="N", help="number of images (default: 2000)")
+    embedded.add_argument(
+        "--size", type=int, default=2000, metavar="N", help="number of images (default: 2000)"
+    )
     embedded.add_argument("--seed", type=int, default=0, help="draw other images (default: 0)")
     return parser
 
 
 def open_source(options: argparse.Namespace):
-    """The source that the command line names. Modules are imported here: some need packages that others do not."""
+    """The source that the command line names.
+
+    Modules are imported here: some need packages that others do not.
+    """
     match options.source:
         case "folder":
             from ffssl.data.convert.sources.folder import ImageFolder
@@ -270,8 +320,14 @@ def print_summary(summary) -> None:
     if summary.class_names:
         classes = f"{len(summary.class_names)} classes"
     rate = summary.samples / summary.seconds
-    print(f"{summary.path}: {summary.samples} samples, {classes}, {summary.file_bytes / 1e6:.1f} MB")
-    print(f"  {', '.join(f'{count} {how}' for how, count in summary.counts.items() if count)}; {rate:.0f} image/s")
+    print(
+        f"{summary.path}: {summary.samples} samples, {classes}, {summary.file_bytes / 1e6:.1f} MB"
+    )
+    print(
+        "  "
+        f"{', '.join(f'{count} {how}' for how, count in summary.counts.items() if count)}; "
+        f"{rate:.0f} image/s"
+    )
     print(f"  sha256 {summary.sha256}")
     if summary.unlabelled and summary.labels:
         print(f"  {summary.unlabelled} samples without a label (-1)")
@@ -290,7 +346,9 @@ def print_summary(summary) -> None:
 
 
 def main() -> int:
-    """Exit status: 0; 1 when the run failed, at a broken image say; 2 for a mistake in the options; 130 for Ctrl-C."""
+    """Exit status: 0; 1 when the run failed, at a broken image say; 2 for a mistake in the options;
+    130 for Ctrl-C.
+    """
     # As an exception, so that the unfinished file is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     for stream in (sys.stdout, sys.stderr):  # a terminal that knows only ASCII

@@ -3,12 +3,14 @@
     PYTHONPATH=. python benchmarks/soak.py                                   # 200 epochs of drawn images, about a minute
     PYTHONPATH=. python benchmarks/soak.py --data train.beton --epochs 1000 --batch-size 64
 
-Every epoch has another resolution than the last; two of three are left by `break` after 0 to 3 batches. After every tenth, an evaluation
-pass: a second loader of centre crops is opened, served to its end and closed, as the kNN of a training run does.
+Every epoch has another resolution than the last; two of three are left by `break` after 0 to 3
+batches. After every tenth, an evaluation pass: a second loader of centre crops is opened, served to
+its end and closed, as the kNN of a training run does.
 
-Flat is: once a quarter of the epochs have warmed the process up, no epoch ends with more threads or descriptors than any other, and the
-median resident memory (VmRSS) of the last quarter of the epochs is at most LIMIT_MB above that of the second. Of the epochs' views a single
-batch lost every tenth epoch would be more. Leaves with status 1 if they are not flat.
+Flat is: once a quarter of the epochs have warmed the process up, no epoch ends with more threads or
+descriptors than any other, and the median resident memory (VmRSS) of the last quarter of the epochs
+is at most LIMIT_MB above that of the second. Of the epochs' views a single batch lost every tenth
+epoch would be more. Leaves with status 1 if they are not flat.
 """
 
 import argparse
@@ -25,9 +27,9 @@ from pathlib import Path
 
 from ffssl.config.command_line import exit_status
 from ffssl.data.convert.conversion import ConvertOptions, convert
+from ffssl.data.convert.sources.embedded import Embedded
 from ffssl.data.loader import ViewLoader
 from ffssl.data.policy import EVALUATION
-from ffssl.data.convert.sources.embedded import Embedded
 
 LIMIT_MB = 2
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of glibc's malloc.h
@@ -38,7 +40,9 @@ EPOCHS_BETWEEN_EVALUATIONS = 10
 
 @dataclass(frozen=True)
 class Usage:
-    """What this process holds: resident memory in bytes, threads, not only Python's, open file descriptors."""
+    """What this process holds: resident memory in bytes, threads, not only Python's, open file
+    descriptors.
+    """
 
     memory: int
     threads: int
@@ -48,15 +52,21 @@ class Usage:
     def now(cls) -> "Usage":
         with open("/proc/self/status") as file:
             status = dict(line.split(":", 1) for line in file)
-        return cls(1024 * int(status["VmRSS"].split()[0]), int(status["Threads"]), len(os.listdir("/proc/self/fd")))
+        return cls(
+            1024 * int(status["VmRSS"].split()[0]),
+            int(status["Threads"]),
+            len(os.listdir("/proc/self/fd")),
+        )
 
 
 def settle() -> None:
-    """Have happen now what else happens once in the course of the epochs, at no fixed one, and looks like growth of 4 to 14 MB.
+    """Have happen now what else happens once in the course of the epochs, at no fixed one, and
+    looks like growth of 4 to 14 MB.
 
-    glibc raises the size from which a buffer gets pages of its own as buffers are freed, and its heaps then grow in steps until they hold
-    the largest mix of batches; a thread may get a heap of its own. And Python's table of interned strings, which loses no slot to a string
-    that is gone, is made anew and larger when the strings of the code compiled for each loader have used it up.
+    glibc raises the size from which a buffer gets pages of its own as buffers are freed, and its
+    heaps then grow in steps until they hold the largest mix of batches; a thread may get a heap of
+    its own. And Python's table of interned strings, which loses no slot to a string that is gone,
+    is made anew and larger when the strings of the code compiled for each loader have used it up.
     """
     mallopt = ctypes.CDLL(None).mallopt
     mallopt(M_MMAP_THRESHOLD, 64 * 1024)  # a size that is set is no longer raised
@@ -69,13 +79,23 @@ def soak(path: Path, epochs: int, batch_size: int) -> Iterator[Usage]:
     """Usage at the end of each epoch."""
     with ViewLoader(path, batch_size=batch_size, views=2, resolution=max(RESOLUTIONS)) as loader:
         for epoch in range(epochs):
-            loader.set_epoch(epoch, RESOLUTIONS[epoch % len(RESOLUTIONS)], magnitude=5 + epoch / epochs)
+            loader.set_epoch(
+                epoch, RESOLUTIONS[epoch % len(RESOLUTIONS)], magnitude=5 + epoch / epochs
+            )
             most = len(loader) if epoch % 3 == 0 else epoch % 4
             for served, _ in enumerate(loader, start=1):
                 if served > most:
                     break
             if epoch % EPOCHS_BETWEEN_EVALUATIONS == 0:
-                with ViewLoader(path, batch_size=batch_size, views=1, resolution=128, policy=EVALUATION, shuffle=False, drop_last=False) as images:
+                with ViewLoader(
+                    path,
+                    batch_size=batch_size,
+                    views=1,
+                    resolution=128,
+                    policy=EVALUATION,
+                    shuffle=False,
+                    drop_last=False,
+                ) as images:
                     for _ in images:
                         pass
             time.sleep(0.05)  # a thread that Python has joined is still leaving
@@ -83,13 +103,19 @@ def soak(path: Path, epochs: int, batch_size: int) -> Iterator[Usage]:
 
 
 def is_flat(usages: list[Usage]) -> bool:
-    """By the criterion above. Raises ValueError for fewer than eight epochs, which have no quarters to compare."""
+    """By the criterion above.
+
+    Raises ValueError for fewer than eight epochs, which have no quarters to compare.
+    """
     if len(usages) < 8:
         raise ValueError(f"{len(usages)} epochs are too few to tell")
     quarter = len(usages) // 4
     warm = usages[quarter:]
     growth = _median_memory(warm[-quarter:]) - _median_memory(warm[:quarter])
-    return len({(usage.threads, usage.descriptors) for usage in warm}) == 1 and growth <= LIMIT_MB * 1e6
+    return (
+        len({(usage.threads, usage.descriptors) for usage in warm}) == 1
+        and growth <= LIMIT_MB * 1e6
+    )
 
 
 def table(usages: list[Usage]) -> str:
@@ -98,8 +124,12 @@ def table(usages: list[Usage]) -> str:
     bounds = [len(usages) * i // 8 for i in range(9)]
     for first, end in itertools.pairwise(bounds):
         part = usages[first:end]
-        threads, descriptors = (_span(getattr(usage, name) for usage in part) for name in ("threads", "descriptors"))
-        lines.append(f"{f'{first + 1} to {end}':>12}{_median_memory(part) / 1e6:>14.1f}{threads:>12}{descriptors:>14}")
+        threads, descriptors = (
+            _span(getattr(usage, name) for usage in part) for name in ("threads", "descriptors")
+        )
+        lines.append(
+            f"{f'{first + 1} to {end}':>12}{_median_memory(part) / 1e6:>14.1f}{threads:>12}{descriptors:>14}"
+        )
     return "\n".join(lines)
 
 
@@ -113,10 +143,16 @@ def _span(numbers: Iterator[int]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, metavar="FILE", help="a beton file; drawn images if not given")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="FILE", help="a beton file; drawn images if not given"
+    )
     parser.add_argument("--epochs", type=int, default=200, help="8 or more (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="images in a batch (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="images in a batch (default: %(default)s)"
+    )
     options = parser.parse_args()
     if options.epochs < 8:
         parser.error(f"--epochs: {options.epochs} are too few to tell, at least 8 are needed")
@@ -128,7 +164,14 @@ def main() -> int:
         usages = list(soak(path, options.epochs, options.batch_size))
     flat = is_flat(usages)
     print(table(usages))
-    print("flat" if flat else f"not flat: memory grew by more than {LIMIT_MB} MB, or threads or descriptors changed, after the first quarter")
+    print(
+        "flat"
+        if flat
+        else (
+            f"not flat: memory grew by more than {LIMIT_MB} MB, or threads or descriptors "
+            "changed, after the first quarter"
+        )
+    )
     return int(not flat)
 
 

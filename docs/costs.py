@@ -1,8 +1,10 @@
-"""Fill in the costs in docs/reproduce.md: the FLOPs of its commands as `ffssl.cost` counts them, and the hours that follow.
+"""Fill in the costs in docs/reproduce.md: the FLOPs of its commands as `ffssl.cost` counts them,
+and the hours that follow.
 
     python docs/costs.py
 
-A row of the document's tables is about the command whose --run.folder is runs/ and what the row's first cell says.
+A row of the document's tables is about the command whose --run.folder is runs/ and what the row's
+first cell says.
 """
 
 import re
@@ -15,20 +17,33 @@ from ffssl.cost.runs import IMAGES, RunCosts, petaflop
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "reproduce.md"
-FLOP_PER_SECOND = {"V100": 0.25 * 125e12, "H200": 0.10 * 989e12}  # shares of the peaks in half precision; the document says why
-ROW = re.compile(r"^\| `(?P<run>[^`]+)` \|(?P<about>[^|]*)\|[^|]*\|[^|]*\|(?P<paper>[^|]*)\|[^|]*\|[^|]*\|$", re.MULTILINE)
+# Shares of the peaks in half precision; the document says why.
+FLOP_PER_SECOND = {"V100": 0.25 * 125e12, "H200": 0.10 * 989e12}
+ROW = re.compile(
+    r"^\| `(?P<run>[^`]+)` \|(?P<about>[^|]*)\|[^|]*\|[^|]*\|(?P<paper>[^|]*)\|[^|]*\|[^|]*\|$",
+    re.MULTILINE,
+)
 
 
 def commands(text: str) -> dict[str, list[str]]:
-    """The arguments of every `python ffssl/train.py` in the document's bash blocks, as bash expands them, by the run's name."""
+    """The arguments of every `python ffssl/train.py` in the document's bash blocks, as bash expands
+    them, by the run's name.
+    """
     blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
     stand_in = 'python() { [ "$1" != ffssl/train.py ] || printf "%s\\n" "${*:2}"; }\n'
-    output = subprocess.run(["bash", "-euc", stand_in + "\n".join(blocks)], capture_output=True, text=True, check=True).stdout
-    return {line.partition("--run.folder=runs/")[2].split()[0]: line.split() for line in output.splitlines()}
+    output = subprocess.run(
+        ["bash", "-euc", stand_in + "\n".join(blocks)], capture_output=True, text=True, check=True
+    ).stdout
+    return {
+        line.partition("--run.folder=runs/")[2].split()[0]: line.split()
+        for line in output.splitlines()
+    }
 
 
 def cells(options: Options, costs: RunCosts) -> tuple[str, str, str, str]:
-    """What stands in a row: PFLOP by the standard count and by the paper's, hours on a V100 and on an H200."""
+    """What stands in a row: PFLOP by the standard count and by the paper's, hours on a V100 and on
+    an H200.
+    """
     stages, images = costs.stages(options), IMAGES[options.data.train.removesuffix("-train.beton")]
     standard, papers = (petaflop(stages, images, count) for count in (STANDARD, PAPERS))
     hours = [standard * 1e15 / speed / 3600 for speed in FLOP_PER_SECOND.values()]
@@ -40,7 +55,10 @@ def filled_in(text: str) -> str:
 
     def row(match: re.Match) -> str:
         standard, papers, v100, h200 = cells(read_options(arguments[match["run"]]), costs)
-        return f"| `{match['run']}` |{match['about']}| {standard} | {papers} |{match['paper']}| {v100} | {h200} |"
+        return (
+            f"| `{match['run']}` |{match['about']}| {standard} | {papers} |{match['paper']}| "
+            f"{v100} | {h200} |"
+        )
 
     return ROW.sub(row, text)
 

@@ -1,4 +1,6 @@
-"""Backbones: networks from images (N, 3, R, R) to pooled features (N, features), with random weights."""
+"""Backbones: networks from images (N, 3, R, R) to pooled features (N, features), with random
+weights.
+"""
 
 import copy
 import difflib
@@ -16,7 +18,8 @@ from ffssl.errors import UserError
 
 
 class SmallResNet(nn.Module):
-    """A residual network for CPUs and images of 32 to 64 pixels: a 3x3 stem of stride 2, and a basic block at each of the widths.
+    """A residual network for CPUs and images of 32 to 64 pixels: a 3x3 stem of stride 2, and a
+    basic block at each of the widths.
 
     With the default widths it has 1.2 M parameters and a stride of 16.
     """
@@ -24,7 +27,9 @@ class SmallResNet(nn.Module):
     def __init__(self, widths: tuple[int, ...] = (32, 64, 128, 256)):
         super().__init__()
         self.stem = nn.Sequential(
-            nn.Conv2d(3, widths[0], 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True)
+            nn.Conv2d(3, widths[0], 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(widths[0]),
+            nn.ReLU(inplace=True),
         )
         halving = [_halving_block(inputs, outputs) for inputs, outputs in zip(widths, widths[1:])]
         self.blocks = nn.Sequential(BasicBlock(widths[0], widths[0]), *halving)
@@ -38,7 +43,9 @@ class SmallResNet(nn.Module):
 
 
 def _halving_block(inputs: int, outputs: int) -> BasicBlock:
-    shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=2, bias=False), nn.BatchNorm2d(outputs))
+    shortcut = nn.Sequential(
+        nn.Conv2d(inputs, outputs, 1, stride=2, bias=False), nn.BatchNorm2d(outputs)
+    )
     return BasicBlock(inputs, outputs, stride=2, downsample=shortcut)
 
 
@@ -48,17 +55,20 @@ class TimmModel(nn.Module):
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
-        self.features = getattr(network, "head_hidden_size", network.num_features)  # some have a layer after the pooling
+        # Some have a layer after the pooling.
+        self.features = getattr(network, "head_hidden_size", network.num_features)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
 
 
 class ResizableViT(TimmModel):
-    """A vision transformer of timm (`VisionTransformer`) for images of any size that its patches divide.
+    """A vision transformer of timm (`VisionTransformer`) for images of any size that its patches
+    divide.
 
-    Its position embeddings are resampled to the images' grid by a matrix, through which they are learned. In eager mode it is computed
-    once for each grid, and a step costs one small product; code of torch.compile computes it anew. ValueError for other sizes.
+    Its position embeddings are resampled to the images' grid by a matrix, through which they are
+    learned. In eager mode it is computed once for each grid, and a step costs one small product;
+    code of torch.compile computes it anew. ValueError for other sizes.
     """
 
     def __init__(self, network: nn.Module):
@@ -72,19 +82,23 @@ class ResizableViT(TimmModel):
         embedding = self.network.pos_embed
         if embedding is None:
             return super().forward(images)
-        resampled = resample_positions(embedding, self.network.patch_embed.grid_size, (height // patch[0], width // patch[1]))
+        resampled = resample_positions(
+            embedding, self.network.patch_embed.grid_size, (height // patch[0], width // patch[1])
+        )
         return functional_call(self.network, {"pos_embed": resampled}, (images,))
 
 
 def resample_positions(embedding: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Position embeddings (1, p + h w, d) of an `old` grid (h, w) for a `new` one, bicubic with antialiasing as timm does.
+    """Position embeddings (1, p + h w, d) of an `old` grid (h, w) for a `new` one, bicubic with
+    antialiasing as timm does.
 
     The first p, of tokens that are no patches, stay.
     """
     if old == new:
         return embedding
     prefix = embedding.shape[1] - old[0] * old[1]
-    with torch.autocast("cuda" if embedding.is_cuda else "cpu", enabled=False):  # which would round them
+    # Which would round them.
+    with torch.autocast("cuda" if embedding.is_cuda else "cpu", enabled=False):
         patches = _resampling_matrix(old, new, embedding.device) @ embedding[:, prefix:].float()
     return torch.cat([embedding[:, :prefix], patches.to(embedding.dtype)], dim=1)
 
@@ -92,25 +106,32 @@ def resample_positions(embedding: Tensor, old: tuple[int, int], new: tuple[int, 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)  # a tensor made in inference mode could not be used in training later
 def _resampling_matrix(old: tuple[int, int], new: tuple[int, int], device: torch.device) -> Tensor:
-    """The linear map (new patches, old patches) that interpolation is: its columns are the images of the unit vectors."""
+    """The linear map (new patches, old patches) that interpolation is: its columns are the images
+    of the unit vectors.
+    """
     positions = old[0] * old[1]
     units = torch.eye(positions, device=device).view(positions, 1, *old)
-    return F.interpolate(units, new, mode="bicubic", antialias=True).view(positions, -1).T.contiguous()
+    return (
+        F.interpolate(units, new, mode="bicubic", antialias=True).view(positions, -1).T.contiguous()
+    )
 
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 BACKBONES = ("resnet-small", *RESNETS, "vit_small_patch16_224", "vit_base_patch16_224")
 
 
-def build_backbone(name: str, *, zero_init_residual: bool = False, stem: str = "imagenet") -> nn.Module:
+def build_backbone(
+    name: str, *, zero_init_residual: bool = False, stem: str = "imagenet"
+) -> nn.Module:
     """A randomly initialised backbone; its attribute `features` is the length of its output.
 
-    name: one of BACKBONES, or any model of timm that has pooled features. Its vision transformers take images of any size that
-    their patches divide; nothing is downloaded.
-    zero_init_residual: start every residual block as the identity (SimSiam's official code does), in the networks of RESNETS.
-    stem: "cifar", for images of up to 64 pixels and the networks of RESNETS: a 3x3 convolution of stride 1 and no pooling, as
-    SimCLR's authors do on CIFAR-10 (section B.9).
-    Raises UserError for an unknown name, with those that are close, and for a network without pooled features.
+    name: one of BACKBONES, or any model of timm that has pooled features. Its vision transformers
+    take images of any size that their patches divide; nothing is downloaded. zero_init_residual:
+    start every residual block as the identity (SimSiam's official code does), in the networks of
+    RESNETS. stem: "cifar", for images of up to 64 pixels and the networks of RESNETS: a 3x3
+    convolution of stride 1 and no pooling, as SimCLR's authors do on CIFAR-10 (section B.9). Raises
+    UserError for an unknown name, with those that are close, and for a network without pooled
+    features.
     """
     if name in RESNETS:
         return _torchvision_resnet(name, zero_init_residual, stem)
@@ -120,7 +141,9 @@ def build_backbone(name: str, *, zero_init_residual: bool = False, stem: str = "
 
 
 def _torchvision_resnet(name: str, zero_init_residual: bool, stem: str) -> nn.Module:
-    network = torchvision.models.get_model(name, weights=None, zero_init_residual=zero_init_residual)
+    network = torchvision.models.get_model(
+        name, weights=None, zero_init_residual=zero_init_residual
+    )
     network.features = network.fc.in_features
     network.fc = nn.Identity()
     if stem == "cifar":
@@ -138,22 +161,31 @@ def _timm_model(name: str) -> nn.Module:
     if name not in known:
         close = difflib.get_close_matches(name, {*BACKBONES, *known})
         nearest = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise UserError(f"model.backbone: unknown backbone {name!r}; known are {', '.join(BACKBONES)}, and the models of timm{nearest}")
+        raise UserError(
+            f"model.backbone: unknown backbone {name!r}; known are {', '.join(BACKBONES)}, "
+            f"and the models of timm{nearest}"
+        )
     network = timm.create_model(name, pretrained=False, num_classes=0)
     return ResizableViT(network) if isinstance(network, VisionTransformer) else TimmModel(network)
 
 
 def check_resolutions(name: str, backbone: nn.Module, resolutions: Mapping[int, str]) -> None:
-    """Raises UserError where `backbone`, called `name`, has no pooled features of images of one of the `resolutions`, naming the option
-    that this one comes from.
+    """Raises UserError where `backbone`, called `name`, has no pooled features of images of one of
+    the `resolutions`, naming the option that this one comes from.
 
-    resolutions: sides in pixels, and the option of each. Computes nothing: shapes alone go through the network.
+    resolutions: sides in pixels, and the option of each. Computes nothing: shapes alone go through
+    the network.
     """
     probe = copy.deepcopy(backbone).to("meta")
     for side, option in sorted(resolutions.items()):
         try:
             features = probe(torch.empty(2, 3, side, side, device="meta"))
         except Exception as error:  # timm's models refuse a size by whatever their layers raise
-            raise UserError(f"{option}: {name} can't take views of {side} px: {' '.join(str(error).split())}") from error
+            raise UserError(
+                f"{option}: {name} can't take views of {side} px: {' '.join(str(error).split())}"
+            ) from error
         if getattr(features, "shape", None) != (2, backbone.features):
-            raise UserError(f"model.backbone: {name} has no pooled features; choose one of {', '.join(BACKBONES)}, or another of timm")
+            raise UserError(
+                f"model.backbone: {name} has no pooled features; choose one of "
+                f"{', '.join(BACKBONES)}, or another of timm"
+            )

@@ -1,8 +1,10 @@
-"""The whole of FFSSL on two CPU cores, in minutes: images -> beton files -> a baseline and an efficient run -> a report of both.
+"""The whole of FFSSL on two CPU cores, in minutes: images -> beton files -> a baseline and an
+efficient run -> a report of both.
 
     python -m ffssl.demo [--folder runs/demo]
 
-It runs the commands that a user would run, and prints them. Runs that are in the folder already are kept and only compared.
+It runs the commands that a user would run, and prints them. Runs that are in the folder already are
+kept and only compared.
 """
 
 import argparse
@@ -12,38 +14,75 @@ import sys
 import time
 from pathlib import Path
 
-from ffssl.config.command_line import exit_status
 from ffssl.config import Options, read_options
+from ffssl.config.command_line import exit_status
 from ffssl.data.beton.read import read_beton
 from ffssl.files import make_folder
 from ffssl.run_folder.log import read_log
 from ffssl.slowed import describe_slowed
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = {"baseline": "rn50_configs/demo_baseline.yaml", "efficient": "rn50_configs/demo_efficient.yaml"}
+CONFIGS = {
+    "baseline": "rn50_configs/demo_baseline.yaml",
+    "efficient": "rn50_configs/demo_efficient.yaml",
+}
 IMAGES = {"train": 4000, "val": 1000}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where everything goes (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("runs/demo"),
+        help="where everything goes (default: %(default)s)",
+    )
     folder = parser.parse_args().folder
     started = time.perf_counter()
     betons = {split: folder / f"{split}.beton" for split in IMAGES}
     make_folder(folder, "--folder")
     for split, count in IMAGES.items():
         if not betons[split].exists():
-            run("write_datasets.py", "embedded", "--split", split, "--size", str(count), "--output", str(betons[split]))
+            run(
+                "write_datasets.py",
+                "embedded",
+                "--split",
+                split,
+                "--size",
+                str(count),
+                "--output",
+                str(betons[split]),
+            )
     arguments = {
-        name: ["--config", str(ROOT / config), f"--data.train={betons['train']}", f"--data.validation={betons['val']}", f"--run.folder={folder / name}"]
+        name: [
+            "--config",
+            str(ROOT / config),
+            f"--data.train={betons['train']}",
+            f"--data.validation={betons['val']}",
+            f"--run.folder={folder / name}",
+        ]
         for name, config in CONFIGS.items()
-    }  # fmt: skip
+    }
     for name in CONFIGS:
         run("ffssl/train.py", *arguments[name])
 
-    print_table({name: read_log(folder / name) for name in CONFIGS}, raw_pixel_accuracy(read_options(arguments["baseline"])))
-    run("-m", "ffssl.report", *(str(folder / name) for name in CONFIGS), "--output", str(folder / "report.html"))
-    print(f"\nOpen {folder / 'report.html'}. In all {time.perf_counter() - started:.0f} s. The runs are kept in {folder}; delete it to start anew.")
+    print_table(
+        {name: read_log(folder / name) for name in CONFIGS},
+        raw_pixel_accuracy(read_options(arguments["baseline"])),
+    )
+    run(
+        "-m",
+        "ffssl.report",
+        *(str(folder / name) for name in CONFIGS),
+        "--output",
+        str(folder / "report.html"),
+    )
+    print(
+        f"\nOpen {folder / 'report.html'}. In all {time.perf_counter() - started:.0f} s. "
+        f"The runs are kept in {folder}; delete it to start anew."
+    )
     return 0
 
 
@@ -57,38 +96,61 @@ def run(program: str, *arguments: str) -> None:
 
 
 def raw_pixel_accuracy(options: Options) -> float:
-    """kNN accuracy (0..1) on centred pixels instead of features: what the data gives away without any network."""
+    """KNN accuracy (0..1) on centred pixels instead of features: what the data gives away without
+    any network.
+    """
     import torch  # takes seconds
 
     from ffssl.evaluate.features import open_views
     from ffssl.evaluate.knn import knn_accuracy
     from ffssl.evaluate.labels import shared_classes
 
-    shared_classes(*(read_beton(path, options.data.label_field) for path in (options.data.train, options.data.validation)))
+    shared_classes(
+        *(
+            read_beton(path, options.data.label_field)
+            for path in (options.data.train, options.data.validation)
+        )
+    )
     pixels, labels = {}, {}
     for name in ("train", "validation"):
-        with open_views(getattr(options.data, name), options.data, options.resolution.max) as loader:
-            batches = [(views.flatten(1).float(), batch_labels) for views, batch_labels, _ in loader]
+        with open_views(
+            getattr(options.data, name), options.data, options.resolution.max
+        ) as loader:
+            batches = [
+                (views.flatten(1).float(), batch_labels) for views, batch_labels, _ in loader
+            ]
         pixels[name], labels[name] = (torch.cat(part) for part in zip(*batches))
     mean = pixels["train"].mean(0)
     return knn_accuracy(
-        pixels["train"] - mean, labels["train"], pixels["validation"] - mean, labels["validation"],
-        k=options.evaluate.k, temperature=options.evaluate.temperature,
-    )  # fmt: skip
+        pixels["train"] - mean,
+        labels["train"],
+        pixels["validation"] - mean,
+        labels["validation"],
+        k=options.evaluate.k,
+        temperature=options.evaluate.temperature,
+    )
 
 
 def print_table(logs: dict[str, list[dict]], raw_accuracy: float) -> None:
     """Accuracy and cost of both runs, and the two figures that training must beat."""
     last = {name: rows[-1] for name, rows in logs.items()}
     base = last["baseline"]
-    print(f"\nkNN accuracy on {IMAGES['val']} validation images: raw pixels {raw_accuracy:.1%}, untrained network {logs['baseline'][0]['knn']:.1%}\n")
-    print(f"{'run':<12}{'epochs':>8}{'kNN':>9}{'TFLOP':>9}{'speed-up':>10}{'seconds':>10}{'speed-up':>10}")
+    print(
+        f"\nkNN accuracy on {IMAGES['val']} validation images: raw pixels "
+        f"{raw_accuracy:.1%}, untrained network {logs['baseline'][0]['knn']:.1%}\n"
+    )
+    print(
+        f"{'run':<12}{'epochs':>8}{'kNN':>9}{'TFLOP':>9}{'speed-up':>10}{'seconds':>10}{'speed-up':>10}"
+    )
     for name, row in last.items():
         print(
             f"{name:<12}{row['epoch']:>8}{row['knn']:>9.1%}{row['flops'] / 1e12:>9.1f}{base['flops'] / row['flops']:>9.2f}x"
             f"{row['seconds']:>10.1f}{base['seconds'] / row['seconds']:>9.2f}x"
         )
-    print("\nTFLOP in the standard count (backward = 2 forward); seconds of training, without the evaluations.")
+    print(
+        "\nTFLOP in the standard count (backward = 2 forward); seconds of training, "
+        "without the evaluations."
+    )
     for sentence in describe_slowed(logs):
         print(f"\n{sentence}.")
 

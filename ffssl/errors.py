@@ -6,8 +6,8 @@ import signal
 class UserError(Exception):
     """A mistake in the input: a file, an option, a sample.
 
-    The message is one line that names the culprit and says what to do. Programs print it without a traceback and
-    leave with status 2.
+    The message is one line that names the culprit and says what to do. Programs print it without a
+    traceback and leave with status 2.
     """
 
 
@@ -16,4 +16,5 @@ class Stopped(Exception):
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.status = 130 if number == signal.SIGINT else 75  # as after Ctrl-C; sysexits.h: EX_TEMPFAIL, "the user is invited to retry"
+        # As after Ctrl-C; sysexits.h: EX_TEMPFAIL, "the user is invited to retry".
+        self.status = 130 if number == signal.SIGINT else 75

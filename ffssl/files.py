@@ -15,7 +15,8 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A hidden path beside `path` to write to: the file there takes the name `path` when the block ends, and goes if the block raises.
+    """A hidden path beside `path` to write to: the file there takes the name `path` when the block
+    ends, and goes if the block raises.
 
     A process that is killed at any moment leaves `path` as it was, or new and whole.
     """
@@ -40,7 +41,11 @@ def sync_folder(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text in place of the file before, see `replacing`. It survives a power cut."""
-    with replacing(path) as partial, open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:  # names may be no UTF-8
+    # Names may be no UTF-8.
+    with (
+        replacing(path) as partial,
+        open(partial, "w", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -62,9 +67,11 @@ def make_folder(folder: Path, option: str) -> None:
 
 @contextlib.contextmanager
 def only_one_in(folder: Path, what: str, option: str) -> Iterator[int]:
-    """Hold a folder that is there, for this process and the children that get the descriptor it returns; their end, however it comes, frees it.
+    """Hold a folder that is there, for this process and the children that get the descriptor it
+    returns; their end, however it comes, frees it.
 
-    Raises UserError if another `what` holds it. Where the file system knows no locks it says so, and holds nothing.
+    Raises UserError if another `what` holds it. Where the file system knows no locks it says so,
+    and holds nothing.
     """
     try:
         file = open(folder / LOCK, "a")
@@ -74,7 +81,16 @@ def only_one_in(folder: Path, what: str, option: str) -> Iterator[int]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{option}: a {what} is under way in {folder} already; wait for it, or choose another folder") from None
+            raise UserError(
+                f"{option}: a {what} is under way in {folder} already; wait for it, or "
+                "choose another folder"
+            ) from None
         except OSError as error:
-            print(f"warning: {folder}: no lock can be had ({error.strerror}); don't start a second {what} in it", file=sys.stderr)
+            print(
+                (
+                    f"warning: {folder}: no lock can be had ({error.strerror}); don't start a "
+                    f"second {what} in it"
+                ),
+                file=sys.stderr,
+            )
         yield file.fileno()

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ffssl.parallel.device import autocast_dtype
-from ffssl.parallel.ranks import rank, world_size
-from ffssl.errors import UserError
 from ffssl.data.normalise import to_input
+from ffssl.errors import UserError
 from ffssl.methods.base import Method, cosines, full_precision
 from ffssl.methods.prediction import PredictionMethod
+from ffssl.parallel.device import autocast_dtype
+from ffssl.parallel.ranks import rank, world_size
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,7 @@ def hardest_pair(losses: Tensor, policies: int = 1) -> Tensor:
 def random_pair(batch: int, views: int, generator: torch.Generator, policies: int = 1) -> Tensor:
     """A random pair of views of each image, the comparison to `hardest_pair`: int64 (batch, 2)."""
     candidates = pairs(views, generator.device, policies)
-    drawn = torch.randint(
-        len(candidates), (batch,), generator=generator, device=generator.device
-    )
+    drawn = torch.randint(len(candidates), (batch,), generator=generator, device=generator.device)
     return candidates[drawn]
 
 
@@ -126,12 +124,16 @@ def random_choice(views: Tensor, selection: Selection, seed: int) -> tuple[Tenso
     drawn = random_pair(images, views.shape[1], generator, selection.policies)
     hard = torch.rand(images, generator=generator, device=device) < selection.share
     # As the images are dealt out.
-    return drawn[rank() :: world_size()].to(views.device), hard[rank() :: world_size()].to(views.device)
+    return drawn[rank() :: world_size()].to(views.device), hard[rank() :: world_size()].to(
+        views.device
+    )
 
 
 @contextmanager
 def batch_statistics_untracked(model: nn.Module) -> Iterator[None]:
-    """In training mode, let BatchNorm normalise by the batch and leave its running statistics alone."""
+    """In training mode, let BatchNorm normalise by the batch and leave its running statistics
+    alone.
+    """
     tracking = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     for module in tracking:
         module.track_running_stats = False
@@ -144,7 +146,9 @@ def batch_statistics_untracked(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_trace(method: Method, device: torch.device) -> Iterator[None]:
-    """Forward passes inside leave neither gradients nor statistics, and the random state as it was (dropout draws from it)."""
+    """Forward passes inside leave neither gradients nor statistics, and the random state as it was
+    (dropout draws from it).
+    """
     random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
     with torch.no_grad(), random_state, batch_statistics_untracked(method):
         yield
@@ -196,34 +200,47 @@ def compare(
     return -cosines(projections, projections), projections, None
 
 
-def targets_of(method: Method, views: Tensor, resolution: int, projections: Tensor | None = None) -> Tensor:
-    """The method's targets (B, n, d) of uint8 views (B, n, 3, R, R) at `resolution`. projections (B, n, d'): theirs, if they are known."""
+def targets_of(
+    method: Method, views: Tensor, resolution: int, projections: Tensor | None = None
+) -> Tensor:
+    """The method's targets (B, n, d) of uint8 views (B, n, 3, R, R) at `resolution`. projections
+    (B, n, d'): theirs, if they are known.
+    """
     with without_trace(method, views.device):
-        targets = method.targets(small_input(views, resolution), None if projections is None else projections.flatten(0, 1))
+        targets = method.targets(
+            small_input(views, resolution),
+            None if projections is None else projections.flatten(0, 1),
+        )
     return targets.unflatten(0, views.shape[:2])
 
 
 def small_input(views: Tensor, resolution: int) -> Tensor:
-    """A network's input (B n, 3, r, r) from uint8 views (B, n, 3, R, R): downsampled to `resolution`, with antialiasing, where they are
-    larger, then normalised in float32, channels_last.
+    """A network's input (B n, 3, r, r) from uint8 views (B, n, 3, R, R): downsampled to
+    `resolution`, with antialiasing, where they are larger, then normalised in float32,
+    channels_last.
     """
     images = views.flatten(0, 1)
-    if images.shape[-1] > resolution:  # first, since normalising all views at full resolution would take longer than this does
+    # First, since normalising all views at full resolution would take longer than this does.
+    if images.shape[-1] > resolution:
         images = shrunk(images, resolution)
     return to_input(images)
 
 
 def shrunk(images: Tensor, resolution: int) -> Tensor:
-    """uint8 images (..., R, R) downsampled with antialiasing: levels (..., resolution, resolution), float32, or float16 on a GPU that computes
-    in half precision.
+    """uint8 images (..., R, R) downsampled with antialiasing: levels (..., resolution, resolution),
+    float32, or float16 on a GPU that computes in half precision.
     """
-    # On a CPU as matrix products, in a quarter of the time of the interpolation of views of 48 pixels. Not on the meta device: there
-    # FLOPs are counted, which are to be those of networks alone.
+    # On a CPU as matrix products, in a quarter of the time of the interpolation of views of 48
+    # pixels. Not on the meta device: there FLOPs are counted, which are to be those of networks
+    # alone.
     dtype = torch.float32
     if images.device.type == "cuda" and autocast_dtype(images.device) != torch.float32:
-        dtype = torch.float16  # which has the levels exactly, and between them eight steps where bf16 has one
+        # Which has the levels exactly, and between them eight steps where bf16 has one.
+        dtype = torch.float16
     elif images.device.type != "cpu":
-        return F.interpolate(images.float(), (resolution, resolution), mode="bilinear", antialias=True)
+        return F.interpolate(
+            images.float(), (resolution, resolution), mode="bilinear", antialias=True
+        )
     shrink = shrinking_matrix(images.shape[-1], resolution, dtype, images.device)
     with full_precision(images):
         return shrink @ (images.to(dtype) @ shrink.T)
@@ -232,21 +249,35 @@ def shrunk(images: Tensor, resolution: int) -> Tensor:
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def shrinking_matrix(
-    side: int, resolution: int, dtype: torch.dtype = torch.float32, device: torch.device = torch.device("cpu")
-) -> Tensor:  # fmt: skip
-    """What antialiased bilinear downsampling is along an axis: (resolution, side). Copied to the device once: that makes the host wait."""
-    matrix = F.interpolate(torch.eye(side)[None, None], (resolution, side), mode="bilinear", antialias=True)[0, 0]
+    side: int,
+    resolution: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = torch.device("cpu"),
+) -> Tensor:
+    """What antialiased bilinear downsampling is along an axis: (resolution, side).
+
+    Copied to the device once: that makes the host wait.
+    """
+    matrix = F.interpolate(
+        torch.eye(side)[None, None], (resolution, side), mode="bilinear", antialias=True
+    )[0, 0]
     return matrix.to(device, dtype).contiguous()
 
 
 def take_pair(views: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """The chosen two views of each image. views: (B, m, ...), chosen: (B, 2). Returns two of (B, ...)."""
+    """The chosen two views of each image.
+
+    views: (B, m, ...), chosen: (B, 2). Returns two of (B, ...).
+    """
     image = torch.arange(len(views), device=views.device)
     return views[image, chosen[:, 0]], views[image, chosen[:, 1]]
 
 
 def take_rest(values: Tensor, chosen: Tensor) -> Tensor:
-    """What belongs to the views that were not chosen, in their order. values: (B, m, ...), chosen: (B, 2). Returns (B, m - 2, ...)."""
+    """What belongs to the views that were not chosen, in their order.
+
+    values: (B, m, ...), chosen: (B, 2). Returns (B, m - 2, ...).
+    """
     batch, m = values.shape[:2]
     taken = torch.zeros(batch, m, dtype=torch.uint8, device=values.device).scatter(1, chosen, 1)
     rest = taken.argsort(dim=1, stable=True)[:, : m - 2]

@@ -7,15 +7,19 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ffssl.run_folder import checkpoint
 from ffssl.config import Options, from_dict
 from ffssl.errors import UserError
 from ffssl.methods import Method
+from ffssl.run_folder import checkpoint
 from ffssl.training.build import build
 
 
 class LoadedRun(NamedTuple):
-    """options: all sections. method: with the trained weights, in evaluation mode. state: the checkpoint, as `ffssl.training.step.Run.state`."""
+    """options: all sections.
+
+    method: with the trained weights, in evaluation mode. state: the checkpoint, as
+    `ffssl.training.step.Run.state`.
+    """
 
     options: Options
     method: Method
@@ -23,17 +27,25 @@ class LoadedRun(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """Of the epoch after the finished ones, that its weights have taken; 0 where none was under way."""
+        """Of the epoch after the finished ones, that its weights have taken; 0 where none was under
+        way.
+        """
         return len(self.state["tally"]["losses"]) if "tally" in self.state else 0
 
 
 def checkpoint_path(run: str | Path) -> Path:
-    """The checkpoint of a run that is given by its folder or by the checkpoint itself. Raises UserError where there is none."""
+    """The checkpoint of a run that is given by its folder or by the checkpoint itself.
+
+    Raises UserError where there is none.
+    """
     path = Path(run)
     if path.is_dir():
         path = path / checkpoint.NAME
         if not path.exists():
-            raise UserError(f"{path.parent}: holds no {checkpoint.NAME}; name the folder of a run (its --run.folder)")
+            raise UserError(
+                f"{path.parent}: holds no {checkpoint.NAME}; name the folder of a run (its "
+                "--run.folder)"
+            )
     if not path.is_file():
         raise UserError(f"{path}: no such run; name its folder, or a checkpoint file")
     return path
@@ -42,28 +54,40 @@ def checkpoint_path(run: str | Path) -> Path:
 def load_run(run: str | Path) -> LoadedRun:
     """A run, finished or not, from its folder or a checkpoint file, on the CPU.
 
-    Options that are newer than the run have their defaults. Raises UserError, naming the file, where there is no checkpoint, where it is
-    no run's, and where its weights do not fit its options.
+    Options that are newer than the run have their defaults. Raises UserError, naming the file,
+    where there is no checkpoint, where it is no run's, and where its weights do not fit its
+    options.
     """
     path = checkpoint_path(run)
     state = checkpoint.read(path)
     if not isinstance(state, dict) or not {"epoch", "spent", "options", "method"} <= state.keys():
-        raise UserError(f"{path}: not the checkpoint of a run; ffssl/train.py writes one as {checkpoint.NAME} in its --run.folder")
+        raise UserError(
+            f"{path}: not the checkpoint of a run; ffssl/train.py writes one as "
+            f"{checkpoint.NAME} in its --run.folder"
+        )
     try:
         options = from_dict(state["options"])
         method = build(options, torch.device("cpu"))
     except UserError as error:
-        raise UserError(f"{path}: its options are not those of this version of FFSSL: {error}") from error
+        raise UserError(
+            f"{path}: its options are not those of this version of FFSSL: {error}"
+        ) from error
     try:
         method.load_state_dict(state["method"])
     except RuntimeError as error:
         trained = f"{options.method.name} over {options.model.backbone}"
-        raise UserError(f"{path}: its weights do not fit its options ({trained}): {' '.join(str(error).split()):.300}") from error
+        raise UserError(
+            f"{path}: its weights do not fit its options ({trained}): "
+            f"{' '.join(str(error).split()):.300}"
+        ) from error
     return LoadedRun(options, method.eval(), state)
 
 
 def backbone_of(method: Method, network: str) -> nn.Module:
-    """The backbone of the "student" or of the "teacher". Raises UserError for the teacher of a method that has none."""
+    """The backbone of the "student" or of the "teacher".
+
+    Raises UserError for the teacher of a method that has none.
+    """
     if network == "student":
         return method.backbone
     if not hasattr(method, "teacher"):
@@ -72,7 +96,9 @@ def backbone_of(method: Method, network: str) -> nn.Module:
 
 
 def fingerprint(network: nn.Module) -> str:
-    """16 hexadecimal digits that tell these weights from others: what is measured of a network is filed under them."""
+    """16 hexadecimal digits that tell these weights from others: what is measured of a network is
+    filed under them.
+    """
     digest = hashlib.sha256()
     for name, tensor in network.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

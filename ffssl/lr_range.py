@@ -1,14 +1,17 @@
-"""Find the limits of the learning rate in a few hundred steps: the range test of the paper's section C.
+"""Find the limits of the learning rate in a few hundred steps: the range test of the paper's
+section C.
 
     python -m ffssl.lr_range --config rn50_configs/imagenette_efficient.yaml --data.train=train.beton --data.validation=val.beton
     python -m ffssl.lr_range --config ... --data.train=train.beton --low=1e-4 --high=10 --steps=100 --run.folder=runs/range
 
-Trains with the config's method, views and optimiser while the learning rate rises exponentially, at the momentum `training.momentum`.
-After every step it takes the loss on the same validation views: of --data.validation, or of images held out from --data.train.
-Leaves `lr_range.json` and `lr_range.png` in the run's folder (runs/lr_range unless given), and no checkpoint.
+Trains with the config's method, views and optimiser while the learning rate rises exponentially, at
+the momentum `training.momentum`. After every step it takes the loss on the same validation views:
+of --data.validation, or of images held out from --data.train. Leaves `lr_range.json` and
+`lr_range.png` in the run's folder (runs/lr_range unless given), and no checkpoint.
 
-The limits are those at which the smoothed validation loss has come down, for good, by a tenth of its fall, and by nine tenths: where it
-starts to decrease, and where it has reached the floor from which it diverges. The upper one is a --training.learning_rate.
+The limits are those at which the smoothed validation loss has come down, for good, by a tenth of
+its fall, and by nine tenths: where it starts to decrease, and where it has reached the floor from
+which it diverges. The upper one is a --training.learning_rate.
 """
 
 import argparse
@@ -17,8 +20,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ffssl.config.command_line import exit_status
 from ffssl.config import Options, read_options
+from ffssl.config.command_line import exit_status
 from ffssl.parallel.openmp import share_cores
 
 if __name__ == "__main__":
@@ -34,32 +37,35 @@ from torch import Tensor
 from torch.func import functional_call
 from tqdm import tqdm
 
-from ffssl.run_folder import checkpoint
-from ffssl.run_folder import log as run_log
 from ffssl import schedules
 from ffssl.data.beton.read import read_beton
 from ffssl.data.loader import ViewLoader
-from ffssl.parallel.device import choose_device
 from ffssl.errors import UserError
 from ffssl.files import make_folder, write_json
 from ffssl.hard_augment import choose_views, without_trace
 from ffssl.methods import Method
-from ffssl.training.schedule import Plan
-from ffssl.training.run import Run, start_run
+from ffssl.parallel.device import choose_device
+from ffssl.run_folder import checkpoint
+from ffssl.run_folder import log as run_log
 from ffssl.training.build import build
+from ffssl.training.memory import with_memory_advice
+from ffssl.training.run import Run, start_run
+from ffssl.training.schedule import Plan
 from ffssl.training.step import train_step
 from ffssl.training.views import open_loader
-from ffssl.training.memory import with_memory_advice
 
 CURVE, PICTURE = "lr_range.json", "lr_range.png"
-FALL_STARTS, FALL_ENDS = 0.1, 0.9  # shares of the fall of the validation loss, at the lower limit and at the upper
+# Shares of the fall of the validation loss, at the lower limit and at the upper.
+FALL_STARTS, FALL_ENDS = 0.1, 0.9
 SMOOTHING = 0.05  # over which share of the sweep
 NOISE = 3  # a fall of fewer standard deviations of what the smoothing takes away may be none
 
 
 @dataclass(frozen=True)
 class Sweep(Plan):
-    """A run's plan, but for a learning rate that rises from `low` to `high` in `steps` steps, at a constant momentum."""
+    """A run's plan, but for a learning rate that rises from `low` to `high` in `steps` steps, at a
+    constant momentum.
+    """
 
     low: float
     high: float
@@ -67,25 +73,35 @@ class Sweep(Plan):
 
     @property
     def total_steps(self) -> int:
-        return max(super().total_steps, self.steps)  # what a method schedules goes as at the start of the run
+        # What a method schedules goes as at the start of the run.
+        return max(super().total_steps, self.steps)
 
     def learning_rate_and_momentum(self, step: int) -> tuple[float, float]:
-        return schedules.exponential(step, total=self.steps, low=self.low, high=self.high), self.options.training.momentum
+        return schedules.exponential(
+            step, total=self.steps, low=self.low, high=self.high
+        ), self.options.training.momentum
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Learning rates between which the validation loss falls; whether it rises again within the sweep."""
+    """Learning rates between which the validation loss falls; whether it rises again within the
+    sweep.
+    """
 
     low: float
     high: float
     rises: bool
 
 
-def range_test(options: Options, *, low: float, high: float, steps: int, images: int) -> list[dict[str, float]]:
-    """Train while the learning rate rises. Returns a row a step, up to the first loss that is not finite.
+def range_test(
+    options: Options, *, low: float, high: float, steps: int, images: int
+) -> list[dict[str, float]]:
+    """Train while the learning rate rises.
 
-    images: in the validation batch, in whole batches of the training's size and one at least. Raises UserError.
+    Returns a row a step, up to the first loss that is not finite.
+
+    images: in the validation batch, in whole batches of the training's size and one at least.
+    Raises UserError.
     """
     device = choose_device(options.run.device)
     torch.manual_seed(options.run.seed)
@@ -103,7 +119,9 @@ def range_test(options: Options, *, low: float, high: float, steps: int, images:
 def sweep(run: Run, loader: ViewLoader, validation: list[Tensor]) -> list[dict[str, float]]:
     rows = []
     steps = range(run.plan.steps)
-    for step, views in zip(tqdm(steps, unit="step", leave=False, disable=None), batches(run, loader)):
+    for step, views in zip(
+        tqdm(steps, unit="step", leave=False, disable=None), batches(run, loader)
+    ):
         learning_rate, _ = run.plan.learning_rate_and_momentum(step)
         result = train_step(run, views.to(run.device), step)
         losses = {
@@ -112,23 +130,36 @@ def sweep(run: Run, loader: ViewLoader, validation: list[Tensor]) -> list[dict[s
         }
         if not np.isfinite([*losses.values()]).all():
             break
-        rows.append({"step": step, "learning_rate": learning_rate, **losses, "embedding_std": result.embedding_std.item()})
+        rows.append(
+            {
+                "step": step,
+                "learning_rate": learning_rate,
+                **losses,
+                "embedding_std": result.embedding_std.item(),
+            }
+        )
     return rows
 
 
 def batches(run: Run, loader: ViewLoader) -> Iterator[Tensor]:
     """Views of one epoch after the other, all at the resolution and magnitude of the run's first."""
     while True:
-        loader.set_epoch(run.epoch, run.plan.resolution(0), run.plan.magnitude(0), views=run.plan.views(0))
+        loader.set_epoch(
+            run.epoch, run.plan.resolution(0), run.plan.magnitude(0), views=run.plan.views(0)
+        )
         for views, _, _ in loader:
             yield views
         run.epoch += 1
 
 
-def validation_views(options: Options, method: Method, loader: ViewLoader, images: int) -> list[Tensor]:
-    """Two views of each validation image, in uint8 batches (B, 2, 3, R, R) of the training's size: a loss may depend on it.
+def validation_views(
+    options: Options, method: Method, loader: ViewLoader, images: int
+) -> list[Tensor]:
+    """Two views of each validation image, in uint8 batches (B, 2, 3, R, R) of the training's size:
+    a loss may depend on it.
 
-    Without data.validation the images are taken from those that `loader` serves. Raises UserError where there are too few.
+    Without data.validation the images are taken from those that `loader` serves. Raises UserError
+    where there are too few.
     """
     size = options.training.batch_size
     count = max(images // size, 1)
@@ -150,7 +181,10 @@ def validation_views(options: Options, method: Method, loader: ViewLoader, image
 
 
 def held_out(loader: ViewLoader, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """`count` of the loader's samples, drawn at random, and the others. Raises UserError where these make no batch."""
+    """`count` of the loader's samples, drawn at random, and the others.
+
+    Raises UserError where these make no batch.
+    """
     total = len(loader.samples)
     if total < count + loader.batch_size:
         raise UserError(
@@ -162,7 +196,10 @@ def held_out(loader: ViewLoader, count: int, seed: int) -> tuple[np.ndarray, np.
 
 
 def validation_loss(run: Run, validation: list[Tensor]) -> float:
-    """The method's loss on the views, by parts and with BatchNorm by the part as in training. Changes nothing of the run."""
+    """The method's loss on the views, by parts and with BatchNorm by the part as in training.
+
+    Changes nothing of the run.
+    """
     losses = []
     with without_trace(run.method, run.device), run.amp:
         # Dropout, if there is any, drops the same every time.
@@ -177,11 +214,14 @@ def validation_loss(run: Run, validation: list[Tensor]) -> float:
     return torch.stack(losses).mean().item()
 
 
-def suggest_limits(learning_rates: np.ndarray, losses: np.ndarray, *, complete: bool = True) -> Limits | None:
-    """The limits by the validation losses (n,) at rising learning rates (n,), or None where the loss does not fall.
+def suggest_limits(
+    learning_rates: np.ndarray, losses: np.ndarray, *, complete: bool = True
+) -> Limits | None:
+    """The limits by the validation losses (n,) at rising learning rates (n,), or None where the
+    loss does not fall.
 
-    The fall is that of the smoothed loss, from its highest point before its lowest to that. complete: False where the sweep ended
-    in a loss that is not finite.
+    The fall is that of the smoothed loss, from its highest point before its lowest to that.
+    complete: False where the sweep ended in a loss that is not finite.
     """
     if len(losses) < 3:
         return None
@@ -189,11 +229,13 @@ def suggest_limits(learning_rates: np.ndarray, losses: np.ndarray, *, complete: 
     lowest = int(smoothed.argmin())
     highest = int(smoothed[: lowest + 1].argmax())
     fall = smoothed[highest] - smoothed[lowest]
-    noise = 1.4826 * np.median(np.abs(losses - smoothed))  # a standard deviation, whatever a few outliers are
+    # A standard deviation, whatever a few outliers are.
+    noise = 1.4826 * np.median(np.abs(losses - smoothed))
     if fall <= NOISE * noise:
         return None
     done = (smoothed[highest] - smoothed[highest : lowest + 1]) / fall
-    starts = np.flatnonzero(done < FALL_STARTS)[-1] + 1  # for good: noise before the fall may reach as far
+    # For good: noise before the fall may reach as far.
+    starts = np.flatnonzero(done < FALL_STARTS)[-1] + 1
     ends = starts + (done[starts:] >= FALL_ENDS).argmax()
     low, high = (float(learning_rates[highest + at]) for at in (starts, ends))
     rises = not complete or bool(smoothed[lowest:].max() - smoothed[lowest] > FALL_STARTS * fall)
@@ -201,16 +243,26 @@ def suggest_limits(learning_rates: np.ndarray, losses: np.ndarray, *, complete: 
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """The running mean of the running median, over neighbourhoods that are smaller at the ends: a single outlier leaves no trace in it."""
+    """The running mean of the running median, over neighbourhoods that are smaller at the ends: a
+    single outlier leaves no trace in it.
+    """
     half = max(round(SMOOTHING * len(values) / 2), 1)
     for middle in (np.median, np.mean):
-        values = np.array([middle(values[max(i - half, 0) : i + half + 1]) for i in range(len(values))])
+        values = np.array(
+            [middle(values[max(i - half, 0) : i + half + 1]) for i in range(len(values))]
+        )
     return values
 
 
 def draw(rows: list[dict[str, float]], limits: Limits | None, path: Path) -> None:
-    """The paper's Figure 4: both losses over the learning rate; and the spread of the embeddings, which is 0 after a collapse."""
-    panels = {"training_loss": "training loss", "validation_loss": "validation loss", "embedding_std": "spread of the embeddings"}
+    """The paper's Figure 4: both losses over the learning rate; and the spread of the embeddings,
+    which is 0 after a collapse.
+    """
+    panels = {
+        "training_loss": "training loss",
+        "validation_loss": "validation loss",
+        "embedding_std": "spread of the embeddings",
+    }
     rates = [row["learning_rate"] for row in rows]
     figure, axes = plt.subplots(1, len(panels), figsize=(15, 4), layout="constrained")
     for axis, (name, title) in zip(axes, panels.items()):
@@ -232,38 +284,78 @@ def draw(rows: list[dict[str, float]], limits: Limits | None, path: Path) -> Non
     plt.close(figure)
 
 
-def describe(limits: Limits | None, rows: list[dict[str, float]], *, low: float, high: float, steps: int) -> str:
-    ended = f"the loss was not finite at step {len(rows)} of {steps}; the sweep ends there\n" if len(rows) < steps else ""
+def describe(
+    limits: Limits | None, rows: list[dict[str, float]], *, low: float, high: float, steps: int
+) -> str:
+    ended = (
+        f"the loss was not finite at step {len(rows)} of {steps}; the sweep ends there\n"
+        if len(rows) < steps
+        else ""
+    )
     if limits is None:
         return f"{ended}the validation loss does not fall between {low:g} and {high:g}: no limits; try others (--low, --high)"
-    more = "" if limits.rises else f"\nit does not rise again: a --high of more than {high:g} may show a larger limit"
+    more = (
+        ""
+        if limits.rises
+        else f"\nit does not rise again: a --high of more than {high:g} may show a larger limit"
+    )
     return f"{ended}the validation loss falls from a learning rate of {limits.low:.2g} to one of {limits.high:.2g}{more}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m ffssl.lr_range", usage="%(prog)s --config FILE --data.train=FILE [options] [--section.option=value ...]",
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
-    parser.add_argument("--low", type=float, default=1e-3, help="learning rate of the first step (default: %(default)g)")
-    parser.add_argument("--high", type=float, default=1.0, help="learning rate of the last step (default: %(default)g)")
-    parser.add_argument("--steps", type=int, default=200, help="optimiser steps between them (default: %(default)s)")
+        prog="python -m ffssl.lr_range",
+        usage="%(prog)s --config FILE --data.train=FILE [options] [--section.option=value ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument(
-        "--validation-images", type=int, default=1, metavar="N", help="in whole batches (default: one batch; the paper has 4096 images)"
+        "--low",
+        type=float,
+        default=1e-3,
+        help="learning rate of the first step (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--high",
+        type=float,
+        default=1.0,
+        help="learning rate of the last step (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=200, help="optimiser steps between them (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--validation-images",
+        type=int,
+        default=1,
+        metavar="N",
+        help="in whole batches (default: one batch; the paper has 4096 images)",
     )
     arguments, words = parser.parse_known_args()
     test = {"low": arguments.low, "high": arguments.high, "steps": arguments.steps}
     if not 0 < arguments.low < arguments.high < float("inf"):
-        raise UserError(f"--low, --high: expected 0 < low < high, got {arguments.low:g} and {arguments.high:g}")
+        raise UserError(
+            f"--low, --high: expected 0 < low < high, got {arguments.low:g} and {arguments.high:g}"
+        )
     if arguments.steps < 10:
-        raise UserError(f"--steps: {arguments.steps} are too few to find limits among; give 10 or more")
+        raise UserError(
+            f"--steps: {arguments.steps} are too few to find limits among; give 10 or more"
+        )
     options = read_options(words, defaults={"run.folder": "runs/lr_range"})
     folder = Path(options.run.folder)
     claim(folder)
     rows = range_test(options, **test, images=arguments.validation_images)
-    rates, losses = (np.array([row[name] for row in rows]) for name in ("learning_rate", "validation_loss"))
+    rates, losses = (
+        np.array([row[name] for row in rows]) for name in ("learning_rate", "validation_loss")
+    )
     limits = suggest_limits(rates, losses, complete=len(rows) == arguments.steps)
-    found = {**test, "limits": limits and asdict(limits), "options": options.as_dict(), "curve": rows}
+    found = {
+        **test,
+        "limits": limits and asdict(limits),
+        "options": options.as_dict(),
+        "curve": rows,
+    }
     write_json(folder / CURVE, found)
     draw(rows, limits, folder / PICTURE)
     print(f"{describe(limits, rows, **test)}\ncurve: {folder / CURVE}, picture: {folder / PICTURE}")
@@ -272,7 +364,9 @@ def main() -> None:
 def claim(folder: Path) -> None:
     """Make the folder. Raises UserError if it can't be, or holds a run."""
     if (folder / checkpoint.NAME).exists() or (folder / run_log.NAME).exists():
-        raise UserError(f"--run.folder: {folder} holds a run; choose another folder for the range test")
+        raise UserError(
+            f"--run.folder: {folder} holds a run; choose another folder for the range test"
+        )
     make_folder(folder, "--run.folder")
 
 

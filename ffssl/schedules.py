@@ -1,6 +1,8 @@
-"""Learning rate, momentum, resolution and augmentation magnitude, as pure functions of the step or the epoch.
+"""Learning rate, momentum, resolution and augmentation magnitude, as pure functions of the step or
+the epoch.
 
-Equations and sections are those of "Accelerating Self-Supervised Learning via Efficient Training Strategies".
+Equations and sections are those of "Accelerating Self-Supervised Learning via Efficient Training
+Strategies".
 """
 
 import math
@@ -20,7 +22,9 @@ def f1_clr(step: int, *, total: int, warmup: int, peak: float) -> float:
 
 
 def anti_phase_momentum(step: int, *, total: int, warmup: int, low: float, high: float) -> float:
-    """Momentum of the one-cycle schedules (eqs. 7 and 8): `high` where the learning rate is 0, `low` at its peak."""
+    """Momentum of the one-cycle schedules (eqs. 7 and 8): `high` where the learning rate is 0,
+    `low` at its peak.
+    """
     return high - (high - low) * f1_clr(step, total=total, warmup=warmup, peak=1.0)
 
 
@@ -37,18 +41,32 @@ def cosine_with_warmup(step: int, *, total: int, warmup: int, peak: float) -> fl
 
 
 def exponential(step: int, *, total: int, low: float, high: float) -> float:
-    """Learning rate of the range test (section C): from `low` at the first of `total` steps to `high` at the last."""
+    """Learning rate of the range test (section C): from `low` at the first of `total` steps to
+    `high` at the last.
+    """
     return low * (high / low) ** (step / (total - 1))
 
 
 def learning_rate_and_momentum(
-    step: int, *, schedule: str, total: int, warmup: int, peak: float, momentum: float, momentum_low: float, momentum_high: float
+    step: int,
+    *,
+    schedule: str,
+    total: int,
+    warmup: int,
+    peak: float,
+    momentum: float,
+    momentum_low: float,
+    momentum_high: float,
 ) -> tuple[float, float]:
-    """The pair at `step` under one of LEARNING_RATE_SCHEDULES. The cosine schedules keep `momentum`."""
+    """The pair at `step` under one of LEARNING_RATE_SCHEDULES. The cosine schedules keep
+    `momentum`.
+    """
     if schedule in ("f1-clr", "1-clr"):
         return (
             f1_clr(step, total=total, warmup=warmup, peak=peak),
-            anti_phase_momentum(step, total=total, warmup=warmup, low=momentum_low, high=momentum_high),
+            anti_phase_momentum(
+                step, total=total, warmup=warmup, low=momentum_low, high=momentum_high
+            ),
         )
     if schedule == "cosine":
         return cosine(step, total=total, peak=peak), momentum
@@ -60,11 +78,14 @@ def noise_scale(*, learning_rate: float, momentum: float, samples: int, batch_si
     return learning_rate * samples / (batch_size * (1 - momentum))
 
 
-def resolution(epoch: int, *, schedule: str, epochs: int, warmup: int, low: int, high: int, step: int) -> int:
+def resolution(
+    epoch: int, *, schedule: str, epochs: int, warmup: int, low: int, high: int, step: int
+) -> int:
     """Side of the views in pixels (section 3.2, fig. 3).
 
-    "spl" stays at `high` for `warmup` epochs and then goes from `low` to `high` in stages of equal length, one a multiple of
-    `step`; "progressive" does so from the first epoch; "constant" is `high`.
+    "spl" stays at `high` for `warmup` epochs and then goes from `low` to `high` in stages of equal
+    length, one a multiple of `step`; "progressive" does so from the first epoch; "constant" is
+    `high`.
     """
     if schedule == "constant" or (schedule == "spl" and epoch < warmup):
         return high
@@ -74,7 +95,9 @@ def resolution(epoch: int, *, schedule: str, epochs: int, warmup: int, low: int,
 
 
 def magnitude(epoch: int, *, epochs: int, low: float, high: float) -> float:
-    """Augmentation magnitude, rising linearly from `low` in the first epoch to `high` in the last (section 3.2, fig. 3)."""
+    """Augmentation magnitude, rising linearly from `low` in the first epoch to `high` in the last
+    (section 3.2, fig. 3).
+    """
     return low + (high - low) * epoch / max(epochs - 1, 1)
 
 

@@ -18,7 +18,8 @@ from ffssl.config.command_line import exit_status
 from ffssl.parallel.openmp import share_cores
 
 if __name__ == "__main__":
-    # Before torch is imported, which takes seconds: --help and a mistyped option are answered at once.
+    # Before torch is imported, which takes seconds: --help and a mistyped option are answered at
+    # once.
     faulthandler.enable(2)  # tells where, should a disk fail under a mapped file (SIGBUS)
     OPTIONS = command_line_options(__doc__)
     share_cores()

@@ -10,11 +10,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
-    parser.addoption("--seed", type=int, help="of the moments that tests choose at random; a failed test prints its own")
+    parser.addoption(
+        "--seed",
+        type=int,
+        help="of the moments that tests choose at random; a failed test prints its own",
+    )
 
 
 def pytest_configure(config):
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background: programs under test would inherit it
+    # As in a shell's background: programs under test would inherit it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     leftovers.watch()
 

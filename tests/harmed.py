@@ -1,4 +1,6 @@
-"""Runs of the training program in processes that can be harmed: forked from one that has imported it, which takes seconds."""
+"""Runs of the training program in processes that can be harmed: forked from one that has imported
+it, which takes seconds.
+"""
 
 import multiprocessing
 import os
@@ -9,8 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-HANGS = 600  # seconds, after which a program does: far more than any needs, on a machine that has other work, too
-CONTEXT.set_forkserver_preload(["ffssl.train", "torch._dynamo"])  # the optimiser imports the other, for two seconds
+# Seconds, after which a program does: far more than any needs, on a machine that has other work,
+# too.
+HANGS = 600
+# The optimiser imports the other, for two seconds.
+CONTEXT.set_forkserver_preload(["ffssl.train", "torch._dynamo"])
 
 
 class Program:
@@ -55,8 +60,8 @@ def _run(arguments: list[str], output: Path, harm: Callable[[], None] | None) ->
     import torch
 
     from ffssl import train
-    from ffssl.config.command_line import exit_status
     from ffssl.config import read_options
+    from ffssl.config.command_line import exit_status
 
     torch.set_num_threads(1)
     if harm:
@@ -67,8 +72,8 @@ def _run(arguments: list[str], output: Path, harm: Callable[[], None] | None) ->
 def kill_while_saving(stage: str, checkpoint: int) -> None:
     """Have this process killed while it writes its checkpoint of that number, from 1 on.
 
-    stage: what it is about to call in the module os: "fsync" (of the file; the folder's is the second), "link", "replace"; or "write",
-    when half of the file is there.
+    stage: what it is about to call in the module os: "fsync" (of the file; the folder's is the
+    second), "link", "replace"; or "write", when half of the file is there.
     """
     import threading
 
@@ -100,7 +105,12 @@ def kill_while_saving(stage: str, checkpoint: int) -> None:
     elif stage == "folder":
         harmed(os, "fsync", 2 * checkpoint, die)
     else:
-        calls = {"fsync": 2 * checkpoint - 1, "link": checkpoint - 1, "replace first": 2 * checkpoint - 2, "replace": 2 * checkpoint - 1}
+        calls = {
+            "fsync": 2 * checkpoint - 1,
+            "link": checkpoint - 1,
+            "replace first": 2 * checkpoint - 2,
+            "replace": 2 * checkpoint - 1,
+        }
         harmed(os, stage.split()[0], calls[stage], die)
 
 
@@ -114,4 +124,5 @@ def limit_files(size: int) -> None:
 def hang_while_saving() -> None:
     from ffssl.run_folder import checkpoint
 
-    checkpoint.save = lambda *_, **__: time.sleep(3600)  # its test kills it, and `leftovers` where that is killed first
+    # Its test kills it, and `leftovers` where that is killed first.
+    checkpoint.save = lambda *_, **__: time.sleep(3600)

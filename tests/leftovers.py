@@ -1,4 +1,6 @@
-"""Ends what tests have started once they are gone, however they ended: programs under test hang on purpose, or train for hours."""
+"""Ends what tests have started once they are gone, however they ended: programs under test hang on
+purpose, or train for hours.
+"""
 
 import contextlib
 import os
@@ -9,16 +11,25 @@ import time
 import uuid
 from pathlib import Path
 
-MARK = "FFSSL_TESTS"  # in the environment of this process's descendants: all of them, whoever started them and in whatever group they are
+# In the environment of this process's descendants: all of them, whoever started them and in
+# whatever group they are.
+MARK = "FFSSL_TESTS"
 
 
 def watch() -> None:
-    """Have a process of its own end all that this one starts from now on, when this one has ended. Once is enough for all descendants."""
+    """Have a process of its own end all that this one starts from now on, when this one has ended.
+
+    Once is enough for all descendants.
+    """
     if MARK in os.environ:
         return
     os.environ[MARK] = uuid.uuid4().hex
     # In a session of its own: a signal to the tests' whole group is no end of its work.
-    subprocess.Popen([sys.executable, __file__, os.environ[MARK]], start_new_session=True, stdin=subprocess.DEVNULL)
+    subprocess.Popen(
+        [sys.executable, __file__, os.environ[MARK]],
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 def processes(mark: str) -> list[int]:

@@ -5,20 +5,27 @@ from pathlib import Path
 
 import torch
 
-from ffssl.run_folder import checkpoint
 from ffssl.config import read_options
 from ffssl.methods import Method
+from ffssl.run_folder import checkpoint
 from ffssl.training.build import build
 from ffssl.training.totals import Tally
 
 SMALL = (
-    "--model.backbone=resnet-small", "--method.name=simclr", "--method.hidden=16", "--method.projection=8", "--resolution.max=32",
-    "--training.epochs=3", "--training.batch_size=32", "--run.device=cpu",
-)  # fmt: skip
+    "--model.backbone=resnet-small",
+    "--method.name=simclr",
+    "--method.hidden=16",
+    "--method.projection=8",
+    "--resolution.max=32",
+    "--training.epochs=3",
+    "--training.batch_size=32",
+    "--run.device=cpu",
+)
 
 
 def save_run(folder: Path, *options: str, epoch: int = 3, steps: int = 0, seed: int = 0) -> Method:
-    """A folder with the checkpoint of an untrained run, whose BatchNorm layers have statistics unlike those of any batch.
+    """A folder with the checkpoint of an untrained run, whose BatchNorm layers have statistics
+    unlike those of any batch.
 
     steps: of the epoch after the finished ones.
     """
@@ -32,7 +39,16 @@ def save_run(folder: Path, *options: str, epoch: int = 3, steps: int = 0, seed: 
             module.running_var.uniform_(0.5, 2)
     spent = {"seconds": 12.0, "flops": 3.5e12}
     tally = Tally(losses=[torch.tensor(1.0)] * steps, spreads=[torch.tensor(1.0)] * steps).state()
-    checkpoint.save(folder, {"epoch": epoch, "tally": tally, "spent": spent, "options": parsed.as_dict(), "method": method.state_dict()})
+    checkpoint.save(
+        folder,
+        {
+            "epoch": epoch,
+            "tally": tally,
+            "spent": spent,
+            "options": parsed.as_dict(),
+            "method": method.state_dict(),
+        },
+    )
     return method.eval()
 
 

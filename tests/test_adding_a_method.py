@@ -26,16 +26,35 @@ def example(tmp_path, monkeypatch):
     return methods.METHODS["align_uniform"]
 
 
-@pytest.mark.parametrize("selection", [[], ["--hard_augment.select=hard", "--hard_augment.resolution=16", "--augment.views=3"]])
+@pytest.mark.parametrize(
+    "selection",
+    [[], ["--hard_augment.select=hard", "--hard_augment.resolution=16", "--augment.views=3"]],
+)
 def test_the_example_trains_three_steps(example, tmp_path, selection):
     convert(Embedded("train", 96), tmp_path / "train.beton")
-    train(read_options([
-        f"--data.train={tmp_path / 'train.beton'}", f"--run.folder={tmp_path / 'run'}", "--method.name=align_uniform", "--method.hidden=32",
-        "--method.projection=16", "--method.temperature=0.4", "--model.backbone=resnet-small", "--resolution.max=32",
-        "--training.batch_size=32", "--training.epochs=1", "--run.device=cpu", "--run.tensorboard=false", *selection,
-    ]))  # fmt: skip
+    train(
+        read_options(
+            [
+                f"--data.train={tmp_path / 'train.beton'}",
+                f"--run.folder={tmp_path / 'run'}",
+                "--method.name=align_uniform",
+                "--method.hidden=32",
+                "--method.projection=16",
+                "--method.temperature=0.4",
+                "--model.backbone=resnet-small",
+                "--resolution.max=32",
+                "--training.batch_size=32",
+                "--training.epochs=1",
+                "--run.device=cpu",
+                "--run.tensorboard=false",
+                *selection,
+            ]
+        )
+    )
     (row,) = read_log(tmp_path / "run")
-    assert torch.isfinite(torch.tensor(row["loss"])) and row["flops"] > 0 and row["embedding_std"] > 0
+    assert (
+        torch.isfinite(torch.tensor(row["loss"])) and row["flops"] > 0 and row["embedding_std"] > 0
+    )
 
 
 def test_the_examples_loss_is_the_papers(example):
@@ -46,7 +65,12 @@ def test_the_examples_loss_is_the_papers(example):
     first, second = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
     z1, z2 = method.project(first), method.project(second)
     uniformity = [
-        torch.stack([torch.exp(-(a - b).square().sum() / 0.4) for i, a in enumerate(z) for b in z[:i]]).mean().log() for z in (z1, z2)
+        torch.stack(
+            [torch.exp(-(a - b).square().sum() / 0.4) for i, a in enumerate(z) for b in z[:i]]
+        )
+        .mean()
+        .log()
+        for z in (z1, z2)
     ]
     expected = sum((a - b).square().sum() for a, b in zip(z1, z2)) / 5 + sum(uniformity) / 2
     torch.testing.assert_close(method.loss(first, second)[0], expected)

@@ -11,12 +11,20 @@ def test_a_cpu_agrees_with_itself_in_float32_and_half_precision_is_told_beside_i
     agreement.main(["--methods", "simclr"])
     name, loss, half_loss, pairs, half_pairs = capsys.readouterr().out.splitlines()[-1].split()
     assert (name, float(loss), pairs) == ("simclr", 0, "100%")
-    assert 0 < float(half_loss) and 0 < int(half_pairs[:-1]) < 100
+    assert float(half_loss) > 0 and 0 < int(half_pairs[:-1]) < 100
 
 
 @pytest.mark.parametrize("loss, pair", [(0.02, 0), (0, 1)])
-def test_a_device_that_computes_something_else_is_named_with_the_method(monkeypatch, capsys, loss, pair):
-    answers = iter([(torch.ones(4), torch.zeros(4, 16, 2)), (torch.full((4,), 1 + loss), torch.full((4, 16, 2), pair)), (torch.ones(4), torch.zeros(4, 16, 2))])
+def test_a_device_that_computes_something_else_is_named_with_the_method(
+    monkeypatch, capsys, loss, pair
+):
+    answers = iter(
+        [
+            (torch.ones(4), torch.zeros(4, 16, 2)),
+            (torch.full((4,), 1 + loss), torch.full((4, 16, 2), pair)),
+            (torch.ones(4), torch.zeros(4, 16, 2)),
+        ]
+    )
     monkeypatch.setattr(agreement, "first_steps", lambda *_: next(answers))
     with pytest.raises(UserError, match="the cpu does not compute what the CPU does, for byol"):
         agreement.main(["--methods", "byol"])

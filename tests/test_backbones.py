@@ -18,12 +18,21 @@ VIT = "vit_small_patch16_224"
 TINY_VIT = "vit_tiny_patch16_224"
 
 
-@pytest.mark.parametrize("name, features, parameters", [
-    ("resnet-small", 256, 1.22e6), ("resnet18", 512, 11.18e6), ("resnet34", 512, 21.28e6), ("resnet50", 2048, 23.51e6),
-    ("resnet101", 2048, 42.50e6), (VIT, 384, 21.67e6), ("vit_base_patch16_224", 768, 85.80e6), ("convnext_atto", 320, 3.37e6),
-    ("vgg11", 4096, 128.77e6),  # has a submodule `features`
-    ("mobilenetv3_small_050", 1024, 0.57e6),  # has a layer after the pooling
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, features, parameters",
+    [
+        ("resnet-small", 256, 1.22e6),
+        ("resnet18", 512, 11.18e6),
+        ("resnet34", 512, 21.28e6),
+        ("resnet50", 2048, 23.51e6),
+        ("resnet101", 2048, 42.50e6),
+        (VIT, 384, 21.67e6),
+        ("vit_base_patch16_224", 768, 85.80e6),
+        ("convnext_atto", 320, 3.37e6),
+        ("vgg11", 4096, 128.77e6),  # has a submodule `features`
+        ("mobilenetv3_small_050", 1024, 0.57e6),  # has a layer after the pooling
+    ],
+)
 def test_a_backbone_has_the_size_and_the_features_that_are_known(name, features, parameters):
     with torch.device("meta"):
         backbone = build_backbone(name)
@@ -33,14 +42,26 @@ def test_a_backbone_has_the_size_and_the_features_that_are_known(name, features,
 
 
 def test_every_name_that_we_list_is_known():
-    assert set(BACKBONES) - {"resnet-small"} <= {*torchvision.models.list_models(), *timm.list_models()}
+    assert set(BACKBONES) - {"resnet-small"} <= {
+        *torchvision.models.list_models(),
+        *timm.list_models(),
+    }
 
 
-@pytest.mark.parametrize("name, message", [
-    ("resnet19", r"unknown backbone 'resnet19'; known are resnet-small, .* and the models of timm; did you mean resnet18 or"),
-    ("vit_smal_patch16_224", f"did you mean {VIT}"),
-    ("zzzz", "the models of timm$"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        (
+            "resnet19",
+            (
+                r"unknown backbone 'resnet19'; known are resnet-small, .* and the models of "
+                r"timm; did you mean resnet18 or"
+            ),
+        ),
+        ("vit_smal_patch16_224", f"did you mean {VIT}"),
+        ("zzzz", "the models of timm$"),
+    ],
+)
 def test_an_unknown_name_is_answered_with_those_that_are_close(name, message):
     with pytest.raises(UserError, match=message):
         build_backbone(name)
@@ -49,9 +70,17 @@ def test_an_unknown_name_is_answered_with_those_that_are_close(name, message):
 # Vision transformers
 
 
-@pytest.mark.parametrize("name, side", [  # with one prefix token that has a position, with two, and with one that has none
-    (TINY_VIT, 96), (TINY_VIT, 224), (TINY_VIT, 256), ("deit_tiny_distilled_patch16_224", 96), ("deit3_small_patch16_224", 96),
-])  # fmt: skip
+# With one prefix token that has a position, with two, and with one that has none.
+@pytest.mark.parametrize(
+    "name, side",
+    [
+        (TINY_VIT, 96),
+        (TINY_VIT, 224),
+        (TINY_VIT, 256),
+        ("deit_tiny_distilled_patch16_224", 96),
+        ("deit3_small_patch16_224", 96),
+    ],
+)
 def test_a_vision_transformer_is_timms_at_any_size(name, side):
     torch.manual_seed(0)
     backbone = build_backbone(name)
@@ -66,7 +95,9 @@ def test_a_vision_transformer_is_timms_at_any_size(name, side):
     (ours @ direction).sum().backward()
     (expected @ direction).sum().backward()
     for (name, p), q in zip(backbone.network.named_parameters(), theirs.parameters()):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4 * q.grad.abs().max().item(), msg=name)
+        torch.testing.assert_close(
+            p.grad, q.grad, rtol=1e-3, atol=1e-4 * q.grad.abs().max().item(), msg=name
+        )
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2])
@@ -89,7 +120,9 @@ def test_resampled_positions_and_their_gradient_are_timms(prefix, new, half):
 def test_positions_are_interpolated_once_for_each_size(monkeypatch):
     calls = []
     interpolate = nn.functional.interpolate
-    monkeypatch.setattr(nn.functional, "interpolate", lambda *a, **k: calls.append(a) or interpolate(*a, **k))
+    monkeypatch.setattr(
+        nn.functional, "interpolate", lambda *a, **k: calls.append(a) or interpolate(*a, **k)
+    )
     backbone = build_backbone(TINY_VIT)
     for side in (48, 48, 64, 48, 48, 64):
         backbone(torch.zeros(1, 3, side, side))
@@ -114,7 +147,8 @@ def test_a_vision_transformer_has_no_batch_norm_and_its_copy_resizes_alone():
 
 
 def test_what_a_vision_transformer_costs_is_known():
-    assert forward_flops(VIT, 224) == pytest.approx(2 * 4.6e9, rel=0.02)  # 4.6 GMAC, published for DeiT-S
+    # 4.6 GMAC, published for DeiT-S.
+    assert forward_flops(VIT, 224) == pytest.approx(2 * 4.6e9, rel=0.02)
 
 
 def forward_flops(name, side, **options):
@@ -123,10 +157,24 @@ def forward_flops(name, side, **options):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("name, sides, message", [
-    (VIT, {96: "--resolution.min", 100: "--resolution.max"}, "--resolution.max: vit_small_patch16_224 can't take views of 100 px: its patches of 16 px do not"),
-    ("swin_tiny_patch4_window7_224", {96: "--resolution.min", 224: "--resolution.max"}, "--resolution.min: swin_tiny.* can't take views of 96 px"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, sides, message",
+    [
+        (
+            VIT,
+            {96: "--resolution.min", 100: "--resolution.max"},
+            (
+                "--resolution.max: vit_small_patch16_224 can't take views of 100 px: its "
+                "patches of 16 px do not"
+            ),
+        ),
+        (
+            "swin_tiny_patch4_window7_224",
+            {96: "--resolution.min", 224: "--resolution.max"},
+            "--resolution.min: swin_tiny.* can't take views of 96 px",
+        ),
+    ],
+)
 def test_views_that_a_backbone_cannot_take_are_named(name, sides, message):
     with pytest.raises(UserError, match=message) as error:
         with torch.device("meta"):
@@ -140,9 +188,14 @@ def test_views_that_a_backbone_cannot_take_are_named(name, sides, message):
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_zero_init_residual_makes_every_block_the_identity(name):
     def last_norms(backbone):
-        return [m.bn3 if hasattr(m, "bn3") else m.bn2 for m in backbone.modules() if hasattr(m, "bn2")]
+        return [
+            m.bn3 if hasattr(m, "bn3") else m.bn2 for m in backbone.modules() if hasattr(m, "bn2")
+        ]
 
-    assert all((norm.weight == 0).all() for norm in last_norms(build_backbone(name, zero_init_residual=True)))
+    assert all(
+        (norm.weight == 0).all()
+        for norm in last_norms(build_backbone(name, zero_init_residual=True))
+    )
     assert all((norm.weight == 1).all() for norm in last_norms(build_backbone(name)))
 
 
@@ -156,7 +209,10 @@ def test_the_stem_decides_the_stride(stem, stride):
 
 
 def test_a_cifar_stem_costs_what_is_known_and_is_for_resnets_only():
-    assert forward_flops("resnet18", 32, stem="cifar") == pytest.approx(2 * 0.556e9, rel=0.01)  # 0.56 GMAC is the usual figure
+    # 0.56 GMAC is the usual figure.
+    assert forward_flops("resnet18", 32, stem="cifar") == pytest.approx(2 * 0.556e9, rel=0.01)
     for name in (VIT, "resnet-small"):
-        with pytest.raises(UserError, match=f"model.stem: {name} has no cifar stem; resnet18, .* have one"):
+        with pytest.raises(
+            UserError, match=f"model.stem: {name} has no cifar stem; resnet18, .* have one"
+        ):
             build_backbone(name, stem="cifar")

@@ -5,9 +5,8 @@ from argparse import Namespace
 from ffssl.benchmark import loader
 from ffssl.data.beton.read import read_beton
 from ffssl.data.convert.conversion import convert
-from ffssl.data.policy import choose_policies
 from ffssl.data.convert.sources.embedded import Embedded
-
+from ffssl.data.policy import choose_policies
 
 STAND_INS = {  # peers that fail, each in its own way
     "nvidia/__init__.py": "",
@@ -24,7 +23,15 @@ def test_a_peer_that_fails_or_dies_is_named_and_the_others_are_measured(tmp_path
     monkeypatch.syspath_prepend(tmp_path)  # and thereby for the contenders' processes
     names = ("DALI, CPU", "torchvision + DataLoader", "ffssl")
     monkeypatch.setattr(loader, "CONTENDERS", {name: loader.CONTENDERS[name] for name in names})
-    workload = loader.Workload(tmp_path / "images.beton", tmp_path, views=1, resolution=32, policy=choose_policies("simsiam")[0], workers=1, batch_size=8)
+    workload = loader.Workload(
+        tmp_path / "images.beton",
+        tmp_path,
+        views=1,
+        resolution=32,
+        policy=choose_policies("simsiam")[0],
+        workers=1,
+        batch_size=8,
+    )
     failed, ended, rates = loader.measure(workload, rounds=2).values()
     assert (failed, ended) == ("failed: RuntimeError: driver too old", "its process ended")
     assert len(rates) == 2 and min(rates) > 0
@@ -39,22 +46,44 @@ def test_of_a_large_file_some_images_are_drawn(betons, tmp_path):
         taken.append([path.read_bytes() for path in sorted(folder.iterdir())])
         assert len(read_beton(beton)) == 12
     stored = loader.stored_files(betons["train"], 160)
-    assert taken[0] == taken[1] and len({*taken[0]}) == 12 and {*taken[0]} < {*stored} and len({*stored}) == 160
+    assert (
+        taken[0] == taken[1]
+        and len({*taken[0]}) == 12
+        and {*taken[0]} < {*stored}
+        and len({*stored}) == 160
+    )
 
 
 def test_fewer_images_than_asked_for_are_repeated(betons, tmp_path):
-    _, folder = loader.prepare_images(Namespace(data=betons["val"], images=None, samples=100), tmp_path)
+    _, folder = loader.prepare_images(
+        Namespace(data=betons["val"], images=None, samples=100), tmp_path
+    )
     files = [path.read_bytes() for path in sorted(folder.iterdir())]
     assert len(files) == 100 and files[:40] == files[40:80] and len({*files}) == 40
 
 
 def test_loader_benchmark_names_every_contender_and_survives_those_that_fail(tmp_path):
     convert(Embedded("train", 16), tmp_path / "images.beton")
-    command = "-m ffssl.benchmark loader --samples 16 --views 1 --resolution 32 --batch-size 8 --rounds 1 --workers 1 --data"
-    result = subprocess.run([sys.executable, *command.split(), str(tmp_path / "images.beton")], capture_output=True, text=True, timeout=600)
+    command = (
+        "-m ffssl.benchmark loader --samples 16 --views 1 --resolution 32 --batch-size 8 "
+        "--rounds 1 --workers 1 --data"
+    )
+    result = subprocess.run(
+        [sys.executable, *command.split(), str(tmp_path / "images.beton")],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    for name in ("ffssl", "ffssl, one worker", "ffssl, affine jitter", "decode only", "ffcv, crop and flip only", "torchvision + DataLoader"):
+    for name in (
+        "ffssl",
+        "ffssl, one worker",
+        "ffssl, affine jitter",
+        "decode only",
+        "ffcv, crop and flip only",
+        "torchvision + DataLoader",
+    ):
         rate = next(line for line in lines if line.startswith(f"{name:<28}"))
         assert float(rate[28:].split()[0]) > 0
     dali = next(line for line in lines if line.startswith("DALI, CPU"))

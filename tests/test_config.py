@@ -63,7 +63,12 @@ def test_of_several_bases_the_later_wins_and_the_file_over_all(config):
     config("base: a.yaml\ntraining: {epochs: 2, batch_size: 32}", "b.yaml")
     config("training: {epochs: 3}", "c.yaml")
     training = options(config("base: [b.yaml, c.yaml]\ntraining: {momentum: 0.5}")).training
-    assert (training.epochs, training.batch_size, training.learning_rate, training.momentum) == (3, 32, 0.5, 0.5)
+    assert (training.epochs, training.batch_size, training.learning_rate, training.momentum) == (
+        3,
+        32,
+        0.5,
+        0.5,
+    )
     refused(config("base: [a.yaml, gone.yaml]"), by=r"gone\.yaml: .*No such file")
     config("base: [a.yaml, config.yaml]", "other.yaml")
     refused(config("base: [a.yaml, other.yaml]"), by="base config.yaml is built on it in turn")
@@ -72,7 +77,11 @@ def test_of_several_bases_the_later_wins_and_the_file_over_all(config):
 def test_off_is_a_word_where_it_is_a_choice(config):
     file = config("training: {amp: off}\nhard_augment: {select: off}")
     assert options(file).training.amp == options("--training.amp=off").training.amp == "off"
-    assert options(file).hard_augment.select == options("--hard_augment.select=off").hard_augment.select == "off"
+    assert (
+        options(file).hard_augment.select
+        == options("--hard_augment.select=off").hard_augment.select
+        == "off"
+    )
 
 
 @pytest.mark.parametrize("word, value", [("true", True), ("False", False)])
@@ -83,43 +92,68 @@ def test_switches_take_true_and_false(config, word, value):
 
 def test_numbers_in_scientific_notation_are_numbers(config):
     assert options("--training.weight_decay=1e-6").training.weight_decay == 1e-6
-    assert options(config("training: {weight_decay: 1e-6}")).training.weight_decay == 1e-6  # a string to YAML 1.1
+    # A string to YAML 1.1.
+    assert options(config("training: {weight_decay: 1e-6}")).training.weight_decay == 1e-6
 
 
-@pytest.mark.parametrize("folder", ["123", "2024-01-01", "yes", "[abc", "@home", "*", "a: b", "100%", "it's"])
+@pytest.mark.parametrize(
+    "folder", ["123", "2024-01-01", "yes", "[abc", "@home", "*", "a: b", "100%", "it's"]
+)
 def test_any_string_is_a_folder_on_the_command_line(folder):
     assert read_options(["--data.train=x", f"--run.folder={folder}"]).run.folder == folder
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "rn50_configs").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "rn50_configs").glob("*.yaml")), ids=lambda path: path.name
+)
 def test_the_configs_that_we_ship_are_valid(path):
     options(f"--config={path}")
 
 
 def test_options_as_plain_sections():
     sections = options("--run.seed=4").as_dict()
-    assert sections["run"]["seed"] == 4 and {f"{s}.{k}" for s in sections for k in sections[s]} == {d.name for d in declarations()}
+    assert sections["run"]["seed"] == 4 and {f"{s}.{k}" for s in sections for k in sections[s]} == {
+        d.name for d in declarations()
+    }
 
 
 # What is refused
 
 
 def test_a_mistyped_option_is_answered_with_the_nearest_known_one(config):
-    assert "training.learning_rate" in refused("--training.learnig_rate=1", by="did you mean training.learning_rate")
-    assert "config.yaml" in refused(config("training: {epoch: 5}"), by=r"training\.epoch: .*did you mean training\.epochs\?")
-    assert "config.yaml" in refused(config("trainig: {epochs: 5}"), by="'trainig'; did you mean training?")
+    assert "training.learning_rate" in refused(
+        "--training.learnig_rate=1", by="did you mean training.learning_rate"
+    )
+    assert "config.yaml" in refused(
+        config("training: {epoch: 5}"), by=r"training\.epoch: .*did you mean training\.epochs\?"
+    )
+    assert "config.yaml" in refused(
+        config("trainig: {epochs: 5}"), by="'trainig'; did you mean training?"
+    )
     refused("--zzzzzzzz=1", by="--zzzzzzzz: unknown option$")
 
 
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("training.epochs", "ten"), ("training.epochs", "1.5"), ("training.epochs", "0"), ("training.epochs", "true"),
-        ("training.epochs", "[1]"), ("training.epochs", ".inf"), ("training.epochs", ""), ("training.learning_rate", "-1"),
-        ("training.learning_rate", ".nan"), ("training.learning_rate", "fast"), ("training.schedule", "linear"), ("training.schedule", "5"),
-        ("training.momentum", "1"), ("augment.blur", "1.1"), ("run.tensorboard", "yes please"), ("run.tensorboard", "2"),
+        ("training.epochs", "ten"),
+        ("training.epochs", "1.5"),
+        ("training.epochs", "0"),
+        ("training.epochs", "true"),
+        ("training.epochs", "[1]"),
+        ("training.epochs", ".inf"),
+        ("training.epochs", ""),
+        ("training.learning_rate", "-1"),
+        ("training.learning_rate", ".nan"),
+        ("training.learning_rate", "fast"),
+        ("training.schedule", "linear"),
+        ("training.schedule", "5"),
+        ("training.momentum", "1"),
+        ("augment.blur", "1.1"),
+        ("run.tensorboard", "yes please"),
+        ("run.tensorboard", "2"),
     ],
-)  # fmt: skip
+)
 def test_a_value_of_a_wrong_kind_is_named_with_what_is_expected(config, name, value):
     section, key = name.split(".")
     refused(f"--{name}={value}", by=f"--{name}: expected")
@@ -134,13 +168,32 @@ def test_what_is_required_is_asked_for():
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [(["epochs=5"], "'epochs=5': expected"), (["--training.epochs"], "value is missing"), (["--training.epochs", "--run.seed=1"], "value is missing")],
+    [
+        (["epochs=5"], "'epochs=5': expected"),
+        (["--training.epochs"], "value is missing"),
+        (["--training.epochs", "--run.seed=1"], "value is missing"),
+    ],
 )
 def test_malformed_arguments(arguments, message):
     refused(*arguments, by=message)
 
 
-@pytest.mark.parametrize("text", ["training: [", "a: *b", "\x00", "", "just words", "- 1\n- 2", "training: 5", "training:", "base: 5", "base: [5]", "base:"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "training: [",
+        "a: *b",
+        "\x00",
+        "",
+        "just words",
+        "- 1\n- 2",
+        "training: 5",
+        "training:",
+        "base: 5",
+        "base: [5]",
+        "base:",
+    ],
+)
 def test_a_file_that_is_no_config_is_named(config, text):
     refused(config(text), by=r"config\.yaml: ")
 
@@ -168,22 +221,50 @@ HARD = ["--hard_augment.select=hard", "--augment.views=3"]
         (["--resolution.schedule=spl", "--resolution.min=100"], r"resolution\.min: 100"),
         (["--resolution.schedule=spl", "--resolution.min=256"], r"resolution\.min: 256 is larger"),
         (["--training.epochs=5", "--training.warmup_epochs=5"], r"training\.warmup_epochs: 5 of 5"),
-        (["--training.schedule=1-clr", "--training.warmup_share=1"], r"training\.warmup_share: 1 leaves no training"),
+        (
+            ["--training.schedule=1-clr", "--training.warmup_share=1"],
+            r"training\.warmup_share: 1 leaves no training",
+        ),
         (["--training.momentum_low=0.96"], r"training\.momentum_low: 0\.96"),
         (["--augment.views=6"], r"augment\.views: 6 .*hard_augment\.select"),
         (["--hard_augment.select=hard"], r"augment\.views: 2 .*hard_augment"),
         (["--hard_augment.select=random", "--augment.views=2"], r"augment\.views: 2"),
-        (["--hard_augment.select=hard", "--augment.views=1"], r"augment\.views: expected an integer of 2 or more"),
-        (["--hard_augment.select=hard", "--hard_augment.extra_targets=true", "--augment.views=2"], r"augment\.views: 2"),
-        (["--hard_augment.extra_targets=true"], r"hard_augment\.extra_targets: .*hard_augment\.select"),
+        (
+            ["--hard_augment.select=hard", "--augment.views=1"],
+            r"augment\.views: expected an integer of 2 or more",
+        ),
+        (
+            [
+                "--hard_augment.select=hard",
+                "--hard_augment.extra_targets=true",
+                "--augment.views=2",
+            ],
+            r"augment\.views: 2",
+        ),
+        (
+            ["--hard_augment.extra_targets=true"],
+            r"hard_augment\.extra_targets: .*hard_augment\.select",
+        ),
         (["--hard_augment.loss=method"], r"hard_augment\.loss: .*hard_augment\.select=hard"),
-        (["--hard_augment.loss=method", "--hard_augment.select=random", "--augment.views=3"], r"hard_augment\.loss: .*hard_augment\.select=hard"),
-        ([*HARD, "--training.epochs=9", "--hard_augment.start_epoch=9"], r"start_epoch: 9 is past the last epoch, 8"),
+        (
+            ["--hard_augment.loss=method", "--hard_augment.select=random", "--augment.views=3"],
+            r"hard_augment\.loss: .*hard_augment\.select=hard",
+        ),
+        (
+            [*HARD, "--training.epochs=9", "--hard_augment.start_epoch=9"],
+            r"start_epoch: 9 is past the last epoch, 8",
+        ),
         (["--hard_augment.start_epoch=1"], r"start_epoch: no pairs are chosen"),
         ([*HARD, "--hard_augment.share_max=1.5"], r"share_max: expected a number from 0 to 1"),
         ([*HARD, "--hard_augment.share_min=-0.1"], r"share_min: expected a number from 0 to 1"),
-        ([*HARD, "--hard_augment.share_min=0.5", "--hard_augment.share_max=0.4"], r"share_min: 0\.5 is larger"),
-        (["--hard_augment.share_max=0.5", "--hard_augment.share_min=0"], r"share_min: only hard pairs"),
+        (
+            [*HARD, "--hard_augment.share_min=0.5", "--hard_augment.share_max=0.4"],
+            r"share_min: 0\.5 is larger",
+        ),
+        (
+            ["--hard_augment.share_max=0.5", "--hard_augment.share_min=0"],
+            r"share_min: only hard pairs",
+        ),
     ],
 )
 def test_options_at_odds_with_each_other_are_refused(arguments, message):
@@ -198,7 +279,12 @@ def test_options_at_odds_with_each_other_are_refused(arguments, message):
         ["--augment.views=3", "--hard_augment.select=hard"],
         ["--training.momentum_low=0.95"],
         ["--training.epochs=5", "--training.warmup_epochs=4.9"],
-        ["--training.epochs=5", "--training.warmup_epochs=10", "--training.schedule=1-clr", "--training.warmup_share=0.9"],
+        [
+            "--training.epochs=5",
+            "--training.warmup_epochs=10",
+            "--training.schedule=1-clr",
+            "--training.warmup_share=0.9",
+        ],
         ["--training.warmup_share=1"],  # plays no role but for 1-clr
         [*HARD, "--hard_augment.loss=method"],
         [*HARD, "--training.epochs=9", "--hard_augment.start_epoch=8"],
@@ -222,13 +308,21 @@ def test_the_help_lists_every_option_with_its_meaning_and_default():
 
 def test_the_program_answers_help_with_0_and_a_mistake_with_2_and_one_line():
     def run(*arguments):
-        return subprocess.run([sys.executable, "ffssl/train.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600)
+        return subprocess.run(
+            [sys.executable, "ffssl/train.py", *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
 
     answer = run("--help")
     assert answer.returncode == 0 and "--training.epochs" in answer.stdout
     answer = run("--training.epoch=3")
     assert (answer.returncode, answer.stdout) == (2, "")
-    assert answer.stderr == "error: --training.epoch: unknown option; did you mean training.epochs?\n"
+    assert (
+        answer.stderr == "error: --training.epoch: unknown option; did you mean training.epochs?\n"
+    )
 
 
 def test_a_program_that_needs_no_data_gives_defaults_which_anything_overrides(tmp_path):

@@ -8,8 +8,8 @@ import pytest
 from torch import nn
 
 from ffssl.backbones import build_backbone
-from ffssl.config.command_line import exit_status
 from ffssl.config import read_options
+from ffssl.config.command_line import exit_status
 from ffssl.cost import __main__ as program
 from ffssl.cost import count_flops, count_step
 from ffssl.cost.paper import HA, agrees, figures, full_epochs, ours_of, paper_table
@@ -47,7 +47,9 @@ def simsiam(backbone):
 @pytest.mark.parametrize("name, forward", [("resnet50", 8.174e9), ("resnet18", 3.627e9)])
 def test_forward_pass_of_a_backbone_costs_what_is_known(name, forward):
     method = BackboneAlone(build_backbone(name))
-    assert count_step(method, StepShape(224, 2), batch_size=2).total(0) == pytest.approx(2 * 2 * forward, rel=0.005)
+    assert count_step(method, StepShape(224, 2), batch_size=2).total(0) == pytest.approx(
+        2 * 2 * forward, rel=0.005
+    )
 
 
 def test_a_linear_layer_costs_two_flops_a_weight():
@@ -78,7 +80,9 @@ def test_a_teacher_costs_a_forward_pass_whatever_a_backward_pass_counts(name, he
     backbone = 8.174e9
     flops = count_step(build(name, "resnet50"), StepShape(224, 2), batch_size=2)
     for backward in (0, 1, 2):
-        assert 1 <= flops.total(backward) / 2 / (2 * backbone * (1 + backward) + 2 * backbone) < heads
+        assert (
+            1 <= flops.total(backward) / 2 / (2 * backbone * (1 + backward) + 2 * backbone) < heads
+        )
 
 
 def test_each_low_resolution_pass_is_counted_where_it_is_run():
@@ -106,11 +110,14 @@ def test_each_low_resolution_pass_is_counted_where_it_is_run():
         assert passes == pytest.approx(views, rel=0.09, abs=0.01)  # heads do not shrink
 
 
-@pytest.mark.parametrize("heads, tolerance", [(False, 1e-3), (True, 0.04)])  # the paper leaves out the heads, which do not shrink
+# The paper leaves out the heads, which do not shrink.
+@pytest.mark.parametrize("heads, tolerance", [(False, 1e-3), (True, 0.04)])
 def test_hard_augments_overhead_is_the_papers(heads, tolerance):
     method = simsiam("resnet50") if heads else BackboneAlone(simsiam("resnet18").backbone)
     plain = count_step(method, StepShape(224, 2), batch_size=2).total()
-    for views, overhead in ((6, 0.0816),) if heads else ((4, 0.0544), (5, 0.0680), (6, 0.0816), (8, 0.1088)):
+    for views, overhead in (
+        ((6, 0.0816),) if heads else ((4, 0.0544), (5, 0.0680), (6, 0.0816), (8, 0.1088))
+    ):
         selection = Selection("hard", 64, "cosine")
         hard = count_step(method, StepShape(224, views), batch_size=2, selection=selection).total()
         assert hard / plain - 1 == pytest.approx(overhead, rel=tolerance)
@@ -119,13 +126,22 @@ def test_hard_augments_overhead_is_the_papers(heads, tolerance):
 @pytest.mark.parametrize(
     "name, backbone, images, epochs, petaflops",
     [
-        ("simsiam", "resnet50", IMAGENETTE, 800, 248.6), ("simclr", "resnet50", IMAGENETTE, 800, 247.7),
-        ("simsiam", "resnet50", IMAGENET, 200, 8408), ("simsiam", "resnet18", IMAGENET, 200, 3742),
-        ("byol", "resnet50", IMAGENETTE, 800, 371.5), ("mocov2plus", "resnet50", IMAGENETTE, 800, 371.5), ("dino", "resnet50", IMAGENETTE, 800, 372),
+        ("simsiam", "resnet50", IMAGENETTE, 800, 248.6),
+        ("simclr", "resnet50", IMAGENETTE, 800, 247.7),
+        ("simsiam", "resnet50", IMAGENET, 200, 8408),
+        ("simsiam", "resnet18", IMAGENET, 200, 3742),
+        ("byol", "resnet50", IMAGENETTE, 800, 371.5),
+        ("mocov2plus", "resnet50", IMAGENETTE, 800, 371.5),
+        ("dino", "resnet50", IMAGENETTE, 800, 372),
     ],
-)  # fmt: skip
+)
 def test_totals_by_the_papers_count_are_its_tables(name, backbone, images, epochs, petaflops):
-    total = count_step(build(name, backbone), StepShape(224, 2), batch_size=2).total(1) / 2 * images * epochs
+    total = (
+        count_step(build(name, backbone), StepShape(224, 2), batch_size=2).total(1)
+        / 2
+        * images
+        * epochs
+    )
     assert total / 1e15 == pytest.approx(petaflops, rel=0.006)
 
 
@@ -135,21 +151,31 @@ def test_counting_leaves_the_method_as_it_was(name):
     before = {name: value.clone() for name, value in method.state_dict().items()}
     count_step(method, StepShape(64, 3), batch_size=2, selection=Selection("hard", 32))
     assert not method.training
-    assert all((before[name] == value).all() and value.device.type == "cpu" for name, value in method.state_dict().items())
+    assert all(
+        (before[name] == value).all() and value.device.type == "cpu"
+        for name, value in method.state_dict().items()
+    )
 
 
 def options_of(config, *overrides):
-    return read_options([f"--config={CONFIGS / config}.yaml", *overrides], defaults={"data.train": "", "run.folder": ""})
+    return read_options(
+        [f"--config={CONFIGS / config}.yaml", *overrides],
+        defaults={"data.train": "", "run.folder": ""},
+    )
 
 
 def test_the_efficient_recipe_on_imagenette_saves_what_the_design_states():
     runs = [options_of("imagenette_baseline"), options_of("imagenette_efficient", *HA)]
-    backbone = BackboneAlone(simsiam("resnet18").backbone)  # the ratio is that of any ResNet; heads would make it 0.6 % less
+    # The ratio is that of any ResNet; heads would make it 0.6 % less.
+    backbone = BackboneAlone(simsiam("resnet18").backbone)
     totals = []
     for options in runs:
         plan = Plan(options, steps_per_epoch=1)
         per_step = count_flops(plan, backbone)
-        totals.append(sum(per_step[plan.shape(epoch)] for epoch in range(options.training.epochs)) / options.training.batch_size)
+        totals.append(
+            sum(per_step[plan.shape(epoch)] for epoch in range(options.training.epochs))
+            / options.training.batch_size
+        )
     assert totals[0] / totals[1] == pytest.approx(2.356, abs=5e-4)
     assert full_epochs(runs[0]) / full_epochs(runs[1]) == pytest.approx(2.356, abs=5e-4)
 
@@ -165,9 +191,16 @@ def test_a_step_is_told_apart_by_what_it_is_for():
     for flops in (byol, student_only):
         assert flops.forward == pytest.approx(4 * 2 * 4 * image, rel=0.05)  # heads do not shrink
         assert flops.selection == pytest.approx(4 * 6 * image, rel=0.1)
-        assert flops.total(1) == flops.total() - flops.forward == 2 * flops.forward + flops.teacher + flops.selection
+        assert (
+            flops.total(1)
+            == flops.total() - flops.forward
+            == 2 * flops.forward + flops.teacher + flops.selection
+        )
     assert student_only.teacher == 0
-    assert byol.teacher == pytest.approx(4 * 2 * 4 * image, rel=0.05) and byol.teacher < byol.forward  # it has no predictor
+    # It has no predictor.
+    assert (
+        byol.teacher == pytest.approx(4 * 2 * 4 * image, rel=0.05) and byol.teacher < byol.forward
+    )
 
 
 TOY = ("--model.backbone=resnet-small", "--method.hidden=8", "--method.projection=8")
@@ -176,16 +209,31 @@ TOY = ("--model.backbone=resnet-small", "--method.hidden=8", "--method.projectio
 def test_the_total_of_a_run_is_what_training_counts():
     costs, options = RunCosts(), options_of("demo_efficient", *TOY)
     stages = costs.stages(options)
-    assert [(*stage.shape, stage.epochs) for stage in stages] == [(48, 2, 1), (32, 4, 4), (48, 4, 3)]
-    method = build_method("simclr", build_backbone("resnet-small"), {"hidden": 8, "projection": 8, "temperature": 0.2})
+    assert [(*stage.shape, stage.epochs) for stage in stages] == [
+        (48, 2, 1),
+        (32, 4, 4),
+        (48, 4, 3),
+    ]
+    method = build_method(
+        "simclr", build_backbone("resnet-small"), {"hidden": 8, "projection": 8, "temperature": 0.2}
+    )
     plan = Plan(options, steps_per_epoch=62)
     per_step = count_flops(plan, method)
-    assert petaflop(stages, 62 * 64) * 1e15 == pytest.approx(sum(62 * per_step[plan.shape(epoch)] for epoch in range(8)))
+    assert petaflop(stages, 62 * 64) * 1e15 == pytest.approx(
+        sum(62 * per_step[plan.shape(epoch)] for epoch in range(8))
+    )
     assert costs.stages(options) == stages
 
 
 @pytest.mark.parametrize(
-    "change", ["--method.hidden=16", "--augment.views=5", "--hard_augment.resolution=16", "--hard_augment.select=random", "--training.batch_size=128"]
+    "change",
+    [
+        "--method.hidden=16",
+        "--augment.views=5",
+        "--hard_augment.resolution=16",
+        "--hard_augment.select=random",
+        "--training.batch_size=128",
+    ],
 )
 def test_what_was_counted_is_not_taken_for_another_run(change):
     costs, changed = RunCosts(), options_of("demo_efficient", *TOY, change)
@@ -195,9 +243,12 @@ def test_what_was_counted_is_not_taken_for_another_run(change):
 
 # By table, in the order of `figures`; worked out by hand from the equations
 EQUATIONS = {
-    "1": [None, 2.487, None, 2.487], "2": [None, 2.356, None, 2.426, None, 2.356, None, 2.426, None, 2.426],
-    "3": [1.667, 1.541, 2.663, 1.541, 2.356], "6": [1.424, 1.598, 1.786], "8": [5.44, 6.80, 8.16, 10.88],
-}  # fmt: skip
+    "1": [None, 2.487, None, 2.487],
+    "2": [None, 2.356, None, 2.426, None, 2.356, None, 2.426, None, 2.426],
+    "3": [1.667, 1.541, 2.663, 1.541, 2.356],
+    "6": [1.424, 1.598, 1.786],
+    "8": [5.44, 6.80, 8.16, 10.88],
+}
 
 
 def check(tables, costs):
@@ -206,8 +257,13 @@ def check(tables, costs):
         assert len(rows) == len(EQUATIONS[table])
         for figure, by_equations in zip(rows, EQUATIONS[table]):
             ours = ours_of(figure, costs)
-            assert ours[2] == (by_equations and pytest.approx(by_equations, abs=6e-4 if figure.unit == "x" else 6e-3)), figure
-            assert any(agrees(value, figure) for value in ours if value is not None) != bool(figure.reason), (figure, ours)
+            assert ours[2] == (
+                by_equations
+                and pytest.approx(by_equations, abs=6e-4 if figure.unit == "x" else 6e-3)
+            ), figure
+            assert any(agrees(value, figure) for value in ours if value is not None) != bool(
+                figure.reason
+            ), (figure, ours)
 
 
 def test_the_papers_table_3_is_ours_but_for_what_is_named():
@@ -232,8 +288,15 @@ def test_the_program_prints_stages_totals_and_speed_ups(capsys, monkeypatch):
     rows = [line.split()[:3] for line in out.splitlines() if line.split()[:1] in (["48"], ["32"])]
     # Resolution, views, epochs: pairs are chosen after the warm-up.
     assert [" ".join(row) for row in rows] == ["48 2 15", "48 2 1", "32 4 4", "48 4 3"]
-    baseline, efficient = (line.split() for line in out.splitlines() if line.startswith("demo_") and "simclr" not in line)
-    costs = [petaflop(RunCosts().stages(options_of(f"demo_{recipe}", *TOY)), 3968) for recipe in ("baseline", "efficient")]
+    baseline, efficient = (
+        line.split()
+        for line in out.splitlines()
+        if line.startswith("demo_") and "simclr" not in line
+    )
+    costs = [
+        petaflop(RunCosts().stages(options_of(f"demo_{recipe}", *TOY)), 3968)
+        for recipe in ("baseline", "efficient")
+    ]
     assert baseline[2] == "1.00x" and efficient[2] == f"{costs[0] / costs[1]:.2f}x"
     assert float(efficient[1]) == pytest.approx(costs[1], abs=5e-5)  # four decimals are printed
 
@@ -244,7 +307,9 @@ def test_the_number_of_images_comes_from_a_name_a_number_or_the_file(tmp_path):
     assert program.number_of_images("7", "missing.beton") == 7
     assert program.number_of_images("imagenet", "") == 1_281_167
     for images in ("many", "0", "-3"):
-        with pytest.raises(UserError, match="--images: expected a number, imagenet or imagenette, got"):
+        with pytest.raises(
+            UserError, match="--images: expected a number, imagenet or imagenette, got"
+        ):
             program.number_of_images(images, "")
     with pytest.raises(UserError, match="--images: how many"):
         program.number_of_images(None, "")
@@ -254,7 +319,10 @@ def test_the_number_of_images_comes_from_a_name_a_number_or_the_file(tmp_path):
     "words, message",
     [
         (["missing.yaml", "--images=3"], "missing.yaml: the config can't be read"),
-        ([str(CONFIGS / "demo_baseline.yaml"), "--images=3", "--training.epoch=3"], "did you mean training.epochs?"),
+        (
+            [str(CONFIGS / "demo_baseline.yaml"), "--images=3", "--training.epoch=3"],
+            "did you mean training.epochs?",
+        ),
     ],
 )
 def test_mistakes_cost_one_line(words, message, capsys, monkeypatch):

@@ -8,10 +8,20 @@ from ffssl.run_folder.log import read_log
 from ffssl.train import train
 
 SMALL = [
-    "--model.backbone=resnet-small", "--method.name=simclr", "--method.hidden=32", "--method.projection=16", "--resolution.max=32",
-    "--resolution.min=16", "--resolution.step=16", "--hard_augment.resolution=16", "--training.batch_size=16", "--evaluate.k=5",
-    "--training.epochs=2", "--run.tensorboard=false", "--run.device=cpu",
-]  # fmt: skip
+    "--model.backbone=resnet-small",
+    "--method.name=simclr",
+    "--method.hidden=32",
+    "--method.projection=16",
+    "--resolution.max=32",
+    "--resolution.min=16",
+    "--resolution.step=16",
+    "--hard_augment.resolution=16",
+    "--training.batch_size=16",
+    "--evaluate.k=5",
+    "--training.epochs=2",
+    "--run.tensorboard=false",
+    "--run.device=cpu",
+]
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +31,10 @@ def runs(tmp_path_factory):
     convert(Embedded("val", 20), folder / "val.beton")
     data = [f"--data.train={folder / 'train.beton'}", f"--data.validation={folder / 'val.beton'}"]
     own = {"baseline": [], "efficient": ["--resolution.schedule=progressive"]}
-    options = {name: read_options([*SMALL, *data, *own[name], f"--run.folder={folder / name}"]) for name in own}
+    options = {
+        name: read_options([*SMALL, *data, *own[name], f"--run.folder={folder / name}"])
+        for name in own
+    }
     for one in options.values():
         train(one)
     return options, {name: read_log(folder / name) for name in own}
@@ -31,7 +44,10 @@ def test_table_states_accuracy_cost_and_speed_up_of_both_runs(runs, capsys):
     options, logs = runs
     print_table(logs, 0.123)
     lines = capsys.readouterr().out.splitlines()
-    assert "raw pixels 12.3%" in lines[1] and f"untrained network {logs['baseline'][0]['knn']:.1%}" in lines[1]
+    assert (
+        "raw pixels 12.3%" in lines[1]
+        and f"untrained network {logs['baseline'][0]['knn']:.1%}" in lines[1]
+    )
     last = {name: rows[-1] for name, rows in logs.items()}
     efficient = next(line for line in lines if line.startswith("efficient")).split()
     assert efficient[2] == f"{last['efficient']['knn']:.1%}"

@@ -9,15 +9,22 @@ import torch
 from torch import distributed as dist
 from torch import multiprocessing, nn
 
-from ffssl.parallel import batch_norm
-from ffssl.parallel.ranks import (
-    gather, gather_with_gradient, local_device, mean_over_ranks, process_group, rank, ranks_here, world_size,
-)  # fmt: skip
 from ffssl.errors import UserError
 from ffssl.methods import build_method
 from ffssl.methods.barlow_twins import redundancy_reduction
 from ffssl.methods.simclr import nt_xent, nt_xent_of_pairs
 from ffssl.methods.vicreg import vicreg
+from ffssl.parallel import batch_norm
+from ffssl.parallel.ranks import (
+    gather,
+    gather_with_gradient,
+    local_device,
+    mean_over_ranks,
+    process_group,
+    rank,
+    ranks_here,
+    world_size,
+)
 from ffssl.training.epoch import Tally
 
 RANKS, IMAGES, WIDTH = 2, 6, 8
@@ -28,7 +35,9 @@ class Features(nn.Identity):
 
 
 def on_projections(name):
-    """A method whose network gives back what it is given, so that BatchNorm plays no role; the teacher sees it times 2 plus 1."""
+    """A method whose network gives back what it is given, so that BatchNorm plays no role; the
+    teacher sees it times 2 plus 1.
+    """
     torch.manual_seed(0)
     options = {"mocov2plus": {"queue": 24}, "dino": {"prototypes": WIDTH}}[name]
     method = build_method(name, Features(), {"projection": WIDTH, "hidden": 4, **options})
@@ -40,20 +49,30 @@ def on_projections(name):
 
 def moco(z1, z2):
     method = on_projections("mocov2plus")
-    losses = [method.loss(z1 + step, z2)[0] for step in range(2)]  # the second against the first's keys
+    # The second against the first's keys.
+    losses = [method.loss(z1 + step, z2)[0] for step in range(2)]
     return losses[0] + losses[1], method.queue
 
 
 def dino(z1, z2):
     method = on_projections("dino")
-    losses = [method.loss(z1, z2 + step)[0] for step in range(2)]  # the second with the first's centre
+    # The second with the first's centre.
+    losses = [method.loss(z1, z2 + step)[0] for step in range(2)]
     return losses[0] + losses[1], method.centre
 
 
 def normalised(z1, z2):
-    """By BatchNorm layers of every form, synchronised where there are ranks, in training and then by what they have tracked."""
+    """By BatchNorm layers of every form, synchronised where there are ranks, in training and then
+    by what they have tracked.
+    """
     torch.manual_seed(0)
-    norms = nn.Sequential(nn.BatchNorm1d(WIDTH), nn.Unflatten(1, (2, 2, 2)), nn.BatchNorm2d(2, affine=False), nn.Flatten(), nn.BatchNorm1d(WIDTH))
+    norms = nn.Sequential(
+        nn.BatchNorm1d(WIDTH),
+        nn.Unflatten(1, (2, 2, 2)),
+        nn.BatchNorm2d(2, affine=False),
+        nn.Flatten(),
+        nn.BatchNorm1d(WIDTH),
+    )
     with torch.no_grad():
         for p in norms.parameters():
             p.normal_()
@@ -96,22 +115,32 @@ def elemt(x, weight, bias, mean, inverse, eps):
 
 def backward_reduce(gradient, x, mean, inverse, weight, *wanted):
     over = [0, *range(2, x.ndim)]
-    plain, product = gradient.float().sum(over), (gradient.float() * (x.float() - per_channel(mean, x))).sum(over)
+    plain, product = (
+        gradient.float().sum(over),
+        (gradient.float() * (x.float() - per_channel(mean, x))).sum(over),
+    )
     return plain, product, product * inverse, plain
 
 
 def backward_elemt(gradient, x, mean, inverse, weight, plain, product, counts):
     scale = inverse if weight is None else inverse * weight
-    centred = (x.float() - per_channel(mean, x)) * per_channel(inverse**2 * product / counts.sum(), x)
-    return ((gradient.float() - per_channel(plain / counts.sum(), x) - centred) * per_channel(scale, x)).to(x.dtype)
+    centred = (x.float() - per_channel(mean, x)) * per_channel(
+        inverse**2 * product / counts.sum(), x
+    )
+    return (
+        (gradient.float() - per_channel(plain / counts.sum(), x) - centred) * per_channel(scale, x)
+    ).to(x.dtype)
 
 
 @contextlib.contextmanager
 def passes_of_gpus():
     passes = {
-        "batch_norm_stats": stats, "batch_norm_gather_stats_with_counts": gather_stats, "batch_norm_elemt": elemt,
-        "batch_norm_backward_reduce": backward_reduce, "batch_norm_backward_elemt": backward_elemt,
-    }  # fmt: skip
+        "batch_norm_stats": stats,
+        "batch_norm_gather_stats_with_counts": gather_stats,
+        "batch_norm_elemt": elemt,
+        "batch_norm_backward_reduce": backward_reduce,
+        "batch_norm_backward_elemt": backward_elemt,
+    }
     with pytest.MonkeyPatch.context() as patch:
         for name, function in passes.items():
             patch.setattr(torch, name, function)
@@ -149,12 +178,21 @@ def loss_and_gradients(name, first, second):
 
 def work(this_rank, port, answers):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=this_rank, world_size=RANKS)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=this_rank, world_size=RANKS
+    )
     mine = slice(this_rank * IMAGES, (this_rank + 1) * IMAGES)
     answer = {name: loss_and_gradients(name, *projections()[:, mine]) for name in LOSSES}
     answer["pairs"] = nt_xent_of_pairs(pair_views()[mine], 0.5)
     x = torch.full((2, 3), this_rank + 1.0, requires_grad=True)
-    answer["functions"] = (rank(), world_size(), gather(x), gather_with_gradient(x).detach(), mean_over_ranks(x).detach(), gather(x).requires_grad)
+    answer["functions"] = (
+        rank(),
+        world_size(),
+        gather(x),
+        gather_with_gradient(x).detach(),
+        mean_over_ranks(x).detach(),
+        gather(x).requires_grad,
+    )
     torch.save(answer, answers / f"{this_rank}.pt")
     dist.destroy_process_group()
 
@@ -174,14 +212,21 @@ def test_losses_and_averaged_gradients_are_those_of_the_joint_batch(answers, nam
     loss, state, gradients = loss_and_gradients(name, *projections())
     torch.testing.assert_close(torch.stack([answer[name][0] for answer in answers]).mean(), loss)
     # DistributedDataParallel divides the gradients by the number of ranks.
-    torch.testing.assert_close(torch.cat([answer[name][2] for answer in answers], dim=1) / RANKS, gradients, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(
+        torch.cat([answer[name][2] for answer in answers], dim=1) / RANKS,
+        gradients,
+        atol=1e-6,
+        rtol=1e-4,
+    )
     assert gradients.abs().max() > 1e-3
     for answer in answers:  # queue and centre are the same on all ranks
         torch.testing.assert_close(answer[name][1], state)
 
 
 def test_the_losses_of_pairs_are_those_of_the_joint_batch(answers):
-    torch.testing.assert_close(torch.cat([answer["pairs"] for answer in answers]), nt_xent_of_pairs(pair_views(), 0.5))
+    torch.testing.assert_close(
+        torch.cat([answer["pairs"] for answer in answers]), nt_xent_of_pairs(pair_views(), 0.5)
+    )
 
 
 def test_the_functions_join_the_ranks_in_order(answers):
@@ -194,14 +239,29 @@ def test_the_functions_join_the_ranks_in_order(answers):
 
 
 def test_batch_norm_is_replaced_in_place_with_what_it_holds():
-    network = nn.ModuleDict({"a": nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), "b": nn.BatchNorm2d(4, affine=False)}).eval()
+    network = nn.ModuleDict(
+        {
+            "a": nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)),
+            "b": nn.BatchNorm2d(4, affine=False),
+        }
+    ).eval()
     network["a"][1].requires_grad_(False)
-    before, state = dict(network.named_parameters()), {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    before, state = (
+        dict(network.named_parameters()),
+        {name: tensor.clone() for name, tensor in network.state_dict().items()},
+    )
     batch_norm.synchronise(network)
-    assert [type(module) for module in (network["a"][1], network["b"])] == [batch_norm.SyncBatchNorm] * 2
+    assert [type(module) for module in (network["a"][1], network["b"])] == [
+        batch_norm.SyncBatchNorm
+    ] * 2
     assert not network["a"][1].training
-    assert all(parameter is before[name] for name, parameter in network.named_parameters()) and len(before) == 4
-    assert list(network.state_dict()) == list(state) and all(torch.equal(network.state_dict()[name], state[name]) for name in state)
+    assert (
+        all(parameter is before[name] for name, parameter in network.named_parameters())
+        and len(before) == 4
+    )
+    assert list(network.state_dict()) == list(state) and all(
+        torch.equal(network.state_dict()[name], state[name]) for name in state
+    )
 
 
 def test_a_batch_norm_that_does_more_is_not_replaced_by_one_that_does_less():
@@ -209,7 +269,10 @@ def test_a_batch_norm_that_does_more_is_not_replaced_by_one_that_does_less():
         def forward(self, x):
             return super().forward(x).relu()
 
-    with pytest.raises(UserError, match="its WithActivation can't be synchronised between processes; use one process"):
+    with pytest.raises(
+        UserError,
+        match="its WithActivation can't be synchronised between processes; use one process",
+    ):
         batch_norm.synchronise(nn.Sequential(WithActivation(3)))
 
 
@@ -222,19 +285,27 @@ def test_the_batch_norm_of_timm_keeps_its_activation():
     expected = copy.deepcopy(network)(x)
     batch_norm.synchronise(network)
     torch.testing.assert_close(network(x), expected)  # of one process, which has the whole batch
-    assert isinstance(network[0], batch_norm.SyncBatchNorm) and list(network.state_dict()) == names and expected.min() > -0.3
+    assert (
+        isinstance(network[0], batch_norm.SyncBatchNorm)
+        and list(network.state_dict()) == names
+        and expected.min() > -0.3
+    )
 
 
 def test_half_precision_is_normalised_by_statistics_of_full_precision():
     norm = batch_norm.SyncBatchNorm(WIDTH)
-    x = (1000 + torch.arange(4 * WIDTH).view(4, WIDTH) * 8).bfloat16()  # near 1000 bf16 has steps of 4
+    # Near 1000 bf16 has steps of 4.
+    x = (1000 + torch.arange(4 * WIDTH).view(4, WIDTH) * 8).bfloat16()
     results = []
     for dtype in (torch.bfloat16, torch.float32):
         given = x.to(dtype, copy=True).requires_grad_()
         y = norm(given)
         y.square().sum().backward()
         results.append((y, given.grad))
-        assert {y.dtype, given.grad.dtype, norm.running_mean.dtype, norm.weight.grad.dtype} == {dtype, torch.float32}
+        assert {y.dtype, given.grad.dtype, norm.running_mean.dtype, norm.weight.grad.dtype} == {
+            dtype,
+            torch.float32,
+        }
     assert torch.equal(results[0][0], results[1][0].bfloat16())
 
 
@@ -257,7 +328,12 @@ def test_a_gpu_normalises_as_torch_does_and_keeps_the_layout(dtype, affine, shap
         results.append((y, given.grad, *layer.buffers(), *(p.grad for p in layer.parameters())))
     for ours, theirs in zip(results[1], results[0], strict=True):
         assert ours.dtype == theirs.dtype and ours.stride() == theirs.stride()
-        torch.testing.assert_close(ours, theirs, atol=1e-5 if dtype == torch.float32 else 0.02, rtol=1e-4 if dtype == torch.float32 else 0.02)
+        torch.testing.assert_close(
+            ours,
+            theirs,
+            atol=1e-5 if dtype == torch.float32 else 0.02,
+            rtol=1e-4 if dtype == torch.float32 else 0.02,
+        )
 
 
 def test_one_process_keeps_what_it_has():
@@ -269,28 +345,66 @@ def test_one_process_keeps_what_it_has():
 
 def set_launcher(monkeypatch, **variables):
     """As a launcher's environment, with no others of its kind."""
-    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "LOCAL_RANK"):
+    for name in (
+        "WORLD_SIZE",
+        "RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "LOCAL_WORLD_SIZE",
+        "LOCAL_RANK",
+    ):
         value = variables.get(name)
-        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(
+            name, value
+        )
 
 
 COMPLETE = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
 
-@pytest.mark.parametrize("variables, message", [
-    ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 in the environment, but not RANK, MASTER_ADDR, MASTER_PORT; start with torchrun"),
-    (COMPLETE | {"RANK": " "}, "WORLD_SIZE is 2 in the environment, but not RANK; start with torchrun"),
-    (COMPLETE | {"MASTER_ADDR": None}, "WORLD_SIZE is 2 in the environment, but not MASTER_ADDR; "),
-    (COMPLETE | {"RANK": "2"}, "RANK is 2 in the environment, but WORLD_SIZE is 2"),
-    (COMPLETE | {"RANK": "first"}, "RANK is 'first' in the environment, which must be an integer of 0 or more"),
-    (COMPLETE | {"MASTER_PORT": "http"}, "MASTER_PORT is 'http' in the environment"),
-    ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' in the environment, which must be an integer of 1 or more; unset it"),
-    ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0' in the environment"),
-    ({"WORLD_SIZE": "-1"}, "WORLD_SIZE is '-1' in the environment"),
-])  # fmt: skip
-def test_an_environment_that_names_ranks_in_part_is_refused_before_anything_waits(monkeypatch, variables, message):
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        (
+            {"WORLD_SIZE": "2"},
+            (
+                "WORLD_SIZE is 2 in the environment, but not RANK, MASTER_ADDR, MASTER_PORT; "
+                "start with torchrun"
+            ),
+        ),
+        (
+            COMPLETE | {"RANK": " "},
+            "WORLD_SIZE is 2 in the environment, but not RANK; start with torchrun",
+        ),
+        (
+            COMPLETE | {"MASTER_ADDR": None},
+            "WORLD_SIZE is 2 in the environment, but not MASTER_ADDR; ",
+        ),
+        (COMPLETE | {"RANK": "2"}, "RANK is 2 in the environment, but WORLD_SIZE is 2"),
+        (
+            COMPLETE | {"RANK": "first"},
+            "RANK is 'first' in the environment, which must be an integer of 0 or more",
+        ),
+        (COMPLETE | {"MASTER_PORT": "http"}, "MASTER_PORT is 'http' in the environment"),
+        (
+            {"WORLD_SIZE": "two"},
+            (
+                "WORLD_SIZE is 'two' in the environment, which must be an integer of 1 or "
+                "more; unset it"
+            ),
+        ),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0' in the environment"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE is '-1' in the environment"),
+    ],
+)
+def test_an_environment_that_names_ranks_in_part_is_refused_before_anything_waits(
+    monkeypatch, variables, message
+):
     set_launcher(monkeypatch, **variables)
-    for joining in (lambda: local_device(torch.device("cpu")), lambda: process_group(torch.device("cpu")).__enter__()):
+    for joining in (
+        lambda: local_device(torch.device("cpu")),
+        lambda: process_group(torch.device("cpu")).__enter__(),
+    ):
         with pytest.raises(UserError) as refused:
             joining()
         assert str(refused.value).startswith(message)
@@ -311,7 +425,15 @@ def test_a_gpu_that_the_machine_has_not_is_refused(monkeypatch):
         local_device(torch.device("cuda"))
 
 
-@pytest.mark.parametrize("variables", [{}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "1", "RANK": "", "LOCAL_WORLD_SIZE": ""}])
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"WORLD_SIZE": ""},
+        {"WORLD_SIZE": "1"},
+        {"WORLD_SIZE": "1", "RANK": "", "LOCAL_WORLD_SIZE": ""},
+    ],
+)
 def test_one_process_needs_no_launcher(monkeypatch, variables):
     set_launcher(monkeypatch, **variables)
     with process_group(torch.device("cpu")):
@@ -320,8 +442,18 @@ def test_one_process_needs_no_launcher(monkeypatch, variables):
 
 
 @pytest.mark.parametrize("number, index", [("3", 3), (None, 0)])
-def test_a_rank_takes_the_gpu_of_its_number_on_the_machine_and_the_first_where_it_has_none(monkeypatch, number, index):
-    set_launcher(monkeypatch, WORLD_SIZE="8", RANK="7", MASTER_ADDR="a", MASTER_PORT="1", LOCAL_WORLD_SIZE=number and "4", LOCAL_RANK=number)
+def test_a_rank_takes_the_gpu_of_its_number_on_the_machine_and_the_first_where_it_has_none(
+    monkeypatch, number, index
+):
+    set_launcher(
+        monkeypatch,
+        WORLD_SIZE="8",
+        RANK="7",
+        MASTER_ADDR="a",
+        MASTER_PORT="1",
+        LOCAL_WORLD_SIZE=number and "4",
+        LOCAL_RANK=number,
+    )
     chosen = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
@@ -330,7 +462,15 @@ def test_a_rank_takes_the_gpu_of_its_number_on_the_machine_and_the_first_where_i
 
 
 def test_what_is_saved_of_an_epoch_goes_on_in_another_number_of_ranks(monkeypatch):
-    tally = Tally([torch.tensor(1.0)] * 3, [torch.tensor(2.0)] * 3, seconds=10.0, waited=1.0, replaced=1.5, kwh=0.5)  # the means of four
+    # The means of four.
+    tally = Tally(
+        [torch.tensor(1.0)] * 3,
+        [torch.tensor(2.0)] * 3,
+        seconds=10.0,
+        waited=1.0,
+        replaced=1.5,
+        kwh=0.5,
+    )
     monkeypatch.setattr("ffssl.training.totals.world_size", lambda: 4)
     saved = tally.state()
     for ranks in (1, 2, 4):

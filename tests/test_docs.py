@@ -13,7 +13,9 @@ from ffssl.data.convert.sources.embedded import Embedded
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 5  # in an epoch of 8 images a batch
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/loader.md").read_text(), re.MULTILINE | re.DOTALL)
+BLOCKS = re.findall(
+    r"^```python\n(.*?)^```$", (ROOT / "docs/loader.md").read_text(), re.MULTILINE | re.DOTALL
+)
 
 
 def test_the_document_has_its_examples():
@@ -29,7 +31,17 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
 def test_examples_of_the_loader_run(folder, block):
-    (folder / "example.py").write_text(block + "\nassert views.shape[0] == 8 and len(loader) == 5\n")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # their threads would contend with the loader's
-    result = subprocess.run([sys.executable, "example.py"], cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    (folder / "example.py").write_text(
+        block + "\nassert views.shape[0] == 8 and len(loader) == 5\n"
+    )
+    # Their threads would contend with the loader's.
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "example.py"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,6 @@
-"""The training program, killed, stopped and starved: it must end in the weights of a run that was left alone, and lose nothing it has saved."""
+"""The training program, killed, stopped and starved: it must end in the weights of a run that was
+left alone, and lose nothing it has saved.
+"""
 
 import functools
 import os
@@ -10,15 +12,20 @@ import pytest
 from harmed import Program, hang_while_saving, kill_while_saving, limit_files
 from test_train import arguments, assert_equal, weights
 
-from ffssl.run_folder import checkpoint
 from ffssl.config import read_options
 from ffssl.errors import UserError
+from ffssl.run_folder import checkpoint
 from ffssl.run_folder.log import read_log
 from ffssl.train import train
 
 OPTIONS = [
-    "--training.epochs=2", "--training.batch_size=16", "--method.name=mocov2plus", "--method.queue=64", "--resolution.max=16", "--evaluate.every=1",
-]  # fmt: skip
+    "--training.epochs=2",
+    "--training.batch_size=16",
+    "--method.name=mocov2plus",
+    "--method.queue=64",
+    "--resolution.max=16",
+    "--evaluate.every=1",
+]
 EVERY_STEP = "--run.checkpoint_minutes=1e-9"
 MEASURED = {"seconds", "images_per_second", "data_wait"}
 
@@ -29,7 +36,10 @@ def command(betons, folder, *more) -> list[str]:
 
 def rows(folder) -> list[dict]:
     """Of the log, without what a clock measures."""
-    return [{name: value for name, value in row.items() if name not in MEASURED} for row in read_log(folder)]
+    return [
+        {name: value for name, value in row.items() if name not in MEASURED}
+        for row in read_log(folder)
+    ]
 
 
 def position(folder) -> tuple[int, int]:
@@ -39,7 +49,9 @@ def position(folder) -> tuple[int, int]:
 
 
 def train_undisturbed(betons, folder, *more):
-    """In a process of the same kind: sums come out the same to the last bit in one, not in any process that has done other things before."""
+    """In a process of the same kind: sums come out the same to the last bit in one, not in any
+    process that has done other things before.
+    """
     program = Program(command(betons, folder, *more), folder / "undisturbed.txt")
     assert program.status() == 0, program.output
     (folder / "undisturbed.txt").unlink()
@@ -58,11 +70,14 @@ def assert_ends_as(unbroken, betons, folder, *more) -> None:
     train_undisturbed(betons, folder, *more)
     assert_equal(weights(unbroken), weights(folder))
     assert rows(unbroken) == rows(folder)
-    assert not [path.name for path in folder.iterdir() if path.name.endswith((".partial", ".damaged"))]
+    assert not [
+        path.name for path in folder.iterdir() if path.name.endswith((".partial", ".damaged"))
+    ]
 
 
 def kill_at_random(moments, betons, folder, kills: int, *more, within: float) -> int:
-    """Kill a run that saves all the time, again and again, within so many seconds after its start, or after its next checkpoint.
+    """Kill a run that saves all the time, again and again, within so many seconds after its start,
+    or after its next checkpoint.
 
     Returns how often that was while it was writing.
     """
@@ -98,12 +113,24 @@ def test_a_run_killed_at_thirty_moments_loses_nothing(betons, tmp_path, moments)
     assert_ends_as(tmp_path / "unbroken", betons, tmp_path / "killed", *longer)
 
 
-STAGES = ["write", "replace first", "replace", "folder", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("fsync", "link"))]
+STAGES = [
+    "write",
+    "replace first",
+    "replace",
+    "folder",
+    *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("fsync", "link")),
+]
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_run_killed_while_it_saves_loses_at_most_that_checkpoint(unbroken, betons, tmp_path, stage):
-    program = Program(command(betons, tmp_path, EVERY_STEP), tmp_path / "output.txt", functools.partial(kill_while_saving, stage, 5))
+def test_a_run_killed_while_it_saves_loses_at_most_that_checkpoint(
+    unbroken, betons, tmp_path, stage
+):
+    program = Program(
+        command(betons, tmp_path, EVERY_STEP),
+        tmp_path / "output.txt",
+        functools.partial(kill_while_saving, stage, 5),
+    )
     assert program.status() == -signal.SIGKILL, program.output
     assert (tmp_path / f".{checkpoint.NAME}.partial").exists() == (stage != "folder")
     epoch, steps = position(tmp_path)
@@ -111,13 +138,22 @@ def test_a_run_killed_while_it_saves_loses_at_most_that_checkpoint(unbroken, bet
     assert_ends_as(unbroken, betons, tmp_path)
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number, status", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
+)
 def test_a_signal_saves_within_the_epoch_and_leaves(unbroken, betons, tmp_path, number, status):
-    program = Program(command(betons, tmp_path, "--run.checkpoint_minutes=0"), tmp_path / "output.txt")
+    program = Program(
+        command(betons, tmp_path, "--run.checkpoint_minutes=0"), tmp_path / "output.txt"
+    )
     program.wait_until(lambda: (tmp_path / checkpoint.NAME).exists())
     program.signal(number)
     assert program.status() == status
-    assert program.output.endswith(f"stopped by {number.name}; the same command continues where it was\n") and "Traceback" not in program.output
+    assert (
+        program.output.endswith(
+            f"stopped by {number.name}; the same command continues where it was\n"
+        )
+        and "Traceback" not in program.output
+    )
     assert position(tmp_path)[1] > 0
     assert_ends_as(unbroken, betons, tmp_path)
 
@@ -136,15 +172,20 @@ def test_a_second_signal_leaves_at_once_and_a_folder_has_one_run_at_a_time(beton
     train(read_options(arguments(betons, tmp_path, "--training.epochs=1")))  # the lock went with it
 
 
-def test_a_beton_cut_short_under_a_run_ends_it_and_put_back_it_continues(unbroken, betons, tmp_path):
+def test_a_beton_cut_short_under_a_run_ends_it_and_put_back_it_continues(
+    unbroken, betons, tmp_path
+):
     own = betons | {"train": tmp_path / "train.beton"}
     shutil.copyfile(betons["train"], own["train"])
     program = Program(command(own, tmp_path, EVERY_STEP), tmp_path / "output.txt")
     program.wait_until(lambda: position(tmp_path)[1] > 0)
     os.truncate(own["train"], 4096)
     status = program.status()
-    # It looks before it reads on; a read that is under way the kernel ends by a signal, and nobody can keep it from that.
-    assert status == -signal.SIGBUS or (status == 2 and "was cut short or written over while in use" in program.output), program.output
+    # It looks before it reads on; a read that is under way the kernel ends by a signal, and nobody
+    # can keep it from that.
+    assert status == -signal.SIGBUS or (
+        status == 2 and "was cut short or written over while in use" in program.output
+    ), program.output
     shutil.copyfile(betons["train"], own["train"])
     assert_ends_as(unbroken, own, tmp_path)
 
@@ -156,10 +197,18 @@ def test_a_full_disk_stops_the_run_and_leaves_its_checkpoints(unbroken, betons, 
     assert program.status() == 75
     before = {path: path.read_bytes() for path in tmp_path.glob("checkpoint*")}
     assert len(before) == 2
-    for minutes in (EVERY_STEP, "--run.checkpoint_minutes=0"):  # found in the midst of an epoch, and at its end
-        program = Program(command(betons, tmp_path, minutes), tmp_path / "output.txt", functools.partial(limit_files, 100_000))
+    # Found in the midst of an epoch, and at its end.
+    for minutes in (EVERY_STEP, "--run.checkpoint_minutes=0"):
+        program = Program(
+            command(betons, tmp_path, minutes),
+            tmp_path / "output.txt",
+            functools.partial(limit_files, 100_000),
+        )
         assert program.status() == 2
-        assert f"error: {tmp_path / checkpoint.NAME}: the checkpoint can't be written: File too large; the one before is" in program.output
+        assert (
+            f"error: {tmp_path / checkpoint.NAME}: the checkpoint can't be written: File "
+            "too large; the one before is"
+        ) in program.output
         assert "Traceback" not in program.output
         assert {path: path.read_bytes() for path in tmp_path.glob("checkpoint*")} == before
     assert_ends_as(unbroken, betons, tmp_path)

@@ -31,21 +31,37 @@ def test_what_was_begun_goes_when_the_block_raises(tmp_path, exception, begun):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a"]
 
 
-def test_what_is_written_is_on_the_disk_before_it_takes_the_place_of_the_old_and_so_is_its_name(tmp_path, monkeypatch):
+def test_what_is_written_is_on_the_disk_before_it_takes_the_place_of_the_old_and_so_is_its_name(
+    tmp_path, monkeypatch
+):
     calls = []
     for name in ("fsync", "replace"):
-        monkeypatch.setattr(os, name, lambda *words, name=name, call=getattr(os, name): (calls.append(name), call(*words)))
+        monkeypatch.setattr(
+            os,
+            name,
+            lambda *words, name=name, call=getattr(os, name): (calls.append(name), call(*words)),
+        )
     write_json(tmp_path / "a.json", [1])
-    assert calls == ["fsync", "replace", "fsync"] and json.loads((tmp_path / "a.json").read_text()) == [1]
+    assert calls == ["fsync", "replace", "fsync"] and json.loads(
+        (tmp_path / "a.json").read_text()
+    ) == [1]
 
 
 def test_a_folder_is_one_processs_at_a_time(tmp_path):
     with only_one_in(tmp_path, "run", "--run.folder"):
-        with pytest.raises(UserError, match=f"--run.folder: a run is under way in {tmp_path} already"), only_one_in(tmp_path, "run", "--run.folder"):
+        with (
+            pytest.raises(
+                UserError, match=f"--run.folder: a run is under way in {tmp_path} already"
+            ),
+            only_one_in(tmp_path, "run", "--run.folder"),
+        ):
             pass
     with only_one_in(tmp_path, "run", "--run.folder"):
         pass
-    with pytest.raises(UserError, match="--run.folder: .*missing can't be written to"), only_one_in(tmp_path / "missing", "run", "--run.folder"):
+    with (
+        pytest.raises(UserError, match="--run.folder: .*missing can't be written to"),
+        only_one_in(tmp_path / "missing", "run", "--run.folder"),
+    ):
         pass
 
 
@@ -55,4 +71,7 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(fcntl, "flock", refused)
     with only_one_in(tmp_path, "run", "--run.folder"):
-        assert f"warning: {tmp_path}: no lock can be had (Function not implemented)" in capsys.readouterr().err
+        assert (
+            f"warning: {tmp_path}: no lock can be had (Function not implemented)"
+            in capsys.readouterr().err
+        )

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torchvision.transforms import functional as V
 
 from ffssl.backbones import SmallResNet
+from ffssl.data.normalise import MEAN, STD
 from ffssl.errors import UserError
 from ffssl.hard_augment import (
     Selection,
@@ -22,30 +23,41 @@ from ffssl.hard_augment import (
     take_pair,
     take_rest,
 )
-from ffssl.data.normalise import MEAN, STD
 from ffssl.methods import METHODS, build_method
 from ffssl.methods.base import Method, cosines
 
-
 WIDTHS = {"hidden": 32, "projection": 16}
 OPTIONS = {
-    "simsiam": {**WIDTHS, "predictor": 8}, "byol": {**WIDTHS, "predictor": 8}, "simclr": WIDTHS, "mocov2plus": {**WIDTHS, "queue": 64},
-    "dino": {**WIDTHS, "prototypes": 24}, "barlow_twins": WIDTHS, "vicreg": WIDTHS,
-}  # fmt: skip
+    "simsiam": {**WIDTHS, "predictor": 8},
+    "byol": {**WIDTHS, "predictor": 8},
+    "simclr": WIDTHS,
+    "mocov2plus": {**WIDTHS, "queue": 64},
+    "dino": {**WIDTHS, "prototypes": 24},
+    "barlow_twins": WIDTHS,
+    "vicreg": WIDTHS,
+}
 WITH_PAIR_LOSSES = ["simsiam", "byol", "simclr", "mocov2plus", "dino", "vicreg"]
 PREDICTING = ["simsiam", "byol", "mocov2plus", "dino"]
 
 
 def build(name):
-    """A method over a small network with dropout, trained a little, so that its teacher is not its student and its centre not zero."""
+    """A method over a small network with dropout, trained a little, so that its teacher is not its
+    student and its centre not zero.
+    """
     torch.manual_seed(0)
     backbone = SmallResNet((8, 16))
     backbone.stem.append(nn.Dropout(0.1))
     method = build_method(name, backbone, OPTIONS[name]).train()
     with torch.no_grad():
         for i, (key, tensor) in enumerate(method.state_dict().items()):
-            if tensor.is_floating_point() and (key.startswith("teacher.") or key == "centre") and not key.endswith("running_var"):
-                tensor += 0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(i))
+            if (
+                tensor.is_floating_point()
+                and (key.startswith("teacher.") or key == "centre")
+                and not key.endswith("running_var")
+            ):
+                tensor += 0.1 * torch.randn(
+                    tensor.shape, generator=torch.Generator().manual_seed(i)
+                )
     return method
 
 
@@ -55,7 +67,9 @@ def method():
 
 
 def uint8_views(*shape):
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def by_torchvision(views):
@@ -76,21 +90,31 @@ class Recorder(Method):
 
 def test_pairs_are_all_the_pairs():
     for views in range(2, 9):
-        assert pairs(views).tolist() == [list(pair) for pair in itertools.combinations(range(views), 2)]
+        assert pairs(views).tolist() == [
+            list(pair) for pair in itertools.combinations(range(views), 2)
+        ]
 
 
 @pytest.mark.parametrize("views", [2, 3, 6, 8])
 def test_hardest_pair_is_that_of_the_least_cosine(views):
     projections = torch.randn(40, views, 12, generator=torch.Generator().manual_seed(views))
-    for z, chosen in zip(projections.double(), hardest_pair(-cosines(projections, projections)).tolist()):
-        cosine = {(i, j): torch.dot(z[i] / z[i].norm(), z[j] / z[j].norm()).item() for i, j in itertools.combinations(range(views), 2)}
+    for z, chosen in zip(
+        projections.double(), hardest_pair(-cosines(projections, projections)).tolist()
+    ):
+        cosine = {
+            (i, j): torch.dot(z[i] / z[i].norm(), z[j] / z[j].norm()).item()
+            for i, j in itertools.combinations(range(views), 2)
+        }
         assert tuple(chosen) == min(cosine, key=cosine.get)
 
 
 def test_mixed_precision_around_it_does_not_change_the_hardest_pair():
-    # Alike to within bfloat16's resolution, as the views of an image become in the course of training.
+    # Alike to within bfloat16's resolution, as the views of an image become in the course of
+    # training.
     generator = torch.Generator().manual_seed(0)
-    projections = torch.randn(50, 1, 64, generator=generator) + 0.1 * torch.randn(50, 6, 64, generator=generator)
+    projections = torch.randn(50, 1, 64, generator=generator) + 0.1 * torch.randn(
+        50, 6, 64, generator=generator
+    )
     with torch.autocast("cpu", torch.bfloat16):
         chosen = hardest_pair(-cosines(projections, projections))
     assert torch.equal(chosen, hardest_pair(-cosines(projections, projections)))
@@ -107,9 +131,7 @@ def test_random_pairs_are_uniform_over_all_pairs():
 @pytest.mark.parametrize("views, policies", [(3, 2), (6, 2), (5, 3)])
 def test_only_views_of_different_policies_are_paired(views, policies):
     expected = [
-        (i, j)
-        for i, j in itertools.combinations(range(views), 2)
-        if i % policies != j % policies
+        (i, j) for i, j in itertools.combinations(range(views), 2) if i % policies != j % policies
     ]
     assert sorted(tuple(p) for p in pairs(views, policies=policies).tolist()) == expected
     losses = torch.rand(50, views, views, generator=torch.Generator().manual_seed(0))
@@ -160,17 +182,27 @@ def test_selection_is_the_hardest_pair_of_one_forward_pass_over_all_views(method
     views = uint8_views(7, 4, 3, 32, 32)
     without_dropout(method).train(training)
     with torch.no_grad():
-        projections = copy.deepcopy(method).project(by_torchvision(views).flatten(0, 1)).view(7, 4, -1)
+        projections = (
+            copy.deepcopy(method).project(by_torchvision(views).flatten(0, 1)).view(7, 4, -1)
+        )
     expected = []
     for z in F.normalize(projections.double(), dim=2):
-        expected.append(list(min(itertools.combinations(range(4), 2), key=lambda pair: (z[pair[0]] @ z[pair[1]]).item())))
+        expected.append(
+            list(
+                min(
+                    itertools.combinations(range(4), 2),
+                    key=lambda pair: (z[pair[0]] @ z[pair[1]]).item(),
+                )
+            )
+        )
     chosen, extra = select_hardest(method, views, Selection("hard", 32, "cosine"))
     assert chosen.tolist() == expected and extra is None
 
 
 @pytest.mark.parametrize("name", WITH_PAIR_LOSSES)
 def test_selection_by_the_methods_loss_is_that_of_a_loop_over_images_and_pairs(name):
-    method = without_dropout(build(name)).eval()  # in eval mode a view's outputs do not depend on the others in its batch
+    # In eval mode a view's outputs do not depend on the others in its batch.
+    method = without_dropout(build(name)).eval()
     views = uint8_views(7, 4, 3, 32, 32)
     images = by_torchvision(views)
     losses = {pair: torch.zeros(7) for pair in itertools.combinations(range(4), 2)}
@@ -179,14 +211,21 @@ def test_selection_by_the_methods_loss_is_that_of_a_loop_over_images_and_pairs(n
             if name == "vicreg":  # whose other terms do not depend on which views are a pair
                 difference = method.project(images[:, i]) - method.project(images[:, j])
                 losses[i, j] = 25 * difference.double().square().mean(1)
-            elif name == "simclr":  # its loss of an image is among the batch: what the gradient of one image's terms would see
-                z = F.normalize(torch.cat([method.project(images[:, i]), method.project(images[:, j])]), dim=1)
+            # Its loss of an image is among the batch: what the gradient of one image's terms would
+            # see.
+            elif name == "simclr":
+                z = F.normalize(
+                    torch.cat([method.project(images[:, i]), method.project(images[:, j])]), dim=1
+                )
                 similarity = (z @ z.T / method.temperature).fill_diagonal_(float("-inf"))
                 terms = F.cross_entropy(similarity, torch.arange(14).roll(7), reduction="none")
                 losses[i, j] = (terms[:7] + terms[7:]) / 2
             else:
                 for b in range(7):
-                    losses[i, j][b], _ = copy.deepcopy(method).loss(images[b : b + 1, i], images[b : b + 1, j])  # a copy: it changes queue and centre
+                    # A copy: it changes queue and centre.
+                    losses[i, j][b], _ = copy.deepcopy(method).loss(
+                        images[b : b + 1, i], images[b : b + 1, j]
+                    )
         chosen, _ = select_hardest(method, views, Selection("hard", 32, "method"))
     expected = [max(losses, key=lambda pair: losses[pair][b].item()) for b in range(7)]
     assert [tuple(pair) for pair in chosen.tolist()] == expected
@@ -195,13 +234,18 @@ def test_selection_by_the_methods_loss_is_that_of_a_loop_over_images_and_pairs(n
 
 @pytest.mark.parametrize("name", PREDICTING)
 @pytest.mark.parametrize("loss", ["cosine", "method"])
-def test_extra_targets_are_the_targets_of_the_views_not_chosen_at_the_selections_resolution(name, loss):
+def test_extra_targets_are_the_targets_of_the_views_not_chosen_at_the_selections_resolution(
+    name, loss
+):
     method = without_dropout(build(name)).eval()
     views = uint8_views(5, 4, 3, 32, 32)
     images = by_torchvision(views)
     selection = Selection("hard", 16, loss, extra_targets=True)
     chosen, extra = select_hardest(method, views, selection)
-    assert torch.equal(chosen, select_hardest(method, views, Selection("hard", 16, loss))[0]) and not extra.requires_grad
+    assert (
+        torch.equal(chosen, select_hardest(method, views, Selection("hard", 16, loss))[0])
+        and not extra.requires_grad
+    )
     for b in range(5):
         rest = [v for v in range(4) if v not in chosen[b].tolist()]
         small = F.interpolate(images[b, rest], (16, 16), mode="bilinear", antialias=True)
@@ -218,7 +262,9 @@ def test_random_pairs_may_have_extra_targets_too(name):
     chosen = random_pair(5, 4, torch.Generator().manual_seed(3))
     torch.testing.assert_close(first, images[range(5), chosen[:, 0]])
     torch.testing.assert_close(second, images[range(5), chosen[:, 1]])
-    small = F.interpolate(take_rest(images, chosen).flatten(0, 1), (16, 16), mode="bilinear", antialias=True)
+    small = F.interpolate(
+        take_rest(images, chosen).flatten(0, 1), (16, 16), mode="bilinear", antialias=True
+    )
     torch.testing.assert_close(extra.flatten(0, 1), method.targets(small), atol=1e-5, rtol=1e-4)
     assert len(choose_views(method, views, Selection("random", 16))) == 2
 
@@ -238,7 +284,8 @@ def test_the_pair_is_in_autocasts_precision_rounded_once(method):
     with torch.autocast("cpu", torch.bfloat16):
         chosen, _ = select_hardest(method, views, Selection("hard", 16))
     for view, exact in zip(pair, take_pair(by_torchvision(views), chosen)):
-        torch.testing.assert_close(view.float(), exact, rtol=2**-8, atol=1e-6)  # half of bfloat16's last place
+        # Half of bfloat16's last place.
+        torch.testing.assert_close(view.float(), exact, rtol=2**-8, atol=1e-6)
 
 
 def test_take_rest_takes_the_others_in_their_order():
@@ -267,7 +314,9 @@ def test_selection_sees_antialiased_views_and_never_enlarges_them():
     views = uint8_views(2, 3, 3, 96, 96)
     recorder = Recorder()
     select_hardest(recorder, views, Selection("hard", 32, "cosine"))
-    torch.testing.assert_close(recorder.seen, V.resize(by_torchvision(views).flatten(0, 1), [32, 32], antialias=True))
+    torch.testing.assert_close(
+        recorder.seen, V.resize(by_torchvision(views).flatten(0, 1), [32, 32], antialias=True)
+    )
     assert recorder.seen.is_contiguous(memory_format=torch.channels_last)
     select_hardest(recorder, views, Selection("hard", 128, "cosine"))
     torch.testing.assert_close(recorder.seen, by_torchvision(views).flatten(0, 1))
@@ -299,7 +348,9 @@ def test_choosing_views_leaves_no_trace(name, selection):
     method.projector.eval()
 
     def flags():
-        return [(m.training, getattr(m, "track_running_stats", None)) for m in method.modules()], [p.requires_grad for p in method.parameters()]
+        return [(m.training, getattr(m, "track_running_stats", None)) for m in method.modules()], [
+            p.requires_grad for p in method.parameters()
+        ]
 
     flags_before = flags()
     random_state = torch.get_rng_state()

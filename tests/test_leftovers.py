@@ -26,10 +26,13 @@ time.sleep(3600)
 def test_what_tests_have_started_ends_with_them(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != leftovers.MARK}
     environment["PYTHONPATH"] = str(Path(leftovers.__file__).parent)
-    with subprocess.Popen([sys.executable, "-c", TESTS], stdout=subprocess.PIPE, env=environment, text=True) as tests:
+    with subprocess.Popen(
+        [sys.executable, "-c", TESTS], stdout=subprocess.PIPE, env=environment, text=True
+    ) as tests:
         mark = tests.stdout.readline().strip()
         started = leftovers.processes(mark)
-        assert len(started) == 3 and tests.pid not in started  # both programs, and the one that watches
+        # Both programs, and the one that watches.
+        assert len(started) == 3 and tests.pid not in started
         tests.send_signal(signal.SIGKILL)
     deadline = time.monotonic() + 600
     while leftovers.processes(mark):

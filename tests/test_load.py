@@ -2,9 +2,9 @@ import pytest
 import torch
 from small_runs import Code, save_run
 
-from ffssl.run_folder import checkpoint
 from ffssl.errors import UserError
 from ffssl.load import backbone_of, fingerprint, load_run
+from ffssl.run_folder import checkpoint
 
 
 def test_a_run_is_loaded_from_its_folder_and_from_its_checkpoint(tmp_path):
@@ -13,7 +13,11 @@ def test_a_run_is_loaded_from_its_folder_and_from_its_checkpoint(tmp_path):
     (tmp_path / checkpoint.NAME).symlink_to("other.pt")
     for path in (tmp_path, str(tmp_path / "other.pt")):
         options, loaded, state = load_run(path)
-        assert options.training.learning_rate == 0.3 and options.method.settings["hidden"] == 16 and options.data.validation is None
+        assert (
+            options.training.learning_rate == 0.3
+            and options.method.settings["hidden"] == 16
+            and options.data.validation is None
+        )
         assert state["epoch"] == 2 and "torch" in state["written_on"]
         assert not any(module.training for module in loaded.modules())
         images = torch.randn(4, 3, 32, 32)
@@ -35,10 +39,22 @@ def change_state(folder, change):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda state: state["options"]["model"].update(backbone="resnet18"), r"weights do not fit its options \(simclr over resnet18\): .*Missing key"),
-        (lambda state: state["options"]["method"].update(hidden=24), "weights do not fit its options .*size mismatch"),
-        (lambda state: state["options"]["model"].update(backbone="resnet19"), "options are not those of this version.*unknown backbone 'resnet19'"),
-        (lambda state: state["options"]["model"].update(newer=1), "options are not those of this version.*model.newer: unknown option"),
+        (
+            lambda state: state["options"]["model"].update(backbone="resnet18"),
+            r"weights do not fit its options \(simclr over resnet18\): .*Missing key",
+        ),
+        (
+            lambda state: state["options"]["method"].update(hidden=24),
+            "weights do not fit its options .*size mismatch",
+        ),
+        (
+            lambda state: state["options"]["model"].update(backbone="resnet19"),
+            "options are not those of this version.*unknown backbone 'resnet19'",
+        ),
+        (
+            lambda state: state["options"]["model"].update(newer=1),
+            "options are not those of this version.*model.newer: unknown option",
+        ),
         (lambda state: state.pop("method"), "not the checkpoint of a run"),
     ],
 )
@@ -51,7 +67,9 @@ def test_a_checkpoint_that_does_not_fit_is_named(tmp_path, change, message):
 
 
 def test_what_is_no_run_is_named(tmp_path):
-    with pytest.raises(UserError, match=f"{tmp_path}: holds no checkpoint.pt; name the folder of a run"):
+    with pytest.raises(
+        UserError, match=f"{tmp_path}: holds no checkpoint.pt; name the folder of a run"
+    ):
         load_run(tmp_path)
     with pytest.raises(UserError, match="absent: no such run"):
         load_run(tmp_path / "absent")
@@ -74,7 +92,14 @@ def test_a_run_cannot_run_code(tmp_path):
     assert (tmp_path / "ran").exists()  # the trap works
 
 
-@pytest.mark.parametrize("name, more", [("byol", "--method.predictor=8"), ("mocov2plus", "--method.queue=64"), ("dino", "--method.prototypes=12")])
+@pytest.mark.parametrize(
+    "name, more",
+    [
+        ("byol", "--method.predictor=8"),
+        ("mocov2plus", "--method.queue=64"),
+        ("dino", "--method.prototypes=12"),
+    ],
+)
 def test_the_teachers_backbone_is_the_first_of_what_images_pass(tmp_path, name, more):
     save_run(tmp_path, f"--method.name={name}", more)
     method = load_run(tmp_path).method

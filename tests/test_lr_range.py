@@ -7,12 +7,19 @@ import pytest
 import torch
 
 from ffssl import lr_range
-from ffssl.config.command_line import exit_status
 from ffssl.config import read_options
+from ffssl.config.command_line import exit_status
 from ffssl.data.convert.conversion import convert
 from ffssl.data.convert.sources.embedded import Embedded
 from ffssl.errors import UserError
-from ffssl.lr_range import Sweep, held_out, range_test, suggest_limits, validation_loss, validation_views
+from ffssl.lr_range import (
+    Sweep,
+    held_out,
+    range_test,
+    suggest_limits,
+    validation_loss,
+    validation_views,
+)
 from ffssl.methods.base import Method
 from ffssl.training.build import build
 from ffssl.training.run import start_run
@@ -20,9 +27,14 @@ from ffssl.training.step import train_step
 from ffssl.training.views import open_loader
 
 TOY = [
-    "--model.backbone=resnet-small", "--method.hidden=16", "--method.projection=8", "--resolution.max=16", "--resolution.step=16",
-    "--training.batch_size=16", "--run.device=cpu",
-]  # fmt: skip
+    "--model.backbone=resnet-small",
+    "--method.hidden=16",
+    "--method.projection=8",
+    "--resolution.max=16",
+    "--resolution.step=16",
+    "--training.batch_size=16",
+    "--run.device=cpu",
+]
 RATES = np.geomspace(1e-3, 1, 200)
 
 
@@ -38,16 +50,24 @@ def options_of(beton, *words):
 
 
 def curve(*, falls=(0.01, 0.1), rises=0.5, depth=1.0, noise=0.0, seed=0):
-    """A loss that falls linearly in the logarithm of the rate between two rates, stays, and rises steeply from a third."""
+    """A loss that falls linearly in the logarithm of the rate between two rates, stays, and rises
+    steeply from a third.
+    """
     x = np.log10(RATES)
     start, end = np.log10(falls)
-    loss = 5 - depth * np.clip((x - start) / (end - start), 0, 1) + np.clip(30 * (x - np.log10(rises)), 0, None)
+    loss = (
+        5
+        - depth * np.clip((x - start) / (end - start), 0, 1)
+        + np.clip(30 * (x - np.log10(rises)), 0, None)
+    )
     return loss + noise * np.random.default_rng(seed).standard_normal(len(x))
 
 
 def test_limits_are_a_tenth_and_nine_tenths_of_the_fall():
     limits = suggest_limits(RATES, curve())
-    assert limits.low == pytest.approx(10**-1.9, rel=0.04) and limits.high == pytest.approx(10**-1.1, rel=0.04)
+    assert limits.low == pytest.approx(10**-1.9, rel=0.04) and limits.high == pytest.approx(
+        10**-1.1, rel=0.04
+    )
     assert limits.rises
 
 
@@ -89,32 +109,59 @@ def test_constant_or_hardly_any_losses_give_no_limits():
 
 
 def test_the_learning_rate_rises_exponentially_at_the_configs_momentum(beton):
-    plan = Sweep(options_of(beton, "--training.momentum=0.8", "--training.schedule=f1-clr", "--training.epochs=1"), 5, 1e-3, 1.0, 200)
+    plan = Sweep(
+        options_of(
+            beton, "--training.momentum=0.8", "--training.schedule=f1-clr", "--training.epochs=1"
+        ),
+        5,
+        1e-3,
+        1.0,
+        200,
+    )
     rates, momenta = zip(*(plan.learning_rate_and_momentum(step) for step in range(200)))
     assert rates == pytest.approx(RATES) and set(momenta) == {0.8}
-    assert rates[135] == pytest.approx(0.1, rel=0.1)  # the paper: "close to step 135 and learning rate .1"
+    # The paper: "close to step 135 and learning rate .1".
+    assert rates[135] == pytest.approx(0.1, rel=0.1)
     assert plan.total_steps == 200
 
 
 def start(options, loader):
     device = torch.device("cpu")
     torch.manual_seed(0)
-    return start_run(options, build(options, device), Sweep(options, len(loader), 1e-3, 1.0, 10), device)
+    return start_run(
+        options, build(options, device), Sweep(options, len(loader), 1e-3, 1.0, 10), device
+    )
 
 
-@pytest.mark.parametrize("method", ["simsiam", "byol", "mocov2plus --method.queue=64", "dino --method.prototypes=32", "barlow_twins"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "simsiam",
+        "byol",
+        "mocov2plus --method.queue=64",
+        "dino --method.prototypes=32",
+        "barlow_twins",
+    ],
+)
 def test_validating_leaves_no_trace_and_always_finds_the_same(beton, method):
     name, *more = method.split()
-    options = options_of(beton, f"--method.name={name}", *more, "--hard_augment.select=hard", "--augment.views=3")
+    options = options_of(
+        beton, f"--method.name={name}", *more, "--hard_augment.select=hard", "--augment.views=3"
+    )
     with open_loader(options) as loader:
         run = start(options, loader)
         validation = validation_views(options, run.method, loader, 32)
         assert [tuple(views.shape) for views in validation] == [(16, 2, 3, 16, 16)] * 2
-        before, random_state = {key: value.clone() for key, value in run.method.state_dict().items()}, torch.get_rng_state()
+        before, random_state = (
+            {key: value.clone() for key, value in run.method.state_dict().items()},
+            torch.get_rng_state(),
+        )
         losses = [validation_loss(run, validation) for _ in range(2)]
         assert losses[0] == losses[1] and math.isfinite(losses[0])
         assert torch.equal(torch.get_rng_state(), random_state) and run.method.training
-        assert all(torch.equal(before[key], value) for key, value in run.method.state_dict().items())
+        assert all(
+            torch.equal(before[key], value) for key, value in run.method.state_dict().items()
+        )
         assert all(parameter.grad is None for parameter in run.method.parameters())
         for step, (views, _, _) in enumerate(loader):
             train_step(run, views, step)
@@ -128,7 +175,11 @@ def test_the_validation_loss_is_of_parts_as_large_as_those_trained_on(beton):
         validation = validation_views(options, run.method, loader, 16)
         by_parts = validation_loss(run, validation)
         run.options = options.changed(training={"accumulate": 1})
-        assert by_parts == validation_loss(run, [half for views in validation for half in views.chunk(2)]) != validation_loss(run, validation)
+        assert (
+            by_parts
+            == validation_loss(run, [half for views in validation for half in views.chunk(2)])
+            != validation_loss(run, validation)
+        )
 
 
 def test_validation_images_are_not_trained_on(beton):
@@ -139,13 +190,23 @@ def test_validation_images_are_not_trained_on(beton):
         validation_views(options, build(options, torch.device("cpu")), loader, 32)
         assert list(loader.samples) == list(training)
         assert {int(i) for _, _, indices in loader for i in indices} <= {*training}
-        with pytest.raises(UserError, match="of 48 images, 48 can't be held out and batches of 16 be trained on"):
+        with pytest.raises(
+            UserError, match="of 48 images, 48 can't be held out and batches of 16 be trained on"
+        ):
             held_out(loader, 48, seed=0)
 
 
 def test_training_is_that_of_a_run_at_those_learning_rates(beton):
-    """Neither the validation nor the sweep changes what the steps do: the same steps by hand give the same losses."""
-    options = options_of(beton, "--method.name=simsiam", "--method.predictor=8", f"--data.validation={beton}", "--method.constant_predictor_lr=true")
+    """Neither the validation nor the sweep changes what the steps do: the same steps by hand give
+    the same losses.
+    """
+    options = options_of(
+        beton,
+        "--method.name=simsiam",
+        "--method.predictor=8",
+        f"--data.validation={beton}",
+        "--method.constant_predictor_lr=true",
+    )
     rows = range_test(options, low=1e-3, high=1.0, steps=12, images=1)
     with open_loader(options) as loader:
         run = start(options, loader)
@@ -163,33 +224,57 @@ def test_training_is_that_of_a_run_at_those_learning_rates(beton):
 
 
 def program(monkeypatch, beton, folder, *words):
-    monkeypatch.setattr("sys.argv", ["lr_range", *TOY, f"--data.train={beton}", f"--run.folder={folder}", *words])
+    monkeypatch.setattr(
+        "sys.argv", ["lr_range", *TOY, f"--data.train={beton}", f"--run.folder={folder}", *words]
+    )
     return exit_status(lr_range.main)
 
 
 def test_a_loss_that_is_not_finite_ends_the_sweep(beton, tmp_path, monkeypatch, capsys):
-    status = program(monkeypatch, beton, tmp_path, "--high=1e30", "--steps=20", "--training.momentum=0")
+    status = program(
+        monkeypatch, beton, tmp_path, "--high=1e30", "--steps=20", "--training.momentum=0"
+    )
     found = json.loads((tmp_path / lr_range.CURVE).read_text())
     assert status == 0 and 1 < len(found["curve"]) < 20
-    assert all(math.isfinite(row["training_loss"]) and math.isfinite(row["validation_loss"]) for row in found["curve"])
+    assert all(
+        math.isfinite(row["training_loss"]) and math.isfinite(row["validation_loss"])
+        for row in found["curve"]
+    )
     assert f"the loss was not finite at step {len(found['curve'])} of 20" in capsys.readouterr().out
 
 
 def test_the_program_leaves_a_curve_and_a_picture_and_no_run(beton, tmp_path, monkeypatch, capsys):
     assert program(monkeypatch, beton, tmp_path / "range", "--steps=20") == 0
-    assert sorted(path.name for path in (tmp_path / "range").iterdir()) == [lr_range.CURVE, lr_range.PICTURE]
+    assert sorted(path.name for path in (tmp_path / "range").iterdir()) == [
+        lr_range.CURVE,
+        lr_range.PICTURE,
+    ]
     found = json.loads((tmp_path / "range" / lr_range.CURVE).read_text())
     assert len(found["curve"]) == 20 and found["options"]["training"]["batch_size"] == 16
     assert (tmp_path / "range" / lr_range.PICTURE).stat().st_size > 10_000
     assert "the validation loss" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words, wanted", [(["--validation-images=100"], 96), (["--training.batch_size=20"], 20)])
+@pytest.mark.parametrize(
+    "words, wanted", [(["--validation-images=100"], 96), (["--training.batch_size=20"], 20)]
+)
 def test_too_few_validation_images_are_told(beton, tmp_path, monkeypatch, capsys, words, wanted):
     convert(Embedded("val", 18), tmp_path / "val.beton")
-    assert program(monkeypatch, beton, tmp_path / "range", f"--data.validation={tmp_path / 'val.beton'}", *words) == 2
+    assert (
+        program(
+            monkeypatch,
+            beton,
+            tmp_path / "range",
+            f"--data.validation={tmp_path / 'val.beton'}",
+            *words,
+        )
+        == 2
+    )
     error = capsys.readouterr().err
-    assert f"--data.validation: {tmp_path / 'val.beton'} has 18 images, of which {wanted} are to be taken" in error and error.count("\n") == 1
+    assert (
+        f"--data.validation: {tmp_path / 'val.beton'} has 18 images, of which {wanted} are "
+        "to be taken"
+    ) in error and error.count("\n") == 1
 
 
 def test_what_fits_into_the_memory_is_told(beton, tmp_path, monkeypatch, capsys):
@@ -201,18 +286,33 @@ def test_what_fits_into_the_memory_is_told(beton, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(Method, "forward", forward)
     assert program(monkeypatch, beton, tmp_path) == 2
     error = capsys.readouterr().err
-    assert "error: --training.batch_size: a step with 16 images of 2 views at 16 px needs more memory than cpu has" in error
-    assert "take --training.batch_size=8, or --training.accumulate=2" in error and "Traceback" not in error
+    assert (
+        "error: --training.batch_size: a step with 16 images of 2 views at 16 px needs "
+        "more memory than cpu has"
+    ) in error
+    assert (
+        "take --training.batch_size=8, or --training.accumulate=2" in error
+        and "Traceback" not in error
+    )
 
 
 @pytest.mark.parametrize("name", ["checkpoint.pt", "log.jsonl"])
 def test_a_runs_folder_is_left_alone(beton, tmp_path, monkeypatch, capsys, name):
     (tmp_path / name).write_text("")
     assert program(monkeypatch, beton, tmp_path) == 2
-    assert "holds a run" in capsys.readouterr().err and [path.name for path in tmp_path.iterdir()] == [name]
+    assert "holds a run" in capsys.readouterr().err and [
+        path.name for path in tmp_path.iterdir()
+    ] == [name]
 
 
-@pytest.mark.parametrize("words, message", [(["--low=2"], "0 < low < high, got 2 and 1"), (["--steps=3"], "--steps: 3"), (["--hihg=3"], "--hihg: unknown option")])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--low=2"], "0 < low < high, got 2 and 1"),
+        (["--steps=3"], "--steps: 3"),
+        (["--hihg=3"], "--hihg: unknown option"),
+    ],
+)
 def test_mistakes_cost_one_line(beton, tmp_path, monkeypatch, capsys, words, message):
     assert program(monkeypatch, beton, tmp_path / "range", *words) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "range").exists()

@@ -1,4 +1,6 @@
-"""The tests of GPUs that ask for no numbers, on a GPU that is made up: torch's own code over a runtime whose kernels do nothing."""
+"""The tests of GPUs that ask for no numbers, on a GPU that is made up: torch's own code over a
+runtime whose kernels do nothing.
+"""
 
 import os
 import re
@@ -26,12 +28,31 @@ def environment(tmp_path_factory):
 
 def run(environment, tmp_path, *words) -> None:
     paths = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    caches = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
-    command = [sys.executable, "-m", "pytest", "-p", "made_up_gpu.plugin", "-p", "no:cacheprovider", *words, *FILES]
+    caches = {
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
+        "TRITON_CACHE_DIR": str(tmp_path / "triton"),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "made_up_gpu.plugin",
+        "-p",
+        "no:cacheprovider",
+        *words,
+        *FILES,
+    ]
     ran = subprocess.run(
-        list(map(str, command)), cwd=TESTS.parent, capture_output=True, text=True,
-        env=os.environ | environment | caches | {"PYTHONPATH": paths, "MADE_UP_GPUS": "2", "PYTEST_ADDOPTS": ""},
-    )  # fmt: skip
+        list(map(str, command)),
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | environment
+        | caches
+        | {"PYTHONPATH": paths, "MADE_UP_GPUS": "2", "PYTEST_ADDOPTS": ""},
+    )
     told = ran.stdout + ran.stderr
     assert ran.returncode == 0 and int(re.search(r"(\d+) passed", told)[1]) > 0, told[-8000:]
 

@@ -18,39 +18,55 @@ import torch
 from torch import multiprocessing
 
 import ffssl.prepare
-import ffssl.training.build
 import ffssl.train
-from ffssl.run_folder import checkpoint
-from ffssl.parallel import ranks as distributed
+import ffssl.training.build
 from ffssl.backbones import SmallResNet
 from ffssl.config import read_options
 from ffssl.data.beton.read import read_beton
 from ffssl.data.convert.conversion import ConvertOptions, convert
-from ffssl.data.order import epoch_order
 from ffssl.data.convert.sources.embedded import Embedded
+from ffssl.data.order import epoch_order
 from ffssl.errors import Stopped, UserError
 from ffssl.evaluate.online import OnlineKnn
+from ffssl.parallel import ranks as distributed
+from ffssl.run_folder import checkpoint
 from ffssl.run_folder.log import RunLog, read_log
 from ffssl.run_folder.provenance import read_starts
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2
 SMALL = [
-    "--model.backbone=resnet-small", "--method.hidden=32", "--method.projection=16", "--resolution.max=32", "--resolution.step=16",
-    "--training.batch_size=32", "--training.epochs=4", "--training.learning_rate=0.0003", "--evaluate.k=5", "--run.tensorboard=false",
-    "--run.device=cpu", "--data.workers=1",
-]  # fmt: skip
-# Rounding errors grow from step to step, the faster the larger the learning rate: these are small, and the weights' changes as well.
+    "--model.backbone=resnet-small",
+    "--method.hidden=32",
+    "--method.projection=16",
+    "--resolution.max=32",
+    "--resolution.step=16",
+    "--training.batch_size=32",
+    "--training.epochs=4",
+    "--training.learning_rate=0.0003",
+    "--evaluate.k=5",
+    "--run.tensorboard=false",
+    "--run.device=cpu",
+    "--data.workers=1",
+]
+# Rounding errors grow from step to step, the faster the larger the learning rate: these are small,
+# and the weights' changes as well.
 THREE_VIEWS = ["--augment.views=3", "--hard_augment.resolution=16"]
 RUNS = {  # of 20 steps; between them, all that is computed from a batch
     "simsiam": ["--method.predictor=8", "--training.accumulate=2"],
     "simclr": [
-        *THREE_VIEWS, "--hard_augment.select=hard", "--hard_augment.loss=method", "--resolution.min=16", "--resolution.schedule=spl",
-        "--training.schedule=f1-clr", "--training.warmup_epochs=1", "--method.temperature=1",
+        *THREE_VIEWS,
+        "--hard_augment.select=hard",
+        "--hard_augment.loss=method",
+        "--resolution.min=16",
+        "--resolution.schedule=spl",
+        "--training.schedule=f1-clr",
+        "--training.warmup_epochs=1",
+        "--method.temperature=1",
     ],
     "mocov2plus": [*THREE_VIEWS, "--hard_augment.select=random", "--method.queue=128"],
     "dino": ["--method.prototypes=64"],  # whose last layer is frozen for 5 steps
-}  # fmt: skip
+}
 CONTINUED = ["--method.name=simclr", *RUNS["simclr"]]
 HANGS = 600  # seconds, after which what takes twenty does
 PATIENCE = 3  # seconds
@@ -65,15 +81,26 @@ def options_of(betons, folder, *more):
 
 
 def train(arguments, *, stop_after=None, at_step=None):
-    """Train, in one thread. Returns the losses of the steps, as rank 0 shows them, and all that the method held before and holds now.
+    """Train, in one thread.
+
+    Returns the losses of the steps, as rank 0 shows them, and all that the method held before and
+    holds now.
 
     stop_after: an epoch at whose end Stop is raised. at_step: called with each step's number.
     """
-    losses, runs, step_of, epoch_of, start = [], [], ffssl.train.train_step, ffssl.train.train_epoch, ffssl.prepare.start_run
+    losses, runs, step_of, epoch_of, start = (
+        [],
+        [],
+        ffssl.train.train_step,
+        ffssl.train.train_epoch,
+        ffssl.prepare.start_run,
+    )
 
     def kept(*words):
         run = start(*words)
-        runs.append((run, {name: tensor.clone() for name, tensor in run.method.state_dict().items()}))
+        runs.append(
+            (run, {name: tensor.clone() for name, tensor in run.method.state_dict().items()})
+        )
         return run
 
     def epoch(prep):
@@ -88,7 +115,9 @@ def train(arguments, *, stop_after=None, at_step=None):
 
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunLog, "write_step", lambda log, number, values: losses.append(values["loss"]))
+        patch.setattr(
+            RunLog, "write_step", lambda log, number, values: losses.append(values["loss"])
+        )
         patch.setattr(ffssl.prepare, "start_run", kept)
         patch.setattr(ffssl.train, "train_epoch", epoch)
         patch.setattr(ffssl.train, "train_step", step)
@@ -97,7 +126,7 @@ def train(arguments, *, stop_after=None, at_step=None):
             ffssl.train.train(read_options(arguments))
         finally:
             torch.set_num_threads(threads)
-    (run, before), = runs
+    ((run, before),) = runs
     return losses, before, run.method.state_dict()
 
 
@@ -107,7 +136,9 @@ def assert_close(state, expected, atol=3e-5):
         if name == "queue":  # where the keys of a batch lie in the order of the ranks
             assert torch.cdist(tensor, expected[name]).amin(1).max() < 1e-3
         else:
-            torch.testing.assert_close(tensor, expected[name], atol=atol, rtol=1e-3, msg=lambda told: f"{name}: {told}")
+            torch.testing.assert_close(
+                tensor, expected[name], atol=atol, rtol=1e-3, msg=lambda told: f"{name}: {told}"
+            )
 
 
 @contextlib.contextmanager
@@ -150,13 +181,22 @@ def await_file(path):
 
 def mix_devices(rank: int) -> str:
     """Of a rank 1 with a GPU, which is not touched."""
-    with pytest.raises(UserError) as refused, distributed.process_group(torch.device("cuda" if rank else "cpu")):
+    with (
+        pytest.raises(UserError) as refused,
+        distributed.process_group(torch.device("cuda" if rank else "cpu")),
+    ):
         pass
     return str(refused.value)
 
 
 def work(rank, ports, folder, betons):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(RANKS),
+        "LOCAL_WORLD_SIZE": str(RANKS),
+        "MASTER_ADDR": "127.0.0.1",
+    }
     ports, answer = iter(ports), {}
 
     def next_group():
@@ -171,7 +211,10 @@ def work(rank, ports, folder, betons):
             train(options_of(betons, folder / "stopped", *CONTINUED), stop_after=1)
         refused = {
             "options": [f"--training.learning_rate={0.1 + rank}"],
-            "files": [f"--data.train={betons['other' if rank else 'train']}", f"--data.workers={1 + rank}"],
+            "files": [
+                f"--data.train={betons['other' if rank else 'train']}",
+                f"--data.workers={1 + rank}",
+            ],
             "missing": [f"--data.train={folder / 'missing.beton' if rank else betons['train']}"],
             "batch": ["--training.batch_size=33", "--training.accumulate=3"],
             "folders": [f"--run.folder={folder / 'simclr'}", *CONTINUED],
@@ -209,12 +252,24 @@ def work(rank, ports, folder, betons):
 
 
 def torchrun(ranks: int, arguments: list[str], *, stop_when=None) -> tuple[int, str, str]:
-    """Its status, output and errors. stop_when: SIGTERM is sent to it as soon as this returns true."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master-port={free_ports(1)[0]}"]
+    """Its status, output and errors.
+
+    stop_when: SIGTERM is sent to it as soon as this returns true.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={ranks}",
+        f"--master-port={free_ports(1)[0]}",
+    ]
     process = subprocess.Popen(
-        [*command, str(ROOT / "ffssl" / "train.py"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [*command, str(ROOT / "ffssl" / "train.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     try:
         while stop_when and process.poll() is None:
             if stop_when():
@@ -247,8 +302,11 @@ def folder(files, tmp_path_factory):
     """What two processes leave, of which the second dies in the end."""
     folder = tmp_path_factory.mktemp("ranks")
     server, ports = multiprocessing.get_context("forkserver"), free_ports(16)
-    server.set_forkserver_preload(["pytest", "ffssl.train"])  # what takes seconds to import is imported once
-    processes = [server.Process(target=work, args=(rank, ports, folder, files)) for rank in range(RANKS)]
+    # What takes seconds to import is imported once.
+    server.set_forkserver_preload(["pytest", "ffssl.train"])
+    processes = [
+        server.Process(target=work, args=(rank, ports, folder, files)) for rank in range(RANKS)
+    ]
     for process in processes:
         process.start()
     deadline = time.monotonic() + HANGS
@@ -269,25 +327,49 @@ def answers(folder):
 @pytest.mark.parametrize("name", RUNS)
 def test_two_ranks_train_as_one_process_does(answers, betons, tmp_path, name):
     with tiny_backbone():
-        losses, before, state = train(options_of(betons, tmp_path, f"--method.name={name}", *RUNS[name]))
+        losses, before, state = train(
+            options_of(betons, tmp_path, f"--method.name={name}", *RUNS[name])
+        )
     (theirs, _, first), (nothing, _, second) = (answer[name] for answer in answers)
     assert len(losses) == 20 and nothing == []
     assert theirs == pytest.approx(losses, abs=1e-4)
     assert_close(first, state)
-    assert all(torch.equal(first[name], second[name]) for name in state)  # student, teacher and buffers, to the bit
+    # Student, teacher and buffers, to the bit.
+    assert all(torch.equal(first[name], second[name]) for name in state)
     assert (state["projector.0.weight"] - before["projector.0.weight"]).abs().max() > 3e-4
 
 
-@pytest.mark.parametrize("name, message", [
-    ("options", "--training.learning_rate: 0.1 on rank 0, but 1.1 on rank 1; all ranks need the same"),
-    ("files", "--data.train: digest: '"),
-    ("missing", "missing.beton: no such file; write it with write_datasets.py (rank 1)"),
-    ("batch", "--training.batch_size: 33 is no multiple, or less than twice, of 6 (2 processes, --training.accumulate=3)"),
-    ("folders", "a checkpoint of epoch 4, step 0' on rank 0, but 'no checkpoint' on rank 1"),
-    ("validation", "--data.validation: 'left out' on rank 0, but 'given' on rank 1; all ranks need the same"),
-    ("precision", "--training.amp: 'bf16' on rank 0, but 'fp16' on rank 1; all ranks need the same"),
-    ("devices", "--run.device: cpu on rank 0, but cuda on rank 1; all ranks need the same"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        (
+            "options",
+            "--training.learning_rate: 0.1 on rank 0, but 1.1 on rank 1; all ranks need the same",
+        ),
+        ("files", "--data.train: digest: '"),
+        ("missing", "missing.beton: no such file; write it with write_datasets.py (rank 1)"),
+        (
+            "batch",
+            (
+                "--training.batch_size: 33 is no multiple, or less than twice, of 6 (2 "
+                "processes, --training.accumulate=3)"
+            ),
+        ),
+        ("folders", "a checkpoint of epoch 4, step 0' on rank 0, but 'no checkpoint' on rank 1"),
+        (
+            "validation",
+            (
+                "--data.validation: 'left out' on rank 0, but 'given' on rank 1; all ranks "
+                "need the same"
+            ),
+        ),
+        (
+            "precision",
+            "--training.amp: 'bf16' on rank 0, but 'fp16' on rank 1; all ranks need the same",
+        ),
+        ("devices", "--run.device: cpu on rank 0, but cuda on rank 1; all ranks need the same"),
+    ],
+)
 def test_what_ranks_can_not_train_on_together_all_of_them_refuse(answers, name, message):
     assert answers[0][name] == answers[1][name]
     assert message in answers[0][name]
@@ -306,7 +388,8 @@ def test_a_rank_that_does_not_answer_is_waited_for_no_longer_than_the_timeout(an
 def test_a_rank_that_dies_stops_the_others_at_once(folder):
     noticed, message = (folder / "lost.txt").read_text().split(maxsplit=1)
     assert message.startswith("rank 0 of 2 has lost another rank (")
-    assert 0 < float(noticed) - float((folder / "died.txt").read_text()) < HANGS  # and not the half hour of `ranks.TIMEOUT`
+    # And not the half hour of `ranks.TIMEOUT`.
+    assert 0 < float(noticed) - float((folder / "died.txt").read_text()) < HANGS
     assert checkpoint.load(folder / "lost")["epoch"] == 1
 
 
@@ -337,34 +420,53 @@ def test_a_run_of_one_process_goes_on_with_torchrun_which_writes_and_tells_once(
     for row, other in zip(ours[2:], theirs[2:]):
         assert row["hardness"] == pytest.approx(other["hardness"], abs=2e-3)
     for name in ("loss", "embedding_std", "effective_rank", "flops", "resolution", "learning_rate"):
-        rel = 0.02 if name == "embedding_std" else 1e-3  # the mean of the ranks' spreads, not that of the joint batch
-        assert [row[name] for row in ours[1:]] == pytest.approx([row[name] for row in theirs[1:]], rel=rel), name
+        # The mean of the ranks' spreads, not that of the joint batch.
+        rel = 0.02 if name == "embedding_std" else 1e-3
+        assert [row[name] for row in ours[1:]] == pytest.approx(
+            [row[name] for row in theirs[1:]], rel=rel
+        ), name
     assert [("knn" in row) for row in ours] == [True, False, False, True, True]
-    assert [start["ranks"] for start in json.loads((tmp_path / "run" / "run.json").read_text())] == [1, 2]
-    files = sorted(path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith("."))
+    assert [
+        start["ranks"] for start in json.loads((tmp_path / "run" / "run.json").read_text())
+    ] == [1, 2]
+    files = sorted(
+        path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")
+    )
     assert files == ["checkpoint.1.pt", "checkpoint.pt", "log.jsonl", "run.json"]
     state = checkpoint.load(tmp_path / "run")["method"]
     assert_close(state, alone, atol=2e-4)  # of a network as deep as the program's
 
 
-STOPPED = [  # of 40 steps; at a rate so small that rounding stays small in a network as deep as the program's
-    "--method.name=simclr", "--method.temperature=1", "--training.batch_size=16", "--training.epochs=4", "--training.learning_rate=0.00003",
-    "--data.broken=replace", "--run.checkpoint_minutes=0",
-]  # fmt: skip
+# Of 40 steps; at a rate so small that rounding stays small in a network as deep as the program's.
+STOPPED = [
+    "--method.name=simclr",
+    "--method.temperature=1",
+    "--training.batch_size=16",
+    "--training.epochs=4",
+    "--training.learning_rate=0.00003",
+    "--data.broken=replace",
+    "--run.checkpoint_minutes=0",
+]
 BROKEN = range(0, 160, 4)
 
 
 @pytest.fixture(scope="module")
 def stopped(betons, tmp_path_factory):
-    """What torchrun leaves of two ranks when it is told to stop in the midst of an epoch: the file that they train on, and their folder."""
+    """What torchrun leaves of two ranks when it is told to stop in the midst of an epoch: the file
+    that they train on, and their folder.
+    """
     folder = tmp_path_factory.mktemp("stopped")
     data = bytearray(betons["train"].read_bytes())
     for begin in read_beton(betons["train"]).images["data_ptr"][BROKEN].tolist():
         data[begin : begin + 20] = bytes(20)
     (folder / "broken.beton").write_bytes(data)
     files, run = {"train": folder / "broken.beton"}, folder / "run"
-    status, _, errors = torchrun(RANKS, options_of(files, run, *STOPPED), stop_when=(run / checkpoint.NAME).exists)
-    assert status == 1 and "stopped by SIGTERM; the same command continues where it was" in errors, errors
+    status, _, errors = torchrun(
+        RANKS, options_of(files, run, *STOPPED), stop_when=(run / checkpoint.NAME).exists
+    )
+    assert (
+        status == 1 and "stopped by SIGTERM; the same command continues where it was" in errors
+    ), errors
     return files, run
 
 
@@ -376,7 +478,9 @@ def undisturbed(stopped, tmp_path_factory):
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(4, marks=pytest.mark.slow)])
-def test_a_run_of_two_ranks_that_torchrun_was_told_to_stop_goes_on_in_another_number_of_them(stopped, undisturbed, tmp_path, ranks):
+def test_a_run_of_two_ranks_that_torchrun_was_told_to_stop_goes_on_in_another_number_of_them(
+    stopped, undisturbed, tmp_path, ranks
+):
     (files, before), (alone, expected), run = stopped, undisturbed, tmp_path / "run"
     shutil.copytree(before, run)
     state = checkpoint.load(run)
@@ -384,7 +488,10 @@ def test_a_run_of_two_ranks_that_torchrun_was_told_to_stop_goes_on_in_another_nu
     done = 10 * epoch + steps
     assert 0 < done < 40
     assert state["tally"]["losses"].tolist() == pytest.approx(expected[10 * epoch : done], abs=1e-3)
-    assert state["tally"]["replaced"] == np.isin(epoch_order(160, seed=0, epoch=epoch)[: 16 * steps], BROKEN).sum()
+    assert (
+        state["tally"]["replaced"]
+        == np.isin(epoch_order(160, seed=0, epoch=epoch)[: 16 * steps], BROKEN).sum()
+    )
     if ranks == 1:
         losses, _, _ = train(options_of(files, run, *STOPPED))
         assert losses == pytest.approx(expected[done:], abs=1e-3)
@@ -392,7 +499,13 @@ def test_a_run_of_two_ranks_that_torchrun_was_told_to_stop_goes_on_in_another_nu
         status, _, errors = torchrun(ranks, options_of(files, run, *STOPPED))
         assert status == 0, errors
     ours, theirs = read_log(run), read_log(alone)
-    assert [row["replaced"] for row in ours] == [row["replaced"] for row in theirs] == [len(BROKEN)] * 4
+    assert (
+        [row["replaced"] for row in ours]
+        == [row["replaced"] for row in theirs]
+        == [len(BROKEN)] * 4
+    )
     for name in ("loss", "flops", "learning_rate"):
-        assert [row[name] for row in ours] == pytest.approx([row[name] for row in theirs], rel=1e-3), name
+        assert [row[name] for row in ours] == pytest.approx(
+            [row[name] for row in theirs], rel=1e-3
+        ), name
     assert_close(checkpoint.load(run)["method"], checkpoint.load(alone)["method"], atol=2e-4)

@@ -23,14 +23,19 @@ def test_the_documents_commands_are_all_found():
     assert len(COMMANDS) > loops
     tables = {run.split("/")[0] for run in COMMANDS}
     assert tables == {*(f"table{n}" for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12)), "figure3"}
-    assert all(f"Table {n}" in TEXT for n in range(1, 13)) and all(f"Figure {n}" in TEXT or f"Figures {n}" in TEXT for n in (1, 2, 4))
+    assert all(f"Table {n}" in TEXT for n in range(1, 13)) and all(
+        f"Figure {n}" in TEXT or f"Figures {n}" in TEXT for n in (1, 2, 4)
+    )
 
 
 @pytest.mark.parametrize("run", COMMANDS)
 def test_every_command_reads(run, monkeypatch):
     monkeypatch.chdir(ROOT)
     options = read_options(COMMANDS[run])
-    assert options.run.folder == f"runs/{run}" and options.data.train in ("imagenet-train.beton", "imagenette-train.beton")
+    assert options.run.folder == f"runs/{run}" and options.data.train in (
+        "imagenet-train.beton",
+        "imagenette-train.beton",
+    )
     if run.startswith("table2"):
         assert options.method.name == run.split("/")[1].rpartition("-")[0]
 

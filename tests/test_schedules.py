@@ -14,8 +14,12 @@ STEPS = range(0, TOTAL + 1)
 def one_cycle(t, L, tw):
     """Equations 7 (with tw = rho L) and 8: learning rate and momentum."""
     if t < tw:
-        return PEAK - PEAK / 2 * (cos(pi * t / tw) + 1), LOW + (HIGH - LOW) / 2 * (cos(pi * t / tw) + 1)
-    return PEAK / 2 * (cos(pi * (t - tw) / (L - tw)) + 1), HIGH - (HIGH - LOW) / 2 * (cos(pi * (t - tw) / (L - tw)) + 1)
+        return PEAK - PEAK / 2 * (cos(pi * t / tw) + 1), LOW + (HIGH - LOW) / 2 * (
+            cos(pi * t / tw) + 1
+        )
+    return PEAK / 2 * (cos(pi * (t - tw) / (L - tw)) + 1), HIGH - (HIGH - LOW) / 2 * (
+        cos(pi * (t - tw) / (L - tw)) + 1
+    )
 
 
 def cosine(t, L, tw):
@@ -26,12 +30,24 @@ def cosine_with_warmup(t, L, tw):
     return (PEAK * t / tw if t < tw else PEAK / 2 * (cos(pi * (t - tw) / (L - tw)) + 1)), 0.9
 
 
-EQUATIONS = {"f1-clr": one_cycle, "1-clr": one_cycle, "cosine": cosine, "cosine-warmup": cosine_with_warmup}
+EQUATIONS = {
+    "f1-clr": one_cycle,
+    "1-clr": one_cycle,
+    "cosine": cosine,
+    "cosine-warmup": cosine_with_warmup,
+}
 
 
 def pair(step, schedule, warmup=WARMUP):
     return schedules.learning_rate_and_momentum(
-        step, schedule=schedule, total=TOTAL, warmup=warmup, peak=PEAK, momentum=0.9, momentum_low=LOW, momentum_high=HIGH
+        step,
+        schedule=schedule,
+        total=TOTAL,
+        warmup=warmup,
+        peak=PEAK,
+        momentum=0.9,
+        momentum_low=LOW,
+        momentum_high=HIGH,
     )
 
 
@@ -39,7 +55,9 @@ def pair(step, schedule, warmup=WARMUP):
 @pytest.mark.parametrize("warmup", [0, 1, WARMUP, TOTAL - 1])
 def test_learning_rate_and_momentum_follow_the_equations(schedule, warmup):
     for step in STEPS:
-        assert pair(step, schedule, warmup) == pytest.approx(EQUATIONS[schedule](step, TOTAL, warmup), abs=1e-12)
+        assert pair(step, schedule, warmup) == pytest.approx(
+            EQUATIONS[schedule](step, TOTAL, warmup), abs=1e-12
+        )
 
 
 @pytest.mark.parametrize("schedule", LEARNING_RATE_SCHEDULES)
@@ -63,22 +81,36 @@ def test_the_range_test_rises_exponentially_between_its_limits():
 
 
 def test_noise_scale():
-    assert schedules.noise_scale(learning_rate=0.1, momentum=0.9, samples=9469, batch_size=128) == pytest.approx(0.1 * 9469 / (128 * 0.1))
+    assert schedules.noise_scale(
+        learning_rate=0.1, momentum=0.9, samples=9469, batch_size=128
+    ) == pytest.approx(0.1 * 9469 / (128 * 0.1))
 
 
 def resolutions(epochs, *, schedule="spl", warmup=80, low=96, high=224, step=32):
-    return [schedules.resolution(e, schedule=schedule, epochs=epochs, warmup=warmup, low=low, high=high, step=step) for e in range(epochs)]
+    return [
+        schedules.resolution(
+            e, schedule=schedule, epochs=epochs, warmup=warmup, low=low, high=high, step=step
+        )
+        for e in range(epochs)
+    ]
 
 
 def test_spl_stays_at_the_largest_side_in_the_warmup_and_then_climbs_in_equal_stages():
-    assert resolutions(480) == [224] * 80 + [side for side in (96, 128, 160, 192, 224) for _ in range(80)]
+    assert resolutions(480) == [224] * 80 + [
+        side for side in (96, 128, 160, 192, 224) for _ in range(80)
+    ]
 
 
 def test_progressive_learning_has_no_warmup_at_the_largest_side():
-    assert resolutions(500, schedule="progressive") == [side for side in (96, 128, 160, 192, 224) for _ in range(100)]
+    assert resolutions(500, schedule="progressive") == [
+        side for side in (96, 128, 160, 192, 224) for _ in range(100)
+    ]
 
 
-@pytest.mark.parametrize("epochs, low, high, step", [(7, 96, 224, 32), (103, 64, 224, 32), (50, 16, 48, 16), (9, 100, 190, 32), (1, 96, 224, 32)])
+@pytest.mark.parametrize(
+    "epochs, low, high, step",
+    [(7, 96, 224, 32), (103, 64, 224, 32), (50, 16, 48, 16), (9, 100, 190, 32), (1, 96, 224, 32)],
+)
 def test_stages_are_multiples_in_order_and_of_nearly_equal_length(epochs, low, high, step):
     sides = resolutions(epochs, warmup=0, low=low, high=high, step=step)
     assert sides == sorted(sides)
@@ -97,12 +129,17 @@ def test_other_schedules_of_the_resolution():
 @pytest.mark.parametrize("low, speed_up", [(128, 1.424), (96, 1.598), (64, 1.784)])
 def test_spl_alone_saves_what_the_design_states(low, speed_up):
     cost = sum((side / 224) ** 2 for side in resolutions(480, low=low))
-    assert 480 / cost == pytest.approx(speed_up, rel=2e-3)  # six stages do not divide 400 epochs evenly
+    # Six stages do not divide 400 epochs evenly.
+    assert 480 / cost == pytest.approx(speed_up, rel=2e-3)
 
 
 def test_f1_clr_and_spl_save_what_the_design_states():
-    assert 800 / sum((side / 224) ** 2 for side in resolutions(480, schedule="constant")) == pytest.approx(1.667, abs=5e-4)
-    assert 800 / sum((side / 224) ** 2 for side in resolutions(480)) == pytest.approx(2.663, abs=5e-4)
+    assert 800 / sum(
+        (side / 224) ** 2 for side in resolutions(480, schedule="constant")
+    ) == pytest.approx(1.667, abs=5e-4)
+    assert 800 / sum((side / 224) ** 2 for side in resolutions(480)) == pytest.approx(
+        2.663, abs=5e-4
+    )
 
 
 def test_magnitude_rises_linearly_from_the_first_epoch_to_the_last():

@@ -13,7 +13,11 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-REQUIREMENTS = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+REQUIREMENTS = [
+    line
+    for line in (ROOT / "requirements.txt").read_text().splitlines()
+    if not line.startswith("#")
+]
 SCRIPTS = ["scripts/setup.sh", "scripts/wheelhouse.sh", "scripts/common.sh", ".ci/run"]
 
 
@@ -33,8 +37,11 @@ def test_every_dependency_is_pinned_within_its_range(version):
             [specifier] = pin.specifier
             pins[pin.name] = specifier.version
     extras = PYPROJECT["optional-dependencies"]
-    # Left to those who want them: the benchmark's peers are hundreds of megabytes, and wandb is a service's client.
-    wanted = PYPROJECT["dependencies"] + [need for extra in extras if extra not in ("bench", "wandb") for need in extras[extra]]
+    # Left to those who want them: the benchmark's peers are hundreds of megabytes, and wandb is a
+    # service's client.
+    wanted = PYPROJECT["dependencies"] + [
+        need for extra in extras if extra not in ("bench", "wandb") for need in extras[extra]
+    ]
     for requirement in map(Requirement, wanted):
         assert requirement.specifier.contains(pins[requirement.name]), requirement
 
@@ -47,7 +54,9 @@ def test_scripts_parse(script):
 
 
 class Machine:
-    """A copy of what setup.sh reads, on a machine whose Python, apt-get, sudo, pkg-config and uv are stand-ins."""
+    """A copy of what setup.sh reads, on a machine whose Python, apt-get, sudo, pkg-config and uv
+    are stand-ins.
+    """
 
     def __init__(self, folder):
         self.checkout, self.bin, self.log = folder / "check out", folder / "bin", folder / "log"
@@ -84,12 +93,23 @@ class Machine:
         (self.bin / name).chmod(0o755)
 
     def setup(self):
-        """Run setup.sh; returns its exit status, what it said, and what was asked of apt-get and uv."""
+        """Run setup.sh; returns its exit status, what it said, and what was asked of apt-get and
+        uv.
+        """
         self.log.write_text("")
         path = f"{self.bin}:{os.environ['PATH']}"
-        more = {"PATH": path, "HOME": str(self.bin), "BIN": str(self.bin), "LOG": str(self.log), "PYTHON": "python"}
+        more = {
+            "PATH": path,
+            "HOME": str(self.bin),
+            "BIN": str(self.bin),
+            "LOG": str(self.log),
+            "PYTHON": "python",
+        }
         run = subprocess.run(
-            [self.checkout / "scripts/setup.sh"], env=os.environ | more, text=True, capture_output=True
+            [self.checkout / "scripts/setup.sh"],
+            env=os.environ | more,
+            text=True,
+            capture_output=True,
         )
         return run.returncode, run.stderr, self.log.read_text().splitlines()
 
@@ -142,11 +162,16 @@ def test_setup_without_permission_prints_the_command_and_stops(machine):
     status, said, log = machine.setup()
     assert status == 1 and log == [] and not machine.python.exists()
     packages = "libopencv-dev libturbojpeg0-dev"
-    assert f"sudo sh -c 'apt-get update && apt-get install -y --no-install-recommends {packages}'" in said
+    assert (
+        f"sudo sh -c 'apt-get update && apt-get install -y --no-install-recommends {packages}'"
+        in said
+    )
 
 
 def test_setup_installs_missing_system_packages(machine):
-    machine.stand_in("pkg-config", 'grep -q "^apt-get install .* libopencv-dev libturbojpeg0-dev$" "$LOG"')
+    machine.stand_in(
+        "pkg-config", 'grep -q "^apt-get install .* libopencv-dev libturbojpeg0-dev$" "$LOG"'
+    )
     status, _, log = machine.setup()
     assert status == 0
     assert log[0].startswith("apt-get update") and log[1].startswith("apt-get install")

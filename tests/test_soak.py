@@ -29,14 +29,19 @@ def test_a_hundred_and_twenty_epochs_are_flat():
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     header, *rows, verdict = result.stdout.splitlines()
-    assert header.split() == ["epochs", "memory,", "MB", "threads", "descriptors"] and len(rows) == 8 and verdict == "flat"
+    assert (
+        header.split() == ["epochs", "memory,", "MB", "threads", "descriptors"]
+        and len(rows) == 8
+        and verdict == "flat"
+    )
     assert all(50 < float(row.split()[3]) < 5000 for row in rows)
 
 
 @pytest.mark.parametrize(
     "megabytes, threads, descriptors, flat",
     [
-        (lambda e: 500 if e < 10 else 600, lambda e: 2 if e < 10 else 4, lambda e: 9, True),  # warms up
+        # Warms up.
+        (lambda e: 500 if e < 10 else 600, lambda e: 2 if e < 10 else 4, lambda e: 9, True),
         (lambda e: 600 + 9 * (e % 7), lambda e: 4, lambda e: 9, True),  # varies
         (lambda e: 600 + 0.3 * e, lambda e: 4, lambda e: 9, False),  # leaks
         (lambda e: 600, lambda e: 4 + (e == 30), lambda e: 9, False),
@@ -52,7 +57,11 @@ def test_threads_of_libraries_count(soak):
     """Those that Python knows nothing of."""
     before, stop = soak.Usage.now().threads, threading.Event()
     thread = _thread.start_new_thread(stop.wait, ())
-    assert thread and threading.active_count() < soak.Usage.now().threads and soak.Usage.now().threads == before + 1
+    assert (
+        thread
+        and threading.active_count() < soak.Usage.now().threads
+        and soak.Usage.now().threads == before + 1
+    )
     stop.set()
 
 

@@ -8,53 +8,87 @@ import pytest
 import torch
 from torchvision.transforms import functional as V
 
-from ffssl.parallel import batch_norm
 from ffssl import hard_augment
 from ffssl.backbones import SmallResNet
 from ffssl.config import read_options
 from ffssl.data.convert.conversion import ConvertOptions, convert
-from ffssl.data.loader import ViewLoader
 from ffssl.data.convert.sources.embedded import Embedded
-from ffssl.parallel.device import describe_precision, is_out_of_memory, mixed_precision, precision, until_out_of_memory
-from ffssl.errors import UserError
+from ffssl.data.loader import ViewLoader
 from ffssl.data.normalise import MEAN, STD, to_input
+from ffssl.errors import UserError
 from ffssl.methods import METHODS
 from ffssl.methods.base import Method
-from ffssl.training.schedule import Plan
+from ffssl.parallel import batch_norm
+from ffssl.parallel.device import (
+    describe_precision,
+    is_out_of_memory,
+    mixed_precision,
+    precision,
+    until_out_of_memory,
+)
 from ffssl.training.build import PASSES, build, compile_passes
 from ffssl.training.memory import memory_advice
 from ffssl.training.run import start_run
-from ffssl.training.transfer import to_device
+from ffssl.training.schedule import Plan
 from ffssl.training.step import train_step
+from ffssl.training.transfer import to_device
 
 CPU = torch.device("cpu")
 NETWORK = {
-    "simsiam": ["--method.predictor=8"], "byol": ["--method.predictor=8"], "mocov2plus": ["--method.queue=64"],
-    "dino": ["--method.prototypes=24"], "simclr": ["--method.temperature=0.5"],
-}  # fmt: skip
+    "simsiam": ["--method.predictor=8"],
+    "byol": ["--method.predictor=8"],
+    "mocov2plus": ["--method.queue=64"],
+    "dino": ["--method.prototypes=24"],
+    "simclr": ["--method.temperature=0.5"],
+}
 HARD = ["--augment.views=3", "--hard_augment.select=hard", "--hard_augment.resolution=16"]
 
 
 def options_of(name, *more):
-    return read_options([
-        "--data.train=none.beton", "--run.folder=none", "--model.backbone=resnet-small", f"--method.name={name}", "--method.hidden=32",
-        "--method.projection=16", "--resolution.max=32", "--resolution.step=16", "--training.batch_size=16", "--training.epochs=4",
-        "--training.learning_rate=0.05", *NETWORK.get(name, []), *more,
-    ])  # fmt: skip
+    return read_options(
+        [
+            "--data.train=none.beton",
+            "--run.folder=none",
+            "--model.backbone=resnet-small",
+            f"--method.name={name}",
+            "--method.hidden=32",
+            "--method.projection=16",
+            "--resolution.max=32",
+            "--resolution.step=16",
+            "--training.batch_size=16",
+            "--training.epochs=4",
+            "--training.learning_rate=0.05",
+            *NETWORK.get(name, []),
+            *more,
+        ]
+    )
 
 
 @pytest.fixture(autouse=True)
 def tiny_backbone(monkeypatch):
-    monkeypatch.setattr("ffssl.training.build.build_backbone", lambda *_, **__: SmallResNet((8, 16)))
+    monkeypatch.setattr(
+        "ffssl.training.build.build_backbone", lambda *_, **__: SmallResNet((8, 16))
+    )
 
 
 def start(options, seed=0, device=CPU):
     torch.manual_seed(seed)
-    return start_run(options, build(options, device), Plan(options, steps_per_epoch=5), CPU if device.type == "meta" else device)
+    return start_run(
+        options,
+        build(options, device),
+        Plan(options, steps_per_epoch=5),
+        CPU if device.type == "meta" else device,
+    )
 
 
 def batch(seed=0, images=16, views=2, side=32):
-    return torch.randint(0, 256, (images, views, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0,
+        256,
+        (images, views, 3, side, side),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(seed),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -63,7 +97,9 @@ def test_input_is_normalised_as_by_torchvision_and_channels_last(dtype):
     images = to_input(views, dtype)
     assert images.dtype == dtype and images.is_contiguous(memory_format=torch.channels_last)
     exact = V.normalize(views.double() / 255, MEAN, STD)
-    torch.testing.assert_close(images.double(), exact, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        images.double(), exact, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -92,26 +128,34 @@ def test_on_cpu_batches_pass_as_they_are():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_views_pass_one_after_the_other_or_jointly(name):
-    """What BatchNorm makes of it: in a joint batch the running mean moves once, to the mean of both views; else twice."""
+    """What BatchNorm makes of it: in a joint batch the running mean moves once, to the mean of both
+    views; else twice.
+    """
     means = {}
     for joint in (False, True):
         run = start(options_of(name, f"--training.joint_views={joint}".lower()))
         norm = run.method.backbone.stem[1]
-        images = [view.contiguous() for view in to_input(batch().flatten(0, 1)).unflatten(0, (16, 2)).unbind(1)]
+        images = [
+            view.contiguous()
+            for view in to_input(batch().flatten(0, 1)).unflatten(0, (16, 2)).unbind(1)
+        ]
         with torch.no_grad():
             each = [run.method.backbone.stem[0](view).mean((0, 2, 3)) for view in images]
         run.method(*images)
         means[joint] = norm.running_mean
         expected = 0.1 * (each[0] + each[1]) / 2 if joint else 0.9 * 0.1 * each[0] + 0.1 * each[1]
         torch.testing.assert_close(norm.running_mean, expected, rtol=1e-4, atol=1e-6)
-    assert build(options_of(name), CPU).joint_views == (name in ("simclr", "dino"))  # as their authors have it
+    # As their authors have it.
+    assert build(options_of(name), CPU).joint_views == (name in ("simclr", "dino"))
 
 
 def test_gradients_of_parts_add_up_to_those_of_their_mean():
     options = options_of("vicreg", "--training.accumulate=2")
     run, views = start(options), batch()
     method = copy.deepcopy(run.method)
-    losses = [method(*hard_augment.choose_views(method, part))[0] for part in (views[:8], views[8:])]
+    losses = [
+        method(*hard_augment.choose_views(method, part))[0] for part in (views[:8], views[8:])
+    ]
     (sum(losses) / 2).backward()
     loss = train_step(run, views, 0).loss
     assert loss.item() == pytest.approx((sum(losses) / 2).item(), rel=1e-6)
@@ -121,9 +165,19 @@ def test_gradients_of_parts_add_up_to_those_of_their_mean():
 
 def test_each_part_of_each_step_draws_pairs_of_its_own(monkeypatch):
     seeds, choose_views = [], hard_augment.choose_views
-    monkeypatch.setattr(hard_augment, "choose_views", lambda *args: seeds.append(args[-1]) or choose_views(*args))
+    monkeypatch.setattr(
+        hard_augment, "choose_views", lambda *args: seeds.append(args[-1]) or choose_views(*args)
+    )
     for parts in (1, 4):
-        run = start(options_of("vicreg", "--augment.views=3", "--hard_augment.select=random", f"--training.accumulate={parts}", "--run.seed=7"))
+        run = start(
+            options_of(
+                "vicreg",
+                "--augment.views=3",
+                "--hard_augment.select=random",
+                f"--training.accumulate={parts}",
+                "--run.seed=7",
+            )
+        )
         for step in range(3):
             train_step(run, batch(views=3), step)
     assert seeds[:3] == [7, 8, 9] and len({*seeds[3:]}) == 12
@@ -131,13 +185,21 @@ def test_each_part_of_each_step_draws_pairs_of_its_own(monkeypatch):
 
 @pytest.mark.parametrize("parts", [3, 16])
 def test_parts_that_a_batch_does_not_have_are_refused(parts):
-    with pytest.raises(UserError, match=f"--training.accumulate: {parts} equal parts of 2 images or more can't be made"):
+    with pytest.raises(
+        UserError,
+        match=f"--training.accumulate: {parts} equal parts of 2 images or more can't be made",
+    ):
         options_of("simsiam", f"--training.accumulate={parts}")
 
 
 def test_what_is_timed_are_the_parts_of_the_step_in_their_order():
     marks = []
-    train_step(start(options_of("byol", *HARD, "--training.accumulate=2")), batch(views=3), 0, mark=marks.append)
+    train_step(
+        start(options_of("byol", *HARD, "--training.accumulate=2")),
+        batch(views=3),
+        0,
+        mark=marks.append,
+    )
     assert marks == ["selection", "forward", "backward"] * 2 + ["optimiser", "teacher"]
 
 
@@ -161,11 +223,14 @@ def memory_for(monkeypatch):
     return limit
 
 
-@pytest.mark.parametrize("images, advice", [
-    (8, "8 images fit: take --training.batch_size=8, or --training.accumulate=2"),
-    (5, "4 images fit: take --training.batch_size=4, or --training.accumulate=4"),
-    (1, "not even two images fit"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "images, advice",
+    [
+        (8, "8 images fit: take --training.batch_size=8, or --training.accumulate=2"),
+        (5, "4 images fit: take --training.batch_size=4, or --training.accumulate=4"),
+        (1, "not even two images fit"),
+    ],
+)
 def test_what_fits_is_found_by_trying(memory_for, images, advice):
     memory_for(images)
     assert memory_advice(start(options_of("simsiam")), (16, 2, 3, 32, 32)).startswith(advice)
@@ -178,26 +243,38 @@ def failing(error):
     return torch.compile(lambda x: x + 1, backend=backend)
 
 
-@pytest.mark.parametrize("error, expected", [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 54.00 MiB"), True),
-    (RuntimeError("CUDA error: out of memory"), True),
-    (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
-    (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
-    (ValueError("out of memory"), False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 54.00 MiB"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
 def test_a_memory_that_does_not_suffice_is_known_wherever_it_is_noticed(error, expected):
     assert is_out_of_memory(error) == expected
     with pytest.raises(Exception) as raised:
         failing(error)(torch.ones(1))
     assert type(raised.value) is not type(error) and is_out_of_memory(raised.value) == expected
-    with contextlib.nullcontext() if expected else pytest.raises(type(raised.value)), until_out_of_memory():
+    with (
+        contextlib.nullcontext() if expected else pytest.raises(type(raised.value)),
+        until_out_of_memory(),
+    ):
         raise raised.value
 
 
 def test_trying_what_fits_compiles_nothing(memory_for):
     memory_for(8)
     run, compiled = start(options_of("simsiam", *HARD)), []
-    compile_passes(run.method, PASSES, "default", CPU, backend=lambda graph, inputs: compiled.append(graph) or graph)
+    compile_passes(
+        run.method,
+        PASSES,
+        "default",
+        CPU,
+        backend=lambda graph, inputs: compiled.append(graph) or graph,
+    )
     assert memory_advice(run, (16, 3, 3, 32, 32)).startswith("8 images fit") and compiled == []
     train_step(run, batch(views=3)[:8], 0)
     assert len(compiled) == 2
@@ -226,19 +303,28 @@ def gpus(monkeypatch):
         current.pop()
 
     monkeypatch.setattr(torch.cuda, "device", made_current)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or current[-1] == new)
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: including_emulation or current[-1] == new,
+    )
     return old, new
 
 
 def test_precision_falls_back_where_a_gpu_has_no_bf16(gpus):
     for gpu, expected in zip(gpus, ("fp16", "bf16")):
         assert precision("auto", gpu) == expected
-        assert describe_precision("auto", gpu).endswith("since this GPU has no bf16") == (expected == "fp16")
+        assert describe_precision("auto", gpu).endswith("since this GPU has no bf16") == (
+            expected == "fp16"
+        )
     assert precision("auto", CPU) == "off" and precision("bf16", CPU) == "bf16"
 
 
 def test_a_precision_that_a_device_does_not_have_is_refused(gpus):
-    for amp, device, message in (("bf16", gpus[0], "--amp: cuda:0 has no bf16; use fp16 or off"), ("fp16", CPU, "--amp: fp16 needs a GPU")):
+    for amp, device, message in (
+        ("bf16", gpus[0], "--amp: cuda:0 has no bf16; use fp16 or off"),
+        ("fp16", CPU, "--amp: fp16 needs a GPU"),
+    ):
         with pytest.raises(UserError, match=message):
             mixed_precision(amp, device, "--amp")
 
@@ -281,7 +367,9 @@ def test_after_a_selection_pass_in_mixed_precision_every_weight_has_a_gradient(n
     run = start(options_of(name, *HARD, "--training.amp=bf16"))
     run.epoch = 2  # in which DINO's last layer is trained
     train_step(run, batch(views=3), 10)
-    assert [key for key, p in run.method.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert [
+        key for key, p in run.method.named_parameters() if p.requires_grad and p.grad is None
+    ] == []
 
 
 def losses(run, batches):
@@ -304,8 +392,19 @@ def drawn_batches(tmp_path_factory):
 @pytest.mark.parametrize("name", ["simsiam", "simclr"])
 def test_mixed_precision_learns_as_float32_does(name, drawn_batches):
     """Its curve differs by less from float32's than float32's does with other initial weights."""
-    options = {amp: options_of(name, "--training.batch_size=32", "--training.learning_rate=0.01", f"--training.amp={amp}") for amp in ("off", "bf16")}
-    full, other, half = (losses(start(options[amp], seed), drawn_batches) for amp, seed in (("off", 0), ("off", 1), ("bf16", 0)))
+    options = {
+        amp: options_of(
+            name,
+            "--training.batch_size=32",
+            "--training.learning_rate=0.01",
+            f"--training.amp={amp}",
+        )
+        for amp in ("off", "bf16")
+    }
+    full, other, half = (
+        losses(start(options[amp], seed), drawn_batches)
+        for amp, seed in (("off", 0), ("off", 1), ("bf16", 0))
+    )
     assert full[:5].mean() - full[-5:].mean() > 0.01
     assert 0 < np.abs(half - full).mean() < np.abs(other - full).mean()
 
@@ -315,8 +414,18 @@ def test_mixed_precision_learns_as_float32_does(name, drawn_batches):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_code_is_compiled_once_for_each_resolution(name):
-    """Also with a teacher's temperature, a queue, a centre and a frozen layer that change as training goes on."""
-    more = ["--method.teacher_temperature=0.07", "--method.teacher_temperature_epochs=3", "--method.frozen_epochs=0"] if name == "dino" else []
+    """Also with a teacher's temperature, a queue, a centre and a frozen layer that change as
+    training goes on.
+    """
+    more = (
+        [
+            "--method.teacher_temperature=0.07",
+            "--method.teacher_temperature_epochs=3",
+            "--method.frozen_epochs=0",
+        ]
+        if name == "dino"
+        else []
+    )
     compiled = []
 
     def backend(graph, inputs):
@@ -337,7 +446,13 @@ def test_code_is_compiled_once_for_each_resolution(name):
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("name", ["simclr", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name != "simclr")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "simclr",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name != "simclr"),
+    ],
+)
 def test_compiled_equals_eager(name, drawn_batches):
     curves = []
     for mode in ("off", "default"):
@@ -358,5 +473,6 @@ def test_by_default_only_a_gpu_compiles():
 def test_a_gpus_ranks_compile_networks_with_synchronised_batchnorm_too():
     network = torch.nn.Sequential(torch.nn.BatchNorm2d(1))
     batch_norm.synchronise(network)
-    assert compile_passes(network, ["forward"], "auto", torch.device("cuda")) == "default"  # nothing is compiled before it is called
+    # Nothing is compiled before it is called.
+    assert compile_passes(network, ["forward"], "auto", torch.device("cuda")) == "default"
     assert "forward" in vars(network)

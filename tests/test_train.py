@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from ffssl.run_folder import checkpoint
 from ffssl import train as train_module
 from ffssl.config import read_options
 from ffssl.cost import count_flops, count_step
@@ -21,22 +20,38 @@ from ffssl.data.beton.read import read_beton
 from ffssl.data.convert.conversion import ConvertOptions, convert, description_path
 from ffssl.data.convert.sources.embedded import Embedded
 from ffssl.errors import Stopped, UserError
-from ffssl.training.schedule import Plan, StepShape
-from ffssl.run_folder.log import RunLog, read_log
+from ffssl.run_folder import checkpoint
 from ffssl.run_folder.background_writer import Saver
-from ffssl.training.build import build
+from ffssl.run_folder.log import RunLog, read_log
 from ffssl.train import train
+from ffssl.training.build import build
+from ffssl.training.schedule import Plan, StepShape
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
-    "--model.backbone=resnet-small", "--method.name=simclr", "--method.hidden=32", "--method.projection=16", "--resolution.max=32",
-    "--resolution.min=16", "--resolution.step=16", "--training.batch_size=32", "--training.learning_rate=0.05", "--evaluate.k=5",
-    "--run.tensorboard=false", "--run.device=cpu",
-]  # fmt: skip
+    "--model.backbone=resnet-small",
+    "--method.name=simclr",
+    "--method.hidden=32",
+    "--method.projection=16",
+    "--resolution.max=32",
+    "--resolution.min=16",
+    "--resolution.step=16",
+    "--training.batch_size=32",
+    "--training.learning_rate=0.05",
+    "--evaluate.k=5",
+    "--run.tensorboard=false",
+    "--run.device=cpu",
+]
 EFFICIENT = [
-    "--training.schedule=f1-clr", "--training.warmup_epochs=1", "--resolution.schedule=spl", "--hard_augment.select=hard",
-    "--hard_augment.resolution=16", "--augment.views=3", "--augment.magnitude_min=4", "--augment.magnitude_max=6",
-]  # fmt: skip
+    "--training.schedule=f1-clr",
+    "--training.warmup_epochs=1",
+    "--resolution.schedule=spl",
+    "--hard_augment.select=hard",
+    "--hard_augment.resolution=16",
+    "--augment.views=3",
+    "--augment.magnitude_min=4",
+    "--augment.magnitude_max=6",
+]
 
 
 def arguments(betons, folder, *more) -> list[str]:
@@ -53,7 +68,17 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 
 
 def test_efficient_run_follows_its_schedules_and_logs_them(betons, tmp_path):
-    train(read_options(arguments(betons, tmp_path, *EFFICIENT, "--training.epochs=5", f"--data.validation={betons['val']}")))
+    train(
+        read_options(
+            arguments(
+                betons,
+                tmp_path,
+                *EFFICIENT,
+                "--training.epochs=5",
+                f"--data.validation={betons['val']}",
+            )
+        )
+    )
     rows = read_log(tmp_path)
     assert [row["epoch"] for row in rows] == [0, 1, 2, 3, 4, 5]
     assert [row["resolution"] for row in rows[1:]] == [32, 16, 16, 32, 32]
@@ -111,33 +136,61 @@ def test_the_cosine_turns_simsiams_predictor_round_and_the_default_does_not(tmp_
 
 def test_steps_are_shown_live(betons, tmp_path, monkeypatch):
     shown = []
-    monkeypatch.setattr(RunLog, "write_step", lambda log, step, values: shown.append((step, values)))
+    monkeypatch.setattr(
+        RunLog, "write_step", lambda log, step, values: shown.append((step, values))
+    )
     options = read_options(arguments(betons, tmp_path, "--training.epochs=2"))
     train(options)
     plan = Plan(options, steps_per_epoch=5)
-    assert [step for step, _ in shown] == list(range(1, 11))  # on a CPU each of them, since there is nothing to wait for
-    assert [values["learning_rate"] for _, values in shown] == [plan.learning_rate_and_momentum(step)[0] for step in range(10)]
+    # On a CPU each of them, since there is nothing to wait for.
+    assert [step for step, _ in shown] == list(range(1, 11))
+    assert [values["learning_rate"] for _, values in shown] == [
+        plan.learning_rate_and_momentum(step)[0] for step in range(10)
+    ]
     for epoch, row in enumerate(read_log(tmp_path)):
-        assert sum(values["loss"] for _, values in shown[5 * epoch : 5 * epoch + 5]) / 5 == pytest.approx(row["loss"])
+        assert sum(
+            values["loss"] for _, values in shown[5 * epoch : 5 * epoch + 5]
+        ) / 5 == pytest.approx(row["loss"])
 
 
 def test_a_missing_wandb_is_told_before_anything_is_read(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="wandb is not installed"):
-        train(read_options([*SMALL, "--data.train=missing.beton", f"--run.folder={tmp_path / 'run'}", "--run.wandb=mine"]))
+        train(
+            read_options(
+                [
+                    *SMALL,
+                    "--data.train=missing.beton",
+                    f"--run.folder={tmp_path / 'run'}",
+                    "--run.wandb=mine",
+                ]
+            )
+        )
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     "method",
     [
-        "simsiam --method.predictor=8", "byol --method.predictor=32", "mocov2plus --method.queue=128", "dino --method.prototypes=64",
-        "barlow_twins", "vicreg",
+        "simsiam --method.predictor=8",
+        "byol --method.predictor=32",
+        "mocov2plus --method.queue=128",
+        "dino --method.prototypes=64",
+        "barlow_twins",
+        "vicreg",
     ],
-)  # fmt: skip
-def test_every_method_trains_and_goes_on_from_its_checkpoint_with_the_same_weights(betons, tmp_path, method):
+)
+def test_every_method_trains_and_goes_on_from_its_checkpoint_with_the_same_weights(
+    betons, tmp_path, method
+):
     name, *heads = method.split()
-    options = [f"--method.name={name}", *heads, "--hard_augment.select=hard", "--hard_augment.resolution=16", "--augment.views=3"]
+    options = [
+        f"--method.name={name}",
+        *heads,
+        "--hard_augment.select=hard",
+        "--hard_augment.resolution=16",
+        "--augment.views=3",
+    ]
     # The selection begins in the epoch that is interrupted.
     options += ["--hard_augment.start_epoch=1", "--hard_augment.share_min=0.5"]
     if name not in ("barlow_twins", "vicreg"):
@@ -157,7 +210,9 @@ def test_every_method_trains_and_goes_on_from_its_checkpoint_with_the_same_weigh
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
         patch.setattr(checkpoint, "save", stop_within_the_second_epoch)
         patch.setattr(Saver, "due", lambda saver: True)
-        train(read_options(arguments(betons, tmp_path / "stopped", *options, "--training.epochs=2")))
+        train(
+            read_options(arguments(betons, tmp_path / "stopped", *options, "--training.epochs=2"))
+        )
     train(read_options(arguments(betons, tmp_path / "stopped", *options, "--training.epochs=2")))
     assert_equal(weights(tmp_path / "unbroken"), weights(tmp_path / "stopped"))
     ours, theirs = (read_log(tmp_path / name)[-1] for name in ("stopped", "unbroken"))
@@ -167,11 +222,14 @@ def test_every_method_trains_and_goes_on_from_its_checkpoint_with_the_same_weigh
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "stopped").values())
 
 
-def test_a_run_goes_on_with_the_very_next_batch_and_its_sums_and_random_numbers(betons, tmp_path, monkeypatch):
+def test_a_run_goes_on_with_the_very_next_batch_and_its_sums_and_random_numbers(
+    betons, tmp_path, monkeypatch
+):
     steps, shown = [], []
 
     def recorded_step(run, views, step):
-        steps.append((step, views.sum().item(), torch.rand(1).item()))  # of the views themselves, and of what dropout would draw
+        # Of the views themselves, and of what dropout would draw.
+        steps.append((step, views.sum().item(), torch.rand(1).item()))
         if step == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
         return train_step(run, views, step)
@@ -179,21 +237,36 @@ def test_a_run_goes_on_with_the_very_next_batch_and_its_sums_and_random_numbers(
     train_step, joules = train_module.train_step, itertools.count(0, 3600)
     monkeypatch.setattr(train_module, "train_step", recorded_step)
     monkeypatch.setattr("ffssl.training.run.energy_counter", lambda device: lambda: next(joules))
-    monkeypatch.setattr(RunLog, "write_step", lambda log, step, values: shown.append((step, values)))
+    monkeypatch.setattr(
+        RunLog, "write_step", lambda log, step, values: shown.append((step, values))
+    )
     runs = {}
-    for name, stops in (("unbroken", [None]), ("stopped", [1, 4, 5, None])):  # 4: after the last step of an epoch, before its row
+    # 4: after the last step of an epoch, before its row.
+    for name, stops in (("unbroken", [None]), ("stopped", [1, 4, 5, None])):
         steps.clear()
         shown.clear()
         for stop_at in stops:
             with pytest.raises(Stopped) if stop_at is not None else contextlib.nullcontext():
                 train(read_options(arguments(betons, tmp_path / name, "--training.epochs=2")))
         rows = read_log(tmp_path / name)
-        assert all(row["seconds"] > 0 and row["images_per_second"] > 0 and 0 <= row["data_wait"] <= 1 for row in rows)
+        assert all(
+            row["seconds"] > 0 and row["images_per_second"] > 0 and 0 <= row["data_wait"] <= 1
+            for row in rows
+        )
         timed = ("seconds", "images_per_second", "data_wait")
-        runs[name] = [*steps], [*shown], [{key: value for key, value in row.items() if key not in timed} for row in rows]
-    assert [step for step, *_ in runs["unbroken"][0]] == list(range(10)) == [step - 1 for step, _ in runs["unbroken"][1]]
+        runs[name] = (
+            [*steps],
+            [*shown],
+            [{key: value for key, value in row.items() if key not in timed} for row in rows],
+        )
+    assert (
+        [step for step, *_ in runs["unbroken"][0]]
+        == list(range(10))
+        == [step - 1 for step, _ in runs["unbroken"][1]]
+    )
     assert runs["stopped"] == runs["unbroken"]
-    assert runs["unbroken"][2][-1]["kwh"] == pytest.approx(0.01)  # 3600 J from each of 10 charges to the next
+    # 3600 J from each of 10 charges to the next.
+    assert runs["unbroken"][2][-1]["kwh"] == pytest.approx(0.01)
 
 
 @pytest.fixture
@@ -206,13 +279,22 @@ def one_thread(monkeypatch):
     torch.set_num_threads(threads)
 
 
-def test_run_killed_at_a_random_moment_ends_in_the_same_weights(betons, tmp_path, one_thread, moments):
-    unbroken, killed = (arguments(betons, tmp_path / name, *EFFICIENT, "--training.epochs=4") for name in ("unbroken", "killed"))
+def test_run_killed_at_a_random_moment_ends_in_the_same_weights(
+    betons, tmp_path, one_thread, moments
+):
+    unbroken, killed = (
+        arguments(betons, tmp_path / name, *EFFICIENT, "--training.epochs=4")
+        for name in ("unbroken", "killed")
+    )
     train(read_options(unbroken))
-    process = subprocess.Popen([sys.executable, str(ROOT / "ffssl" / "train.py"), *killed], stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "ffssl" / "train.py"), *killed], stderr=subprocess.PIPE
+    )
     deadline = time.monotonic() + 600
     while not (tmp_path / "killed" / checkpoint.NAME).exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read().decode()
+        assert process.poll() is None and time.monotonic() < deadline, (
+            process.stderr.read().decode()
+        )
         time.sleep(0.01)
     time.sleep(moments.uniform(0, 1.5))
     process.send_signal(signal.SIGKILL)
@@ -224,12 +306,27 @@ def test_run_killed_at_a_random_moment_ends_in_the_same_weights(betons, tmp_path
 
 def test_weights_do_not_depend_on_the_number_of_workers(betons, tmp_path):
     for workers in (1, 3):
-        train(read_options(arguments(betons, tmp_path / str(workers), "--training.epochs=1", f"--data.workers={workers}")))
+        train(
+            read_options(
+                arguments(
+                    betons,
+                    tmp_path / str(workers),
+                    "--training.epochs=1",
+                    f"--data.workers={workers}",
+                )
+            )
+        )
     assert_equal(weights(tmp_path / "1"), weights(tmp_path / "3"))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(betons, tmp_path):
-    options = arguments(betons, tmp_path, "--training.epochs=3", "--training.learning_rate=1e30", "--training.momentum=0")
+    options = arguments(
+        betons,
+        tmp_path,
+        "--training.epochs=3",
+        "--training.learning_rate=1e30",
+        "--training.momentum=0",
+    )
     with pytest.raises(FloatingPointError, match="not finite at step .*learning_rate"):
         train(read_options(options))
     state = checkpoint.load(tmp_path)
@@ -238,8 +335,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(beton
 
 
 def test_a_checkpoint_in_an_epoch_is_written_while_the_steps_go_on(betons, tmp_path, monkeypatch):
-    """Writing takes until the next step has been done: training that waited for it would wait for ever."""
-    stepped, in_an_epoch, step, save, done = threading.Condition(), [], train_module.train_step, checkpoint.save, 0
+    """Writing takes until the next step has been done: training that waited for it would wait for
+    ever.
+    """
+    stepped, in_an_epoch, step, save, done = (
+        threading.Condition(),
+        [],
+        train_module.train_step,
+        checkpoint.save,
+        0,
+    )
 
     def told_step(run, views, number):
         nonlocal done
@@ -253,12 +358,18 @@ def test_a_checkpoint_in_an_epoch_is_written_while_the_steps_go_on(betons, tmp_p
         steps = len(state["tally"]["losses"])
         if 1 <= steps < 5:  # after the last, training does wait
             with stepped:
-                in_an_epoch.append(stepped.wait_for(lambda: done > 5 * state["epoch"] + steps, timeout=600))
+                in_an_epoch.append(
+                    stepped.wait_for(lambda: done > 5 * state["epoch"] + steps, timeout=600)
+                )
         save(folder, state, *words, **settings)
 
     monkeypatch.setattr(checkpoint, "save", slow_save)
     monkeypatch.setattr(train_module, "train_step", told_step)
-    train(read_options(arguments(betons, tmp_path, "--training.epochs=2", "--run.checkpoint_minutes=1e-9")))
+    train(
+        read_options(
+            arguments(betons, tmp_path, "--training.epochs=2", "--run.checkpoint_minutes=1e-9")
+        )
+    )
     assert in_an_epoch and all(in_an_epoch)
 
 
@@ -272,14 +383,32 @@ def test_a_finished_run_is_not_trained_again(betons, tmp_path):
 
 def test_what_a_folder_holds_is_not_mixed_with_another_experiment(betons, tmp_path):
     train(read_options(arguments(betons, tmp_path, "--training.epochs=1")))
-    with pytest.raises(UserError, match="--training.learning_rate: the run in .* has 0.05, not 0.1"):
-        train(read_options(arguments(betons, tmp_path, "--training.epochs=1", "--training.learning_rate=0.1")))
+    with pytest.raises(
+        UserError, match="--training.learning_rate: the run in .* has 0.05, not 0.1"
+    ):
+        train(
+            read_options(
+                arguments(betons, tmp_path, "--training.epochs=1", "--training.learning_rate=0.1")
+            )
+        )
     with pytest.raises(UserError, match="holds a run already"):
-        train(read_options(arguments(betons, tmp_path, "--training.epochs=1", "--run.resume=never")))
+        train(
+            read_options(arguments(betons, tmp_path, "--training.epochs=1", "--run.resume=never"))
+        )
     with pytest.raises(UserError, match="--run.seed: the run in .* has 0, not 1"):
         train(read_options(arguments(betons, tmp_path, "--training.epochs=1", "--run.seed=1")))
-    with pytest.raises(UserError, match=f"--data.train: {betons['val']} does not hold the images .* has 40 others; put back the file of 160"):
-        train(read_options(arguments(betons | {"train": betons["val"]}, tmp_path, "--training.epochs=1")))
+    with pytest.raises(
+        UserError,
+        match=(
+            f"--data.train: {betons['val']} does not hold the images .* has 40 others; put "
+            "back the file of 160"
+        ),
+    ):
+        train(
+            read_options(
+                arguments(betons | {"train": betons["val"]}, tmp_path, "--training.epochs=1")
+            )
+        )
 
 
 def test_a_file_of_other_pixels_is_refused_where_both_are_described(betons, tmp_path):
@@ -288,13 +417,24 @@ def test_a_file_of_other_pixels_is_refused_where_both_are_described(betons, tmp_
     shutil.copyfile(betons["train"], own["train"])
     told = json.loads(description_path(betons["train"]).read_text())
     for sha256, refused in ((told["sha256"], False), ("0" * 64, True), (None, False)):
-        description.write_text(json.dumps(told | {"sha256": sha256})) if sha256 else description.unlink()
-        with pytest.raises(UserError, match="does not hold the images") if refused else contextlib.nullcontext():
+        description.write_text(
+            json.dumps(told | {"sha256": sha256})
+        ) if sha256 else description.unlink()
+        with (
+            pytest.raises(UserError, match="does not hold the images")
+            if refused
+            else contextlib.nullcontext()
+        ):
             train(read_options(arguments(own, tmp_path / "run", "--training.epochs=1")))
 
 
-def test_a_damaged_checkpoint_costs_no_more_than_the_steps_since_the_one_before(betons, tmp_path, capsys):
-    unbroken, damaged = (arguments(betons, tmp_path / name, "--training.epochs=2") for name in ("unbroken", "damaged"))
+def test_a_damaged_checkpoint_costs_no_more_than_the_steps_since_the_one_before(
+    betons, tmp_path, capsys
+):
+    unbroken, damaged = (
+        arguments(betons, tmp_path / name, "--training.epochs=2")
+        for name in ("unbroken", "damaged")
+    )
     train(read_options(unbroken))
     train(read_options(damaged))
     path = tmp_path / "damaged" / checkpoint.NAME
@@ -311,7 +451,12 @@ def test_broken_images_end_a_run_by_name_or_are_replaced_and_counted(betons, tmp
         begin = int(beton.images["data_ptr"][i])
         data[begin : begin + 20] = bytes(20)
     path.write_bytes(data)
-    broken = arguments(betons | {"train": path}, tmp_path / "run", "--training.epochs=2", f"--data.validation={betons['val']}")
+    broken = arguments(
+        betons | {"train": path},
+        tmp_path / "run",
+        "--training.epochs=2",
+        f"--data.validation={betons['val']}",
+    )
     with pytest.raises(UserError, match="broken.beton: image (3|77) does not decode"):
         train(read_options(broken))
     train(read_options([*broken, "--data.broken=replace"]))
@@ -326,10 +471,25 @@ def test_broken_images_end_a_run_by_name_or_are_replaced_and_counted(betons, tmp
         ("--model.backbone=resnet19", "unknown backbone 'resnet19'; known are"),
         ("--method.name=simclrr", "unknown method 'simclrr'; known are .*simclr, simsiam"),
         ("--method.predictor=8", "simclr has no such option"),
-        ("--method.name=mocov2plus --method.queue=100", "--method.queue: 100 must be a multiple of --training.batch_size=32"),
-        ("--method.name=barlow_twins --hard_augment.loss=method --hard_augment.select=hard --augment.views=3", "--hard_augment.loss: barlow_twins has no loss"),
-        ("--hard_augment.across_policies=true --hard_augment.select=hard --augment.views=3", "--hard_augment.across_policies: the views have one policy"),
-        ("--hard_augment.extra_targets=true --hard_augment.select=hard --augment.views=3", "--hard_augment.extra_targets: simclr does not predict"),
+        (
+            "--method.name=mocov2plus --method.queue=100",
+            "--method.queue: 100 must be a multiple of --training.batch_size=32",
+        ),
+        (
+            (
+                "--method.name=barlow_twins --hard_augment.loss=method "
+                "--hard_augment.select=hard --augment.views=3"
+            ),
+            "--hard_augment.loss: barlow_twins has no loss",
+        ),
+        (
+            "--hard_augment.across_policies=true --hard_augment.select=hard --augment.views=3",
+            "--hard_augment.across_policies: the views have one policy",
+        ),
+        (
+            "--hard_augment.extra_targets=true --hard_augment.select=hard --augment.views=3",
+            "--hard_augment.extra_targets: simclr does not predict",
+        ),
         ("--augment.policy=none", "unknown policy 'none'"),
         ("--run.device=cuda:99", "cuda:99 can't be used here"),
         ("--run.folder=/dev/null/run", "/dev/null/run can't be made"),
@@ -351,29 +511,54 @@ def test_knn_needs_labels(betons, tmp_path):
         Image.new("RGB", (40, 40), (i, 0, 0)).save(flat / f"{i}.jpg")
     convert(ImageFolder(flat), tmp_path / "flat.beton")
     with pytest.raises(UserError, match="flat.beton: an evaluation needs labels, and 40 of 40"):
-        train(read_options(arguments(betons, tmp_path / "run", f"--data.validation={tmp_path / 'flat.beton'}")))
-    train(read_options([*SMALL, f"--data.train={tmp_path / 'flat.beton'}", f"--run.folder={tmp_path / 'run'}", "--training.epochs=1"]))
+        train(
+            read_options(
+                arguments(betons, tmp_path / "run", f"--data.validation={tmp_path / 'flat.beton'}")
+            )
+        )
+    train(
+        read_options(
+            [
+                *SMALL,
+                f"--data.train={tmp_path / 'flat.beton'}",
+                f"--run.folder={tmp_path / 'run'}",
+                "--training.epochs=1",
+            ]
+        )
+    )
 
 
 def run_program(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(ROOT / "ffssl" / "train.py"), *words], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "ffssl" / "train.py"), *words], capture_output=True, text=True
+    )
 
 
 def test_mistyped_option_costs_one_line_and_status_2():
     result = run_program("--training.epoch=3")
     assert result.returncode == 2
-    assert result.stderr == "error: --training.epoch: unknown option; did you mean training.epochs?\n"
+    assert (
+        result.stderr == "error: --training.epoch: unknown option; did you mean training.epochs?\n"
+    )
 
 
 def test_help_comes_without_importing_torch():
-    code = f"import sys, runpy; sys.argv = ['train.py', '--help']\ntry: runpy.run_path({str(ROOT / 'ffssl' / 'train.py')!r}, run_name='__main__')\nfinally: print('torch' in sys.modules)"
+    code = (
+        "import sys, runpy; sys.argv = ['train.py', '--help']\ntry: "
+        f"runpy.run_path({str(ROOT / 'ffssl' / 'train.py')!r}, run_name='__main__')\nfinally: "
+        "print('torch' in sys.modules)"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "--hard_augment.select" in result.stdout
     assert result.stdout.rstrip().endswith("False")
 
 
 def test_interrupt_leaves_with_status_130_and_a_checkpoint(betons, tmp_path):
-    command = [sys.executable, str(ROOT / "ffssl" / "train.py"), *arguments(betons, tmp_path, "--training.epochs=500")]
+    command = [
+        sys.executable,
+        str(ROOT / "ffssl" / "train.py"),
+        *arguments(betons, tmp_path, "--training.epochs=500"),
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / checkpoint.NAME).exists():
         assert process.poll() is None, process.stderr.read()

@@ -17,17 +17,29 @@ from ffssl.config import read_options
 from ffssl.cost import count_flops, count_run_step
 from ffssl.errors import UserError
 from ffssl.methods.base import Method
-from ffssl.training.schedule import Plan, StepShape
 from ffssl.schedules import resolution
 from ffssl.training.build import build
+from ffssl.training.schedule import Plan, StepShape
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
-    "--model.backbone=resnet-small", "--method.name=byol", "--method.hidden=32", "--method.projection=16", "--method.predictor=32",
-    "--training.batch_size=16", "--run.device=cpu",
-]  # fmt: skip
+    "--model.backbone=resnet-small",
+    "--method.name=byol",
+    "--method.hidden=32",
+    "--method.projection=16",
+    "--method.predictor=32",
+    "--training.batch_size=16",
+    "--run.device=cpu",
+]
 HARD = ["--augment.views=4", "--hard_augment.select=hard", "--hard_augment.resolution=16"]
-SPL = ["--training.warmup_epochs=1", "--resolution.schedule=spl", "--resolution.max=48", "--resolution.min=32", "--resolution.step=16", "--training.epochs=5"]
+SPL = [
+    "--training.warmup_epochs=1",
+    "--resolution.schedule=spl",
+    "--resolution.max=48",
+    "--resolution.min=32",
+    "--resolution.step=16",
+    "--training.epochs=5",
+]
 
 
 @pytest.fixture
@@ -46,7 +58,9 @@ def configs(tmp_path):
 
 def test_the_step_is_timed_at_every_resolution_of_the_schedule(tmp_path, capsys):
     step.main([*SMALL, *HARD, *SPL, "--steps=2", "--rounds=2", f"--json={tmp_path / 'step.json'}"])
-    assert "byol, resnet-small, 16 images of 4 views, hard pairs at 16 px" in capsys.readouterr().out
+    assert (
+        "byol, resnet-small, 16 images of 4 views, hard pairs at 16 px" in capsys.readouterr().out
+    )
     found = json.loads((tmp_path / "step.json").read_text())
     shapes = [StepShape(row["resolution"], row["views"]) for row in found["rows"]]
     assert shapes == [(32, 4), (48, 2), (48, 4)]
@@ -60,29 +74,47 @@ def test_the_step_is_timed_at_every_resolution_of_the_schedule(tmp_path, capsys)
 
 
 def test_the_two_ratios_of_a_step(tmp_path, monkeypatch):
-    """With times of our own: of the first step, then of two steps of training and two of the ceiling in turns."""
+    """With times of our own: of the first step, then of two steps of training and two of the
+    ceiling in turns.
+    """
     times = itertools.cycle([7.0, 0.4, 0.2, 0.8, 0.5])
     monkeypatch.setattr(step, "seconds_of", lambda work, device: next(times))
-    parts = {"selection": 30.0, "forward": 40.0, "backward": 80.0, "optimiser": 10.0, "teacher": 5.0}
+    parts = {
+        "selection": 30.0,
+        "forward": 40.0,
+        "backward": 80.0,
+        "optimiser": 10.0,
+        "teacher": 5.0,
+    }
     monkeypatch.setattr(Stopwatch, "milliseconds", lambda watch: parts)
     step.main([*SMALL, *HARD, *SPL, "--steps=2", "--rounds=2", f"--json={tmp_path / 'step.json'}"])
     options = read_options([*SMALL, *HARD, *SPL, "--data.train=x", "--run.folder=x"])
     method = build(options, torch.device("cpu"))
     for row in json.loads((tmp_path / "step.json").read_text())["rows"]:
-        assert (row["first_step_s"], row["step_ms"], row["ceiling_ms"]) == pytest.approx((7, 300, 175))
+        assert (row["first_step_s"], row["step_ms"], row["ceiling_ms"]) == pytest.approx(
+            (7, 300, 175)
+        )
         shape = StepShape(row["resolution"], row["views"])
         flops = count_run_step(Plan(options, 10), method, shape)
-        # 0.2 s over 0.1, and 0.4 over 0.25: 1.8 in the median; more FLOPs than the ceiling's may take more time
-        assert row["over_ceiling"] == pytest.approx(1.8 * step.supervised_flops(options, row["resolution"]) / flops.total())
+        # 0.2 s over 0.1, and 0.4 over 0.25: 1.8 in the median; more FLOPs than the ceiling's may
+        # take more time
+        assert row["over_ceiling"] == pytest.approx(
+            1.8 * step.supervised_flops(options, row["resolution"]) / flops.total()
+        )
         if shape.views == 2:
             assert row["over_equation_11"] is None
             continue
-        assert row["over_equation_11"] == pytest.approx((30 / flops.selection) / (135 / (flops.total() - flops.selection)))
+        assert row["over_equation_11"] == pytest.approx(
+            (30 / flops.selection) / (135 / (flops.total() - flops.selection))
+        )
 
 
 def test_the_ceiling_does_the_arithmetic_of_a_supervised_step():
-    options = read_options([*SMALL, "--data.train=x", "--run.folder=x", "--model.backbone=resnet50"])
-    assert step.supervised_flops(options, 224) == pytest.approx(16 * 2 * 3 * 8.18e9, rel=0.01)  # 4.09 GMAC, published
+    options = read_options(
+        [*SMALL, "--data.train=x", "--run.folder=x", "--model.backbone=resnet50"]
+    )
+    # 4.09 GMAC, published.
+    assert step.supervised_flops(options, 224) == pytest.approx(16 * 2 * 3 * 8.18e9, rel=0.01)
 
 
 def test_without_a_gpu_the_first_lines_say_so(capsys):
@@ -101,11 +133,25 @@ def test_a_resolution_that_does_not_fit_is_named_with_what_would(monkeypatch, ca
         return real(self, first, *rest)
 
     monkeypatch.setattr(Method, "forward", forward)
-    step.main([*SMALL, "--resolutions", "16", "48", "--steps=1", "--rounds=1", f"--json={tmp_path / 'step.json'}"])
+    step.main(
+        [
+            *SMALL,
+            "--resolutions",
+            "16",
+            "48",
+            "--steps=1",
+            "--rounds=1",
+            f"--json={tmp_path / 'step.json'}",
+        ]
+    )
     told = capsys.readouterr().out
-    assert "  48     2  --training.batch_size: a step with 16 images of 2 views at 48 px needs" in told
+    assert (
+        "  48     2  --training.batch_size: a step with 16 images of 2 views at 48 px needs" in told
+    )
     assert "8 images fit: take --training.batch_size=8, or --training.accumulate=2" in told
-    assert [row["resolution"] for row in json.loads((tmp_path / "step.json").read_text())["rows"]] == [16]
+    assert [
+        row["resolution"] for row in json.loads((tmp_path / "step.json").read_text())["rows"]
+    ] == [16]
 
 
 def test_a_part_lasts_from_the_mark_before_it(monkeypatch):
@@ -116,7 +162,10 @@ def test_a_part_lasts_from_the_mark_before_it(monkeypatch):
         watch.start()
         for part in ("forward", "backward", "forward"):
             watch.mark(part)
-    assert watch.milliseconds() == {"forward": pytest.approx((2000 + 5000) / 2), "backward": pytest.approx((2000 + 1000) / 2)}
+    assert watch.milliseconds() == {
+        "forward": pytest.approx((2000 + 5000) / 2),
+        "backward": pytest.approx((2000 + 1000) / 2),
+    }
 
 
 def test_the_peak_is_that_of_the_quickest_product(monkeypatch):
@@ -129,22 +178,40 @@ def test_the_peak_is_that_of_the_quickest_product(monkeypatch):
 
 
 def test_stages_are_added_up_over_the_schedules(configs, betons, tmp_path, monkeypatch, capsys):
-    """With a clock of our own, where a step takes its resolution in milliseconds, loading twice as long at 32 px and half as long at 48."""
+    """With a clock of our own, where a step takes its resolution in milliseconds, loading twice as
+    long at 32 px and half as long at 48.
+    """
 
     def time_stage(trial, stage):
         stage.times["start"].append(0.5)
         stage.times["step"].append(stage.shape.resolution / 1000)
-        stage.times["loader"].append(stage.shape.resolution / 1000 * (2 if stage.shape.resolution == 32 else 0.5))
-        stage.times["together"].append(stage.shape.resolution / 1000 * (2 if stage.shape.resolution == 32 else 1))
+        stage.times["loader"].append(
+            stage.shape.resolution / 1000 * (2 if stage.shape.resolution == 32 else 0.5)
+        )
+        stage.times["together"].append(
+            stage.shape.resolution / 1000 * (2 if stage.shape.resolution == 32 else 1)
+        )
         stage.times["joules"].append(100.0)
 
     monkeypatch.setattr(speedup, "time_stage", time_stage)
-    speedup.main(["--configs", *map(str, configs), f"--data={betons['train']}", f"--output={tmp_path}", *SMALL, "--data.workers=3"])
+    speedup.main(
+        [
+            "--configs",
+            *map(str, configs),
+            f"--data={betons['train']}",
+            f"--output={tmp_path}",
+            *SMALL,
+            "--data.workers=3",
+        ]
+    )
     found = json.loads((tmp_path / "speedup.json").read_text())
     standard, quick = found["configs"]
     steps = 160 // 16
     assert standard["seconds"] == pytest.approx(6 * (0.5 + steps * 0.048))
-    sides = [resolution(e, schedule="spl", epochs=4, warmup=1, low=32, high=48, step=16) for e in range(4)]
+    sides = [
+        resolution(e, schedule="spl", epochs=4, warmup=1, low=32, high=48, step=16)
+        for e in range(4)
+    ]
     assert sorted(sides) == [32, 32, 48, 48]
     assert quick["seconds"] == pytest.approx(2 * (0.5 + steps * 0.064) + 2 * (0.5 + steps * 0.048))
     assert standard["joules"] == pytest.approx(6 * steps * 100)
@@ -159,21 +226,69 @@ def test_stages_are_added_up_over_the_schedules(configs, betons, tmp_path, monke
     assert by_side[32]["loader_images_per_second_per_core"] == pytest.approx(16 / 0.064 / 3)
     table = (tmp_path / "speedup.md").read_text()
     assert table in capsys.readouterr().out
-    assert f"| {standard['seconds'] / quick['seconds']:.2f}x |" in table and f"| {standard['flops'] / quick['flops']:.2f}x |" in table
+    assert (
+        f"| {standard['seconds'] / quick['seconds']:.2f}x |" in table
+        and f"| {standard['flops'] / quick['flops']:.2f}x |" in table
+    )
     assert (tmp_path / "speedup.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_every_stage_is_timed_with_the_loader_and_without(configs, betons, tmp_path):
-    speedup.main(["--configs", *map(str, configs), f"--data={betons['train']}", f"--output={tmp_path}", "--rounds=1", "--seconds=0.1", *SMALL])
+    speedup.main(
+        [
+            "--configs",
+            *map(str, configs),
+            f"--data={betons['train']}",
+            f"--output={tmp_path}",
+            "--rounds=1",
+            "--seconds=0.1",
+            *SMALL,
+        ]
+    )
     for config in json.loads((tmp_path / "speedup.json").read_text())["configs"]:
         for stage in config["stages"]:
-            assert min(stage["step_ms"], stage["loader_ms"], stage["together_ms"], stage["start_ms"], stage["first_step_s"]) > 0
+            assert (
+                min(
+                    stage["step_ms"],
+                    stage["loader_ms"],
+                    stage["together_ms"],
+                    stage["start_ms"],
+                    stage["first_step_s"],
+                )
+                > 0
+            )
 
 
 def test_what_full_runs_took_stands_beside_the_prediction():
-    stage = {"resolution": 32, "views": 2, "epochs": 1, "steps": 10, "batch_size": 4, "step_ms": 1, "loader_ms": 1, "together_ms": 1, "start_ms": 1,
-             "first_step_s": 1, "bound": "training", "cores_needed": 1, "seconds": 90, "flops": 1e12, "joules": None}  # fmt: skip
-    configs = [{"name": name, "seconds": 85.0, "first_step_s": 5.0, "flops": 1e12, "joules": None, "full_seconds": full, "stages": [stage]} for name, full in (("a", 100.0), ("b", 80.0))]
+    stage = {
+        "resolution": 32,
+        "views": 2,
+        "epochs": 1,
+        "steps": 10,
+        "batch_size": 4,
+        "step_ms": 1,
+        "loader_ms": 1,
+        "together_ms": 1,
+        "start_ms": 1,
+        "first_step_s": 1,
+        "bound": "training",
+        "cores_needed": 1,
+        "seconds": 90,
+        "flops": 1e12,
+        "joules": None,
+    }
+    configs = [
+        {
+            "name": name,
+            "seconds": 85.0,
+            "first_step_s": 5.0,
+            "flops": 1e12,
+            "joules": None,
+            "full_seconds": full,
+            "stages": [stage],
+        }
+        for name, full in (("a", 100.0), ("b", 80.0))
+    ]
     table = table_of({"machine": "m", "device": "cpu", "images": 40, "configs": configs})
     assert "| a | 85 | 1.00x | 1 | 1.00x | – | – | 100 | -10.0% | 1.00x |" in table
     assert "| b | 85 | 1.00x | 1 | 1.00x | – | – | 80 | +12.5% | 1.25x |" in table
@@ -182,13 +297,29 @@ def test_what_full_runs_took_stands_beside_the_prediction():
 @pytest.mark.slow
 def test_the_prediction_is_near_what_full_runs_take(configs, betons, tmp_path):
     if os.getloadavg()[0] > 1:
-        pytest.skip("other work keeps this machine busy, and does so more at one time than at another")
-    speedup.main(["--configs", *map(str, configs), f"--data={betons['train']}", f"--output={tmp_path}", "--full", *SMALL])
+        pytest.skip(
+            "other work keeps this machine busy, and does so more at one time than at another"
+        )
+    speedup.main(
+        [
+            "--configs",
+            *map(str, configs),
+            f"--data={betons['train']}",
+            f"--output={tmp_path}",
+            "--full",
+            *SMALL,
+        ]
+    )
     for config in json.loads((tmp_path / "speedup.json").read_text())["configs"]:
-        assert config["seconds"] + config["first_step_s"] == pytest.approx(config["full_seconds"], rel=0.6)  # of a few seconds
+        # Of a few seconds.
+        assert config["seconds"] + config["first_step_s"] == pytest.approx(
+            config["full_seconds"], rel=0.6
+        )
 
 
-def test_before_full_runs_each_config_compiles_with_caches_of_its_own(configs, betons, tmp_path, monkeypatch):
+def test_before_full_runs_each_config_compiles_with_caches_of_its_own(
+    configs, betons, tmp_path, monkeypatch
+):
     """As each full run does: what one has compiled the other does not find."""
     variables = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     monkeypatch.setenv("TRITON_CACHE_DIR", "the user's")
@@ -217,29 +348,58 @@ def test_before_full_runs_each_config_compiles_with_caches_of_its_own(configs, b
     monkeypatch.setattr(speedup, "time_stage", time_stage)
     monkeypatch.setattr(speedup, "subprocess", SimpleNamespace(run=run_training))
     monkeypatch.setattr(speedup, "read_log", lambda folder: [{"seconds": 1.0}])
-    speedup.main(["--configs", *map(str, configs), f"--data={betons['train']}", f"--output={tmp_path}", "--full", "--rounds=1", *SMALL])
+    speedup.main(
+        [
+            "--configs",
+            *map(str, configs),
+            f"--data={betons['train']}",
+            f"--output={tmp_path}",
+            "--full",
+            "--rounds=1",
+            *SMALL,
+        ]
+    )
     (first,), (second,) = used.values()
     assert len({*first, *second, *full[0], *full[1], "the user's"}) == 9
 
 
-def test_without_data_and_photographs_drawings_are_taken_and_told(configs, tmp_path, monkeypatch, capsys):
+def test_without_data_and_photographs_drawings_are_taken_and_told(
+    configs, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setitem(sys.modules, "skimage", None)  # as if it were not installed
-    monkeypatch.setattr(speedup, "time_stage", lambda trial, stage: [stage.times[kind].append(1.0) for kind in ("start", "step", "loader", "together")])
+    monkeypatch.setattr(
+        speedup,
+        "time_stage",
+        lambda trial, stage: [
+            stage.times[kind].append(1.0) for kind in ("start", "step", "loader", "together")
+        ],
+    )
     speedup.main(["--configs", *map(str, configs), f"--output={tmp_path}", "--rounds=1", *SMALL])
-    assert "16 JPEG images drawn, since there is no scikit-image to cut photographs from, median 500x375 and" in capsys.readouterr().out
+    assert (
+        "16 JPEG images drawn, since there is no scikit-image to cut photographs from, median 500x375 and"
+        in capsys.readouterr().out
+    )
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--full"], "--full: trains on all images of --data FILE"),
-    (["--images=7"], "--images: 7 are fewer than standard's --training.batch_size=16"),
-    (["--images=many"], "--images: expected a number"),
-    (["--training.batchsize=4"], "--training.batchsize: unknown option; did you mean training.batch_size?"),
-    (["--rounds=0"], "argument --rounds: expected an integer of 1 or more, got '0'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--full"], "--full: trains on all images of --data FILE"),
+        (["--images=7"], "--images: 7 are fewer than standard's --training.batch_size=16"),
+        (["--images=many"], "--images: expected a number"),
+        (
+            ["--training.batchsize=4"],
+            "--training.batchsize: unknown option; did you mean training.batch_size?",
+        ),
+        (["--rounds=0"], "argument --rounds: expected an integer of 1 or more, got '0'"),
+    ],
+)
 def test_mistakes_are_named(configs, betons, words, message, tmp_path):
     data = [] if "--full" in words else [f"--data={betons['train']}"]
     with pytest.raises(UserError, match=message.split("?")[0]):
-        speedup.main(["--configs", *map(str, configs), *data, f"--output={tmp_path}", *SMALL, *words])
+        speedup.main(
+            ["--configs", *map(str, configs), *data, f"--output={tmp_path}", *SMALL, *words]
+        )
 
 
 def test_configs_of_one_name_are_refused(configs):
@@ -249,8 +409,15 @@ def test_configs_of_one_name_are_refused(configs):
 
 def test_benchmarks_are_listed_and_unknown_ones_named():
     def run(*words):
-        return subprocess.run([sys.executable, "-m", "ffssl.benchmark", *words], capture_output=True, text=True, cwd=ROOT)
+        return subprocess.run(
+            [sys.executable, "-m", "ffssl.benchmark", *words],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        )
 
     assert all(name in run("--help").stdout for name in ("loader", "step", "speedup"))
     wrong = run("sped")
-    assert wrong.returncode == 2 and wrong.stderr.startswith("error: 'sped': unknown benchmark; known are loader, step, speedup")
+    assert wrong.returncode == 2 and wrong.stderr.startswith(
+        "error: 'sped': unknown benchmark; known are loader, step, speedup"
+    )

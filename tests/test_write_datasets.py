@@ -1,4 +1,6 @@
-"""The converter as its users meet it: the program, its messages, its exit status, its end by signal."""
+"""The converter as its users meet it: the program, its messages, its exit status, its end by
+signal.
+"""
 
 import hashlib
 import io
@@ -23,7 +25,14 @@ PROGRAM = [sys.executable, str(ROOT / "write_datasets.py")]
 
 def run(*arguments, **options):
     command = [*PROGRAM, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=options.pop("cwd", None), **options)
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=options.pop("cwd", None),
+        **options,
+    )
 
 
 def assert_refused(result, status, *words):
@@ -47,14 +56,25 @@ def images(tmp_path):
 def test_help_is_complete():
     result = run("--help")
     assert result.returncode == 0
-    for source in ("folder", "imagenet", "imagenette", "cifar10", "stl10", "huggingface", "webdataset", "embedded"):
+    for source in (
+        "folder",
+        "imagenet",
+        "imagenette",
+        "cifar10",
+        "stl10",
+        "huggingface",
+        "webdataset",
+        "embedded",
+    ):
         assert source in result.stdout
         assert run(source, "--help").stdout.count("--output FILE") >= 1
     assert "examples:" in result.stdout
 
 
 def test_a_whole_run(images, tmp_path):
-    result = run("folder", "--input", "images", "--output", "out.beton", "--workers", 2, cwd=tmp_path)
+    result = run(
+        "folder", "--input", "images", "--output", "out.beton", "--workers", 2, cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr
     assert "out.beton: 6 samples, 2 classes" in result.stdout and "6 kept" in result.stdout
     description = json.loads((tmp_path / "out.beton.json").read_text())
@@ -124,18 +144,29 @@ def test_mistakes_are_one_line_and_status_2(images, tmp_path):
         (["folder", *good, "--subset", 7], ["only 6 images"]),
         (["folder", "--output", out], ["--input"]),
         (["folder", "--input", tmp_path / "none", "--output", out], ["none: no such folder"]),
-        (["folder", "--input", images / "a" / "0.jpg", "--output", out], ["is a file, not a folder"]),
+        (
+            ["folder", "--input", images / "a" / "0.jpg", "--output", out],
+            ["is a file, not a folder"],
+        ),
         (["folder", "--input", tmp_path, "--output", tmp_path], ["is a folder; name the file"]),
-        (["folder", "--input", images, "--output", tmp_path / "no" / "x.beton"], ["does not exist"]),
+        (
+            ["folder", "--input", images, "--output", tmp_path / "no" / "x.beton"],
+            ["does not exist"],
+        ),
         (["folder", "--input", images, "--output", "/dev/null", "--overwrite"], ["is a device"]),
         (["imagenet", *good, "--split", "vall"], ["did you mean val?"]),
         (["embedded", "--size", 0, "--output", out], ["size is 0"]),
-        (["webdataset", "--input", tmp_path / "x-{0..2}.tar", "--output", out], ["x-0.tar: no such shard"]),
+        (
+            ["webdataset", "--input", tmp_path / "x-{0..2}.tar", "--output", out],
+            ["x-0.tar: no such shard"],
+        ),
     ]:
         assert_refused(run(*arguments), 2, *words)
     assert os.listdir(tmp_path) == ["images"]
     (tmp_path / "empty").mkdir()
-    assert_refused(run("folder", "--input", tmp_path / "empty", "--output", out), 2, "no images in it")
+    assert_refused(
+        run("folder", "--input", tmp_path / "empty", "--output", out), 2, "no images in it"
+    )
     out.write_bytes(b"precious")
     assert_refused(run("folder", *good), 2, "exists already", "--overwrite")
     assert out.read_bytes() == b"precious"
@@ -146,7 +177,11 @@ def test_output_that_cannot_be_written(images, tmp_path):
     if os.geteuid() == 0:
         pytest.skip("root may write anywhere")
     (tmp_path / "locked").mkdir(mode=0o500)
-    assert_refused(run("folder", "--input", images, "--output", tmp_path / "locked" / "x.beton"), 2, "not writable")
+    assert_refused(
+        run("folder", "--input", images, "--output", tmp_path / "locked" / "x.beton"),
+        2,
+        "not writable",
+    )
 
 
 def test_a_broken_image_is_status_1(images, tmp_path):
@@ -155,14 +190,20 @@ def test_a_broken_image_is_status_1(images, tmp_path):
     result = run("folder", "--input", images, "--output", tmp_path / "x.beton", "--workers", 2)
     assert_refused(result, 1, str(broken), "--skip-broken")
     result = run("folder", "--input", images, "--output", tmp_path / "x.beton", "--skip-broken")
-    assert result.returncode == 0 and "1 broken images skipped" in result.stdout and str(broken) in result.stdout
+    assert (
+        result.returncode == 0
+        and "1 broken images skipped" in result.stdout
+        and str(broken) in result.stdout
+    )
 
 
 def test_file_names_that_are_not_text(images, tmp_path):
     odd = os.fsencode(images / "a") + b"/\xff\n.jpg"
     with open(odd, "wb") as file:
         file.write(b"broken")
-    assert_refused(run("folder", "--input", images, "--output", tmp_path / "x.beton"), 1, r"\udcff\n.jpg")
+    assert_refused(
+        run("folder", "--input", images, "--output", tmp_path / "x.beton"), 1, r"\udcff\n.jpg"
+    )
 
 
 def test_labels_without_names_are_counted(images, tmp_path):
@@ -230,7 +271,9 @@ def limit_file_size():
 
 def test_a_full_disk_is_status_1(images, tmp_path):
     # The data begins at 8 MiB; a file size limit stands in for a full disk.
-    result = run("folder", "--input", images, "--output", tmp_path / "x.beton", preexec_fn=limit_file_size)
+    result = run(
+        "folder", "--input", images, "--output", tmp_path / "x.beton", preexec_fn=limit_file_size
+    )
     assert_refused(result, 1, "x.beton: could not be written after")
     assert os.listdir(tmp_path) == ["images"]
 
@@ -257,12 +300,24 @@ def exists(pid):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("signal_number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    "signal_number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
 def test_signals(tmp_path, signal_number, status, workers):
     out = tmp_path / "out.beton"
     out.write_bytes(b"the old file")
     Path(f"{out}.json").write_text("{}")
-    command = [*PROGRAM, "embedded", "--size", "100000", "--output", str(out), "--workers", str(workers), "--overwrite"]
+    command = [
+        *PROGRAM,
+        "embedded",
+        "--size",
+        "100000",
+        "--output",
+        str(out),
+        "--workers",
+        str(workers),
+        "--overwrite",
+    ]
     # In a session of its own, so that SIGINT can be sent to the whole group as a terminal does.
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -289,4 +344,7 @@ def test_signals(tmp_path, signal_number, status, workers):
         time.sleep(0.05)
     if signal_number == signal.SIGKILL:
         assert run("embedded", "--size", 3, "--output", out, "--overwrite").returncode == 0
-        assert sorted(os.listdir(tmp_path)) == ["out.beton", "out.beton.json"] and len(read_beton(out)) == 3
+        assert (
+            sorted(os.listdir(tmp_path)) == ["out.beton", "out.beton.json"]
+            and len(read_beton(out)) == 3
+        )

@@ -1,12 +1,14 @@
-"""Whether this machine's GPU computes what its CPU does: every method's losses and chosen pairs in the first steps, from the same weights.
+"""Whether this machine's GPU computes what its CPU does: every method's losses and chosen pairs in
+the first steps, from the same weights.
 
     python -m ffssl.benchmark agreement
     python -m ffssl.benchmark agreement --methods simsiam simclr
     python -m ffssl.benchmark agreement --describe           # of the machine alone
 
-Four steps of Hard Augment with a small ResNet on drawn images, on the CPU and on the GPU, there in float32 (without TF32) and in bf16, or
-fp16 where the GPU has none. Fails where a loss in float32 is off by more than 1 %, or a tenth of the pairs are others; half precision
-rounds, and is told only. On a machine without a GPU the CPU is compared with itself.
+Four steps of Hard Augment with a small ResNet on drawn images, on the CPU and on the GPU, there in
+float32 (without TF32) and in bf16, or fp16 where the GPU has none. Fails where a loss in float32 is
+off by more than 1 %, or a tenth of the pairs are others; half precision rounds, and is told only.
+On a machine without a GPU the CPU is compared with itself.
 """
 
 from types import SimpleNamespace
@@ -23,51 +25,81 @@ from ffssl.methods import METHODS
 from ffssl.parallel.device import choose_device, has_bf16
 from ffssl.parallel.energy import energy_counter
 from ffssl.run_folder.machine import describe_machine
-from ffssl.training.schedule import Plan
 from ffssl.training.build import build
 from ffssl.training.run import start_run
+from ffssl.training.schedule import Plan
 from ffssl.training.step import train_step
 
 PACKAGES = ("ffssl", "torch", "torchvision", "timm", "numba", "numpy", "ffcv")
 CPU = torch.device("cpu")
 IMAGES, VIEWS, SIDE, SMALL, STEPS = 16, 4, 48, 32, 4
 MOST_OFF, FEWEST_SAME = 0.01, 0.9
-NETWORKS = {"mocov2plus": ["--method.queue=64"], "dino": ["--method.prototypes=24"], "simsiam": ["--method.predictor=8"], "byol": ["--method.predictor=8"]}
+NETWORKS = {
+    "mocov2plus": ["--method.queue=64"],
+    "dino": ["--method.prototypes=24"],
+    "simsiam": ["--method.predictor=8"],
+    "byol": ["--method.predictor=8"],
+}
 
 
 def main(arguments: list[str]) -> None:
     parser = Parser(prog="python -m ffssl.benchmark agreement", description=__doc__)
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD", help="(default: all)")
-    parser.add_argument("--describe", action="store_true", help="say what machine it is, and no more")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=list(METHODS),
+        default=list(METHODS),
+        metavar="METHOD",
+        help="(default: all)",
+    )
+    parser.add_argument(
+        "--describe", action="store_true", help="say what machine it is, and no more"
+    )
     given = parser.parse_args(arguments)
     device = choose_device("auto")
     print(f"{where(device)}; {describe_machine(PACKAGES)}", flush=True)
     if device.type == "cuda":
         joules = energy_counter(device)()
-        print(f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, energy counter: {'none' if joules is None else f'{joules:.0f} J'}")
+        print(
+            f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, energy "
+            f"counter: {'none' if joules is None else f'{joules:.0f} J'}"
+        )
     if given.describe:
         return
     torch.backends.cudnn.allow_tf32 = False
     half = "bf16" if device.type == "cpu" or has_bf16(device) else "fp16"
-    print(f"\n{'':14}{'loss off by, at most':>28}{'pairs the same':>24}\n{'method':14}{'float32':>14}{half:>14}{'float32':>12}{half:>12}")
+    print(
+        f"\n{'':14}{'loss off by, at most':>28}{'pairs the same':>24}\n{'method':14}{'float32':>14}{half:>14}{'float32':>12}{half:>12}"
+    )
     wrong = []
     for name in given.methods:
-        (losses, pairs), *others = (first_steps(name, *way) for way in ((CPU, "off"), (device, "off"), (device, half)))
-        off = [((loss - losses).abs() / losses.abs().clamp(min=0.1)).max().item() for loss, _ in others]
+        (losses, pairs), *others = (
+            first_steps(name, *way) for way in ((CPU, "off"), (device, "off"), (device, half))
+        )
+        off = [
+            ((loss - losses).abs() / losses.abs().clamp(min=0.1)).max().item() for loss, _ in others
+        ]
         same = [(chosen == pairs).all(-1).float().mean().item() for _, chosen in others]
         good = off[0] <= MOST_OFF and same[0] >= FEWEST_SAME
         wrong += [] if good else [name]
-        cells = "".join(f"{value:>14.1e}" for value in off) + "".join(f"{value:>12.0%}" for value in same)
+        cells = "".join(f"{value:>14.1e}" for value in off) + "".join(
+            f"{value:>12.0%}" for value in same
+        )
         print(f"{name:14}{cells}{'' if good else '   WRONG'}", flush=True)
     if wrong:
-        raise UserError(f"the {device.type} does not compute what the CPU does, for {', '.join(wrong)}")
+        raise UserError(
+            f"the {device.type} does not compute what the CPU does, for {', '.join(wrong)}"
+        )
 
 
 def first_steps(name: str, device: torch.device, amp: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The losses (STEPS,) and, before each step, the pairs (STEPS, IMAGES, 2) that Hard Augment would choose."""
+    """The losses (STEPS,) and, before each step, the pairs (STEPS, IMAGES, 2) that Hard Augment
+    would choose.
+    """
     options = options_of(name, amp)
     torch.manual_seed(0)
-    method = build(options, CPU).to(device, memory_format=torch.channels_last)  # the same weights on both
+    # The same weights on both.
+    method = build(options, CPU).to(device, memory_format=torch.channels_last)
     run = start_run(options, method, Plan(options, steps_per_epoch=5), device)
     losses, pairs = [], []
     for step in range(STEPS):
@@ -79,12 +111,26 @@ def first_steps(name: str, device: torch.device, amp: str) -> tuple[torch.Tensor
 
 
 def options_of(name: str, amp: str) -> SimpleNamespace:
-    return read_options([
-        "--data.train=none", "--run.folder=none", "--model.backbone=resnet-small", f"--method.name={name}", "--method.hidden=32",
-        "--method.projection=16", f"--resolution.max={SIDE}", "--resolution.step=16", f"--training.batch_size={IMAGES}", "--training.epochs=4",
-        "--training.learning_rate=0.02", f"--training.amp={amp}", f"--augment.views={VIEWS}", "--hard_augment.select=hard",
-        f"--hard_augment.resolution={SMALL}", *NETWORKS.get(name, []),
-    ])  # fmt: skip
+    return read_options(
+        [
+            "--data.train=none",
+            "--run.folder=none",
+            "--model.backbone=resnet-small",
+            f"--method.name={name}",
+            "--method.hidden=32",
+            "--method.projection=16",
+            f"--resolution.max={SIDE}",
+            "--resolution.step=16",
+            f"--training.batch_size={IMAGES}",
+            "--training.epochs=4",
+            "--training.learning_rate=0.02",
+            f"--training.amp={amp}",
+            f"--augment.views={VIEWS}",
+            "--hard_augment.select=hard",
+            f"--hard_augment.resolution={SMALL}",
+            *NETWORKS.get(name, []),
+        ]
+    )
 
 
 def drawn_views(step: int) -> torch.Tensor:
@@ -93,6 +139,11 @@ def drawn_views(step: int) -> torch.Tensor:
     views = []
     for i in range(IMAGES):
         image = torch.from_numpy(dataset[i][0]).permute(2, 0, 1)
-        rows, columns = (torch.randint(0, side - SIDE + 1, (VIEWS,), generator=generator).tolist() for side in image.shape[1:])
-        views.append(torch.stack([image[:, y : y + SIDE, x : x + SIDE] for y, x in zip(rows, columns)]))
+        rows, columns = (
+            torch.randint(0, side - SIDE + 1, (VIEWS,), generator=generator).tolist()
+            for side in image.shape[1:]
+        )
+        views.append(
+            torch.stack([image[:, y : y + SIDE, x : x + SIDE] for y, x in zip(rows, columns)])
+        )
     return torch.stack(views)

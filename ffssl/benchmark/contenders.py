@@ -1,7 +1,9 @@
-"""The loaders that the benchmark compares, each a function from `Workload` to a function that serves one epoch.
+"""The loaders that the benchmark compares, each a function from `Workload` to a function that
+serves one epoch.
 
-Calling the second function goes once through all images and returns how many it served. All serve batches of uint8 views. Peers
-are imported where they are used: one that is not installed raises ImportError, and is named and left out.
+Calling the second function goes once through all images and returns how many it served. All serve
+batches of uint8 views. Peers are imported where they are used: one that is not installed raises
+ImportError, and is named and left out.
 """
 
 from collections.abc import Callable
@@ -18,7 +20,10 @@ Epoch = Callable[[], int]
 
 @dataclass(frozen=True)
 class Workload:
-    """The same images as a beton file and as a folder of JPEG files, and what to make of each. `policy`: the views' policy."""
+    """The same images as a beton file and as a folder of JPEG files, and what to make of each.
+
+    `policy`: the views' policy.
+    """
 
     beton: Path
     folder: Path
@@ -34,9 +39,13 @@ def ours(workload: Workload, jitter_form: str) -> Epoch:
     from ffssl.data.loader import ViewLoader
 
     loader = ViewLoader(
-        workload.beton, batch_size=workload.batch_size, views=workload.views, resolution=workload.resolution,
-        policy=replace(workload.policy, jitter_form=jitter_form), workers=workload.workers,
-    )  # fmt: skip
+        workload.beton,
+        batch_size=workload.batch_size,
+        views=workload.views,
+        resolution=workload.resolution,
+        policy=replace(workload.policy, jitter_form=jitter_form),
+        workers=workload.workers,
+    )
     epochs = iter(range(10**9))
 
     def epoch() -> int:
@@ -49,8 +58,8 @@ def ours(workload: Workload, jitter_form: str) -> Epoch:
 def decode_only(workload: Workload) -> Epoch:
     """The limit: every image decoded once with ffcv's decoder, nothing else."""
     from ffssl.data.beton.read import read_beton
-    from ffssl.data.kernels.jit import compiled_uncached
     from ffssl.data.kernels.decode import decode, most_pixels
+    from ffssl.data.kernels.jit import compiled_uncached
 
     @compiled_uncached
     def decode_samples(file, pointers, sizes, images, indices):
@@ -67,14 +76,21 @@ def decode_only(workload: Workload) -> Epoch:
     pool = ThreadPoolExecutor(workload.workers)
 
     def epoch() -> int:
-        list(pool.map(lambda part: decode_samples(file, beton.pointers, beton.sizes, beton.images, part), parts))
+        list(
+            pool.map(
+                lambda part: decode_samples(file, beton.pointers, beton.sizes, beton.images, part),
+                parts,
+            )
+        )
         return len(beton)
 
     return epoch
 
 
 def stock_ffcv(workload: Workload) -> Epoch:
-    """ffcv's own loader with its own operations: crop and flip only, which is all that it has compiled; decodes once a view."""
+    """Ffcv's own loader with its own operations: crop and flip only, which is all that it has
+    compiled; decodes once a view.
+    """
     from unittest import mock
 
     import numba.typed
@@ -87,18 +103,28 @@ def stock_ffcv(workload: Workload) -> Epoch:
 
     size = (workload.resolution, workload.resolution)
     views = {
-        f"view{v}": PipelineSpec("image", RandomResizedCropRGBImageDecoder(size, workload.policy.crop_scale), [RandomHorizontalFlip(), ToTensor()])
+        f"view{v}": PipelineSpec(
+            "image",
+            RandomResizedCropRGBImageDecoder(size, workload.policy.crop_scale),
+            [RandomHorizontalFlip(), ToTensor()],
+        )
         for v in range(workload.views)
     }
     loader = Loader(
-        str(workload.beton), batch_size=workload.batch_size, num_workers=workload.workers, order=OrderOption.RANDOM, os_cache=True,
+        str(workload.beton),
+        batch_size=workload.batch_size,
+        num_workers=workload.workers,
+        order=OrderOption.RANDOM,
+        os_cache=True,
         pipelines={"image": None, "label": None, **views},
-    )  # fmt: skip
+    )
     return lambda: sum(len(batch[0]) for batch in loader)
 
 
 def torchvision_dataloader(workload: Workload) -> Epoch:
-    """torchvision's transforms on PIL images in worker processes of a DataLoader, the files held in memory."""
+    """Torchvision's transforms on PIL images in worker processes of a DataLoader, the files held in
+    memory.
+    """
     import io
 
     import torch
@@ -107,16 +133,27 @@ def torchvision_dataloader(workload: Workload) -> Epoch:
     from torchvision import transforms
 
     policy = workload.policy
-    jitter = transforms.ColorJitter(policy.brightness, policy.contrast, policy.saturation, policy.hue)
-    make_view = transforms.Compose([
-        transforms.RandomResizedCrop(workload.resolution, policy.crop_scale, policy.crop_ratio),
-        transforms.RandomHorizontalFlip(policy.flip),
-        transforms.RandomApply([jitter], policy.jitter),
-        transforms.RandomGrayscale(policy.grey),
-        transforms.RandomApply([transforms.GaussianBlur(int(0.1 * workload.resolution) // 2 * 2 + 1, policy.blur_sigma)], policy.blur),
-        transforms.RandAugment(policy.rand_augment, int(STANDARD_MAGNITUDE)),
-        transforms.PILToTensor(),
-    ])  # fmt: skip
+    jitter = transforms.ColorJitter(
+        policy.brightness, policy.contrast, policy.saturation, policy.hue
+    )
+    make_view = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(workload.resolution, policy.crop_scale, policy.crop_ratio),
+            transforms.RandomHorizontalFlip(policy.flip),
+            transforms.RandomApply([jitter], policy.jitter),
+            transforms.RandomGrayscale(policy.grey),
+            transforms.RandomApply(
+                [
+                    transforms.GaussianBlur(
+                        int(0.1 * workload.resolution) // 2 * 2 + 1, policy.blur_sigma
+                    )
+                ],
+                policy.blur,
+            ),
+            transforms.RandAugment(policy.rand_augment, int(STANDARD_MAGNITUDE)),
+            transforms.PILToTensor(),
+        ]
+    )
 
     class Images(Dataset):
         def __init__(self):
@@ -130,14 +167,22 @@ def torchvision_dataloader(workload: Workload) -> Epoch:
             return torch.stack([make_view(image) for _ in range(workload.views)])
 
     loader = DataLoader(
-        Images(), workload.batch_size, shuffle=True, drop_last=True, num_workers=workload.workers, persistent_workers=True,
-        multiprocessing_context="fork",  # safe here: this process has no other threads, and the class above can't be pickled
-    )  # fmt: skip
+        Images(),
+        workload.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workload.workers,
+        persistent_workers=True,
+        # Safe here: this process has no other threads, and the class above can't be pickled.
+        multiprocessing_context="fork",
+    )
     return lambda: sum(len(views) for views in loader)
 
 
 def dali(workload: Workload) -> Epoch:
-    """NVIDIA DALI's CPU backend: one decode, then the same policy for each view (grey as saturation 0; DALI's own RandAugment)."""
+    """NVIDIA DALI's CPU backend: one decode, then the same policy for each view (grey as saturation
+    0; DALI's own RandAugment).
+    """
     from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali.auto_aug.rand_augment import rand_augment
 
@@ -151,14 +196,22 @@ def dali(workload: Workload) -> Epoch:
         made = []
         for _ in range(workload.views):
             view = fn.random_resized_crop(
-                image, size=workload.resolution, random_area=policy.crop_scale, random_aspect_ratio=policy.crop_ratio, antialias=True
+                image,
+                size=workload.resolution,
+                random_area=policy.crop_scale,
+                random_aspect_ratio=policy.crop_ratio,
+                antialias=True,
             )
             if fn.random.coin_flip(probability=policy.jitter, dtype=types.BOOL):
                 view = fn.color_twist(
                     view,
-                    brightness=fn.random.uniform(range=(1 - policy.brightness, 1 + policy.brightness)),
+                    brightness=fn.random.uniform(
+                        range=(1 - policy.brightness, 1 + policy.brightness)
+                    ),
                     contrast=fn.random.uniform(range=(1 - policy.contrast, 1 + policy.contrast)),
-                    saturation=fn.random.uniform(range=(1 - policy.saturation, 1 + policy.saturation)),
+                    saturation=fn.random.uniform(
+                        range=(1 - policy.saturation, 1 + policy.saturation)
+                    ),
                     hue=fn.random.uniform(range=(-360 * policy.hue, 360 * policy.hue)),
                 )
             if fn.random.coin_flip(probability=policy.grey, dtype=types.BOOL):
@@ -167,15 +220,27 @@ def dali(workload: Workload) -> Epoch:
                 view = fn.gaussian_blur(view, sigma=fn.random.uniform(range=policy.blur_sigma))
             if policy.rand_augment > 0:
                 view = rand_augment(
-                    view, policy.rand_augment, int(STANDARD_MAGNITUDE), shape=(workload.resolution, workload.resolution), fill_value=0,
-                    interp_type=types.INTERP_NN, max_translate_rel=150 / 331,
-                )  # fmt: skip
-            made.append(fn.crop_mirror_normalize(
-                view, mirror=fn.random.coin_flip(probability=policy.flip), dtype=types.UINT8, output_layout="CHW"
-            ))  # fmt: skip
+                    view,
+                    policy.rand_augment,
+                    int(STANDARD_MAGNITUDE),
+                    shape=(workload.resolution, workload.resolution),
+                    fill_value=0,
+                    interp_type=types.INTERP_NN,
+                    max_translate_rel=150 / 331,
+                )
+            made.append(
+                fn.crop_mirror_normalize(
+                    view,
+                    mirror=fn.random.coin_flip(probability=policy.flip),
+                    dtype=types.UINT8,
+                    output_layout="CHW",
+                )
+            )
         return tuple(made)
 
-    pipeline = views(batch_size=workload.batch_size, num_threads=workload.workers, device_id=None, seed=0)
+    pipeline = views(
+        batch_size=workload.batch_size, num_threads=workload.workers, device_id=None, seed=0
+    )
     pipeline.build()
     batches = len(files) // workload.batch_size
 

@@ -4,8 +4,9 @@
     python -m ffssl.benchmark loader --images photos/ --views 6 --resolution 96
     python -m ffssl.benchmark loader --data train.beton --workers 8
 
-Every contender lives in a process of its own and waits there while the others run. They take turns, round by round, so that a
-machine whose speed drifts slows all of them alike: trust the ratios, not the images/s.
+Every contender lives in a process of its own and waits there while the others run. They take turns,
+round by round, so that a machine whose speed drifts slows all of them alike: trust the ratios, not
+the images/s.
 """
 
 import argparse
@@ -25,31 +26,78 @@ import numpy as np
 from PIL import Image
 
 from ffssl.benchmark.contenders import CONTENDERS, Workload
-from ffssl.run_folder.machine import describe_machine
 from ffssl.benchmark.stages import stage_times
 from ffssl.data.beton.read import MODE_JPEG, read_beton
 from ffssl.data.convert.conversion import ConvertOptions, convert
 from ffssl.data.convert.embedded import EmbeddedDataset
-from ffssl.data.policy import choose_policies
 from ffssl.data.convert.sources.folder import ImageFolder
+from ffssl.data.policy import choose_policies
 from ffssl.errors import UserError
+from ffssl.run_folder.machine import describe_machine
 
-PACKAGES = ("ffssl", "numba", "numpy", "torch", "torchvision", "ffcv", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "pillow")
+PACKAGES = (
+    "ffssl",
+    "numba",
+    "numpy",
+    "torch",
+    "torchvision",
+    "ffcv",
+    "nvidia-dali-cuda130",
+    "nvidia-dali-cuda120",
+    "pillow",
+)
 LIMIT_S = 300  # a contender that has not served an epoch by then counts as failed
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m ffssl.benchmark loader", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m ffssl.benchmark loader",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--data", type=Path, metavar="FILE", help="a beton file of JPEG images")
-    source.add_argument("--images", type=Path, metavar="FOLDER", help="images, re-encoded at a longer side of 500 and quality 90")
-    parser.add_argument("--samples", type=int, default=1000, metavar="N", help="images an epoch: fewer are repeated, of more so many are drawn at random (default: %(default)s)")
-    parser.add_argument("--views", type=int, default=2, help="views of each image (default: %(default)s)")
-    parser.add_argument("--resolution", type=int, default=224, help="side of the views in pixels (default: %(default)s)")
+    source.add_argument(
+        "--images",
+        type=Path,
+        metavar="FOLDER",
+        help="images, re-encoded at a longer side of 500 and quality 90",
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=1000,
+        metavar="N",
+        help=(
+            "images an epoch: fewer are repeated, of more so many are drawn at random "
+            "(default: %(default)s)"
+        ),
+    )
+    parser.add_argument(
+        "--views", type=int, default=2, help="views of each image (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--resolution",
+        type=int,
+        default=224,
+        help="side of the views in pixels (default: %(default)s)",
+    )
     parser.add_argument("--policy", default="simsiam", help="view policy (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads or processes of each contender (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, help="images in a batch (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="epochs of each contender that count (default: %(default)s)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="threads or processes of each contender (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=64, help="images in a batch (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=5,
+        help="epochs of each contender that count (default: %(default)s)",
+    )
     options = parser.parse_args(arguments)
     for name in ("samples", "views", "resolution", "workers", "batch_size", "rounds"):
         if getattr(options, name) < 1:
@@ -58,19 +106,48 @@ def main(arguments: list[str]) -> None:
 
     with tempfile.TemporaryDirectory(prefix="ffssl-benchmark-") as scratch:
         beton, folder = prepare_images(options, Path(scratch))
-        workload = Workload(beton, folder, options.views, options.resolution, policy, options.workers, options.batch_size)
+        workload = Workload(
+            beton,
+            folder,
+            options.views,
+            options.resolution,
+            policy,
+            options.workers,
+            options.batch_size,
+        )
         print(describe_machine(PACKAGES))
         print(describe_images(beton, "" if options.data or options.images else stand_ins()))
-        print(f"{options.views} views at {options.resolution}, policy {options.policy}, batches of {options.batch_size}, {options.workers} workers\n", flush=True)
+        print(
+            (
+                f"{options.views} views at {options.resolution}, policy {options.policy}, "
+                f"batches of {options.batch_size}, {options.workers} workers\n"
+            ),
+            flush=True,
+        )
         print_rates(measure(workload, options.rounds), options.views)
-        print("\nmilliseconds on one core   ", "  ".join(f"{stage} {ms:.3f}" for stage, ms in stage_times(beton, policy, options.resolution).items()))
+        print(
+            "\nmilliseconds on one core   ",
+            "  ".join(
+                f"{stage} {ms:.3f}"
+                for stage, ms in stage_times(beton, policy, options.resolution).items()
+            ),
+        )
         affine = stage_times(beton, replace(policy, jitter_form="affine"), options.resolution)
-        print(f"decode: per image; the others: per view; colour with affine jitter {affine['colour']:.3f}")
+        print(
+            "decode: per image; the others: per view; colour with affine jitter "
+            f"{affine['colour']:.3f}"
+        )
 
 
 def prepare_images(options: argparse.Namespace, scratch: Path) -> tuple[Path, Path]:
-    """A beton file of `samples` images, which are repeated if there are fewer, and a folder of the same JPEG files."""
-    files = stored_files(options.data, options.samples) if options.data else encoded_photographs(options.images, options.samples)
+    """A beton file of `samples` images, which are repeated if there are fewer, and a folder of the
+    same JPEG files.
+    """
+    files = (
+        stored_files(options.data, options.samples)
+        if options.data
+        else encoded_photographs(options.images, options.samples)
+    )
     folder = scratch / "files"
     (folder / "photos").mkdir(parents=True)
     for i in range(options.samples):
@@ -89,7 +166,9 @@ def stored_files(path: Path, most: int) -> list[bytes]:
     """JPEG files of a beton file."""
     beton = read_beton(path)
     if (beton.images["mode"] != MODE_JPEG).any():
-        raise UserError(f"{path}: holds raw pixels; the benchmark compares decoding, and needs JPEG images")
+        raise UserError(
+            f"{path}: holds raw pixels; the benchmark compares decoding, and needs JPEG images"
+        )
     file = np.memmap(path, np.uint8, "r")
     taken = drawn_at_random(len(beton), most)
     begins, sizes = beton.images["data_ptr"][taken].tolist(), beton.image_sizes[taken].tolist()
@@ -97,10 +176,14 @@ def stored_files(path: Path, most: int) -> list[bytes]:
 
 
 def encoded_photographs(folder: Path | None, most: int) -> list[bytes]:
-    """Images of a folder, or else `stand_ins`, reduced to a longer side of 500 and encoded at quality 90."""
+    """Images of a folder, or else `stand_ins`, reduced to a longer side of 500 and encoded at
+    quality 90.
+    """
     if folder:
         source = ImageFolder(folder, labels=False)
-        images = (Image.open(io.BytesIO(source.load(i)[0])) for i in drawn_at_random(len(source), most))
+        images = (
+            Image.open(io.BytesIO(source.load(i)[0])) for i in drawn_at_random(len(source), most)
+        )
     else:
         images = map(cut_photograph if has_photographs() else draw, range(64))
     files = []
@@ -119,7 +202,11 @@ def has_photographs() -> bool:
 
 def stand_ins() -> str:
     """What is taken where no images are given."""
-    return "cut from scikit-image's photographs" if has_photographs() else "drawn, since there is no scikit-image to cut photographs from"
+    return (
+        "cut from scikit-image's photographs"
+        if has_photographs()
+        else "drawn, since there is no scikit-image to cut photographs from"
+    )
 
 
 def draw(index: int) -> Image.Image:
@@ -136,14 +223,23 @@ def cut_photograph(index: int) -> Image.Image:
     generator = np.random.default_rng(index)
     height = int(photograph.height * generator.uniform(0.6, 1))
     width = min(photograph.width, height * 4 // 3)
-    left, top = generator.integers(0, photograph.width - width + 1), generator.integers(0, photograph.height - height + 1)
+    left, top = (
+        generator.integers(0, photograph.width - width + 1),
+        generator.integers(0, photograph.height - height + 1),
+    )
     return photograph.resize((500, 375), Image.LANCZOS, box=(left, top, left + width, top + height))
 
 
 def describe_images(path: Path, origin: str = "") -> str:
     beton = read_beton(path)
-    width, height, size = (np.median(part) for part in (beton.images["width"], beton.images["height"], beton.image_sizes))
-    return f"{len(beton)} JPEG images{origin and f' {origin}'}, median {width:.0f}x{height:.0f} and {size / 1000:.0f} kB"
+    width, height, size = (
+        np.median(part)
+        for part in (beton.images["width"], beton.images["height"], beton.image_sizes)
+    )
+    return (
+        f"{len(beton)} JPEG images{origin and f' {origin}'}, median {width:.0f}x{height:.0f} "
+        f"and {size / 1000:.0f} kB"
+    )
 
 
 def measure(workload: Workload, rounds: int) -> dict[str, list[float] | str]:
@@ -203,11 +299,15 @@ def _serve(name: str, workload: Workload, connection: Connection) -> None:
     except ImportError as error:
         connection.send(f"not installed ({error.name}): pip install '.[bench]'")
     except Exception as error:  # a peer that fails must not stop the benchmark
-        connection.send(f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        connection.send(
+            f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        )
 
 
 def print_rates(results: dict[str, list[float] | str], views: int) -> None:
-    """A line a contender: median rates, and by how much `ffssl` is faster: the median of the rounds' ratios, and their range."""
+    """A line a contender: median rates, and by how much `ffssl` is faster: the median of the
+    rounds' ratios, and their range.
+    """
     ours = results["ffssl"]
     print(f"{'':<28}{'image/s':>9}{'view/s':>9}{'ffssl is faster by':>22}{'(range)':>16}")
     for name, rates in results.items():
@@ -217,5 +317,7 @@ def print_rates(results: dict[str, list[float] | str], views: int) -> None:
         row = f"{name:<28}{statistics.median(rates):>9.0f}{views * statistics.median(rates):>9.0f}"
         if not isinstance(ours, str):
             ratios = [a / b for a, b in zip(ours, rates)]
-            row += f"{statistics.median(ratios):>21.2f}x{f'({min(ratios):.2f}-{max(ratios):.2f})':>16}"
+            row += (
+                f"{statistics.median(ratios):>21.2f}x{f'({min(ratios):.2f}-{max(ratios):.2f})':>16}"
+            )
         print(row)

@@ -1,14 +1,17 @@
-"""How much faster one config trains than another on this machine, in hours, by timing every stage of both schedules.
+"""How much faster one config trains than another on this machine, in hours, by timing every stage
+of both schedules.
 
     python -m ffssl.benchmark speedup --configs rn50_configs/baseline.yaml rn50_configs/efficient.yaml
     python -m ffssl.benchmark speedup --configs A.yaml B.yaml --data train.beton --output runs/speedup --training.batch_size=256
     python -m ffssl.benchmark speedup --configs A.yaml B.yaml --data train.beton --full      # also trains both, and compares
 
-A stage is what a config trains at one resolution. Each is timed with views at hand, with the loader alone, and with both together as in
-training; the stages take turns, round by round, since a machine's speed drifts. What a step takes together, and an epoch's wait for its
-first batch, are then added up over the schedules. torch.compile's work and evaluations are left out. Without --data the images are cut
-from scikit-image's photographs, or drawn where it is not installed, 500x375. Writes speedup.json, speedup.md and speedup.png to the output
-folder. Any option of training can be given to both configs, as --section.option=value.
+A stage is what a config trains at one resolution. Each is timed with views at hand, with the loader
+alone, and with both together as in training; the stages take turns, round by round, since a
+machine's speed drifts. What a step takes together, and an epoch's wait for its first batch, are
+then added up over the schedules. torch.compile's work and evaluations are left out. Without --data
+the images are cut from scikit-image's photographs, or drawn where it is not installed, 500x375.
+Writes speedup.json, speedup.md and speedup.png to the output folder. Any option of training can be
+given to both configs, as --section.option=value.
 """
 
 import contextlib
@@ -29,24 +32,24 @@ import numpy as np
 import torch
 
 from ffssl.benchmark.loader import describe_images, prepare_images, stand_ins
-from ffssl.run_folder.machine import describe_machine
 from ffssl.benchmark.speedup_report import draw, table_of
 from ffssl.benchmark.timing import seconds_of, where
-from ffssl.config.command_line import Parser, checked
 from ffssl.config import Number, read_options
+from ffssl.config.command_line import Parser, checked
 from ffssl.cost import count_flops
 from ffssl.cost.runs import number_of_images
 from ffssl.data.loader import ViewLoader
-from ffssl.parallel.device import choose_device
 from ffssl.errors import UserError
 from ffssl.files import make_folder, replacing, write_json
-from ffssl.training.schedule import Plan, StepShape
+from ffssl.parallel.device import choose_device
 from ffssl.run_folder.log import read_log
+from ffssl.run_folder.machine import describe_machine
 from ffssl.training.build import PASSES, build, compile_passes
-from ffssl.training.run import Run, start_run
 from ffssl.training.memory import with_memory_advice
-from ffssl.training.transfer import to_device
+from ffssl.training.run import Run, start_run
+from ffssl.training.schedule import Plan, StepShape
 from ffssl.training.step import train_step
+from ffssl.training.transfer import to_device
 from ffssl.training.views import open_loader
 
 PACKAGES = ("ffssl", "torch", "torchvision", "timm", "numba", "ffcv")
@@ -57,37 +60,91 @@ FEWEST_STEPS, MOST_STEPS = 4, 100  # in a measurement
 
 def main(arguments: list[str]) -> None:
     parser = Parser(prog="python -m ffssl.benchmark speedup", description=__doc__)
-    parser.add_argument("--configs", type=Path, nargs="+", required=True, metavar="CONFIG", help="speed-ups are over the first")
+    parser.add_argument(
+        "--configs",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="CONFIG",
+        help="speed-ups are over the first",
+    )
     parser.add_argument("--data", type=Path, metavar="FILE", help="beton file to take images from")
-    parser.add_argument("--images", metavar="N", help="in an epoch: a number, imagenet or imagenette (default: those in --data, else imagenet)")
-    parser.add_argument("--rounds", type=checked(Number(int, 1)), default=3, help="turns of each stage (default: %(default)s)")
-    parser.add_argument("--seconds", type=checked(Number(float, 0.001)), default=2.0, help="of each measurement, about (default: %(default)s)")
-    parser.add_argument("--full", action="store_true", help="train the configs as well, without evaluations, and compare; needs --data")
-    parser.add_argument("--output", type=Path, default=Path("runs/speedup"), metavar="FOLDER", help="(default: %(default)s)")
+    parser.add_argument(
+        "--images",
+        metavar="N",
+        help=(
+            "in an epoch: a number, imagenet or imagenette (default: those in --data, else "
+            "imagenet)"
+        ),
+    )
+    parser.add_argument(
+        "--rounds",
+        type=checked(Number(int, 1)),
+        default=3,
+        help="turns of each stage (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=checked(Number(float, 0.001)),
+        default=2.0,
+        help="of each measurement, about (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="train the configs as well, without evaluations, and compare; needs --data",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/speedup"),
+        metavar="FOLDER",
+        help="(default: %(default)s)",
+    )
     given, overrides = parser.parse_known_args(arguments)
     if given.full and (not given.data or given.images):
         raise UserError("--full: trains on all images of --data FILE; give one, and no --images")
     make_folder(given.output, "--output")
     configs = {path.stem: path for path in given.configs}
     if len(configs) < len(given.configs):
-        raise UserError(f"--configs: {', '.join(map(str, given.configs))} do not all have names of their own")
+        raise UserError(
+            f"--configs: {', '.join(map(str, given.configs))} do not all have names of their own"
+        )
     unused = {"data.train": "", "run.folder": ""}
-    options = {name: read_options([f"--config={path}", *overrides], defaults=unused) for name, path in configs.items()}
+    options = {
+        name: read_options([f"--config={path}", *overrides], defaults=unused)
+        for name, path in configs.items()
+    }
     device = choose_device(next(iter(options.values())).run.device)
 
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ffssl-speedup-")))
         most = max(one.training.batch_size for one in options.values())
-        data = given.data or prepare_images(Namespace(data=None, images=None, samples=most), scratch)[0]
+        data = (
+            given.data
+            or prepare_images(Namespace(data=None, images=None, samples=most), scratch)[0]
+        )
         images = number_of_images(given.images or (None if given.data else "imagenet"), str(data))
         trials = []
         for name, one in options.items():
             one = one.changed(data={"train": str(data)})
             trials.append(start_trial(name, one, images, device, stack))
         origin = "" if given.data else stand_ins()
-        print(f"{where(device)}{trials[0].run.energy_note}; {describe_machine(PACKAGES)}\n{describe_images(data, origin)}; epochs of {images:,}", flush=True)
+        print(
+            (
+                f"{where(device)}{trials[0].run.energy_note}; "
+                f"{describe_machine(PACKAGES)}\n{describe_images(data, origin)}; epochs of "
+                f"{images:,}"
+            ),
+            flush=True,
+        )
         measure(trials, given.rounds, given.seconds, scratch if given.full else None)
-        found = {"machine": describe_machine(PACKAGES), "device": where(device), "images": images, "configs": [summarise(trial) for trial in trials]}
+        found = {
+            "machine": describe_machine(PACKAGES),
+            "device": where(device),
+            "images": images,
+            "configs": [summarise(trial) for trial in trials],
+        }
     write(found, given.output)
     if given.full:
         del trials
@@ -109,7 +166,10 @@ def write(found: dict, output: Path) -> None:
 
 @dataclass
 class Stage:
-    """What a config trains in steps of one shape. times: by what was timed, seconds a step of each round; see `time_stage`."""
+    """What a config trains in steps of one shape.
+
+    times: by what was timed, seconds a step of each round; see `time_stage`.
+    """
 
     shape: StepShape
     epochs: list[int]
@@ -129,13 +189,22 @@ class Trial:
     stages: list[Stage]
 
 
-def start_trial(name: str, options: Namespace, images: int, device: torch.device, stack: contextlib.ExitStack) -> Trial:
+def start_trial(
+    name: str, options: Namespace, images: int, device: torch.device, stack: contextlib.ExitStack
+) -> Trial:
     torch.manual_seed(options.run.seed)
     method = build(options, device)
     plan = Plan(options, steps_per_epoch=images // options.training.batch_size)
     if not plan.steps_per_epoch:
-        raise UserError(f"--images: {images} are fewer than {name}'s --training.batch_size={options.training.batch_size}")
-    run, loader, flops = start_run(options, method, plan, device), stack.enter_context(open_loader(options)), count_flops(plan, method)
+        raise UserError(
+            f"--images: {images} are fewer than {name}'s "
+            f"--training.batch_size={options.training.batch_size}"
+        )
+    run, loader, flops = (
+        start_run(options, method, plan, device),
+        stack.enter_context(open_loader(options)),
+        count_flops(plan, method),
+    )
     compile_passes(method, PASSES, options.training.compile, device)
     epochs = defaultdict(list)
     for epoch in range(options.training.epochs):
@@ -146,7 +215,8 @@ def start_trial(name: str, options: Namespace, images: int, device: torch.device
 def measure(trials: list[Trial], rounds: int, seconds: float, caches: Path | None) -> None:
     """Time all stages in turns, each measurement for about so many seconds.
 
-    caches: a folder in which torch.compile has empty ones for the first steps of each trial, as if each ran alone; None: those that it has.
+    caches: a folder in which torch.compile has empty ones for the first steps of each trial, as if
+    each ran alone; None: those that it has.
     """
     for trial in trials:
         with empty_compile_caches(caches) if caches else contextlib.nullcontext():
@@ -165,7 +235,9 @@ def empty_compile_caches(folder: Path) -> contextlib.AbstractContextManager:
 
 
 def take_first_steps(trial: Trial, seconds: float) -> None:
-    """Compile and time the first step of each stage, and choose how many to measure for about so many seconds."""
+    """Compile and time the first step of each stage, and choose how many to measure for about so
+    many seconds.
+    """
     options = trial.run.options
     for stage in trial.stages:
         side, trial.run.epoch = stage.shape.resolution, stage.epochs[0]
@@ -183,8 +255,9 @@ def take_first_steps(trial: Trial, seconds: float) -> None:
 
 
 def time_stage(trial: Trial, stage: Stage) -> None:
-    """One measurement of seconds: "start" to an epoch's first batch, and of a step with the loader ("together", and the "joules" of it), with
-    the views at hand ("step"), and of the loader alone ("loader").
+    """One measurement of seconds: "start" to an epoch's first batch, and of a step with the loader
+    ("together", and the "joules" of it), with the views at hand ("step"), and of the loader
+    alone ("loader").
     """
     run, loader, steps = trial.run, trial.loader, stage.steps
     run.epoch = stage.epochs[0]
@@ -233,18 +306,37 @@ def summarise(trial: Trial) -> dict:
     for stage in trial.stages:
         median = {kind: statistics.median(values) for kind, values in stage.times.items()}
         steps = len(stage.epochs) * plan.steps_per_epoch
-        stages.append({
-            **stage.shape._asdict(), "epochs": len(stage.epochs), "steps": steps, "batch_size": batch_size,
-            "step_ms": 1000 * median["step"], "loader_ms": 1000 * median["loader"], "together_ms": 1000 * median["together"],
-            "start_ms": 1000 * median["start"], "first_step_s": stage.first_step,
-            "bound": "loader" if median["loader"] > median["step"] else "training", "cores_needed": workers * median["loader"] / median["step"],
-            "loader_images_per_second_per_core": batch_size / median["loader"] / workers,
-            "seconds": steps * median["together"] + len(stage.epochs) * median["start"], "flops": steps * trial.flops[stage.shape],
-            "joules": steps * median["joules"] if "joules" in median else None,
-        })  # fmt: skip
-    sums = {key: sum(stage[key] for stage in stages) for key in ("seconds", "flops", "first_step_s")}
+        stages.append(
+            {
+                **stage.shape._asdict(),
+                "epochs": len(stage.epochs),
+                "steps": steps,
+                "batch_size": batch_size,
+                "step_ms": 1000 * median["step"],
+                "loader_ms": 1000 * median["loader"],
+                "together_ms": 1000 * median["together"],
+                "start_ms": 1000 * median["start"],
+                "first_step_s": stage.first_step,
+                "bound": "loader" if median["loader"] > median["step"] else "training",
+                "cores_needed": workers * median["loader"] / median["step"],
+                "loader_images_per_second_per_core": batch_size / median["loader"] / workers,
+                "seconds": steps * median["together"] + len(stage.epochs) * median["start"],
+                "flops": steps * trial.flops[stage.shape],
+                "joules": steps * median["joules"] if "joules" in median else None,
+            }
+        )
+    sums = {
+        key: sum(stage[key] for stage in stages) for key in ("seconds", "flops", "first_step_s")
+    }
     joules = None if stages[0]["joules"] is None else sum(stage["joules"] for stage in stages)
-    return {"name": trial.name, "epochs": trial.run.options.training.epochs, "workers": workers, **sums, "joules": joules, "stages": stages}
+    return {
+        "name": trial.name,
+        "epochs": trial.run.options.training.epochs,
+        "workers": workers,
+        **sums,
+        "joules": joules,
+        "stages": stages,
+    }
 
 
 def free_memory(device: torch.device) -> None:
@@ -258,9 +350,20 @@ def free_memory(device: torch.device) -> None:
 def train_in_full(config: Path, data: Path, overrides: list[str]) -> float:
     """Seconds of training, by its own log, torch.compile's work included."""
     with tempfile.TemporaryDirectory(prefix="ffssl-speedup-") as folder:
-        words = [f"--config={config}", *overrides, f"--data.train={data}", "--data.validation=", f"--run.folder={folder}/run"]
-        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/compiled", "TRITON_CACHE_DIR": f"{folder}/compiled/triton"}
-        status = subprocess.run([sys.executable, str(ROOT / "ffssl" / "train.py"), *words], env=environment).returncode
+        words = [
+            f"--config={config}",
+            *overrides,
+            f"--data.train={data}",
+            "--data.validation=",
+            f"--run.folder={folder}/run",
+        ]
+        environment = os.environ | {
+            "TORCHINDUCTOR_CACHE_DIR": f"{folder}/compiled",
+            "TRITON_CACHE_DIR": f"{folder}/compiled/triton",
+        }
+        status = subprocess.run(
+            [sys.executable, str(ROOT / "ffssl" / "train.py"), *words], env=environment
+        ).returncode
         if status:
             raise UserError(f"--full: training {config} ended with status {status}")
         return read_log(Path(folder) / "run")[-1]["seconds"]

@@ -7,45 +7,69 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from ffssl.files import replacing
 from ffssl.parallel.energy import JOULES_PER_KWH
 from ffssl.plots import COLOURS, any_script, drawable, flop_unit, time_unit
-from ffssl.files import replacing
 from ffssl.printable import printable
 
 
 def table_of(found: dict) -> str:
-    """Markdown: the stages of each config, and the totals. found: as `ffssl.benchmark.speedup` writes it."""
+    """Markdown: the stages of each config, and the totals.
+
+    found: as `ffssl.benchmark.speedup` writes it.
+    """
     configs, first = found["configs"], found["configs"][0]
     time, per_second = time_unit(max(config["seconds"] for config in configs))
     work, per_flop = flop_unit(max(config["flops"] for config in configs))
     lines = [
-        f"{found['machine']}; {found['device']}; epochs of {found['images']:,} images", "",
-        f"| config | px | views | epochs | step, ms | loader, ms | together, ms | bound by | cores needed | {time} | first step, s |",
+        f"{found['machine']}; {found['device']}; epochs of {found['images']:,} images",
+        "",
+        (
+            "| config | px | views | epochs | step, ms | loader, ms | together, ms | bound by "
+            f"| cores needed | {time} | first step, s |"
+        ),
         "|---|--:|--:|--:|--:|--:|--:|---|--:|--:|--:|",
-    ]  # fmt: skip
+    ]
     for config in configs:
         lines += [
             f"| {config['name']} | {stage['resolution']} | {stage['views']} | {stage['epochs']} | {stage['step_ms']:.1f} | {stage['loader_ms']:.1f} | {stage['together_ms']:.1f} "
             f"| {stage['bound']} | {stage['cores_needed']:.2g} | {stage['seconds'] * per_second:.3g} | {stage['first_step_s']:.1f} |"
             for stage in config["stages"]
         ]
-    full = f" trained in full, {time} | prediction is off by | speed-up |" if "full_seconds" in first else ""
+    full = (
+        f" trained in full, {time} | prediction is off by | speed-up |"
+        if "full_seconds" in first
+        else ""
+    )
     lines += ["", f"| config | {time} | speed-up | {work} | speed-up | kWh | speed-up |{full}"]
     lines.append("|---|" + "--:|" * (lines[-1].count("|") - 2))
     for config in configs:
-        cells = [f"{config['seconds'] * per_second:.4g}", ratio(first["seconds"], config["seconds"])]
+        cells = [
+            f"{config['seconds'] * per_second:.4g}",
+            ratio(first["seconds"], config["seconds"]),
+        ]
         cells += [f"{config['flops'] * per_flop:.4g}", ratio(first["flops"], config["flops"])]
         joules = config["joules"]
-        cells += ["–", "–"] if joules is None else [f"{joules / JOULES_PER_KWH:.3g}", ratio(first["joules"], joules)]
+        cells += (
+            ["–", "–"]
+            if joules is None
+            else [f"{joules / JOULES_PER_KWH:.3g}", ratio(first["joules"], joules)]
+        )
         if "full_seconds" in config:
             full = config["full_seconds"]
-            cells += [f"{full * per_second:.4g}", f"{(config['seconds'] + config['first_step_s']) / full - 1:+.1%}", ratio(first["full_seconds"], full)]
+            cells += [
+                f"{full * per_second:.4g}",
+                f"{(config['seconds'] + config['first_step_s']) / full - 1:+.1%}",
+                ratio(first["full_seconds"], full),
+            ]
         lines.append(f"| {config['name']} | {' | '.join(cells)} |")
     lines += [
-        "", "step: with views at hand; loader: a batch, alone; together: as in training, medians. cores needed: CPU cores with which the loader alone "
+        "",
+        "step: with views at hand; loader: a batch, alone; together: as in training, medians. cores needed: CPU cores with which the loader alone "
         "would keep up with the step. Times are of training, without torch.compile's work (within the first step) and evaluations; a prediction "
-        "is compared with its first steps added. FLOPs in the standard count. kWh: of the GPU, where it counts them.", "",
-    ]  # fmt: skip
+        "is compared with its first steps added. FLOPs in the standard count. kWh: of the GPU, where it counts them.",
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -54,7 +78,9 @@ def ratio(base: float, value: float) -> str:
 
 
 def draw(found: dict, path: Path) -> None:
-    """A bar for each config, of its stages in the order of their resolutions' first use; those that wait for the loader are hatched."""
+    """A bar for each config, of its stages in the order of their resolutions' first use; those that
+    wait for the loader are hatched.
+    """
     configs = found["configs"]
     longest = max(config["seconds"] for config in configs)
     time, per_second = time_unit(longest)
@@ -67,19 +93,43 @@ def draw(found: dict, path: Path) -> None:
         for stage in config["stages"]:
             width = stage["seconds"] * per_second
             hatch = "//" if stage["bound"] == "loader" else None
-            axis.barh(row, width, left=left, height=0.6, color=colours[stage["resolution"]], edgecolor="white", hatch=hatch)
+            axis.barh(
+                row,
+                width,
+                left=left,
+                height=0.6,
+                color=colours[stage["resolution"]],
+                edgecolor="white",
+                hatch=hatch,
+            )
             left += width
         text = f" {left:.3g} {time} "
         if row:
             text += f"({ratio(configs[0]['seconds'], config['seconds'])} as fast; in FLOPs {ratio(configs[0]['flops'], config['flops'])}) "
         inside = config["seconds"] > 0.6 * longest
-        axis.text(left, row, text, va="center", ha="right" if inside else "left", color="white" if inside else "black", fontsize=9)
+        axis.text(
+            left,
+            row,
+            text,
+            va="center",
+            ha="right" if inside else "left",
+            color="white" if inside else "black",
+            fontsize=9,
+        )
     with any_script(*names):
         axis.set_yticks(range(len(configs)), map(drawable, names), parse_math=False)
     axis.invert_yaxis()
     axis.set_xlabel(f"{time} of training")
     squares = [plt.Rectangle((0, 0), 1, 1, color=colours[side]) for side in sides]
-    axis.legend(squares, [f"{side} px" for side in sides], ncols=len(sides), loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, fontsize=9)
+    axis.legend(
+        squares,
+        [f"{side} px" for side in sides],
+        ncols=len(sides),
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1),
+        frameon=False,
+        fontsize=9,
+    )
     for spine in ("top", "right", "left"):
         axis.spines[spine].set_visible(False)
     with replacing(path) as partial:

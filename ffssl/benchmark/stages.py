@@ -8,9 +8,16 @@ import numpy as np
 from ffssl.data.beton.read import read_beton
 from ffssl.data.kernels.decode import decode
 from ffssl.data.kernels.draw import (
-    AFFINE_JITTER, P_GREY, P_JITTER, P_OPERATION, P_SIGMA, P_SOLARISE, PARAMETER_COLUMNS, draw,
+    AFFINE_JITTER,
+    P_GREY,
+    P_JITTER,
+    P_OPERATION,
+    P_SIGMA,
+    P_SOLARISE,
+    PARAMETER_COLUMNS,
+    draw,
     view_key,
-)  # fmt: skip
+)
 from ffssl.data.kernels.jit import compiled_uncached
 from ffssl.data.kernels.operations import store
 from ffssl.data.kernels.render import render
@@ -21,10 +28,11 @@ REPEATS = 5
 
 
 def stage_times(path: Path, policy: ViewPolicy, resolution: int) -> dict[str, float]:
-    """Milliseconds of each stage on one core: decode per image, the others per view, as the policy mixes them.
+    """Milliseconds of each stage on one core: decode per image, the others per view, as the policy
+    mixes them.
 
-    Colour, blur and RandAugment's operations are what a view takes more with them than without, since the passes are fused; resize is
-    what is left.
+    Colour, blur and RandAugment's operations are what a view takes more with them than without,
+    since the passes are fused; resize is what is left.
     """
     beton = read_beton(path)
     file = np.memmap(beton.path, np.uint8, "r")
@@ -34,7 +42,9 @@ def stage_times(path: Path, policy: ViewPolicy, resolution: int) -> dict[str, fl
     for i in range(len(drawn)):
         meta = beton.images[i]
         begin, height, width = int(meta["data_ptr"]), int(meta["height"]), int(meta["width"])
-        stored.append((file[begin : begin + int(beton.image_sizes[i])], int(meta["mode"]), height, width))
+        stored.append(
+            (file[begin : begin + int(beton.image_sizes[i])], int(meta["mode"]), height, width)
+        )
         pixels = np.empty(3 * height * width, np.uint8)
         decode(*stored[i], pixels)
         images.append(pixels.reshape(height, width, 3))
@@ -58,12 +68,20 @@ def stage_times(path: Path, policy: ViewPolicy, resolution: int) -> dict[str, fl
     plain[:, [P_JITTER, P_GREY, P_SIGMA, P_SOLARISE]] = 0
     coloured[:, P_SIGMA] = 0
     per_image = 1 / len(images)
-    bare, with_colour, with_blur, full = (per_image * _milliseconds(lambda p=p: render_all(p)) for p in (plain, coloured, blurred, drawn))
+    bare, with_colour, with_blur, full = (
+        per_image * _milliseconds(lambda p=p: render_all(p))
+        for p in (plain, coloured, blurred, drawn)
+    )
     storing = _milliseconds(lambda: _store_view(planes, view))
     return {
-        "decode": per_image * _milliseconds(decode_all), "resize": bare - storing, "colour": with_colour - bare, "blur": with_blur - with_colour,
-        "operations": full - with_blur, "store": storing, "view": full,
-    }  # fmt: skip
+        "decode": per_image * _milliseconds(decode_all),
+        "resize": bare - storing,
+        "colour": with_colour - bare,
+        "blur": with_blur - with_colour,
+        "operations": full - with_blur,
+        "store": storing,
+        "view": full,
+    }
 
 
 @compiled_uncached

@@ -1,12 +1,15 @@
-"""How long a training step takes, where its time goes, and how near it is to the least that it could take.
+"""How long a training step takes, where its time goes, and how near it is to the least that it
+could take.
 
     python -m ffssl.benchmark step --config rn50_configs/efficient.yaml
     python -m ffssl.benchmark step --config rn50_configs/efficient.yaml --resolutions 96 224 --training.batch_size=256 --json step.json
 
-At each resolution of the config's schedule it times the step of training, on views that are on the device already, in turns with the
-ceiling: a supervised step of the same backbone, in the same precision and compilation, on as many views as are trained on. "x ceiling" is
-by how much the step takes longer than the ceiling and the FLOPs that it has beyond it would at the ceiling's FLOP/s; "x eq. 11" is the
-same for Hard Augment's selection pass beside the rest of the step. Any option of training can be given, as --section.option=value.
+At each resolution of the config's schedule it times the step of training, on views that are on the
+device already, in turns with the ceiling: a supervised step of the same backbone, in the same
+precision and compilation, on as many views as are trained on. "x ceiling" is by how much the step
+takes longer than the ceiling and the FLOPs that it has beyond it would at the ceiling's FLOP/s; "x
+eq. 11" is the same for Hard Augment's selection pass beside the rest of the step. Any option of
+training can be given, as --section.option=value.
 """
 
 import itertools
@@ -20,19 +23,19 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from ffssl.backbones import build_backbone, check_resolutions
-from ffssl.run_folder.machine import describe_machine
 from ffssl.benchmark.timing import Stopwatch, peak_flops, seconds_of, where
+from ffssl.config import Number, Options, read_options
 from ffssl.config.command_line import Parser, checked
-from ffssl.config import Options, Number, read_options
 from ffssl.cost import STANDARD, Flops, count_run_step
-from ffssl.parallel.device import autocast_dtype, choose_device, describe_precision
 from ffssl.errors import UserError
 from ffssl.files import make_folder, write_json
-from ffssl.training.optimizers import build_optimizer
-from ffssl.training.schedule import Plan, StepShape
+from ffssl.parallel.device import autocast_dtype, choose_device, describe_precision
+from ffssl.run_folder.machine import describe_machine
 from ffssl.training.build import PASSES, build, compile_passes
-from ffssl.training.run import Run, start_run
 from ffssl.training.memory import with_memory_advice
+from ffssl.training.optimizers import build_optimizer
+from ffssl.training.run import Run, start_run
+from ffssl.training.schedule import Plan, StepShape
 from ffssl.training.step import train_step
 
 PACKAGES = ("ffssl", "torch", "torchvision", "timm")
@@ -42,9 +45,25 @@ CLASSES = 1000  # of the supervised step: ImageNet's
 
 def main(arguments: list[str]) -> None:
     parser = Parser(prog="python -m ffssl.benchmark step", description=__doc__)
-    parser.add_argument("--resolutions", type=checked(Number(int, 1)), nargs="+", metavar="R", help="sides in pixels (default: all of the schedule)")
-    parser.add_argument("--steps", type=checked(Number(int, 1)), default=5, help="steps of each in a round (default: %(default)s)")
-    parser.add_argument("--rounds", type=checked(Number(int, 1)), default=5, help="turns of step and ceiling (default: %(default)s)")
+    parser.add_argument(
+        "--resolutions",
+        type=checked(Number(int, 1)),
+        nargs="+",
+        metavar="R",
+        help="sides in pixels (default: all of the schedule)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=checked(Number(int, 1)),
+        default=5,
+        help="steps of each in a round (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=checked(Number(int, 1)),
+        default=5,
+        help="turns of step and ceiling (default: %(default)s)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     given, words = parser.parse_known_args(arguments)
     if given.json:
@@ -58,7 +77,11 @@ def main(arguments: list[str]) -> None:
     shapes = list(run.plan.first_epochs)
     if given.resolutions:
         shapes = [StepShape(side, options.augment.views) for side in given.resolutions]
-    check_resolutions(options.model.backbone, run.method.backbone, dict.fromkeys(given.resolutions or (), "--resolutions"))
+    check_resolutions(
+        options.model.backbone,
+        run.method.backbone,
+        dict.fromkeys(given.resolutions or (), "--resolutions"),
+    )
     run.epoch = options.training.epochs - 1  # in which pairs are chosen, if they ever are
     flops = {shape: count_run_step(run.plan, run.method, shape) for shape in shapes}
     compile_passes(run.method, PASSES, options.training.compile, device)
@@ -67,7 +90,12 @@ def main(arguments: list[str]) -> None:
     print(f"the product of large matrices: {peak / 1e12:.3g} TFLOP/s\n")
     print_header()
     rows = []
-    found = {"machine": describe_machine(PACKAGES), "run": describe(options, device), "peak_flops_per_second": peak, "rows": rows}
+    found = {
+        "machine": describe_machine(PACKAGES),
+        "run": describe(options, device),
+        "peak_flops_per_second": peak,
+        "rows": rows,
+    }
     for shape in shapes:
         views = (options.training.batch_size, shape.views, 3, shape.resolution, shape.resolution)
         try:
@@ -81,11 +109,18 @@ def main(arguments: list[str]) -> None:
             print_row(row, peak)
         if given.json:  # now: the next resolution may fail, or a time limit end it
             write_json(given.json, found)
-    print("\nMedians. first: the first step, torch.compile's work included. teacher: its update. share: of the product's FLOP/s.")
+    print(
+        "\nMedians. first: the first step, torch.compile's work included. teacher: its "
+        "update. share: of the product's FLOP/s."
+    )
 
 
 def describe(options: Options, device: torch.device) -> str:
-    selection = f", {options.hard_augment.select} pairs at {options.hard_augment.resolution} px" if options.hard_augment.select != "off" else ""
+    selection = (
+        f", {options.hard_augment.select} pairs at {options.hard_augment.resolution} px"
+        if options.hard_augment.select != "off"
+        else ""
+    )
     return (
         f"{where(device)}: {options.method.name}, {options.model.backbone}, {options.training.batch_size} images of {options.augment.views} views{selection}; "
         f"{describe_precision(options.training.amp, device)}; torch.compile {options.training.compile}"
@@ -99,8 +134,16 @@ def supervised_step(run: Run, side: int) -> Callable[[], None]:
     network = classifier(options, device)
     compile_passes(network, ("forward",), t.compile, device)
     groups = [{"params": list(network.parameters()), "weight_decay": t.weight_decay}]
-    optimizer = build_optimizer(t.optimizer, groups, weight_decay=t.weight_decay, decay_norm_and_bias=None, momentum=t.momentum)
-    images = torch.randn(2 * t.batch_size // t.accumulate, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
+    optimizer = build_optimizer(
+        t.optimizer,
+        groups,
+        weight_decay=t.weight_decay,
+        decay_norm_and_bias=None,
+        momentum=t.momentum,
+    )
+    images = torch.randn(2 * t.batch_size // t.accumulate, 3, side, side, device=device).contiguous(
+        memory_format=torch.channels_last
+    )
     labels = torch.arange(len(images), device=device) % CLASSES
 
     def step() -> None:
@@ -117,8 +160,16 @@ def supervised_step(run: Run, side: int) -> Callable[[], None]:
 
 
 def classifier(options: Options, device: torch.device) -> nn.Module:
-    backbone = build_backbone(options.model.backbone, zero_init_residual=options.model.zero_init_residual, stem=options.model.stem)
-    return nn.Sequential(backbone, nn.Linear(backbone.features, CLASSES)).to(device, memory_format=torch.channels_last).train()
+    backbone = build_backbone(
+        options.model.backbone,
+        zero_init_residual=options.model.zero_init_residual,
+        stem=options.model.stem,
+    )
+    return (
+        nn.Sequential(backbone, nn.Linear(backbone.features, CLASSES))
+        .to(device, memory_format=torch.channels_last)
+        .train()
+    )
 
 
 def supervised_flops(options: Options, side: int) -> float:
@@ -129,7 +180,9 @@ def supervised_flops(options: Options, side: int) -> float:
     return (1 + STANDARD) * counter.get_total_flops() * options.training.batch_size
 
 
-def time_shape(run: Run, shape: StepShape, flops: Flops, steps: int, rounds: int) -> dict[str, float | None]:
+def time_shape(
+    run: Run, shape: StepShape, flops: Flops, steps: int, rounds: int
+) -> dict[str, float | None]:
     """Times of the training step and of the ceiling, in turns. flops: of the training step."""
     options, device, side = run.options, run.device, shape.resolution
     size = (options.training.batch_size, shape.views, 3, side, side)
@@ -158,23 +211,38 @@ def time_shape(run: Run, shape: StepShape, flops: Flops, steps: int, rounds: int
     rest = sum(parts.values()) - parts["selection"]
     rest_flops = flops.total() - flops.selection
     return {
-        **shape._asdict(), "batch_size": options.training.batch_size, "step_ms": 1000 * seconds, **{f"{part}_ms": parts[part] for part in PARTS},
-        "first_step_s": first, "images_per_second": options.training.batch_size / seconds, "peak_memory": memory, "flops": flops.total(),
-        "flops_per_second": flops.total() / seconds, "ceiling_ms": 1000 * least,
+        **shape._asdict(),
+        "batch_size": options.training.batch_size,
+        "step_ms": 1000 * seconds,
+        **{f"{part}_ms": parts[part] for part in PARTS},
+        "first_step_s": first,
+        "images_per_second": options.training.batch_size / seconds,
+        "peak_memory": memory,
+        "flops": flops.total(),
+        "flops_per_second": flops.total() / seconds,
+        "ceiling_ms": 1000 * least,
         "over_ceiling": statistics.median(a / b for a, b in zip(ours, theirs)) * least / expected,
-        "over_equation_11": parts["selection"] / rest * rest_flops / flops.selection if flops.selection else None,
-    }  # fmt: skip
+        "over_equation_11": parts["selection"] / rest * rest_flops / flops.selection
+        if flops.selection
+        else None,
+    }
 
 
 def print_header() -> None:
-    print(f"{'px':>4}{'views':>6}{'ms/step':>9}" + "".join(f"{part:>11}" for part in PARTS) + f"{'image/s':>9}{'TFLOP/s':>9}{'share':>7}{'GB':>7}{'ceiling ms':>12}{'x ceiling':>11}{'x eq. 11':>10}{'first s':>9}")
+    print(
+        f"{'px':>4}{'views':>6}{'ms/step':>9}"
+        + "".join(f"{part:>11}" for part in PARTS)
+        + f"{'image/s':>9}{'TFLOP/s':>9}{'share':>7}{'GB':>7}{'ceiling ms':>12}{'x ceiling':>11}{'x eq. 11':>10}{'first s':>9}"
+    )
 
 
 def print_row(row: dict[str, float | None], peak: float) -> None:
     memory = "-" if row["peak_memory"] is None else f"{row['peak_memory'] / 1e9:.1f}"
     selection = "-" if row["over_equation_11"] is None else f"{row['over_equation_11']:.2f}"
     print(
-        f"{row['resolution']:>4}{row['views']:>6}{row['step_ms']:>9.1f}" + "".join(f"{row[f'{part}_ms']:>11.1f}" for part in PARTS)
+        f"{row['resolution']:>4}{row['views']:>6}{row['step_ms']:>9.1f}"
+        + "".join(f"{row[f'{part}_ms']:>11.1f}" for part in PARTS)
         + f"{row['images_per_second']:>9.0f}{row['flops_per_second'] / 1e12:>9.3g}{row['flops_per_second'] / peak:>7.0%}{memory:>7}"
-        f"{row['ceiling_ms']:>12.1f}{row['over_ceiling']:>11.2f}{selection:>10}{row['first_step_s']:>9.1f}", flush=True,
-    )  # fmt: skip
+        f"{row['ceiling_ms']:>12.1f}{row['over_ceiling']:>11.2f}{selection:>10}{row['first_step_s']:>9.1f}",
+        flush=True,
+    )

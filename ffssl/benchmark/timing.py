@@ -11,7 +11,11 @@ from torch import Tensor
 
 def where(device: torch.device) -> str:
     """On what a benchmark runs."""
-    return "on the CPU, there being no GPU" if device.type == "cpu" and not torch.cuda.is_available() else f"on {device}"
+    return (
+        "on the CPU, there being no GPU"
+        if device.type == "cpu" and not torch.cuda.is_available()
+        else f"on {device}"
+    )
 
 
 def synchronize(device: torch.device) -> None:
@@ -29,7 +33,8 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 
 
 class Stopwatch:
-    """Times the parts of steps, by the device's own clock: a part lasts from the mark before it to its own.
+    """Times the parts of steps, by the device's own clock: a part lasts from the mark before it to
+    its own.
 
     `mark` is the `mark` of `ffssl.training.step.train_step`; call `start` before each step.
     """
@@ -47,7 +52,9 @@ class Stopwatch:
     def _now(self) -> "float | torch.cuda.Event":
         if not self._cuda:
             return time.perf_counter()
-        return torch.cuda.current_stream(self._device).record_event(torch.cuda.Event(enable_timing=True))
+        return torch.cuda.current_stream(self._device).record_event(
+            torch.cuda.Event(enable_timing=True)
+        )
 
     def milliseconds(self) -> dict[str, float]:
         """The median over the steps of each part's time."""
@@ -62,7 +69,9 @@ class Stopwatch:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the product of two large square matrices in `dtype`: the most that convolutions can hope for."""
+    """FLOP/s of the product of two large square matrices in `dtype`: the most that convolutions can
+    hope for.
+    """
     side = 8192 if device.type == "cuda" else 1536
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
 

@@ -20,7 +20,9 @@ class Parser(argparse.ArgumentParser):
     """Raises UserError where argparse would print the usage and leave."""
 
     def __init__(self, **settings):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+        super().__init__(
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings
+        )
 
     def error(self, message: str):
         raise UserError(message)
@@ -39,10 +41,12 @@ def checked(checker: Checker) -> Callable[[str], object]:
 
 
 def exit_status(program: Callable[[], int | None], *, interrupted: str = "\ninterrupted") -> int:
-    """Run a program: the status that it returns, 0 where it returns none; 2 after a UserError and 130 after an interrupt, each told in a line;
-    141, as after SIGPIPE, where nobody reads what it prints any more. What a terminal can't show is escaped.
+    """Run a program: the status that it returns, 0 where it returns none; 2 after a UserError and
+    130 after an interrupt, each told in a line; 141, as after SIGPIPE, where nobody reads what
+    it prints any more. What a terminal can't show is escaped.
 
-    interrupted: what is told of an interrupt, and of a reader that has left while the program ran; "": nothing.
+    interrupted: what is told of an interrupt, and of a reader that has left while the program ran;
+    "": nothing.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -72,10 +76,14 @@ def _reader_has_left() -> bool:
 
 
 def _flush() -> bool:
-    """Write what has been printed, as the interpreter's end would, where no error can be caught. Returns whether anybody reads it."""
+    """Write what has been printed, as the interpreter's end would, where no error can be caught.
+
+    Returns whether anybody reads it.
+    """
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would be tried again
+        # What is left would be tried again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return False
     return True

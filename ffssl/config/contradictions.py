@@ -10,35 +10,73 @@ def check_together(options: Options) -> None:
     for name in ("max", "min") if resolution.schedule != "constant" else ("max",):
         if getattr(resolution, name) % resolution.step:
             raise UserError(
-                f"--resolution.{name}: {getattr(resolution, name)} is no multiple of --resolution.step={resolution.step}"
+                f"--resolution.{name}: {getattr(resolution, name)} is no multiple of "
+                f"--resolution.step={resolution.step}"
             )
     if resolution.schedule != "constant" and resolution.min > resolution.max:
-        raise UserError(f"--resolution.min: {resolution.min} is larger than --resolution.max={resolution.max}")
+        raise UserError(
+            f"--resolution.min: {resolution.min} is larger than --resolution.max={resolution.max}"
+        )
     if training.schedule == "1-clr":
         if training.warmup_share == 1:
-            raise UserError("--training.warmup_share: 1 leaves no training after the warm-up; give less")
+            raise UserError(
+                "--training.warmup_share: 1 leaves no training after the warm-up; give less"
+            )
     elif training.warmup_epochs >= training.epochs:
-        raise UserError(f"--training.warmup_epochs: {training.warmup_epochs:g} of {training.epochs} epochs leave none after the warm-up")
+        raise UserError(
+            f"--training.warmup_epochs: {training.warmup_epochs:g} of {training.epochs} "
+            "epochs leave none after the warm-up"
+        )
     part, rest = divmod(training.batch_size, training.accumulate)
     if rest or part < 2:
-        raise UserError(f"--training.accumulate: {training.accumulate} equal parts of 2 images or more can't be made of --training.batch_size={training.batch_size}")
+        raise UserError(
+            f"--training.accumulate: {training.accumulate} equal parts of 2 images or more "
+            f"can't be made of --training.batch_size={training.batch_size}"
+        )
     if training.momentum_low > training.momentum_high:
-        raise UserError(f"--training.momentum_low: {training.momentum_low} is larger than --training.momentum_high={training.momentum_high}")
+        raise UserError(
+            f"--training.momentum_low: {training.momentum_low} is larger than "
+            f"--training.momentum_high={training.momentum_high}"
+        )
     if options.hard_augment.select == "off" and augment.views > 2:
-        raise UserError(f"--augment.views: {augment.views} views, of which only 2 would be used; set --hard_augment.select=hard")
+        raise UserError(
+            f"--augment.views: {augment.views} views, of which only 2 would be used; set "
+            "--hard_augment.select=hard"
+        )
     if options.hard_augment.select != "off" and augment.views < 3:
-        raise UserError(f"--augment.views: {augment.views} views leave no pair to choose; hard_augment needs 3 or more")
+        raise UserError(
+            f"--augment.views: {augment.views} views leave no pair to choose; hard_augment "
+            "needs 3 or more"
+        )
     hard_augment = options.hard_augment
     if hard_augment.loss is not None and hard_augment.select != "hard":
-        raise UserError("--hard_augment.loss: pairs are compared to find the hardest alone; set --hard_augment.select=hard, or leave this out")
+        raise UserError(
+            "--hard_augment.loss: pairs are compared to find the hardest alone; set "
+            "--hard_augment.select=hard, or leave this out"
+        )
     if hard_augment.start_epoch is not None:
         if hard_augment.select == "off":
-            raise UserError("--hard_augment.start_epoch: no pairs are chosen; set --hard_augment.select=hard, or leave this out")
+            raise UserError(
+                "--hard_augment.start_epoch: no pairs are chosen; set "
+                "--hard_augment.select=hard, or leave this out"
+            )
         if hard_augment.start_epoch >= training.epochs:
-            raise UserError(f"--hard_augment.start_epoch: {hard_augment.start_epoch} is past the last epoch, {training.epochs - 1}; epochs count from 0")
+            raise UserError(
+                f"--hard_augment.start_epoch: {hard_augment.start_epoch} is past the last "
+                f"epoch, {training.epochs - 1}; epochs count from 0"
+            )
     if hard_augment.share_min > hard_augment.share_max:
-        raise UserError(f"--hard_augment.share_min: {hard_augment.share_min} is larger than --hard_augment.share_max={hard_augment.share_max}")
+        raise UserError(
+            f"--hard_augment.share_min: {hard_augment.share_min} is larger than "
+            f"--hard_augment.share_max={hard_augment.share_max}"
+        )
     if (hard_augment.share_min, hard_augment.share_max) != (1, 1) and hard_augment.select != "hard":
-        raise UserError("--hard_augment.share_min: only hard pairs have a share; set --hard_augment.select=hard, or leave this out")
+        raise UserError(
+            "--hard_augment.share_min: only hard pairs have a share; set "
+            "--hard_augment.select=hard, or leave this out"
+        )
     if options.hard_augment.extra_targets and options.hard_augment.select == "off":
-        raise UserError("--hard_augment.extra_targets: they are the views not chosen; set --hard_augment.select=hard or random, and 3 views or more")
+        raise UserError(
+            "--hard_augment.extra_targets: they are the views not chosen; set "
+            "--hard_augment.select=hard or random, and 3 views or more"
+        )

@@ -1,8 +1,8 @@
 """The options that methods declare, read from their source: importing them would import torch.
 
-A method is a class with a `name` in a file of `ffssl/methods`. Its options are the keyword arguments
-of its constructor, with a type of `ffssl.config.checks` and a default. A line of the class's
-docstring, `option: what it is`, is the help.
+A method is a class with a `name` in a file of `ffssl/methods`. Its options are the keyword
+arguments of its constructor, with a type of `ffssl.config.checks` and a default. A line of the
+class's docstring, `option: what it is`, is the help.
 """
 
 import ast
@@ -52,9 +52,7 @@ def _method_name(node: ast.ClassDef) -> str | None:
 
 def _of_class(node: ast.ClassDef, file: Path) -> list[MethodOption]:
     constructors = (
-        part
-        for part in node.body
-        if isinstance(part, ast.FunctionDef) and part.name == "__init__"
+        part for part in node.body if isinstance(part, ast.FunctionDef) and part.name == "__init__"
     )
     constructor = next(constructors, None)
     helps = dict(re.findall(r"^(\w+): (.+?)$", _joined(ast.get_docstring(node) or ""), re.M))

@@ -1,7 +1,7 @@
 """Every option of a run, declared once.
 
-A field's metadata holds its check, its help, and its role, from which follow fastargs' sections, the
-help, what a resumed run may change, what a study compares and what a model card publishes.
+A field's metadata holds its check, its help, and its role, from which follow fastargs' sections,
+the help, what a resumed run may change, what a study compares and what a model card publishes.
 """
 
 import dataclasses
@@ -143,9 +143,7 @@ class HardAugmentOptions:
         Choice("off", "hard", "random"),
         "hard: the pair with the largest loss; random: for comparison",
     )
-    resolution: int = option(
-        64, integer(1), "side in pixels of the views in the selection pass"
-    )
+    resolution: int = option(64, integer(1), "side in pixels of the views in the selection pass")
     loss: str | None = option(
         None,
         Choice("method", "cosine"),

@@ -144,7 +144,9 @@ def _read_file(
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: a config holds sections of options, as in training: {{epochs: 100}}")
+        raise UserError(
+            f"{path}: a config holds sections of options, as in training: {{epochs: 100}}"
+        )
     bases = content.pop("base", [])
     bases = bases if isinstance(bases, list) else [bases]
     built_on_it = (*built_on_it, path.resolve())

@@ -1,6 +1,7 @@
 """What a training step costs, in floating-point operations. 1 multiply-add is 2 FLOPs.
 
-The standard count takes a backward pass for two forward passes. The costs in the paper's tables follow from taking it for one.
+The standard count takes a backward pass for two forward passes. The costs in the paper's tables
+follow from taking it for one.
 """
 
 import copy
@@ -22,8 +23,8 @@ STANDARD, PAPERS = 2, 1  # forward passes that a backward pass counts for
 class Flops:
     """FLOPs by what they are for.
 
-    forward: of what is trained, heads and loss included. teacher: of what the loss computes without gradient.
-    selection: of Hard Augment's low-resolution passes, those for extra targets included.
+    forward: of what is trained, heads and loss included. teacher: of what the loss computes without
+    gradient. selection: of Hard Augment's low-resolution passes, those for extra targets included.
     """
 
     forward: float
@@ -67,7 +68,9 @@ class _WithoutGradient(TorchDispatchMode):
 def count_step(
     method: Method, shape: StepShape, *, batch_size: int, selection: Selection = Selection()
 ) -> Flops:
-    """FLOPs of one optimiser step on `batch_size` images, counted by torch without computing anything."""
+    """FLOPs of one optimiser step on `batch_size` images, counted by torch without computing
+    anything.
+    """
     clone = copy.deepcopy(method).to("meta").train()
     size = (batch_size, shape.views, 3, shape.resolution, shape.resolution)
     images = torch.empty(size, dtype=torch.uint8, device="meta")
@@ -75,16 +78,12 @@ def count_step(
         chosen = choose_views(clone, images, selection)
     with FlopCounterMode(display=False) as loss, _WithoutGradient() as teacher:
         clone.loss(*chosen)
-    return Flops(
-        loss.get_total_flops() - teacher.flops, teacher.flops, selecting.get_total_flops()
-    )
+    return Flops(loss.get_total_flops() - teacher.flops, teacher.flops, selecting.get_total_flops())
 
 
 def count_flops(plan: Plan, method: Method) -> dict[StepShape, int]:
     """FLOPs of a step of a run, in the standard count, for each shape in its schedule."""
-    return {
-        shape: count_run_step(plan, method, shape).total() for shape in plan.first_epochs
-    }
+    return {shape: count_run_step(plan, method, shape).total() for shape in plan.first_epochs}
 
 
 def count_run_step(plan: Plan, method: Method, shape: StepShape) -> Flops:

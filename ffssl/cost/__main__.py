@@ -1,16 +1,16 @@
 """What runs cost, in FLOPs counted from their configs alone: without data, and without training.
 
-    python -m ffssl.cost rn50_configs/imagenette_baseline.yaml rn50_configs/imagenette_efficient.yaml --images=imagenette
-    python -m ffssl.cost rn50_configs/efficient.yaml --data.train=train.beton --training.epochs=100
-    python -m ffssl.cost --paper
+python -m ffssl.cost rn50_configs/imagenette_baseline.yaml rn50_configs/imagenette_efficient.yaml
+--images=imagenette python -m ffssl.cost rn50_configs/efficient.yaml --data.train=train.beton
+--training.epochs=100 python -m ffssl.cost --paper
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from ffssl.config.command_line import exit_status
 from ffssl.config import Options, read_options
+from ffssl.config.command_line import exit_status
 from ffssl.cost import PAPERS, STANDARD, Stage
 from ffssl.cost.paper import paper_table
 from ffssl.cost.runs import RunCosts, number_of_images, petaflop
@@ -18,55 +18,107 @@ from ffssl.cost.runs import RunCosts, number_of_images, petaflop
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m ffssl.cost", usage="%(prog)s CONFIG [CONFIG ...] [--images=N] [--section.option=value ...]\n       %(prog)s --paper",
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
-    parser.add_argument("configs", nargs="*", metavar="CONFIG", help="config of a run; speed-ups are over the first")
-    parser.add_argument("--images", metavar="N", help="training images: a number, imagenet or imagenette (default: those in --data.train)")
-    parser.add_argument("--paper", action="store_true", help="the costs and speed-ups that the paper states, beside those counted here")
+        prog="python -m ffssl.cost",
+        usage=(
+            "%(prog)s CONFIG [CONFIG ...] [--images=N] [--section.option=value ...]\n       "
+            "%(prog)s --paper"
+        ),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "configs", nargs="*", metavar="CONFIG", help="config of a run; speed-ups are over the first"
+    )
+    parser.add_argument(
+        "--images",
+        metavar="N",
+        help="training images: a number, imagenet or imagenette (default: those in --data.train)",
+    )
+    parser.add_argument(
+        "--paper",
+        action="store_true",
+        help="the costs and speed-ups that the paper states, beside those counted here",
+    )
     arguments, overrides = parser.parse_known_intermixed_args()
     if bool(arguments.configs) == arguments.paper:
         parser.error("name the configs to count, or --paper")
-    print(paper_table(RunCosts()) if arguments.paper else report(arguments.configs, overrides, arguments.images))
+    print(
+        paper_table(RunCosts())
+        if arguments.paper
+        else report(arguments.configs, overrides, arguments.images)
+    )
 
 
 def report(configs: list[str], overrides: list[str], images: str | None = None) -> str:
-    """A table of each config's stages, and one of their totals. images: a number or one of IMAGES; by default as many as data.train holds."""
+    """A table of each config's stages, and one of their totals.
+
+    images: a number or one of IMAGES; by default as many as data.train holds.
+    """
     unused = {"data.train": "", "run.folder": ""}  # required of a run, but not of its cost
-    runs = {config: read_options([f"--config={config}", *overrides], defaults=unused) for config in configs}
-    counts = {config: number_of_images(images, options.data.train) for config, options in runs.items()}
+    runs = {
+        config: read_options([f"--config={config}", *overrides], defaults=unused)
+        for config in configs
+    }
+    counts = {
+        config: number_of_images(images, options.data.train) for config, options in runs.items()
+    }
     costs = RunCosts()
     stages = {config: costs.stages(options) for config, options in runs.items()}
-    parts = [f"{describe(config, runs[config], counts[config])}\n\n{stage_table(stages[config])}\n" for config in configs]
-    petaflops = {config: [petaflop(stages[config], counts[config], count) for count in (STANDARD, PAPERS)] for config in configs}
+    parts = [
+        f"{describe(config, runs[config], counts[config])}\n\n{stage_table(stages[config])}\n"
+        for config in configs
+    ]
+    petaflops = {
+        config: [petaflop(stages[config], counts[config], count) for count in (STANDARD, PAPERS)]
+        for config in configs
+    }
     return "\n".join([*parts, total_table(petaflops)])
 
 
 def describe(config: str, options: Options, images: int) -> str:
-    return f"{Path(config).stem}: {options.method.name}, {options.model.backbone}, {options.training.epochs} epochs of {images:,} images"
+    return (
+        f"{Path(config).stem}: {options.method.name}, {options.model.backbone}, "
+        f"{options.training.epochs} epochs of {images:,} images"
+    )
 
 
 def stage_table(stages: list[Stage]) -> str:
     """The GFLOP of one image in one epoch."""
-    lines = [f"{'':>27}{'GFLOP per image':^46}", f"{'resolution':>10}{'views':>7}{'epochs':>10}{'forward':>12}{'backward':>12}{'teacher':>10}{'selection':>12}"]
+    lines = [
+        f"{'':>27}{'GFLOP per image':^46}",
+        f"{'resolution':>10}{'views':>7}{'epochs':>10}{'forward':>12}{'backward':>12}{'teacher':>10}{'selection':>12}",
+    ]
     for stage in stages:
         flops = stage.flops
         parts = flops.forward, STANDARD * flops.forward, flops.teacher, flops.selection
         forward, backward, teacher, selection = (f"{part / 1e9:.3f}" for part in parts)
-        lines.append(f"{stage.shape.resolution:>10}{stage.shape.views:>7}{stage.epochs:>10}{forward:>12}{backward:>12}{teacher:>10}{selection:>12}")
+        lines.append(
+            f"{stage.shape.resolution:>10}{stage.shape.views:>7}{stage.epochs:>10}{forward:>12}{backward:>12}{teacher:>10}{selection:>12}"
+        )
     return "\n".join(lines)
 
 
 def total_table(petaflops: dict[str, list[float]]) -> str:
-    """PFLOP of each config, in the standard count and in the paper's, and the speed-ups over the first."""
+    """PFLOP of each config, in the standard count and in the paper's, and the speed-ups over the
+    first.
+    """
     first = next(iter(petaflops.values()))
     rows = [("", "PFLOP", "speed-up", "paper's count", "speed-up")]
     for config, costs in petaflops.items():
-        (standard, speed_up), (papers, papers_speed_up) = ((format_petaflop(cost), f"{base / cost:.2f}x") for base, cost in zip(first, costs))
+        (standard, speed_up), (papers, papers_speed_up) = (
+            (format_petaflop(cost), f"{base / cost:.2f}x") for base, cost in zip(first, costs)
+        )
         rows.append((Path(config).stem, standard, speed_up, papers, papers_speed_up))
     width = max(len(row[0]) for row in rows) + 2
     lines = [f"{name:<{width}}" + "".join(f"{cell:>15}" for cell in cells) for name, *cells in rows]
-    return "\n".join([*lines, "", "A backward pass is taken for two forward passes; in the paper's count, for one."])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "A backward pass is taken for two forward passes; in the paper's count, for one.",
+        ]
+    )
 
 
 def format_petaflop(value: float) -> str:

@@ -20,7 +20,8 @@ Words = tuple[str, ...]  # a config's name, and what overrides it
 
 @dataclass(frozen=True)
 class Figure:
-    """A number of the paper: a cost in PFLOP, a speed-up ("x") of `run` over `against`, or an overhead ("%") of `run` over `against`.
+    """A number of the paper: a cost in PFLOP, a speed-up ("x") of `run` over `against`, or an
+    overhead ("%") of `run` over `against`.
 
     reason: why ours differs by more than TOLERANCE.
     """
@@ -34,7 +35,11 @@ class Figure:
     reason: str = ""
 
 
-NO_SPL = ("--resolution.schedule=constant", "--augment.magnitude_min=5", "--augment.magnitude_max=5")
+NO_SPL = (
+    "--resolution.schedule=constant",
+    "--augment.magnitude_min=5",
+    "--augment.magnitude_max=5",
+)
 NO_HA = ("--hard_augment.select=off", "--augment.views=2")
 # The paper selects from the first epoch on, and its costs leave out predictors and teachers.
 HA = ("--hard_augment.select=hard", "--hard_augment.loss=cosine", "--hard_augment.start_epoch=0")
@@ -42,37 +47,88 @@ BASELINE, EFFICIENT = ("imagenette_baseline",), ("imagenette_efficient",)
 WITH_HA = (*EFFICIENT, *HA)
 F1_CLR = (*EFFICIENT, *NO_SPL, *NO_HA)
 HEADS = "the paper leaves out the heads, whose cost in the selection does not shrink with the views"
-UNREACHABLE = "not reachable under equation 11: with a teacher (C = 8) it gives 2.43x, and even without Hard Augment's overhead 2.66x"
+UNREACHABLE = (
+    "not reachable under equation 11: with a teacher (C = 8) it gives 2.43x, and even without "
+    "Hard Augment's overhead 2.66x"
+)
 
 
 def figures() -> Iterator[Figure]:
-    """Tables 1, 2, 3, 6 and 8. Of Table 6 without its last row, a resolution of 0, which no run can have."""
+    """Tables 1, 2, 3, 6 and 8.
+
+    Of Table 6 without its last row, a resolution of 0, which no run can have.
+    """
     for backbone, cost in (("resnet18", 3756), ("resnet50", 8494)):
         option = f"--model.backbone={backbone}"
         yield Figure("1", f"{backbone}, baseline", cost, "PFLOP", ("baseline", option))
-        yield Figure("1", f"{backbone}, efficient", 2.3, "x", ("efficient", option, *HA), ("baseline", option))
+        yield Figure(
+            "1",
+            f"{backbone}, efficient",
+            2.3,
+            "x",
+            ("efficient", option, *HA),
+            ("baseline", option),
+        )
     for method, cost, speed_up, reason in (
-        ("simsiam", 248, 2.3, ""), ("byol", 371, 2.7, UNREACHABLE),
-        ("simclr", 247, 2.3, "Table 3 has 2.4x for the same recipe, and ours lies between"), ("mocov2plus", 371, 2.7, UNREACHABLE), ("dino", 372, 2.4, ""),
-    ):  # fmt: skip
-        baseline, efficient = ((f"imagenette_{'' if method == 'simsiam' else f'{method}_'}{recipe}",) for recipe in ("baseline", "efficient"))
+        ("simsiam", 248, 2.3, ""),
+        ("byol", 371, 2.7, UNREACHABLE),
+        ("simclr", 247, 2.3, "Table 3 has 2.4x for the same recipe, and ours lies between"),
+        ("mocov2plus", 371, 2.7, UNREACHABLE),
+        ("dino", 372, 2.4, ""),
+    ):
+        baseline, efficient = (
+            (f"imagenette_{'' if method == 'simsiam' else f'{method}_'}{recipe}",)
+            for recipe in ("baseline", "efficient")
+        )
         yield Figure("2", f"{method}, baseline", cost, "PFLOP", baseline)
-        yield Figure("2", f"{method}, efficient", speed_up, "x", (*efficient, *HA), baseline, reason)
+        yield Figure(
+            "2", f"{method}, efficient", speed_up, "x", (*efficient, *HA), baseline, reason
+        )
     yield Figure("3", "F1-CLR", 1.7, "x", F1_CLR, BASELINE)
     hard = (*BASELINE, "--training.epochs=480", *HA, "--augment.views=6")
-    yield Figure("3", "CA, HA", 1.8, "x", hard, BASELINE, "ours at 480 epochs, as the efficient runs; the paper states no length, and 1.8x would take 411")
+    yield Figure(
+        "3",
+        "CA, HA",
+        1.8,
+        "x",
+        hard,
+        BASELINE,
+        (
+            "ours at 480 epochs, as the efficient runs; the paper states no length, and 1.8x "
+            "would take 411"
+        ),
+    )
     yield Figure("3", "F1-CLR, SPL", 2.7, "x", (*EFFICIENT, *NO_HA), BASELINE)
     yield Figure("3", "F1-CLR, HA", 1.5, "x", (*WITH_HA, *NO_SPL), BASELINE)
     yield Figure("3", "F1-CLR, SPL, HA", 2.4, "x", WITH_HA, BASELINE)
     for side, speed_up in ((128, 1.40), (96, 1.60), (64, 1.82)):
-        yield Figure("6", f"from {side} px", speed_up, "x", (*EFFICIENT, *NO_HA, f"--resolution.min={side}"), F1_CLR)
+        yield Figure(
+            "6",
+            f"from {side} px",
+            speed_up,
+            "x",
+            (*EFFICIENT, *NO_HA, f"--resolution.min={side}"),
+            F1_CLR,
+        )
     for views, overhead in ((4, 5.4), (5, 6.8), (6, 8.2), (8, 10.9)):
-        yield Figure("8", f"{views} views", overhead, "%", (*WITH_HA, *NO_SPL, f"--augment.views={views}"), F1_CLR)
+        yield Figure(
+            "8",
+            f"{views} views",
+            overhead,
+            "%",
+            (*WITH_HA, *NO_SPL, f"--augment.views={views}"),
+            F1_CLR,
+        )
 
 
 def paper_table(costs: RunCosts) -> str:
-    """All figures with ours, as a table: starred where they are within TOLERANCE, with the reason where none is."""
-    lines = ["table                               paper    standard     paper's   equations", f"{'count':>54}{'count':>12}{'9 and 11':>12}"]
+    """All figures with ours, as a table: starred where they are within TOLERANCE, with the reason
+    where none is.
+    """
+    lines = [
+        "table                               paper    standard     paper's   equations",
+        f"{'count':>54}{'count':>12}{'9 and 11':>12}",
+    ]
     notes: list[str] = []
     for figure in figures():
         cells = []
@@ -84,8 +140,20 @@ def paper_table(costs: RunCosts) -> str:
             notes += [figure.reason] if figure.reason not in notes else []
             note = f"  [{notes.index(figure.reason) + 1}]"
         stated = f"{figure.value:g} {figure.unit}" if figure.unit != "x" else f"{figure.value:g}x"
-        lines.append(f"{figure.table:<7}{figure.about:<24}{stated:>11}" + "".join(f"{cell:>12}" for cell in cells) + note)
-    return "\n".join([*lines, "", LEGEND.strip(), "", *(f"[{number}] {note}." for number, note in enumerate(notes, 1))])
+        lines.append(
+            f"{figure.table:<7}{figure.about:<24}{stated:>11}"
+            + "".join(f"{cell:>12}" for cell in cells)
+            + note
+        )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            LEGEND.strip(),
+            "",
+            *(f"[{number}] {note}." for number, note in enumerate(notes, 1)),
+        ]
+    )
 
 
 LEGEND = f"""
@@ -97,23 +165,33 @@ figures: its costs follow from one, most of its speed-ups from the other.
 
 
 def ours_of(figure: Figure, costs: RunCosts) -> tuple[float | None, float | None, float | None]:
-    """The figure in the standard count, in the paper's count and by equations 9 and 11, which give no cost in FLOPs."""
+    """The figure in the standard count, in the paper's count and by equations 9 and 11, which give
+    no cost in FLOPs.
+    """
     images = IMAGES["imagenette" if figure.run[0].startswith("imagenette") else "imagenet"]
 
     def ways_to_count(words: Words) -> tuple[float, float, float]:
         options = _options(words)
         stages = costs.stages(options)
-        return petaflop(stages, images, STANDARD), petaflop(stages, images, PAPERS), full_epochs(options)
+        return (
+            petaflop(stages, images, STANDARD),
+            petaflop(stages, images, PAPERS),
+            full_epochs(options),
+        )
 
     run = ways_to_count(figure.run)
     if figure.unit == "PFLOP":
         return *run[:2], None
     pairs = zip(run, ways_to_count(figure.against))
-    return tuple(100 * (cost / base - 1) if figure.unit == "%" else base / cost for cost, base in pairs)
+    return tuple(
+        100 * (cost / base - 1) if figure.unit == "%" else base / cost for cost, base in pairs
+    )
 
 
 def full_epochs(options: Options) -> float:
-    """Cost of a run of hard or no Hard Augment by equations 9 and 11, in epochs of its method at full resolution."""
+    """Cost of a run of hard or no Hard Augment by equations 9 and 11, in epochs of its method at
+    full resolution.
+    """
     plan, hard = Plan(options, steps_per_epoch=1), options.hard_augment
     forward_passes = 8 if issubclass(METHODS[options.method.name], TeacherMethod) else 6
     selection = options.augment.views * hard.resolution**2 / forward_passes
@@ -131,8 +209,14 @@ def agrees(ours: float, figure: Figure) -> bool:
 def _options(words: Words) -> Options:
     config, *overrides = words
     if not CONFIGS.is_dir():
-        raise UserError(f"--paper: the configs of the paper's runs are not in {CONFIGS}; run it from a copy of the repository")
-    return read_options([f"--config={CONFIGS / config}.yaml", *overrides], defaults={"data.train": "", "run.folder": ""})
+        raise UserError(
+            f"--paper: the configs of the paper's runs are not in {CONFIGS}; run it from a "
+            "copy of the repository"
+        )
+    return read_options(
+        [f"--config={CONFIGS / config}.yaml", *overrides],
+        defaults={"data.train": "", "run.folder": ""},
+    )
 
 
 def _format(value: float, unit: str) -> str:

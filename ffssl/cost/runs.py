@@ -9,8 +9,8 @@ from ffssl.cost import STANDARD, Flops, Stage, count_step, stages, step_options
 from ffssl.data.beton.read import read_beton
 from ffssl.errors import UserError
 from ffssl.methods import Method
-from ffssl.training.schedule import Plan, StepShape
 from ffssl.training.build import build
+from ffssl.training.schedule import Plan, StepShape
 
 IMAGES = {"imagenet": 1_281_167, "imagenette": 9_469}  # that their training sets hold
 
@@ -41,7 +41,9 @@ class RunCosts:
 
 
 def petaflop(stages: list[Stage], images: int, backward: int = STANDARD) -> float:
-    """Of all images in every epoch, as the paper counts; a run leaves out the last batch of an epoch if it is not full."""
+    """Of all images in every epoch, as the paper counts; a run leaves out the last batch of an
+    epoch if it is not full.
+    """
     return images * sum(stage.epochs * stage.flops.total(backward) for stage in stages) / 1e15
 
 
@@ -53,5 +55,8 @@ def number_of_images(images: str | None, file: str) -> int:
             raise UserError(f"--images: expected a number, {' or '.join(IMAGES)}, got {images!r}")
         return int(images)
     if not file:
-        raise UserError(f"--images: how many images the runs train on is not known; give a number, {' or '.join(IMAGES)}, or a --data.train=FILE")
+        raise UserError(
+            "--images: how many images the runs train on is not known; give a number, "
+            f"{' or '.join(IMAGES)}, or a --data.train=FILE"
+        )
     return len(read_beton(file))

@@ -1,6 +1,7 @@
 """Images to beton files, beton files to views.
 
-What a training loop needs, imported on first use: the loader brings torch and Numba, which take seconds.
+What a training loop needs, imported on first use: the loader brings torch and Numba, which take
+seconds.
 
     from ffssl.data import ViewLoader, ViewPolicy
 

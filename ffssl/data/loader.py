@@ -1,10 +1,10 @@
 """Views for a training loop, rendered by a pool of threads that never wait for one another.
 
-    loader = ViewLoader("train.beton", batch_size=256, views=2, resolution=224)
-    for epoch in range(100):
-        loader.set_epoch(epoch, resolution=160, magnitude=4.5)
-        for views, labels, indices in loader:     # uint8 (256, 2, 3, 160, 160)
-            ...
+loader = ViewLoader("train.beton", batch_size=256, views=2, resolution=224)
+for epoch in range(100):
+    loader.set_epoch(epoch, resolution=160, magnitude=4.5)
+    for views, labels, indices in loader:     # uint8 (256, 2, 3, 160, 160)
+        ...
 """
 
 import itertools
@@ -32,11 +32,15 @@ from ffssl.data.policy import STANDARD_MAGNITUDE, ViewPolicy, ViewSettings
 from ffssl.errors import UserError
 from ffssl.parallel.device import mark_work, wait_in_thread
 
-SAMPLES_PER_TASK = 8  # small enough that the threads finish a batch together, large enough that starting a task costs nothing
+# Small enough that the threads finish a batch together, large enough that starting a task costs
+# nothing.
+SAMPLES_PER_TASK = 8
 
 
 class Batch(NamedTuple):
-    """views: uint8 (batch, views, 3, R, R); labels: int64 (batch,), UNLABELLED (-1) for none; indices: int64 (batch,) into the file."""
+    """views: uint8 (batch, views, 3, R, R); labels: int64 (batch,), UNLABELLED (-1) for none;
+    indices: int64 (batch,) into the file.
+    """
 
     views: torch.Tensor
     labels: torch.Tensor
@@ -46,22 +50,26 @@ class Batch(NamedTuple):
 class ViewLoader:
     """Iterates over a beton file, an epoch at a time.
 
-    path: a beton file with an image field. label_field: the field whose integers are served as labels, see `read_beton`; a warning says
-    so where it is not clear which it is.
-    batch_size: samples of this rank in a batch. views, resolution, policy, scaled_decoding: see `ViewSettings`.
-    indices: the samples to visit, all by default. shuffle: a new order every epoch, by `seed` and epoch, the same on all ranks.
-    drop_last: leave out the incomplete last batch. workers: threads, 0 for one per core.
-    batches_ahead: batches in memory, each at `max_resolution`: the one being consumed and those rendered meanwhile. With 1, none is.
-    kernel: a function (view, key) that Numba compiles, applied in place to every finished view, see `compile_view_kernel`.
-    rank, world_size: this process's share of every epoch. loaders_here: on this machine, each of which takes as much memory.
-    broken: what becomes of an image that does not decode: "stop" names it, "replace" serves another sample of the epoch in its place.
+    path: a beton file with an image field. label_field: the field whose integers are served as
+    labels, see `read_beton`; a warning says so where it is not clear which it is. batch_size:
+    samples of this rank in a batch. views, resolution, policy, scaled_decoding: see `ViewSettings`.
+    indices: the samples to visit, all by default. shuffle: a new order every epoch, by `seed` and
+    epoch, the same on all ranks. drop_last: leave out the incomplete last batch. workers: threads,
+    0 for one per core. batches_ahead: batches in memory, each at `max_resolution`: the one being
+    consumed and those rendered meanwhile. With 1, none is. kernel: a function (view, key) that
+    Numba compiles, applied in place to every finished view, see `compile_view_kernel`. rank,
+    world_size: this process's share of every epoch. loaders_here: on this machine, each of which
+    takes as much memory. broken: what becomes of an image that does not decode: "stop" names it,
+    "replace" serves another sample of the epoch in its place.
 
-    A batch's views are a window on a buffer that is reused: they hold until the next batch is asked for (on CUDA, until the work
-    queued by then has read them). A loader serves one loop at a time: an iteration that another has ended raises UserError when it is
-    asked for a batch. In a process forked from the one that made it, as by torch's DataLoader, a loader works on its own, but for an
-    iteration that was under way, which raises UserError. What goes wrong in a thread is raised in the loop; leaving the loop early
-    stops the threads' work. Raises UserError for a file that can't be trained on, for an image that does not decode (where none does,
-    if they are replaced), and for more memory than there is.
+    A batch's views are a window on a buffer that is reused: they hold until the next batch is asked
+    for (on CUDA, until the work queued by then has read them). A loader serves one loop at a time:
+    an iteration that another has ended raises UserError when it is asked for a batch. In a process
+    forked from the one that made it, as by torch's DataLoader, a loader works on its own, but for
+    an iteration that was under way, which raises UserError. What goes wrong in a thread is raised
+    in the loop; leaving the loop early stops the threads' work. Raises UserError for a file that
+    can't be trained on, for an image that does not decode (where none does, if they are replaced),
+    and for more memory than there is.
     """
 
     def __init__(
@@ -88,24 +96,46 @@ class ViewLoader:
         label_field: str | None = None,
     ):
         self.beton = read_beton(path, label_field)
-        if self.beton.labels is None and any(kind in (FLOAT_FIELD, INT_FIELD) for _, kind in self.beton.fields):
+        if self.beton.labels is None and any(
+            kind in (FLOAT_FIELD, INT_FIELD) for _, kind in self.beton.fields
+        ):
             fields = describe_fields(self.beton.fields)
-            warnings.warn(f"{path}: no labels are served, since it is not clear which field holds them; its fields: {fields}", stacklevel=2)
-        self.samples = np.arange(len(self.beton)) if indices is None else self._checked_indices(indices)
-        for name, value, least in (("batch_size", batch_size, 1), ("batches_ahead", batches_ahead, 1), ("workers", workers, 0)):
+            warnings.warn(
+                (
+                    f"{path}: no labels are served, since it is not clear which field holds "
+                    f"them; its fields: {fields}"
+                ),
+                stacklevel=2,
+            )
+        self.samples = (
+            np.arange(len(self.beton)) if indices is None else self._checked_indices(indices)
+        )
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("batches_ahead", batches_ahead, 1),
+            ("workers", workers, 0),
+        ):
             if value < least:
                 raise UserError(f"{path}: {name} is {value}, must be at least {least}")
         if max_resolution is not None and max_resolution < resolution:
-            raise UserError(f"{path}: resolution {resolution} is more than max_resolution {max_resolution}")
+            raise UserError(
+                f"{path}: resolution {resolution} is more than max_resolution {max_resolution}"
+            )
         if not 0 <= rank < world_size:
             raise UserError(f"{path}: rank {rank} of {world_size}: must lie in 0..{world_size - 1}")
         if broken not in ("stop", "replace"):
             raise UserError(f"{path}: broken is {broken!r}, must be 'stop' or 'replace'")
         if len(self.samples) < world_size:
-            raise UserError(f"{path}: {len(self.samples)} samples are fewer than the {world_size} processes; start fewer")
+            raise UserError(
+                f"{path}: {len(self.samples)} samples are fewer than the {world_size} "
+                "processes; start fewer"
+            )
         if drop_last and len(self.samples) // world_size < batch_size:
             each = f" on each of {world_size} processes" if world_size > 1 else ""
-            raise UserError(f"{path}: {len(self.samples)} samples are fewer than one batch of {batch_size}{each}; lower batch_size")
+            raise UserError(
+                f"{path}: {len(self.samples)} samples are fewer than one batch of "
+                f"{batch_size}{each}; lower batch_size"
+            )
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.drop_last = drop_last
@@ -125,16 +155,22 @@ class ViewLoader:
         self._file = ImageFile(self.beton.path)
 
     def _start(self) -> None:
-        """What belongs to a process: a forked one has none of the threads, and of the buffers a copy that the GPU doesn't know."""
+        """What belongs to a process: a forked one has none of the threads, and of the buffers a
+        copy that the GPU doesn't know.
+        """
         self._process = os.getpid()
         self._pins = torch.cuda.is_available() and not torch.cuda._is_in_bad_fork()
         self._buffer: torch.Tensor | None = None
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="ffssl-views")
-        self._running: weakref.ref[_Iteration] | None = None  # weak: a loop left by break then ends its iteration at once
-        self._consumed: torch.cuda.Event | None = None  # the consumer's work on the last batch served has read its views
+        # Weak: a loop left by break then ends its iteration at once.
+        self._running: weakref.ref[_Iteration] | None = None
+        # The consumer's work on the last batch served has read its views.
+        self._consumed: torch.cuda.Event | None = None
 
     def __reduce__(self):
-        raise UserError(f"{self.beton.path}: a ViewLoader can't be sent to another process; open one there")
+        raise UserError(
+            f"{self.beton.path}: a ViewLoader can't be sent to another process; open one there"
+        )
 
     @property
     def resolution(self) -> int:
@@ -146,13 +182,24 @@ class ViewLoader:
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes of all view buffers, which are taken when the first epoch starts and held until `close`."""
-        needed = self.batches_ahead * self.batch_size * self._settings.most_views * 3 * self._max_resolution**2
-        return 1 << (needed - 1).bit_length() if self._pins else needed  # torch pins memory by powers of two
+        """Bytes of all view buffers, which are taken when the first epoch starts and held until
+        `close`.
+        """
+        needed = (
+            self.batches_ahead
+            * self.batch_size
+            * self._settings.most_views
+            * 3
+            * self._max_resolution**2
+        )
+        # Torch pins memory by powers of two.
+        return 1 << (needed - 1).bit_length() if self._pins else needed
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes that the loader holds at most: the view buffers, and in each thread the largest image and a view's planes of floats."""
+        """Bytes that the loader holds at most: the view buffers, and in each thread the largest
+        image and a view's planes of floats.
+        """
         images = self.beton.images
         largest = int((images["height"].astype(np.int64) * images["width"]).max())
         return self.buffer_bytes + self.workers * 3 * (largest + 4 * self._max_resolution**2)
@@ -186,9 +233,13 @@ class ViewLoader:
         """
         self._stop()
         if not 0 <= first_batch <= len(self):
-            raise UserError(f"{self.beton.path}: an epoch of {len(self)} batches can't begin at batch {first_batch}")
+            raise UserError(
+                f"{self.beton.path}: an epoch of {len(self)} batches can't begin at batch {first_batch}"
+            )
         resolution = self.resolution if resolution is None else resolution
-        self._settings.set_epoch(epoch, resolution, self.views if views is None else views, magnitude)
+        self._settings.set_epoch(
+            epoch, resolution, self.views if views is None else views, magnitude
+        )
         self._max_resolution = max(self._max_resolution, self.resolution)
         self.epoch, self.first_batch = epoch, first_batch
 
@@ -214,7 +265,8 @@ class ViewLoader:
 
     def _stop(self) -> None:
         if self._process != os.getpid():
-            self._of_parent = self._buffer  # kept: to free pinned memory is CUDA's work, which a fork can't ask for
+            # Kept: to free pinned memory is CUDA's work, which a fork can't ask for.
+            self._of_parent = self._buffer
             self._start()
         running = self._running() if self._running is not None else None
         if running is not None:
@@ -223,11 +275,17 @@ class ViewLoader:
     def _checked_indices(self, indices: Sequence[int]) -> np.ndarray:
         chosen, path, total = np.asarray(indices), self.beton.path, len(self.beton)
         if len(chosen) == 0:
-            raise UserError(f"{path}: no indices given; leave them out to visit all {total} samples")
+            raise UserError(
+                f"{path}: no indices given; leave them out to visit all {total} samples"
+            )
         if chosen.ndim != 1 or chosen.dtype.kind not in "iu":
-            raise UserError(f"{path}: indices must be a list of integers, not of {chosen.dtype}; of a mask, take numpy.flatnonzero")
+            raise UserError(
+                f"{path}: indices must be a list of integers, not of {chosen.dtype}; of a mask, take numpy.flatnonzero"
+            )
         if not 0 <= chosen.min() <= chosen.max() < total:
-            raise UserError(f"{path}: indices from {chosen.min()} to {chosen.max()}, but it holds {total} samples")
+            raise UserError(
+                f"{path}: indices from {chosen.min()} to {chosen.max()}, but it holds {total} samples"
+            )
         return chosen.astype(np.int64)
 
     def _require_memory(self, loaders: int = 1) -> None:
@@ -262,25 +320,39 @@ class ViewLoader:
         )
 
     def _batches(self) -> Iterator[Batch]:
-        whole = self.samples[epoch_order(len(self.samples), seed=self.seed, epoch=self.epoch, shuffle=self.shuffle)]
+        whole = self.samples[
+            epoch_order(len(self.samples), seed=self.seed, epoch=self.epoch, shuffle=self.shuffle)
+        ]
         order = share(whole, self.rank, self.world_size)
         served = order.copy()
         process = os.getpid()
         slots = self._take_slots()
-        starts = iter(range(self.first_batch * self.batch_size, len(self) * self.batch_size, self.batch_size))
+        starts = iter(
+            range(self.first_batch * self.batch_size, len(self) * self.batch_size, self.batch_size)
+        )
         under_way: deque[tuple[torch.Tensor, np.ndarray, np.ndarray, list[Future]]] = deque()
 
         def start_batch(slot: torch.Tensor) -> None:
             start = next(starts, None)
             if start is None:
                 return
-            planned, indices = order[start : start + self.batch_size], served[start : start + self.batch_size]
+            planned, indices = (
+                order[start : start + self.batch_size],
+                served[start : start + self.batch_size],
+            )
             views = slot[: len(indices)]
             self._file.release()
-            self._file.prefetch(self.beton.images["data_ptr"][indices], self.beton.image_sizes[indices])
+            self._file.prefetch(
+                self.beton.images["data_ptr"][indices], self.beton.image_sizes[indices]
+            )
             tasks = [
                 self._pool.submit(
-                    self._render, indices[i : i + SAMPLES_PER_TASK], views.numpy()[i : i + SAMPLES_PER_TASK], self._consumed, whole, start + i
+                    self._render,
+                    indices[i : i + SAMPLES_PER_TASK],
+                    views.numpy()[i : i + SAMPLES_PER_TASK],
+                    self._consumed,
+                    whole,
+                    start + i,
                 )
                 for i in range(0, len(indices), SAMPLES_PER_TASK)
             ]
@@ -297,7 +369,11 @@ class ViewLoader:
                     task.result()
                 under_way.popleft()
                 self.replaced += int((indices != planned).sum())
-                labels = np.full(len(indices), UNLABELLED) if self.beton.labels is None else self.beton.labels[indices]
+                labels = (
+                    np.full(len(indices), UNLABELLED)
+                    if self.beton.labels is None
+                    else self.beton.labels[indices]
+                )
                 try:
                     yield Batch(views, torch.from_numpy(labels), torch.from_numpy(indices))
                 finally:
@@ -305,7 +381,12 @@ class ViewLoader:
                         self._consumed = mark_work()
                 start_batch(slot)
         finally:
-            tasks = [task for *_, tasks in under_way for task in tasks] if process == os.getpid() else []  # a fork's would never end
+            # A fork's would never end.
+            tasks = (
+                [task for *_, tasks in under_way for task in tasks]
+                if process == os.getpid()
+                else []
+            )
             for task in tasks:
                 task.cancel()
             for task in tasks:
@@ -317,20 +398,43 @@ class ViewLoader:
             self._buffer = None  # before a larger one is taken
             self._require_memory()
             self._buffer = torch.empty(self.buffer_bytes, dtype=torch.uint8, pin_memory=self._pins)
-        shape = (self.batches_ahead, self.batch_size, self._settings.views, 3, self.resolution, self.resolution)
+        shape = (
+            self.batches_ahead,
+            self.batch_size,
+            self._settings.views,
+            3,
+            self.resolution,
+            self.resolution,
+        )
         return self._buffer[: math.prod(shape)].view(shape)
 
-    def _render(self, indices: np.ndarray, views: np.ndarray, after: "torch.cuda.Event | None", whole: np.ndarray, start: int) -> None:
-        """Render the views of the samples at `indices`, from the place `start` of this rank's share of the `whole` epoch on."""
+    def _render(
+        self,
+        indices: np.ndarray,
+        views: np.ndarray,
+        after: "torch.cuda.Event | None",
+        whole: np.ndarray,
+        start: int,
+    ) -> None:
+        """Render the views of the samples at `indices`, from the place `start` of this rank's share
+        of the `whole` epoch on.
+        """
         if after is not None:
             wait_in_thread(after)
         done = attempts = 0
         while done < len(indices):
             try:
                 render_samples(
-                    self._file.data, self.beton.pointers, self.beton.sizes, self.beton.images, indices[done:],
-                    self._settings.counters, self._settings.policy_rows, self._settings.scaled_decoding, views[done:],
-                )  # fmt: skip
+                    self._file.data,
+                    self.beton.pointers,
+                    self.beton.sizes,
+                    self.beton.images,
+                    indices[done:],
+                    self._settings.counters,
+                    self._settings.policy_rows,
+                    self._settings.scaled_decoding,
+                    views[done:],
+                )
                 break
             except ValueError as error:
                 broken = error.args[-1]
@@ -341,21 +445,29 @@ class ViewLoader:
                         f"{self.beton.path}: image {broken} does not decode; to leave it out, "
                         "write the file again with --skip-broken and without --quick-check"
                     ) from error
-                done, indices[at] = at, substitute(whole, (start + at) * self.world_size + self.rank, attempts)
+                done, indices[at] = (
+                    at,
+                    substitute(whole, (start + at) * self.world_size + self.rank, attempts),
+                )
         if self._kernel is not None:
             self._kernel(self._settings.counters, indices, views)
 
 
 def substitute(order: np.ndarray, place: int, attempt: int) -> int:
-    """The sample to serve instead of order[place], which does not decode: half an epoch away, so that a batch holds none twice.
+    """The sample to serve instead of order[place], which does not decode: half an epoch away, so
+    that a batch holds none twice.
 
-    attempt: 1, 2, ... as long as those before do not decode either; after len(order) of them all have been tried.
+    attempt: 1, 2, ... as long as those before do not decode either; after len(order) of them all
+    have been tried.
     """
     return int(order[(place + len(order) // 2 + attempt - 1) % len(order)])
 
 
 class _Iteration:
-    """An epoch under way. Once the loader has ended it, it raises: to stop would pass for the end of the epoch."""
+    """An epoch under way.
+
+    Once the loader has ended it, it raises: to stop would pass for the end of the epoch.
+    """
 
     def __init__(self, batches: Generator[Batch]):
         self._batches = batches
@@ -367,7 +479,9 @@ class _Iteration:
 
     def __next__(self) -> Batch:
         if self._process != os.getpid():
-            raise UserError("this iteration of a ViewLoader belongs to the process that this one was forked from; begin another, by iter()")
+            raise UserError(
+                "this iteration of a ViewLoader belongs to the process that this one was forked from; begin another, by iter()"
+            )
         if self._ended:
             raise UserError(
                 "this iteration of a ViewLoader was ended by another one, by set_epoch or by close; "

@@ -5,7 +5,8 @@ import functools
 import torch
 from torch import Tensor
 
-MEAN = (0.485, 0.456, 0.406)  # of ImageNet's training images, per channel, in 0..1; what its pre-trained networks expect
+# Of ImageNet's training images, per channel, in 0..1; what its pre-trained networks expect.
+MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
@@ -17,10 +18,14 @@ def _scale_and_shift(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def to_input(views: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Images (N, 3, R, R) of 0..255, uint8, float16 or float32, to normalised `dtype` on the same device, channels_last.
+    """Images (N, 3, R, R) of 0..255, uint8, float16 or float32, to normalised `dtype` on the same
+    device, channels_last.
 
-    One operation normalises, casts (with one rounding) and changes the layout: on a GPU, one pass over the memory.
+    One operation normalises, casts (with one rounding) and changes the layout: on a GPU, one pass
+    over the memory.
     """
     scale, shift = _scale_and_shift(views.device)
-    images = torch.empty(views.shape, dtype=dtype, device=views.device, memory_format=torch.channels_last)
+    images = torch.empty(
+        views.shape, dtype=dtype, device=views.device, memory_format=torch.channels_last
+    )
     return torch.addcmul(shift, views, scale, out=images)

@@ -17,14 +17,17 @@ JITTER_FORMS = ("torchvision", "affine")
 
 @dataclass(frozen=True)
 class ViewPolicy:
-    """The distribution of one view: torchvision's RandomResizedCrop, flip, ColorJitter, grey, GaussianBlur, solarise and RandAugment.
+    """The distribution of one view: torchvision's RandomResizedCrop, flip, ColorJitter, grey,
+    GaussianBlur, solarise and RandAugment.
 
-    They come in this order. The defaults are SimSiam's and MoCo v2's. `brightness`, `contrast`, `saturation` and `hue` are
-    torchvision's ranges at the standard magnitude 5 and scale linearly with the magnitude. `jitter_form` is "torchvision" (its four
-    steps in random order, clipped after each) or "affine" (one colour matrix a view, cheaper; `operations.colour_matrix` says what
-    differs). `blur_sigma` is in pixels of the rendered view. `rand_augment` is the number of RandAugment's operations, whose
-    magnitude is the run's, 0..30 and clipped there. With `centre_crop` > 0 nothing is random: the largest centred square is taken,
-    and of it that fraction of the side.
+    They come in this order. The defaults are SimSiam's and MoCo v2's. `brightness`, `contrast`,
+    `saturation` and `hue` are torchvision's ranges at the standard magnitude 5 and scale linearly
+    with the magnitude. `jitter_form` is "torchvision" (its four steps in random order, clipped
+    after each) or "affine" (one colour matrix a view, cheaper; `operations.colour_matrix` says what
+    differs). `blur_sigma` is in pixels of the rendered view. `rand_augment` is the number of
+    RandAugment's operations, whose magnitude is the run's, 0..30 and clipped there. With
+    `centre_crop` > 0 nothing is random: the largest centred square is taken, and of it that
+    fraction of the side.
     """
 
     centre_crop: float = 0.0
@@ -47,29 +50,62 @@ class ViewPolicy:
         for name in ("flip", "jitter", "grey", "blur", "solarise", "centre_crop"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"view policy: {name} is {getattr(self, name)}, must lie in 0..1")
-        for name, most in (("brightness", math.inf), ("contrast", math.inf), ("saturation", math.inf), ("hue", 0.5)):
+        for name, most in (
+            ("brightness", math.inf),
+            ("contrast", math.inf),
+            ("saturation", math.inf),
+            ("hue", 0.5),
+        ):
             if not 0 <= getattr(self, name) <= most:
-                raise UserError(f"view policy: {name} is {getattr(self, name)}, must lie in 0..{most:g}")
+                raise UserError(
+                    f"view policy: {name} is {getattr(self, name)}, must lie in 0..{most:g}"
+                )
         for name in ("crop_scale", "crop_ratio", "blur_sigma"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
-                raise UserError(f"view policy: {name} is ({low}, {high}), must be two positive numbers, the smaller first")
+                raise UserError(
+                    f"view policy: {name} is ({low}, {high}), must be two positive "
+                    "numbers, the smaller first"
+                )
         if self.crop_scale[1] > 1:
-            raise UserError(f"view policy: crop_scale goes up to {self.crop_scale[1]}, must not exceed 1")
+            raise UserError(
+                f"view policy: crop_scale goes up to {self.crop_scale[1]}, must not exceed 1"
+            )
         if self.jitter_form not in JITTER_FORMS:
-            raise UserError(f"view policy: jitter_form is {self.jitter_form!r}, must be one of {', '.join(JITTER_FORMS)}")
+            raise UserError(
+                f"view policy: jitter_form is {self.jitter_form!r}, must be one of "
+                f"{', '.join(JITTER_FORMS)}"
+            )
         if self.rand_augment not in range(MOST_OPERATIONS + 1):
-            raise UserError(f"view policy: rand_augment is {self.rand_augment}, must be a whole number of operations, 0..{MOST_OPERATIONS}")
+            raise UserError(
+                f"view policy: rand_augment is {self.rand_augment}, must be a whole number "
+                f"of operations, 0..{MOST_OPERATIONS}"
+            )
 
     def row(self, magnitude: float = STANDARD_MAGNITUDE) -> np.ndarray:
         """This policy at a magnitude, as the compiled code reads it: float64 (POLICY_COLUMNS,)."""
         strength = magnitude / STANDARD_MAGNITUDE
-        return np.array([
-            self.centre_crop, *self.crop_scale, math.log(self.crop_ratio[0]), math.log(self.crop_ratio[1]), self.flip, self.jitter,
-            self.brightness * strength, self.contrast * strength, self.saturation * strength, min(self.hue * strength, 0.5),
-            self.grey, self.blur, *self.blur_sigma, self.solarise, self.jitter_form == "affine",
-            self.rand_augment, min(max(magnitude, 0), MOST_MAGNITUDE),
-        ])  # fmt: skip
+        return np.array(
+            [
+                self.centre_crop,
+                *self.crop_scale,
+                math.log(self.crop_ratio[0]),
+                math.log(self.crop_ratio[1]),
+                self.flip,
+                self.jitter,
+                self.brightness * strength,
+                self.contrast * strength,
+                self.saturation * strength,
+                min(self.hue * strength, 0.5),
+                self.grey,
+                self.blur,
+                *self.blur_sigma,
+                self.solarise,
+                self.jitter_form == "affine",
+                self.rand_augment,
+                min(max(magnitude, 0), MOST_MAGNITUDE),
+            ]
+        )
 
 
 EVALUATION = ViewPolicy(centre_crop=224 / 256, flip=0, jitter=0, grey=0, blur=0)
@@ -79,15 +115,24 @@ _BYOL = replace(_SIMSIAM, crop_scale=(0.08, 1.0), saturation=0.2)
 # One policy a view; they are dealt out in turn where there are more views than policies.
 POLICIES = {
     "simsiam": (_SIMSIAM,),
-    "simclr": (replace(_SIMSIAM, crop_scale=(0.08, 1.0), brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2),),
+    "simclr": (
+        replace(
+            _SIMSIAM, crop_scale=(0.08, 1.0), brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2
+        ),
+    ),
     "byol": (replace(_BYOL, blur=1.0), replace(_BYOL, blur=0.1, solarise=0.2)),
     "randaugment": (replace(_SIMSIAM, jitter=0, grey=0, blur=0, rand_augment=2),),
     "evaluation": (EVALUATION,),
 }
 
 
-def choose_policies(name: str, *, crop_scale_min: float | None = None, **changes) -> tuple[ViewPolicy, ...]:
-    """The policies called `name`, with those fields changed whose new value is not None. Raises UserError for an unknown name."""
+def choose_policies(
+    name: str, *, crop_scale_min: float | None = None, **changes
+) -> tuple[ViewPolicy, ...]:
+    """The policies called `name`, with those fields changed whose new value is not None.
+
+    Raises UserError for an unknown name.
+    """
     if name not in POLICIES:
         raise UserError(f"augment.policy: unknown policy {name!r}; known are {', '.join(POLICIES)}")
     if crop_scale_min is not None:
@@ -97,14 +142,24 @@ def choose_policies(name: str, *, crop_scale_min: float | None = None, **changes
 
 
 class ViewSettings:
-    """What to render of each image: `views` views of `resolution` pixels by `policy` (one, or one a view, dealt out in turn).
+    """What to render of each image: `views` views of `resolution` pixels by `policy` (one, or one a
+    view, dealt out in turn).
 
-    With `scaled_decoding` a JPEG that is large beside its views is decoded at 1/2, 1/4 or 1/8 of its size, see `choose_denominator`.
-    Epoch, resolution, magnitude and the number of views, `views` at most, change by `set_epoch`, without recompiling: the compiled code reads `counters` (int64: seed,
-    epoch) and `policy_rows` (float64, (policies, POLICY_COLUMNS)), whose addresses never change.
+    With `scaled_decoding` a JPEG that is large beside its views is decoded at 1/2, 1/4 or 1/8 of
+    its size, see `choose_denominator`. Epoch, resolution, magnitude and the number of views,
+    `views` at most, change by `set_epoch`, without recompiling: the compiled code reads `counters`
+    (int64: seed, epoch) and `policy_rows` (float64, (policies, POLICY_COLUMNS)), whose addresses
+    never change.
     """
 
-    def __init__(self, views: int, resolution: int, policy: ViewPolicy | Sequence[ViewPolicy], seed: int, scaled_decoding: bool = True):
+    def __init__(
+        self,
+        views: int,
+        resolution: int,
+        policy: ViewPolicy | Sequence[ViewPolicy],
+        seed: int,
+        scaled_decoding: bool = True,
+    ):
         if views < 1:
             raise UserError(f"{views} views asked for, at least 1 is needed")
         self.most_views = views

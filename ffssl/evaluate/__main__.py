@@ -4,27 +4,42 @@
     python -m ffssl.evaluate linear runs/efficient                 # 90 epochs; the same command continues a probe that was interrupted
     python -m ffssl.evaluate linear runs/efficient --cached        # on features of centre crops, computed once: no augmentation
 
-A run is its folder, or a checkpoint file. Results are added to evaluation.json beside the checkpoint.
+A run is its folder, or a checkpoint file. Results are added to evaluation.json beside the
+checkpoint.
 """
 
 import sys
 from pathlib import Path
 
-from ffssl.config.command_line import NETWORKS, Parser, checked, exit_status
 from ffssl.config import Number
+from ffssl.config.command_line import NETWORKS, Parser, checked, exit_status
 
 
 def main() -> None:
     arguments = vars(parser().parse_args())
     runs, evaluation = arguments.pop("runs"), arguments.pop("evaluation")
 
-    from ffssl.evaluate.frozen_run import freeze  # imports torch, which takes seconds: not for --help and a mistyped option
+    # Imports torch, which takes seconds: not for --help and a mistyped option.
+    from ffssl.evaluate.frozen_run import freeze
     from ffssl.evaluate.linear import Recipe, usual_batch_size
     from ffssl.evaluate.results import add_result, markdown_table, require_recordable
 
-    common = {name: arguments.pop(name) for name in ("network", "train", "validation", "label_field", "resolution", "workers", "device", "amp")}
+    common = {
+        name: arguments.pop(name)
+        for name in (
+            "network",
+            "train",
+            "validation",
+            "label_field",
+            "resolution",
+            "workers",
+            "device",
+            "amp",
+        )
+    }
     for run in runs:
-        require_recordable(freeze(run, **common).checkpoint.parent)  # all are checked before the first takes hours
+        # All are checked before the first takes hours.
+        require_recordable(freeze(run, **common).checkpoint.parent)
     results = []
     try:
         for run in runs:
@@ -44,27 +59,86 @@ def main() -> None:
 def parser() -> Parser:
     integer, positive = Number(int, 1), Number(float, 1e-6)
     common = Parser(add_help=False)
-    common.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a checkpoint file")
-    common.add_argument("--network", default="student", choices=NETWORKS, help="whose backbone (default: %(default)s)")
-    common.add_argument("--train", type=Path, metavar="FILE", help="beton file with labels; default: the run's own, as the following")
-    common.add_argument("--validation", type=Path, metavar="FILE", help="beton file with labels")
-    common.add_argument("--label-field", metavar="NAME", help="their field of labels, where it is not clear which it is")
-    common.add_argument("--resolution", type=checked(integer), metavar="SIDE", help="side of the views in pixels; default: the run's largest")
-    common.add_argument("--workers", type=checked(Number(int, 0)), metavar="N", help="threads that render views; 0: one per core")
-    common.add_argument("--device", default="auto", help="cuda, cuda:N or cpu (default: a GPU where there is one)")
     common.add_argument(
-        "--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="mixed precision of the backbone (default: off on CPU)"
+        "runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a checkpoint file"
+    )
+    common.add_argument(
+        "--network",
+        default="student",
+        choices=NETWORKS,
+        help="whose backbone (default: %(default)s)",
+    )
+    common.add_argument(
+        "--train",
+        type=Path,
+        metavar="FILE",
+        help="beton file with labels; default: the run's own, as the following",
+    )
+    common.add_argument("--validation", type=Path, metavar="FILE", help="beton file with labels")
+    common.add_argument(
+        "--label-field",
+        metavar="NAME",
+        help="their field of labels, where it is not clear which it is",
+    )
+    common.add_argument(
+        "--resolution",
+        type=checked(integer),
+        metavar="SIDE",
+        help="side of the views in pixels; default: the run's largest",
+    )
+    common.add_argument(
+        "--workers",
+        type=checked(Number(int, 0)),
+        metavar="N",
+        help="threads that render views; 0: one per core",
+    )
+    common.add_argument(
+        "--device", default="auto", help="cuda, cuda:N or cpu (default: a GPU where there is one)"
+    )
+    common.add_argument(
+        "--amp",
+        default="auto",
+        choices=("auto", "bf16", "fp16", "off"),
+        help="mixed precision of the backbone (default: off on CPU)",
     )
     whole = Parser(prog="python -m ffssl.evaluate", description=__doc__)
     commands = whole.add_subparsers(dest="evaluation", required=True, metavar="{knn,linear}")
-    knn = commands.add_parser("knn", parents=[common], help="weighted vote of the nearest training images (Wu et al. 2018)")
-    knn.add_argument("--k", type=checked(integer), default=200, help="neighbours (default: %(default)s)")
-    knn.add_argument("--temperature", type=checked(positive), default=0.1, help="of the votes (default: %(default)s)")
-    linear = commands.add_parser("linear", parents=[common], help="a linear classifier, trained with LARS (section B of the paper)")
+    knn = commands.add_parser(
+        "knn",
+        parents=[common],
+        help="weighted vote of the nearest training images (Wu et al. 2018)",
+    )
+    knn.add_argument(
+        "--k", type=checked(integer), default=200, help="neighbours (default: %(default)s)"
+    )
+    knn.add_argument(
+        "--temperature",
+        type=checked(positive),
+        default=0.1,
+        help="of the votes (default: %(default)s)",
+    )
+    linear = commands.add_parser(
+        "linear",
+        parents=[common],
+        help="a linear classifier, trained with LARS (section B of the paper)",
+    )
     linear.add_argument("--epochs", type=checked(integer), default=90, help="default: %(default)s")
-    linear.add_argument("--learning-rate", type=checked(positive), default=0.8, help="its peak, of a cosine (default: %(default)s)")
-    linear.add_argument("--batch-size", type=checked(integer), help="default: 2048, or 1/64 of fewer than 131,072 images")
-    linear.add_argument("--cached", action="store_true", help="train on features of centre crops, computed once: no augmentation")
+    linear.add_argument(
+        "--learning-rate",
+        type=checked(positive),
+        default=0.8,
+        help="its peak, of a cosine (default: %(default)s)",
+    )
+    linear.add_argument(
+        "--batch-size",
+        type=checked(integer),
+        help="default: 2048, or 1/64 of fewer than 131,072 images",
+    )
+    linear.add_argument(
+        "--cached",
+        action="store_true",
+        help="train on features of centre crops, computed once: no augmentation",
+    )
     return whole
 
 

@@ -1,4 +1,6 @@
-"""Features of a frozen backbone: in evaluation mode (BatchNorm by its running statistics) and without gradient."""
+"""Features of a frozen backbone: in evaluation mode (BatchNorm by its running statistics) and
+without gradient.
+"""
 
 import collections
 from collections.abc import Iterator
@@ -17,24 +19,31 @@ from ffssl.parallel.device import mark_work
 from ffssl.run_folder.background_writer import copy_to_host
 from ffssl.training.transfer import to_device
 
-IMAGES_AT_ONCE = 256  # through the backbone; a probe's batches are larger, and would need memory in proportion
+# Through the backbone; a probe's batches are larger, and would need memory in proportion.
+IMAGES_AT_ONCE = 256
 
 
 def open_views(path: str | Path, data: DataOptions, resolution: int, **settings) -> ViewLoader:
-    """One view of every image: its centre crop, in the file's order, unless `settings` of the loader say otherwise.
+    """One view of every image: its centre crop, in the file's order, unless `settings` of the
+    loader say otherwise.
 
     data: the options of the section data.
     """
     usual = {
-        "batch_size": 256, "policy": EVALUATION, "shuffle": False, "workers": data.workers, "batches_ahead": 2,
-        "scaled_decoding": data.scaled_decoding, "label_field": data.label_field,
-    }  # fmt: skip
+        "batch_size": 256,
+        "policy": EVALUATION,
+        "shuffle": False,
+        "workers": data.workers,
+        "batches_ahead": 2,
+        "scaled_decoding": data.scaled_decoding,
+        "label_field": data.label_field,
+    }
     return ViewLoader(path, views=1, resolution=resolution, drop_last=False, **usual | settings)
 
 
 def labelled_images(loader: ViewLoader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of each batch the first views, uint8 (B, 3, R, R), on `device` until the next is asked for (see `to_device`), and the labels (B,), in
-    the host's memory.
+    """Of each batch the first views, uint8 (B, 3, R, R), on `device` until the next is asked for
+    (see `to_device`), and the labels (B,), in the host's memory.
     """
     labels: collections.deque[Tensor] = collections.deque()
 
@@ -49,25 +58,43 @@ def labelled_images(loader: ViewLoader, device: torch.device) -> Iterator[tuple[
 
 @torch.no_grad()
 def frozen_features(backbone: nn.Module, images: Tensor, amp: torch.autocast) -> Tensor:
-    """Pooled features (B, d), float32, of uint8 images (B, 3, R, R) on the backbone's device. `backbone` must be in evaluation mode."""
+    """Pooled features (B, d), float32, of uint8 images (B, 3, R, R) on the backbone's device.
+
+    `backbone` must be in evaluation mode.
+    """
     with amp:
-        return torch.cat([backbone(to_input(part)).float() for part in images.split(IMAGES_AT_ONCE)])
+        return torch.cat(
+            [backbone(to_input(part)).float() for part in images.split(IMAGES_AT_ONCE)]
+        )
 
 
 def extract_features(
-    backbone: nn.Module, loader: ViewLoader, device: torch.device, amp: torch.autocast, *, store: torch.device | None = None,
+    backbone: nn.Module,
+    loader: ViewLoader,
+    device: torch.device,
+    amp: torch.autocast,
+    *,
+    store: torch.device | None = None,
     unit_length: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Pooled features (N, d) and labels int64 (N,) of the first views of all images of `loader`. The backbone's mode is put back.
+) -> tuple[Tensor, Tensor]:
+    """Pooled features (N, d) and labels int64 (N,) of the first views of all images of `loader`.
 
-    store: the device that keeps them, by default the one that computes. unit_length: L2-normalised, which lets float16 hold them;
-    otherwise float32.
+    The backbone's mode is put back.
+
+    store: the device that keeps them, by default the one that computes. unit_length: L2-normalised,
+    which lets float16 hold them; otherwise float32.
     """
     store = store or device
-    features = torch.empty(len(loader.samples), backbone.features, dtype=torch.float16 if unit_length else torch.float32, device=store)
+    features = torch.empty(
+        len(loader.samples),
+        backbone.features,
+        dtype=torch.float16 if unit_length else torch.float32,
+        device=store,
+    )
     labels = torch.empty(len(loader.samples), dtype=torch.int64)
     training, done = backbone.training, 0
-    arriving: collections.deque[tuple[Tensor, Tensor, torch.cuda.Event]] = collections.deque()  # at the host, while the next are computed
+    # At the host, while the next are computed.
+    arriving: collections.deque[tuple[Tensor, Tensor, torch.cuda.Event]] = collections.deque()
 
     def take_in() -> None:
         rows, found, copied = arriving.popleft()
@@ -77,7 +104,12 @@ def extract_features(
     backbone.eval()
     batches = labelled_images(loader, device)
     for images, batch_labels in tqdm(
-        batches, desc=f"features of {loader.beton.path.name}", total=len(loader), unit="batch", leave=False, disable=None
+        batches,
+        desc=f"features of {loader.beton.path.name}",
+        total=len(loader),
+        unit="batch",
+        leave=False,
+        disable=None,
     ):
         found = frozen_features(backbone, images, amp)
         found = (F.normalize(found, dim=1) if unit_length else found).to(features.dtype)

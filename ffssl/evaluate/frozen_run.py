@@ -9,18 +9,26 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ffssl.config import Options
 from ffssl.backbones import check_resolutions
-from ffssl.run_folder.machine import describe_machine
+from ffssl.config import Options
 from ffssl.data.beton.read import read_beton
 from ffssl.data.convert.conversion import read_description
-from ffssl.parallel.device import choose_device, mixed_precision
 from ffssl.errors import UserError
 from ffssl.evaluate.features import extract_features, open_views
 from ffssl.evaluate.knn import knn_accuracy
 from ffssl.evaluate.labels import shared_classes
-from ffssl.evaluate.linear import AUGMENTATION, Batches, Recipe, augmented_batches, cached_batches, top_accuracies, train_probe
+from ffssl.evaluate.linear import (
+    AUGMENTATION,
+    Batches,
+    Recipe,
+    augmented_batches,
+    cached_batches,
+    top_accuracies,
+    train_probe,
+)
 from ffssl.load import backbone_of, checkpoint_path, fingerprint, load_run
+from ffssl.parallel.device import choose_device, mixed_precision
+from ffssl.run_folder.machine import describe_machine
 
 HOST = torch.device("cpu")
 PACKAGES = ("ffssl", "torch", "torchvision", "timm", "torchmetrics", "ffcv")
@@ -28,7 +36,8 @@ PACKAGES = ("ffssl", "torch", "torchvision", "timm", "torchmetrics", "ffcv")
 
 @dataclass(frozen=True)
 class FrozenRun:
-    """A run's backbone, in evaluation mode and without gradient, and the labelled images to judge it by.
+    """A run's backbone, in evaluation mode and without gradient, and the labelled images to judge
+    it by.
 
     classes: int64, the labels that there are, each once, ascending.
     """
@@ -52,65 +61,118 @@ class FrozenRun:
         return len(read_beton(self.train))
 
     def knn(self, *, k: int, temperature: float) -> dict:
-        """Accuracy of the weighted kNN vote of all training images: a record, see `ffssl.evaluate.results`. k is cut to their number."""
-        bank, bank_labels = self.centre_crops(self.train, unit_length=True, broken=self.options.data.broken)
+        """Accuracy of the weighted kNN vote of all training images: a record, see
+        `ffssl.evaluate.results`. k is cut to their number.
+        """
+        bank, bank_labels = self.centre_crops(
+            self.train, unit_length=True, broken=self.options.data.broken
+        )
         queries, labels = self.centre_crops(self.validation, unit_length=True)
         k = min(k, len(bank))
-        accuracy = knn_accuracy(bank, bank_labels, queries, labels, k=k, temperature=temperature, device=self.device)
+        accuracy = knn_accuracy(
+            bank, bank_labels, queries, labels, k=k, temperature=temperature, device=self.device
+        )
         return self.record("knn", {"k": k, "temperature": temperature}, {"top1": accuracy})
 
     def linear(self, recipe: Recipe) -> dict:
         """Accuracy of a linear probe: a record, see `ffssl.evaluate.results`.
 
-        What is trained so far is kept beside the run's checkpoint, under a name that holds a hash of all that decides the result.
+        What is trained so far is kept beside the run's checkpoint, under a name that holds a hash
+        of all that decides the result.
         """
         record = self.record("linear", asdict(recipe) | {"training": recipe.training}, {})
         decisive = {name: value for name, value in record.items() if name != "machine"}
         name = f"linear-{hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:8]}.pt"
-        sizes = {"images": self.images, "features": self.backbone.features, "classes": len(self.classes)}
+        sizes = {
+            "images": self.images,
+            "features": self.backbone.features,
+            "classes": len(self.classes),
+        }
         common = {**sizes, "device": self.device, "folder": self.checkpoint.parent, "name": name}
         if recipe.cached:
             cached = self.centre_crops(self.train, broken=self.options.data.broken)
-            classifier = train_probe(self._numbered(cached_batches(*cached, recipe)), recipe, **common)
+            classifier = train_probe(
+                self._numbered(cached_batches(*cached, recipe)), recipe, **common
+            )
         else:
             settings = {
-                "policy": AUGMENTATION, "batch_size": recipe.batch_size, "shuffle": True, "seed": recipe.seed, "broken": self.options.data.broken
+                "policy": AUGMENTATION,
+                "batch_size": recipe.batch_size,
+                "shuffle": True,
+                "seed": recipe.seed,
+                "broken": self.options.data.broken,
             }
             with open_views(self.train, self.options.data, self.resolution, **settings) as loader:
                 batches = augmented_batches(self.backbone, loader, self.device, self.amp)
                 classifier = train_probe(self._numbered(batches), recipe, **common)
         features, labels = self.centre_crops(self.validation)
-        return record | {"scores": top_accuracies(classifier, features, torch.searchsorted(self.classes, labels)), "probe": name}
+        return record | {
+            "scores": top_accuracies(
+                classifier, features, torch.searchsorted(self.classes, labels)
+            ),
+            "probe": name,
+        }
 
     def _numbered(self, batches: Batches) -> Batches:
         """With the labels' places among the classes for labels, which may be any numbers."""
-        return lambda epoch: ((features, torch.searchsorted(self.classes, labels)) for features, labels in batches(epoch))
+        return lambda epoch: (
+            (features, torch.searchsorted(self.classes, labels))
+            for features, labels in batches(epoch)
+        )
 
-    def centre_crops(self, path: Path, *, unit_length: bool = False, broken: str = "stop") -> tuple[Tensor, Tensor]:
-        """Features (N, d) and labels (N,) of a file's centre crops, in the host's memory; see `extract_features`, `ViewLoader` for broken."""
+    def centre_crops(
+        self, path: Path, *, unit_length: bool = False, broken: str = "stop"
+    ) -> tuple[Tensor, Tensor]:
+        """Features (N, d) and labels (N,) of a file's centre crops, in the host's memory; see
+        `extract_features`, `ViewLoader` for broken.
+        """
         with open_views(path, self.options.data, self.resolution, broken=broken) as loader:
-            return extract_features(self.backbone, loader, self.device, self.amp, store=HOST, unit_length=unit_length)
+            return extract_features(
+                self.backbone, loader, self.device, self.amp, store=HOST, unit_length=unit_length
+            )
 
     def record(self, evaluation: str, settings: dict, scores: dict) -> dict:
-        data, label_field = {"train": self.train, "validation": self.validation}, self.options.data.label_field
+        data, label_field = (
+            {"train": self.train, "validation": self.validation},
+            self.options.data.label_field,
+        )
         return {
             "evaluation": evaluation,
-            "checkpoint": self.checkpoint.name, "epoch": self.epoch, "steps": self.steps, "network": self.network,
+            "checkpoint": self.checkpoint.name,
+            "epoch": self.epoch,
+            "steps": self.steps,
+            "network": self.network,
             "weights": fingerprint(self.backbone),
-            "settings": settings | {"resolution": self.resolution, "classes": len(self.classes), "precision": precision(self.amp, self.device)},
+            "settings": settings
+            | {
+                "resolution": self.resolution,
+                "classes": len(self.classes),
+                "precision": precision(self.amp, self.device),
+            },
             "data": {name: describe(path, label_field) for name, path in data.items()},
             "machine": describe_machine(PACKAGES),
             "scores": scores,
-        }  # fmt: skip
+        }
 
 
 def freeze(
-    run: Path, *, network: str = "student", train: Path | None = None, validation: Path | None = None, label_field: str | None = None,
-    resolution: int | None = None, workers: int | None = None, device: str = "auto", amp: str = "auto",
-) -> FrozenRun:  # fmt: skip
-    """A run, from its folder or a checkpoint, ready to be evaluated. What is left out is as the run had it: files, resolution, workers.
+    run: Path,
+    *,
+    network: str = "student",
+    train: Path | None = None,
+    validation: Path | None = None,
+    label_field: str | None = None,
+    resolution: int | None = None,
+    workers: int | None = None,
+    device: str = "auto",
+    amp: str = "auto",
+) -> FrozenRun:
+    """A run, from its folder or a checkpoint, ready to be evaluated.
 
-    Raises UserError where the run can't be loaded, or the images have no labels, or not the same classes, see `shared_classes`.
+    What is left out is as the run had it: files, resolution, workers.
+
+    Raises UserError where the run can't be loaded, or the images have no labels, or not the same
+    classes, see `shared_classes`.
     """
     place = choose_device(device, "--device")
     autocast, _ = mixed_precision(amp, place, "--amp")
@@ -118,32 +180,59 @@ def freeze(
     loaded = load_run(path)
     options = loaded.options
     if not validation and not options.data.validation:
-        raise UserError(f"{path}: the run had no validation images; name a beton file with --validation")
-    train, validation = Path(train or options.data.train), Path(validation or options.data.validation)
+        raise UserError(
+            f"{path}: the run had no validation images; name a beton file with --validation"
+        )
+    train, validation = (
+        Path(train or options.data.train),
+        Path(validation or options.data.validation),
+    )
     changed = {"label_field": label_field, "workers": workers}
     options = options.changed(data={k: v for k, v in changed.items() if v is not None})
-    classes = torch.from_numpy(shared_classes(*(read_beton(path, options.data.label_field) for path in (train, validation)), "--label-field"))
+    classes = torch.from_numpy(
+        shared_classes(
+            *(read_beton(path, options.data.label_field) for path in (train, validation)),
+            "--label-field",
+        )
+    )
     backbone = backbone_of(loaded.method, network).requires_grad_(False).eval()
     resolution = resolution or options.resolution.max
     check_resolutions(options.model.backbone, backbone, {resolution: "--resolution"})
     return FrozenRun(
-        path, options, loaded.state["epoch"], loaded.steps, network, backbone.to(place, memory_format=torch.channels_last), train, validation,
-        classes, resolution, place, autocast,
-    )  # fmt: skip
+        path,
+        options,
+        loaded.state["epoch"],
+        loaded.steps,
+        network,
+        backbone.to(place, memory_format=torch.channels_last),
+        train,
+        validation,
+        classes,
+        resolution,
+        place,
+        autocast,
+    )
 
 
 def precision(amp: torch.autocast, device: torch.device) -> str:
     """The type in which a backbone computes under `amp`."""
     with amp:
-        return str(torch.get_autocast_dtype(device.type)).removeprefix("torch.") if torch.is_autocast_enabled(device.type) else "float32"
+        return (
+            str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
+            if torch.is_autocast_enabled(device.type)
+            else "float32"
+        )
 
 
 def describe(path: Path, label_field: str | None = None) -> dict:
     """A beton file's name and number of images, and a digest that tells it from others of its name.
 
-    The digest is of its labels and its images' sizes, which raw images may share with others, and of the checksum in its description.
+    The digest is of its labels and its images' sizes, which raw images may share with others, and
+    of the checksum in its description.
     """
     beton = read_beton(path, label_field)
     checksum = (read_description(path) or {}).get("sha256", "")
-    digest = hashlib.sha256(beton.labels.tobytes() + beton.image_sizes.tobytes() + checksum.encode()).hexdigest()
+    digest = hashlib.sha256(
+        beton.labels.tobytes() + beton.image_sizes.tobytes() + checksum.encode()
+    ).hexdigest()
     return {"file": path.name, "images": len(beton), "digest": digest[:16]}

@@ -1,4 +1,6 @@
-"""The labels of two files, one to learn from and one to judge by: whether they mean the same classes."""
+"""The labels of two files, one to learn from and one to judge by: whether they mean the same
+classes.
+"""
 
 import numpy as np
 
@@ -8,11 +10,16 @@ from ffssl.data.convert.sources.base import UNLABELLED
 from ffssl.errors import UserError
 
 
-def shared_classes(train: Beton, validation: Beton, option: str = "--data.label_field") -> np.ndarray:
-    """The labels of the training images, each once, ascending: int64 (classes,). They may be any numbers, as ids are.
+def shared_classes(
+    train: Beton, validation: Beton, option: str = "--data.label_field"
+) -> np.ndarray:
+    """The labels of the training images, each once, ascending: int64 (classes,).
 
-    Raises UserError where an image has no label, which names the `option` that chooses their field; where the classes of the files differ
-    in their names, or a validation image is of a class that no training image has; and where there is one class only.
+    They may be any numbers, as ids are.
+
+    Raises UserError where an image has no label, which names the `option` that chooses their field;
+    where the classes of the files differ in their names, or a validation image is of a class that
+    no training image has; and where there is one class only.
     """
     for beton in (train, validation):
         if beton.labels is None:
@@ -26,10 +33,14 @@ def shared_classes(train: Beton, validation: Beton, option: str = "--data.label_
                 "folders, or take another file"
             )
     differ = f"{validation.path}: its classes are not those of {train.path}"
-    names = [(read_description(beton.path) or {}).get("class_names") for beton in (train, validation)]
+    names = [
+        (read_description(beton.path) or {}).get("class_names") for beton in (train, validation)
+    ]
     if None not in names and names[0] != names[1]:
         alone = sorted(set(names[0]) ^ set(names[1]))
-        raise UserError(f"{differ}: {f'{alone[0]!r} is in one of them only' if alone else 'the order is another'}; convert both alike")
+        raise UserError(
+            f"{differ}: {f'{alone[0]!r} is in one of them only' if alone else 'the order is another'}; convert both alike"
+        )
     classes = np.unique(train.labels)
     unknown = np.setdiff1d(validation.labels, classes)
     if len(unknown):
@@ -37,5 +48,7 @@ def shared_classes(train: Beton, validation: Beton, option: str = "--data.label_
         name = f" ({names[0][label]!r})" if names[0] and 0 <= label < len(names[0]) else ""
         raise UserError(f"{differ}: label {label}{name} has no training image")
     if len(classes) < 2:
-        raise UserError(f"{train.path}: all images have one label; an evaluation needs two classes or more")
+        raise UserError(
+            f"{train.path}: all images have one label; an evaluation needs two classes or more"
+        )
     return classes

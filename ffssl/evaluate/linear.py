@@ -10,27 +10,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from ffssl.run_folder import checkpoint
 from ffssl.data.loader import ViewLoader
 from ffssl.data.order import epoch_order
 from ffssl.data.policy import EVALUATION
-from ffssl.parallel.device import send
 from ffssl.errors import UserError
 from ffssl.evaluate.features import frozen_features, labelled_images
-from ffssl.training.optimizers import build_optimizer, set_learning_rate_and_momentum
+from ffssl.parallel.device import send
+from ffssl.run_folder import checkpoint
 from ffssl.schedules import cosine
+from ffssl.training.optimizers import build_optimizer, set_learning_rate_and_momentum
 
-AUGMENTATION = replace(EVALUATION, centre_crop=0.0, crop_scale=(0.08, 1.0), flip=0.5)  # torchvision's for supervised training
+# Torchvision's for supervised training.
+AUGMENTATION = replace(EVALUATION, centre_crop=0.0, crop_scale=(0.08, 1.0), flip=0.5)
 MOMENTUM = 0.9
 
-Batches = Callable[[int], Iterable[tuple[Tensor, Tensor]]]  # from an epoch to its batches of features (B, d) and labels (B,)
+# From an epoch to its batches of features (B, d) and labels (B,).
+Batches = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """LARS with a learning rate of 0.8 that falls by a cosine, without weight decay: section B, and SimSiam's authors where it is silent.
+    """LARS with a learning rate of 0.8 that falls by a cosine, without weight decay: section B, and
+    SimSiam's authors where it is silent.
 
-    cached: train on features of centre crops, computed once, instead of those of random crops. seed: of the weights and the order.
+    cached: train on features of centre crops, computed once, instead of those of random crops.
+    seed: of the weights and the order.
     """
 
     epochs: int = 90
@@ -46,12 +50,19 @@ class Recipe:
 
 
 def usual_batch_size(images: int) -> int:
-    """Section B's 2048, which is for ImageNet; of a smaller set less, since a classifier needs steps, too: at least 64 an epoch."""
+    """Section B's 2048, which is for ImageNet; of a smaller set less, since a classifier needs
+    steps, too: at least 64 an epoch.
+    """
     return max(min(2048, images // 64), 1)
 
 
-def augmented_batches(backbone: nn.Module, loader: ViewLoader, device: torch.device, amp: torch.autocast) -> Batches:
-    """Features of the loader's views, computed anew in every epoch. `backbone` must be in evaluation mode."""
+def augmented_batches(
+    backbone: nn.Module, loader: ViewLoader, device: torch.device, amp: torch.autocast
+) -> Batches:
+    """Features of the loader's views, computed anew in every epoch.
+
+    `backbone` must be in evaluation mode.
+    """
 
     def of_epoch(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         loader.set_epoch(epoch)
@@ -65,7 +76,9 @@ def cached_batches(features: Tensor, labels: Tensor, recipe: Recipe) -> Batches:
     """The same features (N, d) in every epoch, in another order. There is no augmentation."""
 
     def of_epoch(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.from_numpy(epoch_order(len(features), seed=recipe.seed, epoch=epoch)).to(features.device)
+        order = torch.from_numpy(epoch_order(len(features), seed=recipe.seed, epoch=epoch)).to(
+            features.device
+        )
         for indices in order.split(recipe.batch_size):
             yield features[indices], labels[indices]
 
@@ -73,19 +86,32 @@ def cached_batches(features: Tensor, labels: Tensor, recipe: Recipe) -> Batches:
 
 
 def train_probe(
-    batches: Batches, recipe: Recipe, *, images: int, features: int, classes: int, device: torch.device, folder: Path, name: str
+    batches: Batches,
+    recipe: Recipe,
+    *,
+    images: int,
+    features: int,
+    classes: int,
+    device: torch.device,
+    folder: Path,
+    name: str,
 ) -> nn.Linear:
     """A trained classifier of features of that length, on `device`.
 
-    It goes on from the checkpoint `name` in `folder`, which is replaced after every epoch; the caller sees to it that the name stands for
-    one experiment. Raises UserError if the loss diverges.
+    It goes on from the checkpoint `name` in `folder`, which is replaced after every epoch; the
+    caller sees to it that the name stands for one experiment. Raises UserError if the loss
+    diverges.
     """
     classifier = nn.Linear(features, classes)
-    nn.init.normal_(classifier.weight, std=0.01, generator=torch.Generator().manual_seed(recipe.seed))
+    nn.init.normal_(
+        classifier.weight, std=0.01, generator=torch.Generator().manual_seed(recipe.seed)
+    )
     nn.init.zeros_(classifier.bias)
     classifier.to(device)
     groups = [{"params": list(classifier.parameters()), "weight_decay": 0.0}]
-    optimizer = build_optimizer("lars", groups, weight_decay=0.0, decay_norm_and_bias=None, momentum=MOMENTUM)
+    optimizer = build_optimizer(
+        "lars", groups, weight_decay=0.0, decay_norm_and_bias=None, momentum=MOMENTUM
+    )
     steps, done = math.ceil(images / recipe.batch_size), 0
     if state := checkpoint.load(folder, device, name):
         classifier.load_state_dict(state["classifier"])
@@ -96,7 +122,9 @@ def train_probe(
         losses = []
         for step, (inputs, labels) in enumerate(batches(epoch), epoch * steps):
             learning_rate = cosine(step, total=recipe.epochs * steps, peak=recipe.learning_rate)
-            set_learning_rate_and_momentum(optimizer, learning_rate, MOMENTUM, peak=recipe.learning_rate)
+            set_learning_rate_and_momentum(
+                optimizer, learning_rate, MOMENTUM, peak=recipe.learning_rate
+            )
             loss = F.cross_entropy(classifier(send(inputs, device)), send(labels, device))
             optimizer.zero_grad()
             loss.backward()
@@ -104,20 +132,41 @@ def train_probe(
             losses.append(loss.detach())
         loss = torch.stack(losses).mean().item()
         if not math.isfinite(loss):
-            raise UserError(f"the probe's loss is not finite in epoch {epoch + 1}; choose a --learning-rate below {recipe.learning_rate:g}")
-        state = {"epoch": epoch + 1, "recipe": asdict(recipe), "classifier": classifier.state_dict(), "optimizer": optimizer.state_dict()}
+            raise UserError(
+                f"the probe's loss is not finite in epoch {epoch + 1}; choose a "
+                f"--learning-rate below {recipe.learning_rate:g}"
+            )
+        state = {
+            "epoch": epoch + 1,
+            "recipe": asdict(recipe),
+            "classifier": classifier.state_dict(),
+            "optimizer": optimizer.state_dict(),
+        }
         checkpoint.save(folder, state, name)
-        print(f"linear probe {recipe.training}: epoch {epoch + 1}/{recipe.epochs}, loss {loss:.3f}", flush=True)
+        print(
+            f"linear probe {recipe.training}: epoch {epoch + 1}/{recipe.epochs}, loss {loss:.3f}",
+            flush=True,
+        )
     return classifier
 
 
 @torch.no_grad()
-def top_accuracies(classifier: nn.Linear, features: Tensor, labels: Tensor, batch_size: int = 2048) -> dict[str, float | None]:
-    """Shares (0..1) of the features (N, d) with the right label first, and among the first five; None where there are no more classes."""
+def top_accuracies(
+    classifier: nn.Linear, features: Tensor, labels: Tensor, batch_size: int = 2048
+) -> dict[str, float | None]:
+    """Shares (0..1) of the features (N, d) with the right label first, and among the first five;
+    None where there are no more classes.
+    """
     device, classes = classifier.weight.device, classifier.out_features
-    metrics = {f"top{k}": MulticlassAccuracy(classes, top_k=k, average="micro").to(device) for k in (1, 5) if k < classes}
+    metrics = {
+        f"top{k}": MulticlassAccuracy(classes, top_k=k, average="micro").to(device)
+        for k in (1, 5)
+        if k < classes
+    }
     for inputs, targets in zip(features.split(batch_size), labels.split(batch_size)):
         logits, targets = classifier(send(inputs, device)), send(targets, device)
         for metric in metrics.values():
             metric.update(logits, targets)
-    return {"top1": None, "top5": None} | {name: metric.compute().item() for name, metric in metrics.items()}
+    return {"top1": None, "top5": None} | {
+        name: metric.compute().item() for name, metric in metrics.items()
+    }

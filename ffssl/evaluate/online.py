@@ -1,6 +1,5 @@
 """kNN accuracy of a backbone while it trains."""
 
-
 import numpy as np
 import torch
 from torch import nn
@@ -14,32 +13,48 @@ from ffssl.evaluate.labels import shared_classes
 
 
 class OnlineKnn:
-    """Classifies the validation images by their neighbours among training images (at most `bank_samples`, drawn at random).
+    """Classifies the validation images by their neighbours among training images (at most
+    `bank_samples`, drawn at random).
 
-    Views are centre crops at the largest training resolution. `options`: all sections; see the section evaluate. label_field: where the
-    training file has its labels. Raises UserError where the two files' labels can't be compared, see `shared_classes`.
+    Views are centre crops at the largest training resolution. `options`: all sections; see the
+    section evaluate. label_field: where the training file has its labels. Raises UserError where
+    the two files' labels can't be compared, see `shared_classes`.
     """
 
     def __init__(self, options: Options, device: torch.device):
         self._options, self._device = options.evaluate, device
-        bank, queries = (read_beton(path, options.data.label_field) for path in (options.data.train, options.data.validation))
+        bank, queries = (
+            read_beton(path, options.data.label_field)
+            for path in (options.data.train, options.data.validation)
+        )
         try:
             shared_classes(bank, queries)
         except UserError as error:
             raise UserError(f"{error}; or train without --data.validation") from error
         self.label_field = bank.label_field
         self._queries = open_views(options.data.validation, options.data, options.resolution.max)
-        self._bank = open_views(options.data.train, options.data, options.resolution.max, broken=options.data.broken)
+        self._bank = open_views(
+            options.data.train, options.data, options.resolution.max, broken=options.data.broken
+        )
         total = len(self._bank.samples)
         if total > options.evaluate.bank_samples:
-            chosen = np.random.Generator(np.random.Philox(options.run.seed)).choice(total, options.evaluate.bank_samples, replace=False)
+            chosen = np.random.Generator(np.random.Philox(options.run.seed)).choice(
+                total, options.evaluate.bank_samples, replace=False
+            )
             self._bank.samples = np.sort(chosen)
 
     def accuracy(self, backbone: nn.Module, amp: torch.autocast) -> float:
         """Share (0..1) of the validation images classified rightly."""
         bank, bank_labels = extract_features(backbone, self._bank, self._device, amp)
         queries, query_labels = extract_features(backbone, self._queries, self._device, amp)
-        return knn_accuracy(bank, bank_labels, queries, query_labels, k=self._options.k, temperature=self._options.temperature)
+        return knn_accuracy(
+            bank,
+            bank_labels,
+            queries,
+            query_labels,
+            k=self._options.k,
+            temperature=self._options.temperature,
+        )
 
     def close(self) -> None:
         self._queries.close()

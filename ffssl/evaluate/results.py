@@ -21,13 +21,23 @@ from ffssl.files import write_json
 
 NAME = "evaluation.json"
 COLUMNS = {
-    "network": False, "epoch": True, "evaluation": False, "settings": False, "images": True, "top-1": True, "top-5": True
+    "network": False,
+    "epoch": True,
+    "evaluation": False,
+    "settings": False,
+    "images": True,
+    "top-1": True,
+    "top-5": True,
 }  # of a table of records, and whether they hold numbers
-_SCORED = ("evaluation", "checkpoint", "epoch", "network", "weights", "settings", "data")  # what tells records apart
+# What tells records apart.
+_SCORED = ("evaluation", "checkpoint", "epoch", "network", "weights", "settings", "data")
 
 
 def read_results(folder: Path) -> list[dict]:
-    """The records of a folder, oldest first. Raises UserError for a file that is damaged or can't be read."""
+    """The records of a folder, oldest first.
+
+    Raises UserError for a file that is damaged or can't be read.
+    """
     path = Path(folder) / NAME
     try:
         return json.loads(path.read_text()) if path.exists() else []
@@ -45,8 +55,13 @@ def require_recordable(folder: Path) -> None:
 
 
 def add_result(folder: Path, record: dict) -> None:
-    """Add a record to the folder's, in place of an earlier one of the same evaluation. The file is replaced whole."""
-    others = [other for other in read_results(folder) if any(other[key] != record[key] for key in _SCORED)]
+    """Add a record to the folder's, in place of an earlier one of the same evaluation.
+
+    The file is replaced whole.
+    """
+    others = [
+        other for other in read_results(folder) if any(other[key] != record[key] for key in _SCORED)
+    ]
     try:
         write_json(folder / NAME, [*others, record])
     except OSError as error:
@@ -59,19 +74,42 @@ def describe_settings(record: dict) -> str:
     if record["evaluation"] == "knn":
         how = f"k = {settings['k']}, T = {settings['temperature']:g}"
     else:
-        how = f"{settings['epochs']} epochs {settings['training']}, learning rate {settings['learning_rate']:g}, batch {settings['batch_size']}"
+        how = (
+            f"{settings['epochs']} epochs {settings['training']}, learning rate "
+            f"{settings['learning_rate']:g}, batch {settings['batch_size']}"
+        )
     return f"{how}; {settings['resolution']} px, {settings['precision']}"
 
 
 def describe(record: dict) -> tuple[str, ...]:
     """A record by COLUMNS."""
-    epoch = f"{record['epoch']} + {record['steps']} steps" if record.get("steps") else str(record["epoch"])
+    epoch = (
+        f"{record['epoch']} + {record['steps']} steps"
+        if record.get("steps")
+        else str(record["epoch"])
+    )
     scores = record["scores"]
-    top1, top5 = (f"{score:.2%}" if score is not None else "-" for score in (scores["top1"], scores.get("top5")))
-    return record["network"], epoch, record["evaluation"], describe_settings(record), str(record["data"]["validation"]["images"]), top1, top5
+    top1, top5 = (
+        f"{score:.2%}" if score is not None else "-"
+        for score in (scores["top1"], scores.get("top5"))
+    )
+    return (
+        record["network"],
+        epoch,
+        record["evaluation"],
+        describe_settings(record),
+        str(record["data"]["validation"]["images"]),
+        top1,
+        top5,
+    )
 
 
 def markdown_table(results: Iterable[tuple[str, dict]]) -> str:
     """A table of named records, a row each."""
-    lines = [f"| run | {' | '.join(COLUMNS)} |", "|---|" + "".join("--:|" if number else "---|" for number in COLUMNS.values())]
-    return "\n".join([*lines, *(f"| {name} | {' | '.join(describe(record))} |" for name, record in results)])
+    lines = [
+        f"| run | {' | '.join(COLUMNS)} |",
+        "|---|" + "".join("--:|" if number else "---|" for number in COLUMNS.values()),
+    ]
+    return "\n".join(
+        [*lines, *(f"| {name} | {' | '.join(describe(record))} |" for name, record in results)]
+    )

@@ -1,11 +1,13 @@
-"""Write a run's backbone as a file that torchvision, timm or safetensors take, with a model card beside it.
+"""Write a run's backbone as a file that torchvision, timm or safetensors take, with a model card
+beside it.
 
     python -m ffssl.export runs/efficient --to torchvision --output resnet50.pth
     python -m ffssl.export runs/efficient --to safetensors --output resnet50.safetensors --network teacher
 
-The card, FILE.md, says how to load the file, and, as far as the run recorded it, how it was trained and what it scored. There is no
-classifier in the file: torchvision's networks load it once their `fc` is an Identity. torchvision takes ResNet-18 to -101, timm these and
-its own networks; neither has the CIFAR stem or resnet-small, which safetensors keeps for FFSSL.
+The card, FILE.md, says how to load the file, and, as far as the run recorded it, how it was trained
+and what it scored. There is no classifier in the file: torchvision's networks load it once their
+`fc` is an Identity. torchvision takes ResNet-18 to -101, timm these and its own networks; neither
+has the CIFAR stem or resnet-small, which safetensors keeps for FFSSL.
 """
 
 import io
@@ -16,12 +18,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ffssl.config.options import ModelOptions
 from ffssl.backbones import RESNETS, TimmModel
 from ffssl.config.command_line import NETWORKS, Parser, exit_status
+from ffssl.config.options import ModelOptions
 from ffssl.errors import UserError
-from ffssl.files import replacing
 from ffssl.export.model_card import model_card
+from ffssl.files import replacing
 from ffssl.load import backbone_of, checkpoint_path, load_run
 
 FORMATS = ("torchvision", "timm", "safetensors")
@@ -29,10 +31,19 @@ FORMATS = ("torchvision", "timm", "safetensors")
 
 def main() -> None:
     parser = Parser(prog="python -m ffssl.export", description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or a checkpoint file")
+    parser.add_argument(
+        "run", type=Path, metavar="RUN", help="a run's folder, or a checkpoint file"
+    )
     parser.add_argument("--to", required=True, choices=FORMATS, help="who is to load it")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="replaced if it is there")
-    parser.add_argument("--network", default="student", choices=NETWORKS, help="whose backbone (default: %(default)s)")
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="FILE", help="replaced if it is there"
+    )
+    parser.add_argument(
+        "--network",
+        default="student",
+        choices=NETWORKS,
+        help="whose backbone (default: %(default)s)",
+    )
     arguments = parser.parse_args()
     export(arguments.run, arguments.to, arguments.output, arguments.network)
     print(f"{arguments.output}; {card_path(arguments.output)} says how to load it")
@@ -41,15 +52,30 @@ def main() -> None:
 def export(run: Path, to: str, output: Path, network: str = "student") -> None:
     """Write the weights, and their card. to: one of FORMATS. network: "student" or "teacher".
 
-    Raises UserError for a run that can't be loaded, a network that does not fit and an output that can't be written.
+    Raises UserError for a run that can't be loaded, a network that does not fit and an output that
+    can't be written.
     """
-    if (to == "safetensors") != (output.suffix == ".safetensors"):  # by which timm tells how to read a file
-        raise UserError(f"--output: {output}: a file for {to} must {'' if to == 'safetensors' else 'not '}end in .safetensors")
+    # By which timm tells how to read a file.
+    if (to == "safetensors") != (output.suffix == ".safetensors"):
+        raise UserError(
+            f"--output: {output}: a file for {to} must "
+            f"{'' if to == 'safetensors' else 'not '}end in .safetensors"
+        )
     loaded = load_run(run)
     backbone = backbone_of(loaded.method, network)
     check_fit(loaded.options.model, to)
-    card = model_card(loaded, backbone, folder=checkpoint_path(run).parent, network=network, to=to, file=output.name)
-    for path, content in ((output, serialised(native_weights(backbone), to)), (card_path(output), card.encode("utf-8", "backslashreplace"))):
+    card = model_card(
+        loaded,
+        backbone,
+        folder=checkpoint_path(run).parent,
+        network=network,
+        to=to,
+        file=output.name,
+    )
+    for path, content in (
+        (output, serialised(native_weights(backbone), to)),
+        (card_path(output), card.encode("utf-8", "backslashreplace")),
+    ):
         try:
             with replacing(path) as partial:
                 partial.write_bytes(content)
@@ -58,20 +84,30 @@ def export(run: Path, to: str, output: Path, network: str = "student") -> None:
 
 
 def check_fit(model: ModelOptions, to: str) -> None:
-    """Raises UserError where torchvision or timm have no such network. `model`: the options of the section model."""
+    """Raises UserError where torchvision or timm have no such network.
+
+    `model`: the options of the section model.
+    """
     name = model.backbone
     if to == "safetensors":
         return
     if model.stem != "imagenet":
-        raise UserError(f"--to: {to}'s {name} has no {model.stem} stem (3x3, no pooling); choose safetensors, which FFSSL loads")
+        raise UserError(
+            f"--to: {to}'s {name} has no {model.stem} stem (3x3, no pooling); choose "
+            "safetensors, which FFSSL loads"
+        )
     if name == "resnet-small":
         raise UserError(f"--to: {to} has no {name}; choose safetensors, which FFSSL loads")
     if to == "torchvision" and name not in RESNETS:
-        raise UserError(f"--to: FFSSL has {name} from timm, not from torchvision; choose timm or safetensors")
+        raise UserError(
+            f"--to: FFSSL has {name} from timm, not from torchvision; choose timm or safetensors"
+        )
 
 
 def native_weights(backbone: nn.Module) -> dict[str, Tensor]:
-    """The state of a backbone by the names that its library gives: torchvision's and timm's are the same for ResNets."""
+    """The state of a backbone by the names that its library gives: torchvision's and timm's are the
+    same for ResNets.
+    """
     network = backbone.network if isinstance(backbone, TimmModel) else backbone
     return {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
 

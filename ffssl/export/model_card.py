@@ -1,38 +1,73 @@
-"""The model card of an exported backbone: how to load it, how it was trained, what it scored. Only what the run recorded."""
+"""The model card of an exported backbone: how to load it, how it was trained, what it scored.
+
+Only what the run recorded.
+"""
 
 from pathlib import Path
 
 import yaml
 from torch import nn
 
-from ffssl.config.options import ModelOptions
-from ffssl.config import Options, Role
 from ffssl.backbones import RESNETS, ResizableViT, TimmModel
+from ffssl.config import Options, Role
+from ffssl.config.options import ModelOptions
 from ffssl.data.convert.conversion import description_or_empty
-from ffssl.evaluate.results import markdown_table, read_results
 from ffssl.data.normalise import MEAN, STD
-from ffssl.run_folder.log import read_log
+from ffssl.evaluate.results import markdown_table, read_results
 from ffssl.load import LoadedRun, fingerprint
+from ffssl.run_folder.log import read_log
 
 
-def model_card(run: LoadedRun, backbone: nn.Module, *, folder: Path, network: str, to: str, file: str) -> str:
-    """Markdown. folder: where log.jsonl and evaluation.json lie. network: whose `backbone` it is. to, file: format and name of the file."""
+def model_card(
+    run: LoadedRun, backbone: nn.Module, *, folder: Path, network: str, to: str, file: str
+) -> str:
+    """Markdown.
+
+    folder: where log.jsonl and evaluation.json lie. network: whose `backbone` it is. to, file:
+    format and name of the file.
+    """
     options, epoch = run.options, run.state["epoch"]
     weights = fingerprint(backbone)
     title = f"{options.model.backbone}, pre-trained without labels by {options.method.name}"
     scores = online_knn(options, folder, epoch) if network == "student" and not run.steps else []
     records = [record for record in read_results(folder) if record["weights"] == weights]
-    return "\n".join([
-        f"# {title}", "",
-        f"The {network}'s backbone: from images (N, 3, R, R) to pooled features (N, {backbone.features}), without a classifier. Weights {weights}.",
-        "", "## Load it", "", "```python", loading_code(options.model, backbone, to, file), "```", "",
-        f"Images are RGB in 0..1, normalised by the mean {MEAN} and the standard deviation {STD}.",
-        "", "## How it was trained", "", *[f"- {line}" for line in training(run)], "",
-        "Its options:", "", "```yaml", published_options(options).rstrip(), "```",
-        "", "## What it scored", "",
-        *(scores or ([] if records else ["Nothing was recorded of these weights."])),
-        *(["", markdown_table((file, record) for record in records)] if records else []), "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            f"# {title}",
+            "",
+            (
+                f"The {network}'s backbone: from images (N, 3, R, R) to pooled features (N, "
+                f"{backbone.features}), without a classifier. Weights {weights}."
+            ),
+            "",
+            "## Load it",
+            "",
+            "```python",
+            loading_code(options.model, backbone, to, file),
+            "```",
+            "",
+            (
+                f"Images are RGB in 0..1, normalised by the mean {MEAN} and the standard "
+                f"deviation {STD}."
+            ),
+            "",
+            "## How it was trained",
+            "",
+            *[f"- {line}" for line in training(run)],
+            "",
+            "Its options:",
+            "",
+            "```yaml",
+            published_options(options).rstrip(),
+            "```",
+            "",
+            "## What it scored",
+            "",
+            *(scores or ([] if records else ["Nothing was recorded of these weights."])),
+            *(["", markdown_table((file, record) for record in records)] if records else []),
+            "",
+        ]
+    )
 
 
 def loading_code(model: ModelOptions, backbone: nn.Module, to: str, file: str) -> str:
@@ -57,17 +92,25 @@ def training(run: LoadedRun) -> list[str]:
     options, state = run.options, run.state
     epochs, epoch = options.training.epochs, state["epoch"]
     sides = options.resolution
-    resolution = f"{sides.max} px" if sides.schedule == "constant" else f"{sides.min} to {sides.max} px ({sides.schedule})"
+    resolution = (
+        f"{sides.max} px"
+        if sides.schedule == "constant"
+        else f"{sides.min} to {sides.max} px ({sides.schedule})"
+    )
     steps = f" and {run.steps} steps of the next" if run.steps else ""
     lines = [
-        f"{epoch} epochs" if epoch == epochs else f"{epoch} of {epochs} epochs{steps}: the run had not finished",
+        f"{epoch} epochs"
+        if epoch == epochs
+        else f"{epoch} of {epochs} epochs{steps}: the run had not finished",
         f"images: {describe_images(Path(options.data.train))}",
         f"{options.training.optimizer} by the schedule {options.training.schedule}, views of {resolution}",
         f"{state['spent']['flops']:.4g} FLOPs (a backward pass counted as two forward passes), {state['spent']['seconds']:.0f} s of training"
         + (f", in the {epoch} epochs" if steps else ""),
         f"seed {options.run.seed}",
     ]
-    return lines + ([f"last checkpoint written on {state['written_on']}"] if "written_on" in state else [])
+    return lines + (
+        [f"last checkpoint written on {state['written_on']}"] if "written_on" in state else []
+    )
 
 
 def describe_images(beton: Path) -> str:
@@ -80,7 +123,9 @@ def describe_images(beton: Path) -> str:
 
 
 def published_options(options: Options) -> str:
-    """The options that decide about the weights, as YAML; no files and folders of the machine that trained them."""
+    """The options that decide about the weights, as YAML; no files and folders of the machine that
+    trained them.
+    """
     sections = {
         name: {key: value for key, value in values.items() if value is not None}
         for name, values in options.of_role(Role.EXPERIMENT).items()

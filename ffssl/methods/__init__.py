@@ -1,4 +1,8 @@
-"""The methods by name. A method is a file in this folder with a class that has a `name`; its options are the class's keyword arguments."""
+"""The methods by name.
+
+A method is a file in this folder with a class that has a `name`; its options are the class's
+keyword arguments.
+"""
 
 import importlib
 import inspect
@@ -16,7 +20,12 @@ def discover() -> dict[str, type[Method]]:
     methods = {}
     for module in pkgutil.iter_modules(__path__, f"{__name__}."):
         for value in vars(importlib.import_module(module.name)).values():
-            if inspect.isclass(value) and issubclass(value, Method) and value.__module__ == module.name and "name" in vars(value):
+            if (
+                inspect.isclass(value)
+                and issubclass(value, Method)
+                and value.__module__ == module.name
+                and "name" in vars(value)
+            ):
                 methods[value.name] = value
     return methods
 
@@ -32,8 +41,14 @@ def build_method(name: str, backbone: nn.Module, options: Mapping[str, object]) 
     if name not in METHODS:
         raise UserError(f"method.name: unknown method {name!r}; known are {', '.join(METHODS)}")
     given = {option: value for option, value in options.items() if value is not None}
-    known = [p for p in inspect.signature(METHODS[name].__init__).parameters if p not in ("self", "backbone")]
+    known = [
+        p
+        for p in inspect.signature(METHODS[name].__init__).parameters
+        if p not in ("self", "backbone")
+    ]
     for option in given:
         if option not in known:
-            raise UserError(f"method.{option}: {name} has no such option; it has {', '.join(known)}")
+            raise UserError(
+                f"method.{option}: {name} has no such option; it has {', '.join(known)}"
+            )
     return METHODS[name](backbone, **given)

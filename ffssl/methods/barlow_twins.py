@@ -1,8 +1,8 @@
 from torch import Tensor, nn
 
 from ffssl.config.checks import Size, Weight
-from ffssl.parallel.ranks import mean_over_ranks
 from ffssl.methods.base import Method, full_precision, mlp, wide_product
+from ffssl.parallel.ranks import mean_over_ranks
 
 
 class BarlowTwins(Method):
@@ -28,7 +28,9 @@ class BarlowTwins(Method):
         redundancy: Weight = 0.0051,
     ):
         super().__init__(backbone)
-        self.projector = mlp([backbone.features, hidden, hidden, projection], last_norm=None, last_bias=False)
+        self.projector = mlp(
+            [backbone.features, hidden, hidden, projection], last_norm=None, last_bias=False
+        )
         self.norm = nn.BatchNorm1d(projection, affine=False)
         self.redundancy = redundancy
 
@@ -41,7 +43,9 @@ class BarlowTwins(Method):
 
 
 def redundancy_reduction(z1: Tensor, z2: Tensor, weight: float) -> Tensor:
-    """Barlow Twins, eq. 1. z1, z2: (N, d), each dimension of mean 0 and variance 1 over the batch (of all ranks)."""
+    """Barlow Twins, eq. 1. z1, z2: (N, d), each dimension of mean 0 and variance 1 over the batch
+    (of all ranks).
+    """
     with full_precision(z1):
         correlation = mean_over_ranks(wide_product(z1.float().T, z2.float()) / len(z1))
     diagonal = correlation.diagonal()

@@ -33,10 +33,16 @@ class BYOL(TeacherMethod):
         teacher_momentum: Fraction = 0.996,
         teacher_momentum_end: Fraction = 1.0,
     ):
-        super().__init__(backbone, teacher_momentum=teacher_momentum, teacher_momentum_end=teacher_momentum_end)
+        super().__init__(
+            backbone, teacher_momentum=teacher_momentum, teacher_momentum_end=teacher_momentum_end
+        )
         # Biases as in the official code: before BatchNorm, and none on the outputs.
-        self.projector = mlp([backbone.features, hidden, projection], last_norm=None, bias=True, last_bias=False)
-        self.predictor = mlp([projection, predictor, projection], last_norm=None, bias=True, last_bias=False)
+        self.projector = mlp(
+            [backbone.features, hidden, projection], last_norm=None, bias=True, last_bias=False
+        )
+        self.predictor = mlp(
+            [projection, predictor, projection], last_norm=None, bias=True, last_bias=False
+        )
         self.teacher = Teacher(*self.student())
 
     def predict(self, projections: Tensor) -> Tensor:

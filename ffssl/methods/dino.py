@@ -4,9 +4,9 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 from ffssl.config.checks import Count, Fraction, Size, Temperature
-from ffssl.parallel.ranks import mean_over_ranks
 from ffssl.methods.base import Progress, full_precision
 from ffssl.methods.teacher import Teacher, TeacherMethod
+from ffssl.parallel.ranks import mean_over_ranks
 
 FIRST_TEACHER_TEMPERATURE = 0.04
 CENTRE_MOMENTUM = 0.9
@@ -54,10 +54,16 @@ class DINO(TeacherMethod):
         teacher_momentum: Fraction = 0.996,
         teacher_momentum_end: Fraction = 1.0,
     ):
-        super().__init__(backbone, teacher_momentum=teacher_momentum, teacher_momentum_end=teacher_momentum_end)
+        super().__init__(
+            backbone, teacher_momentum=teacher_momentum, teacher_momentum_end=teacher_momentum_end
+        )
         hidden_layers = []
         for inputs in (backbone.features, hidden):
-            hidden_layers += [nn.Linear(inputs, hidden), *([nn.BatchNorm1d(hidden)] if head_norm else []), nn.GELU()]
+            hidden_layers += [
+                nn.Linear(inputs, hidden),
+                *([nn.BatchNorm1d(hidden)] if head_norm else []),
+                nn.GELU(),
+            ]
         self.projector = nn.Sequential(*hidden_layers, nn.Linear(hidden, projection), Normalise())
         for layer in self.projector:
             if isinstance(layer, nn.Linear):
@@ -65,12 +71,18 @@ class DINO(TeacherMethod):
                 nn.init.zeros_(layer.bias)
         self.last_layer = weight_norm(nn.Linear(projection, prototypes, bias=False))
         nn.init.ones_(self.last_layer.parametrizations.weight.original0)
-        self.last_layer.parametrizations.weight.original0.requires_grad_(not norm_last_layer)  # lengths of the prototypes
+        # Lengths of the prototypes.
+        self.last_layer.parametrizations.weight.original0.requires_grad_(not norm_last_layer)
         self.frozen_epochs = frozen_epochs
         self.temperature = temperature
-        self.last_teacher_temperature, self.teacher_temperature_epochs = teacher_temperature, teacher_temperature_epochs
+        self.last_teacher_temperature, self.teacher_temperature_epochs = (
+            teacher_temperature,
+            teacher_temperature_epochs,
+        )
         # A tensor, since compiled code would be compiled again for each new number.
-        self.register_buffer("teacher_temperature", torch.tensor(self.teacher_temperature_in(0)), persistent=False)
+        self.register_buffer(
+            "teacher_temperature", torch.tensor(self.teacher_temperature_in(0)), persistent=False
+        )
         self.teacher = Teacher(*self.student())
         self.register_buffer("centre", torch.zeros(prototypes))
 
@@ -81,7 +93,9 @@ class DINO(TeacherMethod):
         return self.last_layer(projections)
 
     def distances(self, predictions: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy between the teacher's centred and sharpened assignment and the student's (eq. 1 and section 3.1)."""
+        """Cross-entropy between the teacher's centred and sharpened assignment and the student's
+        (eq. 1 and section 3.1).
+        """
         with full_precision(predictions):
             assignments = ((targets.float() - self.centre) / self.teacher_temperature).softmax(-1)
             return -(predictions.float() / self.temperature).log_softmax(-1) @ assignments.mT
@@ -94,15 +108,19 @@ class DINO(TeacherMethod):
         if epoch >= self.teacher_temperature_epochs:
             return self.last_teacher_temperature
         share = epoch / max(self.teacher_temperature_epochs - 1, 1)
-        return FIRST_TEACHER_TEMPERATURE + share * (self.last_teacher_temperature - FIRST_TEACHER_TEMPERATURE)
+        return FIRST_TEACHER_TEMPERATURE + share * (
+            self.last_teacher_temperature - FIRST_TEACHER_TEMPERATURE
+        )
 
     def before_step(self, progress: Progress) -> None:
         self.teacher_temperature.fill_(self.teacher_temperature_in(progress.epoch))
 
     def after_backward(self, progress: Progress) -> None:
-        """Without a gradient the optimiser leaves the last layer alone, weight decay and momentum included.
+        """Without a gradient the optimiser leaves the last layer alone, weight decay and momentum
+        included.
 
-        It is computed even so, as by the authors: DistributedDataParallel waits for the same gradients in every step.
+        It is computed even so, as by the authors: DistributedDataParallel waits for the same
+        gradients in every step.
         """
         if progress.epoch < self.frozen_epochs:
             self.last_layer.zero_grad(set_to_none=True)

@@ -3,10 +3,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ffssl.config.checks import Fraction, Size, Temperature
-from ffssl.parallel.ranks import gather
 from ffssl.errors import UserError
 from ffssl.methods.base import cosines, full_precision
 from ffssl.methods.teacher import Teacher, TeacherMethod
+from ffssl.parallel.ranks import gather
 
 
 class MoCoV2Plus(TeacherMethod):
@@ -41,17 +41,27 @@ class MoCoV2Plus(TeacherMethod):
         teacher_momentum: Fraction = 0.999,
         teacher_momentum_end: Fraction = 0.999,
     ):
-        super().__init__(backbone, teacher_momentum=teacher_momentum, teacher_momentum_end=teacher_momentum_end)
-        self.projector = nn.Sequential(nn.Linear(backbone.features, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, projection))
+        super().__init__(
+            backbone, teacher_momentum=teacher_momentum, teacher_momentum_end=teacher_momentum_end
+        )
+        self.projector = nn.Sequential(
+            nn.Linear(backbone.features, hidden),
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden, projection),
+        )
         self.temperature = temperature
         self.teacher = Teacher(*self.student())
         self.register_buffer("queue", F.normalize(torch.randn(queue, projection), dim=1))
-        self.register_buffer("oldest", torch.zeros((), dtype=torch.int64))  # on the device, so that no step waits to read it
+        # On the device, so that no step waits to read it.
+        self.register_buffer("oldest", torch.zeros((), dtype=torch.int64))
 
     def check(self, batch_size: int) -> None:
         length = len(self.queue)
         if length % batch_size or length < 2 * batch_size:
-            raise UserError(f"--method.queue: {length} must be a multiple of --training.batch_size={batch_size}, and at least twice that")
+            raise UserError(
+                f"--method.queue: {length} must be a multiple of "
+                f"--training.batch_size={batch_size}, and at least twice that"
+            )
 
     def predict(self, projections: Tensor) -> Tensor:
         return projections
@@ -59,12 +69,16 @@ class MoCoV2Plus(TeacherMethod):
     def distances(self, predictions: Tensor, targets: Tensor) -> Tensor:
         """InfoNCE (MoCo, eq. 1): cross-entropy of finding the target among it and the queue."""
         positive = cosines(predictions, targets) / self.temperature
-        negatives = (cosines(predictions, self.queue) / self.temperature).logsumexp(-1, keepdim=True)
+        negatives = (cosines(predictions, self.queue) / self.temperature).logsumexp(
+            -1, keepdim=True
+        )
         return torch.logaddexp(positive, negatives) - positive
 
     @torch.no_grad()
     def remember(self, targets: Tensor) -> None:
-        """The keys, of all ranks, replace the oldest in the queue: those of the first views, then those of the second."""
+        """The keys, of all ranks, replace the oldest in the queue: those of the first views, then
+        those of the second.
+        """
         with full_precision(targets):
             first, second = F.normalize(targets.float(), dim=2).unbind(1)
         keys = torch.cat([gather(first), gather(second)])

@@ -1,4 +1,6 @@
-"""What SimSiam, BYOL, MoCo and DINO have in common: a view's prediction is compared with another view's target, image by image."""
+"""What SimSiam, BYOL, MoCo and DINO have in common: a view's prediction is compared with another
+view's target, image by image.
+"""
 
 import torch
 from torch import Tensor
@@ -7,31 +9,43 @@ from ffssl.methods.base import Method
 
 
 class PredictionMethod(Method):
-    """A subclass gives `project`, `predict` and `distances`, and `targets` if they are not its own projections."""
+    """A subclass gives `project`, `predict` and `distances`, and `targets` if they are not its own
+    projections.
+    """
 
-    direction_weight = 0.5  # of the first view's prediction and of the second's: 0.5 averages the two, 1 adds them
+    # Of the first view's prediction and of the second's: 0.5 averages the two, 1 adds them.
+    direction_weight = 0.5
 
     def predict(self, projections: Tensor) -> Tensor:
         """Predictions (N, d') from projections (N, d)."""
         raise NotImplementedError
 
     def distances(self, predictions: Tensor, targets: Tensor) -> Tensor:
-        """Loss of each prediction of an image against each target of it: (N, m, n) from (N, m, d') and (N, n, d'). Changes no state."""
+        """Loss of each prediction of an image against each target of it: (N, m, n) from (N, m, d')
+        and (N, n, d'). Changes no state.
+        """
         raise NotImplementedError
 
     def remember(self, targets: Tensor) -> None:
-        """Called after the loss with the pair's targets (N, 2, d'), for a queue or a centre of them."""
+        """Called after the loss with the pair's targets (N, 2, d'), for a queue or a centre of
+        them.
+        """
 
-    def loss(self, first: Tensor, second: Tensor, extra_targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, first: Tensor, second: Tensor, extra_targets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """As in Method. extra_targets: (N, n, d') of further views of each image, without gradient.
 
-        Each view's prediction is compared with all targets but its own, and the loss averaged over them.
+        Each view's prediction is compared with all targets but its own, and the loss averaged over
+        them.
         """
         batches = self.batches(first, second)
         projections = [self.project(images) for images in batches]
         predictions = _by_image([self.predict(z) for z in projections])
         pair = _by_image([self.targets(images, z) for images, z in zip(batches, projections)])
-        distances = self.distances(predictions, pair if extra_targets is None else torch.cat([pair, extra_targets], dim=1))
+        distances = self.distances(
+            predictions, pair if extra_targets is None else torch.cat([pair, extra_targets], dim=1)
+        )
         others = torch.cat([distances[:, 0, 1:], distances[:, 1, :1], distances[:, 1, 2:]], dim=1)
         self.remember(pair)
         return 2 * self.direction_weight * others.mean(), projections[0][: len(first)]

@@ -3,8 +3,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ffssl.config.checks import Size, Temperature
-from ffssl.parallel.ranks import gather, gather_with_gradient, rank
 from ffssl.methods.base import Method, full_precision, mlp
+from ffssl.parallel.ranks import gather, gather_with_gradient, rank
 
 
 class SimCLR(Method):
@@ -48,7 +48,8 @@ class SimCLR(Method):
 
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
-    """Normalised temperature-scaled cross-entropy (SimCLR, eq. 1), averaged over all 2N views. z1, z2: (N, d).
+    """Normalised temperature-scaled cross-entropy (SimCLR, eq. 1), averaged over all 2N views. z1,
+    z2: (N, d).
 
     With several ranks, among the views of all.
     """
@@ -63,9 +64,11 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
 
 
 def nt_xent_of_pairs(z: Tensor, temperature: float) -> Tensor:
-    """The terms of NT-Xent by image and pair (i, j) of its m views, had view i and view j of each image been the batch.
+    """The terms of NT-Xent by image and pair (i, j) of its m views, had view i and view j of each
+    image been the batch.
 
-    z: (B, m, d). Returns (B, m, m), symmetric: the mean of i's term and j's; its mean over B is `nt_xent(z[:, i], z[:, j])`.
+    z: (B, m, d). Returns (B, m, m), symmetric: the mean of i's term and j's; its mean over B is
+    `nt_xent(z[:, i], z[:, j])`.
     """
     with full_precision(z):
         z = F.normalize(z.float(), dim=2)
@@ -74,6 +77,8 @@ def nt_xent_of_pairs(z: Tensor, temperature: float) -> Tensor:
     positive = similarity.take_along_dim(own[:, None, None, None], dim=3).squeeze(3)
     other_views = similarity.logsumexp(3)
     same_view = similarity.diagonal(dim1=1, dim2=2).mT  # (B, m, all images)
-    same_view = same_view.scatter(2, own[:, None, None].expand(-1, z.shape[1], -1), float("-inf")).logsumexp(2)
+    same_view = same_view.scatter(
+        2, own[:, None, None].expand(-1, z.shape[1], -1), float("-inf")
+    ).logsumexp(2)
     terms = torch.logaddexp(same_view[:, :, None], other_views) - positive
     return (terms + terms.mT) / 2

@@ -10,10 +10,9 @@ class SimSiam(PredictionMethod):
 
     Negative cosine similarity between a prediction and a stopped projection.
 
-    hidden: width of the projector's hidden layers.
-    projection: length of the projections.
-    predictor: width of the predictor's hidden layer.
-    constant_predictor_lr: keep the predictor's learning rate at its peak, as the official code does.
+    hidden: width of the projector's hidden layers. projection: length of the projections.
+    predictor: width of the predictor's hidden layer. constant_predictor_lr: keep the predictor's
+    learning rate at its peak, as the official code does.
     """
 
     name = "simsiam"
@@ -46,5 +45,9 @@ class SimSiam(PredictionMethod):
         rest = [p for p in self.parameters() if p not in predictor]
         return [
             {"params": rest, "weight_decay": weight_decay},
-            {"params": list(self.predictor.parameters()), "weight_decay": weight_decay, "constant_lr": self.constant_predictor_lr},
+            {
+                "params": list(self.predictor.parameters()),
+                "weight_decay": weight_decay,
+                "constant_lr": self.constant_predictor_lr,
+            },
         ]

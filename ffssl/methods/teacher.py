@@ -15,9 +15,10 @@ from ffssl.schedules import cosine
 class Teacher(nn.Module):
     """A copy of the student's modules, one after the other, that no gradient reaches.
 
-    Its BatchNorm layers are in training mode when the method is: they normalise by the batch, and gather running statistics of their
-    own, which are not averaged with the student's. So it is in the code of BYOL's, MoCo's and DINO's authors. Dropout and
-    stochastic depth are off always (as DINO's authors have it): a target need not be noisy.
+    Its BatchNorm layers are in training mode when the method is: they normalise by the batch, and
+    gather running statistics of their own, which are not averaged with the student's. So it is in
+    the code of BYOL's, MoCo's and DINO's authors. Dropout and stochastic depth are off always (as
+    DINO's authors have it): a target need not be noisy.
     """
 
     def __init__(self, *student: nn.Module):
@@ -38,18 +39,21 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def follow(self, student: Iterable[nn.Module], momentum: float) -> None:
-        """teacher <- momentum * teacher + (1 - momentum) * student, for all parameters."""
+        """Teacher <- momentum * teacher + (1 - momentum) * student, for all parameters."""
         parameters = [p for module in student for p in module.parameters()]
         torch._foreach_lerp_(list(self.parameters()), parameters, 1 - momentum)
 
 
 class TeacherMethod(PredictionMethod):
-    """A method whose targets come from a teacher, which follows the student after each step of the optimiser.
+    """A method whose targets come from a teacher, which follows the student after each step of the
+    optimiser.
 
     A subclass makes `self.teacher = Teacher(*self.student())` once its heads are there.
     """
 
-    def __init__(self, backbone: nn.Module, *, teacher_momentum: float, teacher_momentum_end: float):
+    def __init__(
+        self, backbone: nn.Module, *, teacher_momentum: float, teacher_momentum_end: float
+    ):
         super().__init__(backbone)
         self.teacher_momentum, self.teacher_momentum_end = teacher_momentum, teacher_momentum_end
 
@@ -64,9 +68,13 @@ class TeacherMethod(PredictionMethod):
         return self.teacher(images)
 
     def momentum(self, progress: Progress) -> float:
-        """The EMA's momentum at a step: a half cosine from its first value to its last (BYOL, section 3.3)."""
+        """The EMA's momentum at a step: a half cosine from its first value to its last (BYOL,
+        section 3.3).
+        """
         end = self.teacher_momentum_end
-        return end - cosine(progress.step, total=progress.total_steps, peak=end - self.teacher_momentum)
+        return end - cosine(
+            progress.step, total=progress.total_steps, peak=end - self.teacher_momentum
+        )
 
     def after_step(self, progress: Progress) -> None:
         self.teacher.follow(self.student(), self.momentum(progress))

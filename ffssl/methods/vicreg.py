@@ -3,8 +3,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ffssl.config.checks import Size, Weight
-from ffssl.parallel.ranks import gather_with_gradient
 from ffssl.methods.base import Method, full_precision, mlp, wide_product
+from ffssl.parallel.ranks import gather_with_gradient
 
 
 class VICReg(Method):
@@ -35,7 +35,12 @@ class VICReg(Method):
         covariance: Weight = 1.0,
     ):
         super().__init__(backbone)
-        self.projector = mlp([backbone.features, hidden, hidden, projection], last_norm=None, bias=True, last_bias=False)
+        self.projector = mlp(
+            [backbone.features, hidden, hidden, projection],
+            last_norm=None,
+            bias=True,
+            last_bias=False,
+        )
         self.weights = invariance, variance, covariance
 
     def project(self, images: Tensor) -> Tensor:
@@ -53,13 +58,19 @@ class VICReg(Method):
 
 
 def vicreg(z1: Tensor, z2: Tensor, invariance: float, variance: float, covariance: float) -> Tensor:
-    """VICReg, eq. 6, in the official code's scale: the mean over dimensions in each term. z1, z2: (N, d)."""
+    """VICReg, eq. 6, in the official code's scale: the mean over dimensions in each term. z1, z2:
+    (N, d).
+    """
     with full_precision(z1):
         z1, z2 = z1.float(), z2.float()
         agreement = F.mse_loss(z1, z2)
         z1, z2 = gather_with_gradient(z1), gather_with_gradient(z2)
         spread = (_missing_spread(z1) + _missing_spread(z2)) / 2
-        return invariance * agreement + variance * spread + covariance * (_covariance(z1) + _covariance(z2))
+        return (
+            invariance * agreement
+            + variance * spread
+            + covariance * (_covariance(z1) + _covariance(z2))
+        )
 
 
 def _missing_spread(z: Tensor) -> Tensor:

@@ -4,9 +4,11 @@ import os
 
 
 def share_cores() -> None:
-    """Let the threads that render views run while torch's wait. To be called before torch is imported.
+    """Let the threads that render views run while torch's wait.
 
-    OpenMP's threads spin while they wait, for so long that on a CPU they starve the threads that render views; not at all costs
-    as much in the many small operations of low resolutions.
+    To be called before torch is imported.
+
+    OpenMP's threads spin while they wait, for so long that on a CPU they starve the threads that
+    render views; not at all costs as much in the many small operations of low resolutions.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")

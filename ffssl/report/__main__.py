@@ -1,9 +1,11 @@
-"""Write what training runs did, and what it cost, as one HTML page that needs nothing else, with PNGs of its pictures beside it.
+"""Write what training runs did, and what it cost, as one HTML page that needs nothing else, with
+PNGs of its pictures beside it.
 
     python -m ffssl.report runs/baseline runs/efficient --output report.html
 
-Takes the folders of runs, finished or not. Costs are compared with the first run's. What is drawn of a run's data is computed anew,
-from its checkpoint and its beton files; where they are gone, the page says so.
+Takes the folders of runs, finished or not. Costs are compared with the first run's. What is drawn
+of a run's data is computed anew, from its checkpoint and its beton files; where they are gone, the
+page says so.
 """
 
 import argparse
@@ -14,10 +16,23 @@ from ffssl.config.command_line import exit_status
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m ffssl.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m ffssl.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--output", type=Path, default=Path("report.html"), help="the page; PNGs go to a folder beside it (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="where the networks run: cuda, cuda:N or cpu; auto: a GPU where there is one")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("report.html"),
+        help="the page; PNGs go to a folder beside it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="where the networks run: cuda, cuda:N or cpu; auto: a GPU where there is one",
+    )
     arguments = parser.parse_args()
 
     from ffssl.report.write import write_report  # imports torch and matplotlib, which take seconds

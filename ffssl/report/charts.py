@@ -1,4 +1,6 @@
-"""The report's curves: what they show, as data, and how they are drawn, as SVG that follows the page's colours and as PNG."""
+"""The report's curves: what they show, as data, and how they are drawn, as SVG that follows the
+page's colours and as PNG.
+"""
 
 import io
 import re
@@ -17,22 +19,47 @@ from ffssl.report.runs import ReportedRun
 
 INK, MUTED, RULE, PAPER = "#1f2328", "#59636e", "#d9dee3", "#ffffff"
 VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", PAPER: "--card"} | {
-    tone: name for i, colour in enumerate(COLOURS) for tone, name in ((ink(colour), f"--ink{i}"), (colour, f"--run{i}"))
+    tone: name
+    for i, colour in enumerate(COLOURS)
+    for tone, name in ((ink(colour), f"--ink{i}"), (colour, f"--run{i}"))
 }  # the colours of the drawings, and the page's names for them
 LOOK = {
-    "font.size": 10, "text.color": INK, "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED, "axes.edgecolor": MUTED,
-    "axes.titlelocation": "left", "axes.titlesize": 11, "axes.titlecolor": INK, "axes.titlepad": 10, "axes.linewidth": 0.8,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "grid.color": RULE, "grid.linewidth": 0.8,
-    "axes.axisbelow": True, "axes.xmargin": 0.03, "axes.ymargin": 0.1, "ytick.major.size": 0, "lines.linewidth": 1.8, "lines.markersize": 5,
-    "svg.fonttype": "none", "svg.hashsalt": "ffssl",
-}  # fmt: skip
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "axes.edgecolor": MUTED,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titlecolor": INK,
+    "axes.titlepad": 10,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": RULE,
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "axes.xmargin": 0.03,
+    "axes.ymargin": 0.1,
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "ffssl",
+}
 MOST_TICKS = 8
 MOST_LABELLED = 6  # runs; the page's list of runs has the colours of the others
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A run's line. `run`: its place among the runs. `ahead`: the part that is still to come, drawn dashed."""
+    """A run's line.
+
+    `run`: its place among the runs. `ahead`: the part that is still to come, drawn dashed.
+    """
 
     run: int
     x: np.ndarray
@@ -53,26 +80,48 @@ class Chart:
 
 
 def accuracy_charts(runs: list[ReportedRun]) -> list[Chart]:
-    """kNN accuracy over each cost that the logs have (Fig. 1)."""
+    """KNN accuracy over each cost that the logs have (Fig. 1)."""
     charts = []
-    for key, title, unit_of in (("flops", "FLOPs", flop_unit), ("seconds", "time", time_unit), ("kwh", "energy", lambda _: ("kWh", 1))):
+    for key, title, unit_of in (
+        ("flops", "FLOPs", flop_unit),
+        ("seconds", "time", time_unit),
+        ("kwh", "energy", lambda _: ("kWh", 1)),
+    ):
         unit, scale = unit_of(max((row.get(key, 0) for run in runs for row in run.rows), default=0))
-        chart = _logged(runs, "knn", f"accuracy-{title}".lower(), f"kNN accuracy (%) over {title}", x=key, scale=100, x_scale=scale)
+        chart = _logged(
+            runs,
+            "knn",
+            f"accuracy-{title}".lower(),
+            f"kNN accuracy (%) over {title}",
+            x=key,
+            scale=100,
+            x_scale=scale,
+        )
         charts.append(replace(chart, x_label=f"{unit} of training", marks=True, size=(5.3, 3.4)))
     return [chart for chart in charts if chart.curves]
 
 
 def schedule_charts(runs: list[ReportedRun]) -> list[Chart]:
-    """What changes by the step or by the epoch (Figs. 2 and 3): the whole schedule, dashed where it is still to come."""
-
+    """What changes by the step or by the epoch (Figs. 2 and 3): the whole schedule, dashed where it
+    is still to come.
+    """
     known = [(i, run) for i, run in enumerate(runs) if run.options is not None]
 
-    def by_step(value: Callable, name: str, title: str, which: list[tuple[int, ReportedRun]] = known) -> Chart:
+    def by_step(
+        value: Callable, name: str, title: str, which: list[tuple[int, ReportedRun]] = known
+    ) -> Chart:
         curves = []
         for i, run in which:
             plan = run.plan
             y = np.array([value(run, plan, step) for step in range(plan.total_steps)])
-            curves.append(_split(i, np.arange(plan.total_steps) / plan.steps_per_epoch, y, run.epoch * plan.steps_per_epoch))
+            curves.append(
+                _split(
+                    i,
+                    np.arange(plan.total_steps) / plan.steps_per_epoch,
+                    y,
+                    run.epoch * plan.steps_per_epoch,
+                )
+            )
         return Chart(name, title, "epoch", curves)
 
     def by_epoch(value: Callable, name: str, title: str) -> Chart:
@@ -85,9 +134,20 @@ def schedule_charts(runs: list[ReportedRun]) -> list[Chart]:
     counted = [(i, run) for i, run in known if run.samples]
 
     charts = [
-        by_step(lambda run, plan, step: plan.learning_rate_and_momentum(step)[0], "learning-rate", "learning rate"),
-        by_step(lambda run, plan, step: plan.learning_rate_and_momentum(step)[1], "momentum", "momentum"),
-        by_step(lambda run, plan, step: plan.noise_scale(step, run.samples), "noise-scale", "noise scale of the gradient", counted),
+        by_step(
+            lambda run, plan, step: plan.learning_rate_and_momentum(step)[0],
+            "learning-rate",
+            "learning rate",
+        ),
+        by_step(
+            lambda run, plan, step: plan.learning_rate_and_momentum(step)[1], "momentum", "momentum"
+        ),
+        by_step(
+            lambda run, plan, step: plan.noise_scale(step, run.samples),
+            "noise-scale",
+            "noise scale of the gradient",
+            counted,
+        ),
         by_epoch(lambda plan, epoch: plan.resolution(epoch), "resolution", "resolution (pixels)"),
         by_epoch(lambda plan, epoch: plan.magnitude(epoch), "magnitude", "augmentation magnitude"),
     ]
@@ -98,31 +158,72 @@ def training_charts(runs: list[ReportedRun]) -> list[Chart]:
     """What was measured in each epoch."""
     charts = [
         _logged(runs, "loss", "loss", "loss"),
-        replace(_logged(runs, "embedding_std", "embedding-spread", "spread of the embeddings (0: collapse)"), from_zero=True),
-        _logged(runs, "hardness", "hardness", "loss of the chosen pairs - of random ones (below 0: easy pairs)"),
-        _logged(runs, "predictor_cosine", "predictor-cosine", "cosine of projection and prediction (-1: upside down)"),
-        replace(_logged(runs, "effective_rank", "effective-rank", "effective rank of the embeddings"), from_zero=True),
+        replace(
+            _logged(
+                runs, "embedding_std", "embedding-spread", "spread of the embeddings (0: collapse)"
+            ),
+            from_zero=True,
+        ),
+        _logged(
+            runs,
+            "hardness",
+            "hardness",
+            "loss of the chosen pairs - of random ones (below 0: easy pairs)",
+        ),
+        _logged(
+            runs,
+            "predictor_cosine",
+            "predictor-cosine",
+            "cosine of projection and prediction (-1: upside down)",
+        ),
+        replace(
+            _logged(runs, "effective_rank", "effective-rank", "effective rank of the embeddings"),
+            from_zero=True,
+        ),
         replace(_logged(runs, "knn", "accuracy-epochs", "kNN accuracy (%)", scale=100), marks=True),
-        replace(_logged(runs, "images_per_second", "throughput", "images per second"), from_zero=True),
-        replace(_logged(runs, "data_wait", "data-wait", "waiting for data (% of the time)", scale=100), from_zero=True),
+        replace(
+            _logged(runs, "images_per_second", "throughput", "images per second"), from_zero=True
+        ),
+        replace(
+            _logged(runs, "data_wait", "data-wait", "waiting for data (% of the time)", scale=100),
+            from_zero=True,
+        ),
         _epoch_costs(runs),
     ]
     return [chart for chart in charts if chart.curves]
 
 
-def _logged(runs: list[ReportedRun], key: str, name: str, title: str, *, x: str = "epoch", scale: float = 1, x_scale: float = 1) -> Chart:
+def _logged(
+    runs: list[ReportedRun],
+    key: str,
+    name: str,
+    title: str,
+    *,
+    x: str = "epoch",
+    scale: float = 1,
+    x_scale: float = 1,
+) -> Chart:
     """A quantity of the log over another."""
     curves = []
     for i, run in enumerate(runs):
         rows = [row for row in run.rows if key in row and x in row]
         if rows:
-            curves.append(Curve(i, x_scale * np.array([row[x] for row in rows]), scale * np.array([row[key] for row in rows])))
+            curves.append(
+                Curve(
+                    i,
+                    x_scale * np.array([row[x] for row in rows]),
+                    scale * np.array([row[key] for row in rows]),
+                )
+            )
     return Chart(name, title, x, curves)
 
 
 def _epoch_costs(runs: list[ReportedRun]) -> Chart:
     """What each epoch cost: its share of the sum that the log states."""
-    costs = [np.diff([row["flops"] for row in run.rows], prepend=[] if run.rows[0]["epoch"] == 0 else 0) for run in runs]
+    costs = [
+        np.diff([row["flops"] for row in run.rows], prepend=[] if run.rows[0]["epoch"] == 0 else 0)
+        for run in runs
+    ]
     unit, scale = flop_unit(max((cost.max() for cost in costs if len(cost)), default=0))
     curves = [
         Curve(i, np.array([row["epoch"] for row in run.rows[-len(cost) :]]), scale * cost)
@@ -133,7 +234,9 @@ def _epoch_costs(runs: list[ReportedRun]) -> Chart:
 
 
 def _split(run: int, x: np.ndarray, y: np.ndarray, done: int) -> Curve:
-    return Curve(run, x[: done + 1], y[: done + 1], (x[done:], y[done:]) if done + 1 < len(x) else None)
+    return Curve(
+        run, x[: done + 1], y[: done + 1], (x[done:], y[done:]) if done + 1 < len(x) else None
+    )
 
 
 def draw_chart(chart: Chart, names: list[str], unfinished: set[int]) -> Figure:
@@ -146,7 +249,9 @@ def draw_chart(chart: Chart, names: list[str], unfinished: set[int]) -> Figure:
         for curve in chart.curves:
             colour = COLOURS[curve.run % len(COLOURS)]
             few = chart.marks or len(curve.x) == 1
-            marker = MARKERS[(curve.run + curve.run // len(COLOURS)) % len(MARKERS)] if few else None
+            marker = (
+                MARKERS[(curve.run + curve.run // len(COLOURS)) % len(MARKERS)] if few else None
+            )
             axis.plot(curve.x, curve.y, color=colour, drawstyle=style, marker=marker)
             if curve.ahead:
                 axis.plot(*curve.ahead, color=colour, drawstyle=style, lw=1.2, ls=(0, (3, 2)))
@@ -178,7 +283,9 @@ def _shortened(name: str) -> str:
 
 
 def render(figure: Figure, name: str, title: str) -> tuple[str, bytes]:
-    """A figure as an SVG element for a page that defines VARIABLES, with ids of its own, and as PNG."""
+    """A figure as an SVG element for a page that defines VARIABLES, with ids of its own, and as
+    PNG.
+    """
     texts = {text: text.get_text() for text in figure.findobj(Text)}
     with matplotlib.rc_context(LOOK), any_script():
         png = io.BytesIO()
@@ -187,26 +294,41 @@ def render(figure: Figure, name: str, title: str) -> tuple[str, bytes]:
         figure.savefig(png, format="png", facecolor=PAPER)
         for text, words in texts.items():
             text.set_text(words)
-            text.set_path_effects([])  # with one, a text would be drawn as outlines; the page gives it a border by CSS
+            # With one, a text would be drawn as outlines; the page gives it a border by CSS.
+            text.set_path_effects([])
         svg = io.StringIO()
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
     return _inline(svg.getvalue(), name, title), png.getvalue()
 
 
 def _inline(svg: str, name: str, title: str) -> str:
-    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{title}">', svg, count=1)
+    svg = re.sub(
+        r"<metadata>.*?</metadata>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.DOTALL
+    )
+    svg = re.sub(
+        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>',
+        rf'<svg viewBox="\1" role="img" aria-label="{title}">',
+        svg,
+        count=1,
+    )
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'(href="#|url\(#)', rf"\1{name}-", svg)
-    svg = re.sub(r'style="[^"]*"', lambda style: re.sub(r"#[0-9a-f]{6}\b", _variable, style[0]), svg)
-    return re.sub(r'\b(d|x|y)="[^"]*"', lambda numbers: re.sub(r"(\.\d\d)\d+", r"\1", numbers[0]), svg)  # hundredths of a point are enough
+    svg = re.sub(
+        r'style="[^"]*"', lambda style: re.sub(r"#[0-9a-f]{6}\b", _variable, style[0]), svg
+    )
+    # Hundredths of a point are enough.
+    return re.sub(
+        r'\b(d|x|y)="[^"]*"', lambda numbers: re.sub(r"(\.\d\d)\d+", r"\1", numbers[0]), svg
+    )
 
 
 def _variable(colour: re.Match) -> str:
     return f"var({VARIABLES[colour[0]]})" if colour[0] in VARIABLES else colour[0]
 
 
-def draw_shares(shares: np.ndarray, names: list[str], title: str, x_label: str, colour: str) -> Figure:
+def draw_shares(
+    shares: np.ndarray, names: list[str], title: str, x_label: str, colour: str
+) -> Figure:
     """Bars of shares (0..1), and a line where all would be if they were equal."""
     with matplotlib.rc_context(LOOK):
         figure = Figure((4.6, 3.1), dpi=144, layout="constrained")
@@ -214,7 +336,9 @@ def draw_shares(shares: np.ndarray, names: list[str], title: str, x_label: str, 
         bars = axis.bar(names, 100 * shares, color=colour, width=0.72)
         axis.axhline(100 / len(shares), color=INK, lw=1.2, ls=(0, (4, 3)))
         if len(shares) <= 10:
-            axis.bar_label(bars, [f"{share:.0%}" for share in shares], padding=2, color=INK, fontsize=9)
+            axis.bar_label(
+                bars, [f"{share:.0%}" for share in shares], padding=2, color=INK, fontsize=9
+            )
         axis.set_ylim(0, max(100 * shares.max() * 1.15, 130 / len(shares)))
         if len(shares) > 10:
             axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(8, integer=True))
@@ -223,21 +347,45 @@ def draw_shares(shares: np.ndarray, names: list[str], title: str, x_label: str, 
     return figure
 
 
-def draw_points(points: np.ndarray, labels: np.ndarray, names: dict[int, str], title: str) -> Figure:
-    """Points (n, 2), a colour and a mark a label, each named at its middle; in grey where labels are not among `names`."""
-    with matplotlib.rc_context(LOOK | {"axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}), any_script(*names.values()):
+def draw_points(
+    points: np.ndarray, labels: np.ndarray, names: dict[int, str], title: str
+) -> Figure:
+    """Points (n, 2), a colour and a mark a label, each named at its middle; in grey where labels
+    are not among `names`.
+    """
+    with (
+        matplotlib.rc_context(
+            LOOK | {"axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}
+        ),
+        any_script(*names.values()),
+    ):
         figure = Figure((4.6, 4.4), dpi=144, layout="constrained")
         axis = figure.subplots()
         others = ~np.isin(labels, list(names))
         axis.plot(*points[others].T, "o", color=MUTED, ms=2.8, mew=0, alpha=0.7)
         for i, value in enumerate(names):
             own = points[labels == value]
-            axis.plot(*own.T, MARKERS[i % len(MARKERS)], color=COLOURS[i % len(COLOURS)], ms=3.2, mew=0, alpha=0.75)
+            axis.plot(
+                *own.T,
+                MARKERS[i % len(MARKERS)],
+                color=COLOURS[i % len(COLOURS)],
+                ms=3.2,
+                mew=0,
+                alpha=0.75,
+            )
         axis.set(xticks=[], yticks=[])
         axis.set_title(title, parse_math=False)
         for i, (value, name) in enumerate(names.items()):
             middle = np.median(points[labels == value], axis=0)
             tone = ink(COLOURS[i % len(COLOURS)])
-            text = axis.text(*middle, _shortened(name), color=tone, ha="center", va="center", weight="bold", parse_math=False)
+            text = axis.text(
+                *middle,
+                _shortened(name),
+                color=tone,
+                ha="center",
+                va="center",
+                weight="bold",
+                parse_math=False,
+            )
             text.set_path_effects([withStroke(linewidth=2.5, foreground=PAPER)])
     return figure

@@ -9,7 +9,9 @@ from ffssl.report.charts import render
 
 
 class Gallery:
-    """The pictures of a report, drawn once: as SVG for the page, and in `pngs`, by file name, to lie beside it."""
+    """The pictures of a report, drawn once: as SVG for the page, and in `pngs`, by file name, to
+    lie beside it.
+    """
 
     def __init__(self):
         self.pngs: dict[str, bytes] = {}

@@ -14,12 +14,18 @@ FRAME = (213, 94, 0)  # of figures.COLOURS, the one that stands out most from ph
 def data_uri(image: Tensor) -> str:
     """A uint8 image (3, R, R) as an address that holds it."""
     file = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(file, "JPEG", quality=90, subsampling=0)
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(
+        file, "JPEG", quality=90, subsampling=0
+    )
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def contact_sheet(rows: Sequence[Sequence[tuple[Tensor, bool] | None]], gap: int = 6) -> Image.Image:
-    """Rows of (image, whether it is framed), uint8 (3, R, R) of any R, on white, each in the middle of a cell; None is an empty cell."""
+def contact_sheet(
+    rows: Sequence[Sequence[tuple[Tensor, bool] | None]], gap: int = 6
+) -> Image.Image:
+    """Rows of (image, whether it is framed), uint8 (3, R, R) of any R, on white, each in the middle
+    of a cell; None is an empty cell.
+    """
     side = max(cell[0].shape[-1] for row in rows for cell in row if cell) + gap
     sheet = np.full((len(rows) * side + gap, max(map(len, rows)) * side + gap, 3), 255, np.uint8)
     for y, row in enumerate(rows):

@@ -8,23 +8,40 @@ import torch
 
 from ffssl.errors import UserError
 from ffssl.evaluate import results
-from ffssl.plots import COLOURS, flop_unit, time_unit
 from ffssl.methods import Method
+from ffssl.plots import COLOURS, flop_unit, time_unit
 from ffssl.report.charts import Chart, accuracy_charts, draw_chart, schedule_charts, training_charts
 from ffssl.report.gallery import Gallery
-from ffssl.report.pictures import NEIGHBOURS, VIEWS, show_choice, show_embedding, show_neighbours, show_views
+from ffssl.report.pictures import (
+    NEIGHBOURS,
+    VIEWS,
+    show_choice,
+    show_embedding,
+    show_neighbours,
+    show_views,
+)
 from ffssl.report.runs import ReportedRun, compare_options
 from ffssl.report.style import CSS
 from ffssl.slowed import describe_slowed
 
 
 def compose(runs: list[ReportedRun], device: torch.device) -> tuple[str, dict[str, bytes]]:
-    """The page, and PNGs of its pictures by file name. The networks compute on `device`, one after the other."""
+    """The page, and PNGs of its pictures by file name.
+
+    The networks compute on `device`, one after the other.
+    """
     gallery = Gallery()
-    hard = [i for i, run in enumerate(runs) if run.options is not None and run.options.hard_augment.select == "hard"]
+    hard = [
+        i
+        for i, run in enumerate(runs)
+        if run.options is not None and run.options.hard_augment.select == "hard"
+    ]
 
     def of_each(show: Callable[[ReportedRun, Method, int, Gallery], str], places: list[int]) -> str:
-        return "".join(f"<div>{_heading(runs, i)}{_shown(show, runs[i], i, gallery, device)}</div>" for i in places)
+        return "".join(
+            f"<div>{_heading(runs, i)}{_shown(show, runs[i], i, gallery, device)}</div>"
+            for i in places
+        )
 
     everyone = list(range(len(runs)))
     sections = [
@@ -32,14 +49,34 @@ def compose(runs: list[ReportedRun], device: torch.device) -> tuple[str, dict[st
         ("schedules", "Schedules", _schedules(runs, gallery)),
         ("training", "Training", _training(runs, gallery)),
         ("views", "Views", _lead(VIEWS) + of_each(show_views, everyone)),
-        ("choice", "What Hard Augment chooses", of_each(show_choice, hard) or _note("None of these runs chooses its views by their loss.")),
-        ("embeddings", "Embeddings", f'<div class="charts middle">{of_each(show_embedding, everyone)}</div>'),
-        ("neighbours", "Nearest neighbours", _lead(NEIGHBOURS) + of_each(show_neighbours, everyone)),
+        (
+            "choice",
+            "What Hard Augment chooses",
+            of_each(show_choice, hard)
+            or _note("None of these runs chooses its views by their loss."),
+        ),
+        (
+            "embeddings",
+            "Embeddings",
+            f'<div class="charts middle">{of_each(show_embedding, everyone)}</div>',
+        ),
+        (
+            "neighbours",
+            "Nearest neighbours",
+            _lead(NEIGHBOURS) + of_each(show_neighbours, everyone),
+        ),
         ("config", "Configuration", _config(runs)),
-        ("started", "How it was run", "".join(_heading(runs, i) + _starts(run) for i, run in enumerate(runs))),
+        (
+            "started",
+            "How it was run",
+            "".join(_heading(runs, i) + _starts(run) for i, run in enumerate(runs)),
+        ),
     ]
     links = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title, _ in sections)
-    bodies = "".join(f'<section id="{anchor}"><h2>{title}</h2>{body}</section>' for anchor, title, body in sections)
+    bodies = "".join(
+        f'<section id="{anchor}"><h2>{title}</h2>{body}</section>'
+        for anchor, title, body in sections
+    )
     page = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(', '.join(run.name for run in runs))}</title><style>{CSS}</style></head>\n<body><main>"
@@ -50,7 +87,9 @@ def compose(runs: list[ReportedRun], device: torch.device) -> tuple[str, dict[st
     return page, gallery.pngs
 
 
-def _shown(show: Callable, run: ReportedRun, place: int, gallery: Gallery, device: torch.device) -> str:
+def _shown(
+    show: Callable, run: ReportedRun, place: int, gallery: Gallery, device: torch.device
+) -> str:
     """The run's part of a section, or why there is none."""
     if isinstance(run.method, UserError):
         return _note(f"Not shown: {run.method}.")
@@ -66,9 +105,10 @@ def _subject(runs: list[ReportedRun]) -> str:
     """What is trained, in a line."""
     known = [run.options for run in runs if run.options is not None]
     parts = [
-        sorted({options.method.name for options in known}), sorted({options.model.backbone for options in known}),
+        sorted({options.method.name for options in known}),
+        sorted({options.model.backbone for options in known}),
         sorted({options.data.train for options in known}),
-    ]  # fmt: skip
+    ]
     return " · ".join(", ".join(part) for part in parts if part)
 
 
@@ -89,8 +129,14 @@ def _heading(runs: list[ReportedRun], place: int) -> str:
 
 
 def _charts(charts: list[Chart], runs: list[ReportedRun], gallery: Gallery) -> str:
-    names, unfinished = [run.name for run in runs], {i for i, run in enumerate(runs) if run.unfinished}
-    return "".join(gallery.draw(draw_chart(chart, names, unfinished), chart.name, chart.title) for chart in charts)
+    names, unfinished = (
+        [run.name for run in runs],
+        {i for i, run in enumerate(runs) if run.unfinished},
+    )
+    return "".join(
+        gallery.draw(draw_chart(chart, names, unfinished), chart.name, chart.title)
+        for chart in charts
+    )
 
 
 def _cost(runs: list[ReportedRun], gallery: Gallery) -> str:
@@ -100,14 +146,22 @@ def _cost(runs: list[ReportedRun], gallery: Gallery) -> str:
     if len(evaluations) > 1:
         warning = _note(
             "These accuracies are of different data or measured in different ways, and not to be compared: "
-            + "; ".join(f"{run.name}: {_describe_evaluation(run)}" for run in runs if run.last_evaluation) + ".", "warning",
-        )  # fmt: skip
+            + "; ".join(
+                f"{run.name}: {_describe_evaluation(run)}" for run in runs if run.last_evaluation
+            )
+            + ".",
+            "warning",
+        )
     warning += "".join(
-        _note(f"The accuracies of {run.name} mean nothing: {run.accuracy_doubt}.", "warning") for run in runs if run.accuracy_doubt
+        _note(f"The accuracies of {run.name} mean nothing: {run.accuracy_doubt}.", "warning")
+        for run in runs
+        if run.accuracy_doubt
     )
     for place in dict.fromkeys(run.hardware or run.name for run in runs):
         together = {run.name: run.rows for run in runs if place in (run.hardware, run.name)}
-        warning += "".join(_note(f"{sentence}.", "warning") for sentence in describe_slowed(together))
+        warning += "".join(
+            _note(f"{sentence}.", "warning") for sentence in describe_slowed(together)
+        )
     charts, evaluated = accuracy_charts(runs), _results(runs)
     curves = f'<div class="charts large">{_charts(charts, runs, gallery)}</div>' if charts else ""
     return warning + _table(runs) + (evaluated + curves or _note("No accuracy has been measured."))
@@ -129,19 +183,40 @@ def _table(runs: list[ReportedRun]) -> str:
     flops, flop_scale = flop_unit(max(run.rows[-1]["flops"] for run in runs))
     times, time_scale = time_unit(max(run.rows[-1]["seconds"] for run in runs))
     energy = any("kwh" in run.rows[-1] for run in runs)
-    titles = ["run", "method", "epochs", "kNN accuracy", f"{flops}", f"{times}", *(["kWh"] if energy else [])]
+    titles = [
+        "run",
+        "method",
+        "epochs",
+        "kNN accuracy",
+        f"{flops}",
+        f"{times}",
+        *(["kWh"] if energy else []),
+    ]
     lines = []
     for i, run in enumerate(runs):
         row, evaluated = run.rows[-1], run.last_evaluation
         ratio = {key: _ratio(runs[0], run, key) if i else "" for key in ("flops", "seconds", "kwh")}
-        method = (run.options.method.name, run.options.model.backbone) if run.options else ("unknown", "")
-        epochs = f"{run.epoch} of {run.options.training.epochs}" if run.unfinished else f"{run.epoch}"
-        at = f"after epoch {evaluated['epoch']}" if evaluated and evaluated["epoch"] < run.epoch else ""
+        method = (
+            (run.options.method.name, run.options.model.backbone)
+            if run.options
+            else ("unknown", "")
+        )
+        epochs = (
+            f"{run.epoch} of {run.options.training.epochs}" if run.unfinished else f"{run.epoch}"
+        )
+        at = (
+            f"after epoch {evaluated['epoch']}"
+            if evaluated and evaluated["epoch"] < run.epoch
+            else ""
+        )
         cells = [
-            (escape(method[0]), escape(method[1])), (epochs, ""), (f"{evaluated['knn']:.1%}" if evaluated else "–", at),
-            (f"{row['flops'] * flop_scale:.1f}", ratio["flops"]), (f"{row['seconds'] * time_scale:.1f}", ratio["seconds"]),
+            (escape(method[0]), escape(method[1])),
+            (epochs, ""),
+            (f"{evaluated['knn']:.1%}" if evaluated else "–", at),
+            (f"{row['flops'] * flop_scale:.1f}", ratio["flops"]),
+            (f"{row['seconds'] * time_scale:.1f}", ratio["seconds"]),
             *([(f"{row['kwh']:.2f}" if "kwh" in row else "–", ratio["kwh"])] if energy else []),
-        ]  # fmt: skip
+        ]
         doubt = "unfinished" if run.unfinished else "" if run.options else "options unknown"
         chip = f' <span class="chip">{doubt}</span>' if doubt else ""
         cells = [
@@ -149,7 +224,9 @@ def _table(runs: list[ReportedRun]) -> str:
             for j, (title, (text, more)) in enumerate(zip(titles[1:], cells))
         ]
         lines.append(f'<tr><th scope="row">{_run_name(runs, i)}{chip}</th>{"".join(cells)}</tr>')
-    heads = "".join(f'<th scope="col"{"" if j < 2 else NUMBER}>{title}</th>' for j, title in enumerate(titles))
+    heads = "".join(
+        f'<th scope="col"{"" if j < 2 else NUMBER}>{title}</th>' for j, title in enumerate(titles)
+    )
     return (
         f'<div class="card scroll"><table class="summary"><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
         '<p class="muted">Accuracy of weighted kNN on the frozen features, the last that was measured. FLOPs in the standard count '
@@ -162,11 +239,19 @@ NUMBER = ' class="number"'
 
 
 def _ratio(first: ReportedRun, run: ReportedRun, key: str) -> str:
-    """How many times less the run cost than the first, or more; nothing where the two can't be compared in that."""
+    """How many times less the run cost than the first, or more; nothing where the two can't be
+    compared in that.
+    """
     ended = [each for each in (first, run) if each.last_evaluation and not each.unfinished]
     conditions = [(each.evaluation, "any" if key == "flops" else each.hardware) for each in ended]
     before, own = first.rows[-1].get(key), run.rows[-1].get(key)
-    if len(ended) < 2 or None in conditions[0] or conditions[0] != conditions[1] or not before or not own:
+    if (
+        len(ended) < 2
+        or None in conditions[0]
+        or conditions[0] != conditions[1]
+        or not before
+        or not own
+    ):
         return ""
     return f"{max(before / own, own / before):.2f}× {'less' if own <= before else 'more'} than {escape(first.name)}"
 
@@ -188,10 +273,13 @@ def _results(runs: list[ReportedRun]) -> str:
             lines += f'<tr><th scope="row">{_run_name(runs, i)}</th>{cells}</tr>'
     if not lines:
         return notes
-    heads = "".join(f'<th scope="col"{NUMBER if number else ""}>{title}</th>' for title, number in {"run": False, **results.COLUMNS}.items())
+    heads = "".join(
+        f'<th scope="col"{NUMBER if number else ""}>{title}</th>'
+        for title, number in {"run": False, **results.COLUMNS}.items()
+    )
     return (
         f'{notes}<div class="card scroll"><table class="summary"><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
-        f'{_lead("What python -m ffssl.evaluate has measured of the frozen backbones.")}'
+        f"{_lead('What python -m ffssl.evaluate has measured of the frozen backbones.')}"
     )
 
 
@@ -216,7 +304,11 @@ def _training(runs: list[ReportedRun], gallery: Gallery) -> str:
         "Averages over each epoch. The spread is the standard deviation of the normalised embeddings times √d: 1 for directions at "
         "random, 0 after a collapse."
     )
-    return f'{_lead(words)}<div class="charts">{_charts(charts, runs, gallery)}</div>' if charts else _note("No epoch has finished yet.")
+    return (
+        f'{_lead(words)}<div class="charts">{_charts(charts, runs, gallery)}</div>'
+        if charts
+        else _note("No epoch has finished yet.")
+    )
 
 
 def _config(runs: list[ReportedRun]) -> str:
@@ -230,7 +322,10 @@ def _config(runs: list[ReportedRun]) -> str:
         f'<tr class="differs"><th scope="row">{name}</th>{"".join(f"<td>{_value(value)}</td>" for value in values)}</tr>'
         for name, values in differing.items()
     )
-    rest = "".join(f'<tr><th scope="row">{name}</th><td>{_value(value)}</td></tr>' for name, value in same.items())
+    rest = "".join(
+        f'<tr><th scope="row">{name}</th><td>{_value(value)}</td></tr>'
+        for name, value in same.items()
+    )
     table = f'<div class="card scroll"><table class="config"><thead><tr><th></th>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
     return (
         f"{table if differing else ''}<details{'' if differing else ' open'}><summary>{len(same)} options"
@@ -249,9 +344,16 @@ def _starts(run: ReportedRun) -> str:
     lists = []
     for i, start in enumerate(run.starts):
         fields = {
-            "started" if i == 0 else "continued": start["started"], "command": start["command"], "device": start["device"],
+            "started" if i == 0 else "continued": start["started"],
+            "command": start["command"],
+            "device": start["device"],
             **({"processes": start["ranks"]} if start.get("ranks", 1) > 1 else {}),
-            "machine": start["machine"], "git revision": start["git"] or "not from a checkout",
-        }  # fmt: skip
-        lists.append("".join(f"<dt>{name}</dt><dd>{escape(str(value))}</dd>" for name, value in fields.items()))
+            "machine": start["machine"],
+            "git revision": start["git"] or "not from a checkout",
+        }
+        lists.append(
+            "".join(
+                f"<dt>{name}</dt><dd>{escape(str(value))}</dd>" for name, value in fields.items()
+            )
+        )
     return "".join(f'<dl class="card">{entries}</dl>' for entries in lists)

@@ -1,4 +1,5 @@
-"""What is seen of a run's data: each function gives a run's part of a section, and raises UserError where it can't be computed.
+"""What is seen of a run's data: each function gives a run's part of a section, and raises UserError
+where it can't be computed.
 
 place: the run's, among the runs. Their pictures go to the gallery too.
 """
@@ -11,32 +12,39 @@ import numpy as np
 import torch
 
 from ffssl.data.convert.sources.base import UNLABELLED
-from ffssl.plots import COLOURS
 from ffssl.methods import Method
+from ffssl.plots import COLOURS
 from ffssl.report import samples
 from ffssl.report.charts import draw_points, draw_shares
 from ffssl.report.gallery import Gallery
 from ffssl.report.images import contact_sheet, data_uri
 from ffssl.report.runs import ReportedRun
 
-SHOWN_SIDE = 104  # CSS pixels that the largest views may take; where they are smaller, they are enlarged a whole number of times
+# CSS pixels that the largest views may take; where they are smaller, they are enlarged a whole
+# number of times.
+SHOWN_SIDE = 104
 VIEWS = (
     "The views of a few images, as the training sees them in a few of its epochs, as large beside each other as they are in pixels. "
     "Framed: the pair that Hard Augment chooses, with the weights of the checkpoint."
 )
-NEIGHBOURS = (
-    "Images, and the training images whose features are nearest to theirs by the cosine, nearest first. Dashed: those of another class."
-)
+NEIGHBOURS = "Images, and the training images whose features are nearest to theirs by the cosine, nearest first. Dashed: those of another class."
 
 
 def show_views(run: ReportedRun, method: Method, place: int, gallery: Gallery) -> str:
     epochs = samples.views_by_epoch(run, method)
-    count, largest = max(one.views.shape[1] for one in epochs), max(one.resolution for one in epochs)
+    count, largest = (
+        max(one.views.shape[1] for one in epochs),
+        max(one.resolution for one in epochs),
+    )
     across = math.ceil(count**0.5)
     zoom = max(1, SHOWN_SIDE // largest)
     rows, sheet = [], []
     for one in epochs:
-        chosen = [set(pair) for pair in one.chosen.tolist()] if one.chosen is not None else [set()] * len(one.views)
+        chosen = (
+            [set(pair) for pair in one.chosen.tolist()]
+            if one.chosen is not None
+            else [set()] * len(one.views)
+        )
         cells = ""
         for views, pair in zip(one.views, chosen):
             images = "".join(_view(view, chosen=v in pair) for v, view in enumerate(views))
@@ -46,7 +54,10 @@ def show_views(run: ReportedRun, method: Method, place: int, gallery: Gallery) -
             f'<div class="epoch"><div><b>epoch {one.epoch + 1}</b><small>{one.resolution} px</small><small>magnitude {one.magnitude:.3g}</small>'
             f'{to_come}</div><div class="images" style="--share: {one.resolution / largest:.4f}">{cells}</div></div>'
         )
-        groups = [[*((view, v in pair) for v, view in enumerate(views)), None] for views, pair in zip(one.views, chosen)]
+        groups = [
+            [*((view, v in pair) for v, view in enumerate(views)), None]
+            for views, pair in zip(one.views, chosen)
+        ]
         sheet.append([cell for group in groups for cell in group][:-1])
     gallery.add(contact_sheet(sheet), _file_name("views", run, place))
     enlarged = f" Enlarged {zoom} times." if zoom > 1 else ""
@@ -72,7 +83,9 @@ def show_choice(run: ReportedRun, method: Method, place: int, gallery: Gallery) 
     choice = samples.examine_choice(run, method)
     candidates = choice.candidates.tolist()
     ranks = torch.bincount(choice.ranks, minlength=len(candidates)).numpy() / len(choice.ranks)
-    positions = torch.bincount(choice.positions, minlength=len(candidates)).numpy() / len(choice.positions)
+    positions = torch.bincount(choice.positions, minlength=len(candidates)).numpy() / len(
+        choice.positions
+    )
     colour = COLOURS[place % len(COLOURS)]
     same = choice.selection_resolution == choice.resolution
     words = (
@@ -83,13 +96,27 @@ def show_choice(run: ReportedRun, method: Method, place: int, gallery: Gallery) 
         + (" Both resolutions are the same in this epoch." if same else "")
     )
     drawn = [
-        (ranks, [str(rank + 1) for rank in range(len(ranks))], "rank", f"rank of the chosen pair at {choice.resolution} px (1: hardest)"),
-        (positions, [f"{a + 1}, {b + 1}" for a, b in candidates], "position", "which views are chosen"),
+        (
+            ranks,
+            [str(rank + 1) for rank in range(len(ranks))],
+            "rank",
+            f"rank of the chosen pair at {choice.resolution} px (1: hardest)",
+        ),
+        (
+            positions,
+            [f"{a + 1}, {b + 1}" for a, b in candidates],
+            "position",
+            "which views are chosen",
+        ),
     ]
     cards = ""
     for shares, names, what, x_label in drawn:
         title = f"chosen pairs (%) by {what}"
-        cards += gallery.draw(draw_shares(shares, names, title, x_label, colour), _file_name(f"choice-{what}", run, place), title)
+        cards += gallery.draw(
+            draw_shares(shares, names, title, x_label, colour),
+            _file_name(f"choice-{what}", run, place),
+            title,
+        )
     return (
         f'<div class="charts">{cards}<div class="words">{words}<br><br>{len(choice.ranks)} images with the views of epoch {max(run.epoch, 1)} and '
         "the weights of the checkpoint. The dashed line is a choice at random.</div></div>"
@@ -99,11 +126,16 @@ def show_choice(run: ReportedRun, method: Method, place: int, gallery: Gallery) 
 def show_embedding(run: ReportedRun, method: Method, place: int, gallery: Gallery) -> str:
     embedding = samples.embed(run, method)
     labels = embedding.labels.numpy()
-    names = {label: samples.class_name(embedding.class_names, label) for label in np.setdiff1d(labels, UNLABELLED).tolist()}
+    names = {
+        label: samples.class_name(embedding.class_names, label)
+        for label in np.setdiff1d(labels, UNLABELLED).tolist()
+    }
     by = "UMAP" if embedding.explained is None else "PCA"
     figure = draw_points(embedding.points.numpy(), labels, names, f"features by {by}")
     card = gallery.draw(figure, _file_name("embeddings", run, place), f"features by {by}")
-    of_classes = f" of {len(names)} of {embedding.classes} classes" if len(names) < embedding.classes else ""
+    of_classes = (
+        f" of {len(names)} of {embedding.classes} classes" if len(names) < embedding.classes else ""
+    )
     words = f"Normalised features of {len(labels)} images{of_classes} of {escape(samples.evaluation_path(run))}, in the plane by {by}"
     if embedding.explained is not None:
         words += (
@@ -118,9 +150,15 @@ def show_neighbours(run: ReportedRun, method: Method, place: int, gallery: Galle
     rows, sheet = [], []
     for i, query_label in enumerate(near.query_labels.tolist()):
         figures = [_thumbnail(near.queries[i], _class(near, query_label) or "image", "")]
-        for image, label, cosine in zip(near.found[i], near.found_labels[i].tolist(), near.cosines[i].tolist()):
+        for image, label, cosine in zip(
+            near.found[i], near.found_labels[i].tolist(), near.cosines[i].tolist()
+        ):
             other = UNLABELLED not in (query_label, label) and label != query_label
-            figures.append(_thumbnail(image, f"{_class(near, label)} {cosine:.2f}", ' class="other"' if other else ""))
+            figures.append(
+                _thumbnail(
+                    image, f"{_class(near, label)} {cosine:.2f}", ' class="other"' if other else ""
+                )
+            )
         rows.append(f'<div class="row">{"".join(figures)}</div>')
         sheet.append([(near.queries[i], False), None, *((image, False) for image in near.found[i])])
     gallery.add(contact_sheet(sheet), _file_name("neighbours", run, place))

@@ -5,18 +5,18 @@ from functools import cached_property
 from pathlib import Path
 
 from ffssl.config import Options
-from ffssl.run_folder import checkpoint
 from ffssl.data.beton.read import read_beton
 from ffssl.data.convert.conversion import description_or_empty
 from ffssl.errors import UserError
 from ffssl.evaluate.labels import shared_classes
+from ffssl.load import load_run
 from ffssl.methods import Method
-from ffssl.training.schedule import Plan
 from ffssl.printable import printable
+from ffssl.run_folder import checkpoint
 from ffssl.run_folder.log import NAME, read_log
 from ffssl.run_folder.provenance import read_starts
-from ffssl.load import load_run
 from ffssl.schedules import noise_scale
+from ffssl.training.schedule import Plan
 
 POINTS = 400  # in a schedule's curve, at least
 
@@ -25,9 +25,9 @@ POINTS = 400  # in a schedule's curve, at least
 class ReportedRun:
     """A run as its folder has it.
 
-    rows: its log, never empty. method: with the checkpoint's weights, on the CPU, or why there is none; then options are None.
-    trained_on: what tells its training images from others, as `data.convert.identity`; empty where its checkpoint does not say.
-    starts: see `run_record`.
+    rows: its log, never empty. method: with the checkpoint's weights, on the CPU, or why there is
+    none; then options are None. trained_on: what tells its training images from others, as
+    `data.convert.identity`; empty where its checkpoint does not say. starts: see `run_record`.
     """
 
     folder: Path
@@ -59,11 +59,16 @@ class ReportedRun:
 
     @cached_property
     def samples(self) -> int | None:
-        """Training images, from the noise scale that the log states, which is proportional to their number; None where it has none."""
+        """Training images, from the noise scale that the log states, which is proportional to their
+        number; None where it has none.
+        """
         for row in self.rows:
             if row.get("learning_rate"):
                 one = noise_scale(
-                    learning_rate=row["learning_rate"], momentum=row["momentum"], samples=1, batch_size=self.options.training.batch_size
+                    learning_rate=row["learning_rate"],
+                    momentum=row["momentum"],
+                    samples=1,
+                    batch_size=self.options.training.batch_size,
                 )
                 return round(row["noise_scale"] / one)
         return None
@@ -75,12 +80,20 @@ class ReportedRun:
             return None
         data, evaluate = self.options.data, self.options.evaluate
         images = self.trained_on.get("digest") or describe_data(data.train).identity
-        settings = self.options.resolution.max, evaluate.bank_samples, evaluate.k, evaluate.temperature
+        settings = (
+            self.options.resolution.max,
+            evaluate.bank_samples,
+            evaluate.k,
+            evaluate.temperature,
+        )
         return images, describe_data(data.validation).identity, *settings
 
     @cached_property
     def accuracy_doubt(self) -> str | None:
-        """Why its accuracies mean nothing: labels of other classes, which the training now refuses. None where nothing says so."""
+        """Why its accuracies mean nothing: labels of other classes, which the training now refuses.
+
+        None where nothing says so.
+        """
         if self.options is None or not self.options.data.validation or not self.last_evaluation:
             return None
         data = self.options.data
@@ -96,7 +109,9 @@ class ReportedRun:
 
     @property
     def hardware(self) -> tuple[str, int] | None:
-        """The device that it ran on, and in how many processes; None where these changed, or it kept no record."""
+        """The device that it ran on, and in how many processes; None where these changed, or it
+        kept no record.
+        """
         kinds = {(start["device"], start.get("ranks", 1)) for start in self.starts}
         return kinds.pop() if len(kinds) == 1 else None
 
@@ -113,7 +128,11 @@ class Data:
 def describe_data(path: str | None) -> Data:
     """identity: equal for copies of a file where the description is there, else the path."""
     description = description_or_empty(Path(path)) if path else {}
-    return Data(path or "none", description.get("sha256") or str(Path(path or "none").resolve()), description.get("class_names") or [])
+    return Data(
+        path or "none",
+        description.get("sha256") or str(Path(path or "none").resolve()),
+        description.get("class_names") or [],
+    )
 
 
 def read_runs(folders: list[Path]) -> list[ReportedRun]:
@@ -126,26 +145,38 @@ def read_runs(folders: list[Path]) -> list[ReportedRun]:
 def _read_run(folder: Path, name: str) -> ReportedRun:
     rows = read_log(folder)
     if not rows:
-        raise UserError(f"{folder}: has no {NAME} with an epoch in it; name the run.folder of a run of ffssl/train.py")
+        raise UserError(
+            f"{folder}: has no {NAME} with an epoch in it; name the run.folder of a run of "
+            "ffssl/train.py"
+        )
     try:
         if not (folder / checkpoint.NAME).exists():
             raise UserError(f"{folder} holds no checkpoint, from which this would be computed")
         options, method, state = load_run(folder)
     except UserError as error:
         options, method, state = None, error, {}
-    return ReportedRun(folder, name, rows, options, method, state.get("data", {}), read_starts(folder))
+    return ReportedRun(
+        folder, name, rows, options, method, state.get("data", {}), read_starts(folder)
+    )
 
 
 def compare_options(runs: list[ReportedRun]) -> tuple[dict[str, list], dict[str, object]]:
-    """The options, by dotted name, that differ between the runs, as a list of each run's value, and those that do not.
+    """The options, by dotted name, that differ between the runs, as a list of each run's value, and
+    those that do not.
 
     Runs without options are left out.
     """
     tables = [
-        {f"{section}.{name}": value for section, values in run.options.as_dict().items() for name, value in values.items()}
+        {
+            f"{section}.{name}": value
+            for section, values in run.options.as_dict().items()
+            for name, value in values.items()
+        }
         for run in runs
         if run.options is not None
     ]
     values = {name: [table[name] for table in tables] for name in tables[0]}
-    differing = {name: each for name, each in values.items() if any(value != each[0] for value in each)}
+    differing = {
+        name: each for name, each in values.items() if any(value != each[0] for value in each)
+    }
     return differing, {name: each[0] for name, each in values.items() if name not in differing}

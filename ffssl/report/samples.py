@@ -1,6 +1,8 @@
-"""What the report shows of a run's data: views and the pair that Hard Augment chooses, embeddings, nearest neighbours.
+"""What the report shows of a run's data: views and the pair that Hard Augment chooses, embeddings,
+nearest neighbours.
 
-All of it is computed anew from the run's checkpoint and beton files, and raises UserError where a file is gone.
+All of it is computed anew from the run's checkpoint and beton files, and raises UserError where a
+file is gone.
 """
 
 import contextlib
@@ -14,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ffssl.data.beton.read import Beton, read_beton
-from ffssl.data.loader import ViewLoader
 from ffssl.data.convert.sources.base import UNLABELLED
+from ffssl.data.loader import ViewLoader
 from ffssl.evaluate.features import extract_features, open_views
 from ffssl.evaluate.labels import shared_classes
 from ffssl.hard_augment import hardest_pair, losses_of_pairs, pairs
@@ -35,7 +37,10 @@ THUMBNAIL = 112  # pixels at most
 
 @dataclass(frozen=True)
 class EpochViews:
-    """views: uint8 (n, m, 3, R, R). chosen: int64 (n, 2), the views trained on; None where the run does not choose by the loss."""
+    """views: uint8 (n, m, 3, R, R).
+
+    chosen: int64 (n, 2), the views trained on; None where the run does not choose by the loss.
+    """
 
     epoch: int
     resolution: int
@@ -48,8 +53,9 @@ class EpochViews:
 class Choice:
     """Of each image's pairs, which one the selection pass chose.
 
-    candidates: int64 (pairs, 2). positions: int64 (n,), its place among them. ranks: int64 (n,), at the resolution of the training: 0 where the
-    chosen pair has the largest loss there too. losses: mean loss there, of the chosen, the hardest and a random pair.
+    candidates: int64 (pairs, 2). positions: int64 (n,), its place among them. ranks: int64 (n,), at
+    the resolution of the training: 0 where the chosen pair has the largest loss there too. losses:
+    mean loss there, of the chosen, the hardest and a random pair.
     """
 
     candidates: Tensor
@@ -62,7 +68,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class Embedding:
-    """points: float32 (n, 2). labels: int64 (n,), -1 where there are none. explained: PCA's share of the variance, None for UMAP."""
+    """points: float32 (n, 2).
+
+    labels: int64 (n,), -1 where there are none. explained: PCA's share of the variance, None for
+    UMAP.
+    """
 
     points: Tensor
     labels: Tensor
@@ -73,7 +83,9 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Query images and for each, nearest first, training images: uint8 (q, 3, R, R) and (q, k, 3, R, R), labels, and cosines (q, k)."""
+    """Query images and for each, nearest first, training images: uint8 (q, 3, R, R) and (q, k, 3,
+    R, R), labels, and cosines (q, k).
+    """
 
     queries: Tensor
     query_labels: Tensor
@@ -94,7 +106,10 @@ def class_name(names: Sequence[str], label: int) -> str:
 
 @contextlib.contextmanager
 def _fixed_views(run: ReportedRun, count: int):
-    """The run's training loader, over `count` images at most, always the same ones. Its views are those that the training sees."""
+    """The run's training loader, over `count` images at most, always the same ones.
+
+    Its views are those that the training sees.
+    """
     options = run.options
     total = len(read_beton(options.data.train))
     with open_loader(options.changed(training={"batch_size": min(BATCH, total)})) as loader:
@@ -104,7 +119,10 @@ def _fixed_views(run: ReportedRun, count: int):
 
 
 def views_by_epoch(run: ReportedRun, method: Method) -> list[EpochViews]:
-    """The views of a few images in a few epochs, from the first to the last. The choice is that of the checkpoint's weights."""
+    """The views of a few images in a few epochs, from the first to the last.
+
+    The choice is that of the checkpoint's weights.
+    """
     plan, shown = run.plan, []
     device = next(method.parameters()).device
     method.train()  # as the selection pass sees it: BatchNorm takes the batch's statistics
@@ -125,7 +143,9 @@ def views_by_epoch(run: ReportedRun, method: Method) -> list[EpochViews]:
 
 
 def examine_choice(run: ReportedRun, method: Method) -> Choice:
-    """How the pair that the cheap pass chooses ranks at the resolution trained on, with the checkpoint's weights and its epoch's views."""
+    """How the pair that the cheap pass chooses ranks at the resolution trained on, with the
+    checkpoint's weights and its epoch's views.
+    """
     plan = run.plan
     device = next(method.parameters()).device
     method.train()
@@ -145,7 +165,11 @@ def examine_choice(run: ReportedRun, method: Method) -> Choice:
         resolution = loader.resolution
     cheap, of_pairs = (by_pair(torch.cat(x), selection.policies) for x in (small, large))
     chosen = cheap.argmax(1)
-    means = {"chosen": of_pairs.gather(1, chosen[:, None]), "hardest": of_pairs.max(1).values, "random": of_pairs}
+    means = {
+        "chosen": of_pairs.gather(1, chosen[:, None]),
+        "hardest": of_pairs.max(1).values,
+        "random": of_pairs,
+    }
     return Choice(
         pairs(views.shape[1], policies=selection.policies),
         min(selection.resolution, resolution),
@@ -157,7 +181,9 @@ def examine_choice(run: ReportedRun, method: Method) -> Choice:
 
 
 def by_pair(losses: Tensor, policies: int = 1) -> Tensor:
-    """The losses of the candidate pairs, in the order of `hard_augment.pairs`: (B, m, m) to (B, pairs)."""
+    """The losses of the candidate pairs, in the order of `hard_augment.pairs`: (B, m, m) to (B,
+    pairs).
+    """
     candidates = pairs(losses.shape[1], policies=policies)
     return losses[:, candidates[:, 0], candidates[:, 1]]
 
@@ -173,14 +199,24 @@ def rank_of(losses: Tensor, chosen: Tensor) -> Tensor:
 def _centre_crops(run: ReportedRun, path: str, resolution: int, indices: np.ndarray) -> ViewLoader:
     """Of images that do not decode, the training images alone are treated as in the training."""
     data = run.options.data
-    return open_views(path, data, resolution, indices=indices, broken=data.broken if path == data.train else "stop")
+    return open_views(
+        path,
+        data,
+        resolution,
+        indices=indices,
+        broken=data.broken if path == data.train else "stop",
+    )
 
 
-def _features(run: ReportedRun, method: Method, path: str, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+def _features(
+    run: ReportedRun, method: Method, path: str, indices: np.ndarray
+) -> tuple[Tensor, Tensor]:
     """L2-normalised features (n, d) and labels (n,), on the CPU."""
     device = next(method.parameters()).device
     with _centre_crops(run, path, run.options.resolution.max, indices) as loader:
-        features, labels = extract_features(method.backbone, loader, device, contextlib.nullcontext())
+        features, labels = extract_features(
+            method.backbone, loader, device, contextlib.nullcontext()
+        )
     return F.normalize(features, dim=1).cpu(), labels.cpu()
 
 
@@ -210,16 +246,23 @@ def embed(run: ReportedRun, method: Method) -> Embedding:
 
 
 def project(features: Tensor) -> tuple[Tensor, float | None]:
-    """Features (n, d) as points (n, 2): by UMAP where umap-learn is installed, else by PCA, with the share of variance that they keep."""
+    """Features (n, d) as points (n, 2): by UMAP where umap-learn is installed, else by PCA, with
+    the share of variance that they keep.
+    """
     if importlib.util.find_spec("umap") and len(features) > 15:
         import umap
 
-        return torch.from_numpy(umap.UMAP(metric="cosine", random_state=0, n_jobs=1).fit_transform(features.numpy())), None
+        return torch.from_numpy(
+            umap.UMAP(metric="cosine", random_state=0, n_jobs=1).fit_transform(features.numpy())
+        ), None
     centred = features - features.mean(0)
     _, values, directions = torch.linalg.svd(centred, full_matrices=False)
-    signs = directions[:2].gather(1, directions[:2].abs().argmax(1, keepdim=True)).sign()  # else arbitrary
+    # Else arbitrary.
+    signs = directions[:2].gather(1, directions[:2].abs().argmax(1, keepdim=True)).sign()
     variances = values.square()
-    return centred @ (directions[:2] * signs).T, (variances[:2].sum() / variances.sum().clamp(min=1e-12)).item()
+    return centred @ (directions[:2] * signs).T, (
+        variances[:2].sum() / variances.sum().clamp(min=1e-12)
+    ).item()
 
 
 def _classes(beton: Beton) -> np.ndarray:
@@ -232,12 +275,15 @@ def _examples(beton: Beton, count: int) -> np.ndarray:
     classes = _classes(beton)
     if not len(classes):
         return spread(len(beton), count)
-    firsts = [np.flatnonzero(beton.labels == one)[0] for one in classes[spread(len(classes), count)]]
+    firsts = [
+        np.flatnonzero(beton.labels == one)[0] for one in classes[spread(len(classes), count)]
+    ]
     return np.array(firsts, np.int64)
 
 
 def nearest_neighbours(run: ReportedRun, method: Method) -> Neighbours:
-    """The training images, of at most BANK, whose features are closest to those of a few validation images, by the cosine.
+    """The training images, of at most BANK, whose features are closest to those of a few validation
+    images, by the cosine.
 
     Raises UserError where both files have labels, but not of the same classes.
     """
@@ -251,7 +297,14 @@ def nearest_neighbours(run: ReportedRun, method: Method) -> Neighbours:
     features, query_labels = _features(run, method, path, queries)
     bank_features, bank_labels = _features(run, method, bank_path, bank)
     cosines, found = (features @ bank_features.T).topk(min(NEIGHBOURS, len(bank)), dim=1)
-    thumbnails = _thumbnails(run, bank_path, bank[found.flatten().numpy()]).unflatten(0, found.shape)
+    thumbnails = _thumbnails(run, bank_path, bank[found.flatten().numpy()]).unflatten(
+        0, found.shape
+    )
     return Neighbours(
-        _thumbnails(run, path, queries), query_labels, thumbnails, bank_labels[found], cosines, describe_data(bank_path).class_names
+        _thumbnails(run, path, queries),
+        query_labels,
+        thumbnails,
+        bank_labels[found],
+        cosines,
+        describe_data(bank_path).class_names,
     )

@@ -1,21 +1,54 @@
-"""The page's looks: one column on a phone, charts side by side where there is room, light or dark as the reader's system is."""
+"""The page's looks: one column on a phone, charts side by side where there is room, light or dark
+as the reader's system is.
+"""
 
 from ffssl.plots import COLOURS, ink
 
-LIGHT = {"page": "#f6f7f9", "card": "#ffffff", "ink": "#1f2328", "muted": "#59636e", "rule": "#d9dee3", "mark": "#fff3d6", "frame": "#d55e00"}
-DARK = {"page": "#0e1116", "card": "#171b21", "ink": "#e6e9ed", "muted": "#9aa4af", "rule": "#2e353d", "mark": "#3d3116", "frame": "#ff8a3d"}
-COLOURS_ON_DARK = ("#4c9be8", "#f0894a", "#2fc99a", "#e39cc4", "#8fd3fb", "#f0b93a", "#e6e9ed", "#bd9560")
+LIGHT = {
+    "page": "#f6f7f9",
+    "card": "#ffffff",
+    "ink": "#1f2328",
+    "muted": "#59636e",
+    "rule": "#d9dee3",
+    "mark": "#fff3d6",
+    "frame": "#d55e00",
+}
+DARK = {
+    "page": "#0e1116",
+    "card": "#171b21",
+    "ink": "#e6e9ed",
+    "muted": "#9aa4af",
+    "rule": "#2e353d",
+    "mark": "#3d3116",
+    "frame": "#ff8a3d",
+}
+COLOURS_ON_DARK = (
+    "#4c9be8",
+    "#f0894a",
+    "#2fc99a",
+    "#e39cc4",
+    "#8fd3fb",
+    "#f0b93a",
+    "#e6e9ed",
+    "#bd9560",
+)
 
 
 def _declare(colours: dict[str, str], runs: tuple[str, ...], texts: tuple[str, ...]) -> str:
-    names = colours | {f"run{i}": tone for i, tone in enumerate(runs)} | {f"ink{i}": tone for i, tone in enumerate(texts)}
+    names = (
+        colours
+        | {f"run{i}": tone for i, tone in enumerate(runs)}
+        | {f"ink{i}": tone for i, tone in enumerate(texts)}
+    )
     return " ".join(f"--{name}: {tone};" for name, tone in names.items())
 
 
-CSS = f"""
+CSS = (
+    f"""
 :root {{ color-scheme: light dark; {_declare(LIGHT, COLOURS, tuple(map(ink, COLOURS)))} }}
 @media (prefers-color-scheme: dark) {{ :root {{ {_declare(DARK, COLOURS_ON_DARK, COLOURS_ON_DARK)} }} }}
-""" + """
+"""
+    + """
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; scroll-behavior: smooth; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
@@ -95,3 +128,4 @@ footer { margin-top: 48px; color: var(--muted); font-size: 13px; }
 }
 @media print { body { background: none; } .card { break-inside: avoid; } nav { display: none; } }
 """
+)

@@ -2,15 +2,17 @@
 
 from pathlib import Path
 
-from ffssl.parallel.device import choose_device
 from ffssl.errors import UserError
 from ffssl.files import replacing
+from ffssl.parallel.device import choose_device
 from ffssl.report.page import compose
 from ffssl.report.runs import read_runs
 
 
 def write_report(folders: list[Path], output: Path, device: str = "auto") -> Path:
-    """Write the page of the runs in `folders`, and PNGs of its pictures to a folder beside it. Returns that folder.
+    """Write the page of the runs in `folders`, and PNGs of its pictures to a folder beside it.
+
+    Returns that folder.
 
     Raises UserError for a folder that holds no run, and where nothing can be written.
     """
@@ -19,9 +21,14 @@ def write_report(folders: list[Path], output: Path, device: str = "auto") -> Pat
     beside = output.with_name(f"{output.stem}_pictures")
     try:
         beside.mkdir(parents=True, exist_ok=True)
-        for path, content in (*((beside / name, png) for name, png in pictures.items()), (output, page.encode("utf-8", "backslashreplace"))):
+        for path, content in (
+            *((beside / name, png) for name, png in pictures.items()),
+            (output, page.encode("utf-8", "backslashreplace")),
+        ):
             with replacing(path) as partial:
                 partial.write_bytes(content)
     except OSError as error:
-        raise UserError(f"--output: {output} and the pictures beside it can't be written: {error.strerror}") from error
+        raise UserError(
+            f"--output: {output} and the pictures beside it can't be written: {error.strerror}"
+        ) from error
     return beside

@@ -8,16 +8,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ffssl.run_folder import checkpoint
 from ffssl.parallel.device import mark_work, wait_in_thread
+from ffssl.run_folder import checkpoint
 
 
 class Saver:
-    """Writes a folder's checkpoints in a thread, at most one at a time. `save` takes as long as copying the state to the host's memory.
+    """Writes a folder's checkpoints in a thread, at most one at a time.
 
-    device: of the run's tensors. keep: how many there are to be, see `checkpoint.save`. minutes: after which one is `due`; 0: never.
-    What goes wrong in the thread is raised by the next call of any method: UserError for a full disk, FloatingPointError for weights
-    (the state's "method") that are not finite, and not written.
+    `save` takes as long as copying the state to the host's memory.
+
+    device: of the run's tensors. keep: how many there are to be, see `checkpoint.save`. minutes:
+    after which one is `due`; 0: never. What goes wrong in the thread is raised by the next call of
+    any method: UserError for a full disk, FloatingPointError for weights (the state's "method")
+    that are not finite, and not written.
     """
 
     def __init__(self, folder: Path, device: torch.device, *, keep: int, minutes: float):
@@ -46,9 +49,11 @@ class Saver:
     def _write(self, state: dict, copied: "torch.cuda.Event | None") -> None:
         if copied is not None:
             wait_in_thread(copied)
-        # By NumPy: for a reduction of torch this thread would start OpenMP threads of its own, and with more of them than cores those of
-        # the training would no longer spin between operations, in all that follows: a step of small images then took 1.35 times as long.
-        for name, tensor in state.get("method", {}).items():  # a gradient may be infinite where the loss that it is of is not
+        # By NumPy: for a reduction of torch this thread would start OpenMP threads of its own, and
+        # with more of them than cores those of the training would no longer spin between
+        # operations, in all that follows: a step of small images then took 1.35 times as long. A
+        # gradient may be infinite where the loss that it is of is not.
+        for name, tensor in state.get("method", {}).items():
             if tensor.is_floating_point() and not np.isfinite(tensor.float().numpy()).all():
                 raise FloatingPointError(
                     f"{name} is no longer finite, {state['epoch']} epochs done; the last checkpoint in {self._folder} is untouched. Try a smaller "
@@ -70,20 +75,34 @@ class Saver:
 
 
 def copy_to_host(value: object, earlier: object = None) -> object:
-    """A copy of a state in the host's memory, in place of an `earlier` copy where its tensors are like these.
+    """A copy of a state in the host's memory, in place of an `earlier` copy where its tensors are
+    like these.
 
     Those of a GPU arrive, in pinned memory, when the work queued so far is done.
     """
     if isinstance(value, torch.Tensor):
-        alike = isinstance(earlier, torch.Tensor) and (earlier.shape, earlier.dtype, earlier.stride()) == (value.shape, value.dtype, value.stride())
-        target = earlier if alike else torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        alike = isinstance(earlier, torch.Tensor) and (
+            earlier.shape,
+            earlier.dtype,
+            earlier.stride(),
+        ) == (value.shape, value.dtype, value.stride())
+        target = (
+            earlier if alike else torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        )
         return target.copy_(value, non_blocking=True)
     if isinstance(value, dict):
-        copied = copy.copy(value)  # of the same type, with what a module's state says of its version
+        # Of the same type, with what a module's state says of its version.
+        copied = copy.copy(value)
         for key, item in value.items():
-            copied[key] = copy_to_host(item, earlier.get(key) if isinstance(earlier, dict) else None)
+            copied[key] = copy_to_host(
+                item, earlier.get(key) if isinstance(earlier, dict) else None
+            )
         return copied
     if isinstance(value, (list, tuple)):
-        before = earlier if isinstance(earlier, (list, tuple)) and len(earlier) == len(value) else [None] * len(value)
+        before = (
+            earlier
+            if isinstance(earlier, (list, tuple)) and len(earlier) == len(value)
+            else [None] * len(value)
+        )
         return type(value)(copy_to_host(item, old) for item, old in zip(value, before))
     return value

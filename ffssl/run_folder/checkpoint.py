@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from ffssl.run_folder.machine import describe_machine
-from ffssl.parallel.device import is_out_of_memory
 from ffssl.errors import UserError
 from ffssl.files import replacing, sync_folder
+from ffssl.parallel.device import is_out_of_memory
+from ffssl.run_folder.machine import describe_machine
 
 NAME = "checkpoint.pt"
 _PACKAGES = ("ffssl", "torch", "torchvision", "timm", "ffcv")
@@ -24,10 +24,12 @@ class Damaged(UserError):
 
 
 def save(folder: Path, state: dict, name: str = NAME, *, keep: int = 1) -> None:
-    """Write `state` (tensors, numbers, strings, in dicts and lists) as the folder's checkpoint, replacing the one before.
+    """Write `state` (tensors, numbers, strings, in dicts and lists) as the folder's checkpoint,
+    replacing the one before.
 
-    "written_on", the machine and the versions, is added. keep: how many there are to be at most; those before are called checkpoint.1.pt
-    (the one before), checkpoint.2.pt and so on. A process killed at any moment leaves either the old checkpoint or the new one.
+    "written_on", the machine and the versions, is added. keep: how many there are to be at most;
+    those before are called checkpoint.1.pt (the one before), checkpoint.2.pt and so on. A process
+    killed at any moment leaves either the old checkpoint or the new one.
     """
     path = folder / name
     try:
@@ -41,10 +43,14 @@ def save(folder: Path, state: dict, name: str = NAME, *, keep: int = 1) -> None:
             old.unlink()
         sync_folder(folder)
     except (OSError, RuntimeError) as error:
-        failure = error if isinstance(error, OSError) else error.__context__  # after a failed write torch complains of its position
+        # After a failed write torch complains of its position.
+        failure = error if isinstance(error, OSError) else error.__context__
         if not isinstance(failure, OSError):
             raise
-        raise UserError(f"{path}: the checkpoint can't be written: {failure.strerror}; the one before is untouched") from error
+        raise UserError(
+            f"{path}: the checkpoint can't be written: {failure.strerror}; the one before "
+            "is untouched"
+        ) from error
 
 
 @functools.cache
@@ -52,11 +58,14 @@ def _written_on() -> str:
     return describe_machine(_PACKAGES)  # runs a program, which is not for every epoch
 
 
-def load(folder: Path, device: torch.device | str = "cpu", name: str = NAME, *, mend: bool = True) -> dict | None:
+def load(
+    folder: Path, device: torch.device | str = "cpu", name: str = NAME, *, mend: bool = True
+) -> dict | None:
     """The folder's latest checkpoint that is whole, or None where there is none.
 
-    Damaged ones that are later are told, and kept beside it as NAME.damaged. Raises UserError where all are damaged, and where one can't be
-    read. mend: whether files may be renamed; if not, a damaged one that is met is raised as Damaged.
+    Damaged ones that are later are told, and kept beside it as NAME.damaged. Raises UserError where
+    all are damaged, and where one can't be read. mend: whether files may be renamed; if not, a
+    damaged one that is met is raised as Damaged.
     """
     latest, damaged = folder / name, []
     for path in [*([latest] if latest.exists() else []), *_earlier(latest)]:
@@ -69,7 +78,14 @@ def load(folder: Path, device: torch.device | str = "cpu", name: str = NAME, *, 
             continue
         for bad, error in damaged:
             os.replace(bad, bad.with_name(f"{bad.name}.damaged"))
-            print(f"warning: {error}; kept as {bad.name}.damaged, the one before it, {path.name}, takes its place", file=sys.stderr, flush=True)
+            print(
+                (
+                    f"warning: {error}; kept as {bad.name}.damaged, the one before it, "
+                    f"{path.name}, takes its place"
+                ),
+                file=sys.stderr,
+                flush=True,
+            )
         if mend:
             os.replace(path, latest)
         return state
@@ -79,7 +95,11 @@ def load(folder: Path, device: torch.device | str = "cpu", name: str = NAME, *, 
 
 
 def read(path: Path, device: torch.device | str = "cpu") -> dict:
-    """A checkpoint file. Code that it may hold is refused, not run. Raises Damaged where a byte has changed, or for another kind of file."""
+    """A checkpoint file.
+
+    Code that it may hold is refused, not run. Raises Damaged where a byte has changed, or for
+    another kind of file.
+    """
     try:
         with open(path, "rb") as file:
             with zipfile.ZipFile(file) as archive:
@@ -90,13 +110,16 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict:
     except Exception as error:  # a damaged archive raises whatever the part hit raises
         if isinstance(error, MemoryError) or is_out_of_memory(error):
             raise
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # those are of the archive; others of the disk
+        # Those are of the archive; others of the disk.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise UserError(f"{path}: the checkpoint can't be read: {error.strerror}") from error
         raise Damaged(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
 
 
 def _make_earlier(path: Path, keep: int) -> None:
-    """Give the checkpoints that are there the names of earlier ones, without taking away that of the latest."""
+    """Give the checkpoints that are there the names of earlier ones, without taking away that of
+    the latest.
+    """
     for age in range(keep - 2, 0, -1):
         with contextlib.suppress(FileNotFoundError):
             os.replace(_aged(path, age), _aged(path, age + 1))
@@ -105,7 +128,9 @@ def _make_earlier(path: Path, keep: int) -> None:
             with replacing(_aged(path, 1)) as link:
                 link.unlink(missing_ok=True)  # of a process that was killed here
                 os.link(path, link)
-        except OSError:  # no hard links on this file system: for a moment, which `load` can cope with, only the earlier name is there
+        # No hard links on this file system: for a moment, which `load` can cope with, only the
+        # earlier name is there.
+        except OSError:
             os.replace(path, _aged(path, 1))
 
 
@@ -115,5 +140,11 @@ def _aged(path: Path, age: int) -> Path:
 
 def _earlier(path: Path) -> list[Path]:
     """The checkpoints before the one at `path`, latest first."""
-    middle = {other: other.name.removeprefix(f"{path.stem}.").removesuffix(path.suffix) for other in path.parent.glob(f"{path.stem}.*{path.suffix}")}
-    return sorted((other for other in middle if middle[other].isdecimal()), key=lambda other: int(middle[other]))
+    middle = {
+        other: other.name.removeprefix(f"{path.stem}.").removesuffix(path.suffix)
+        for other in path.parent.glob(f"{path.stem}.*{path.suffix}")
+    }
+    return sorted(
+        (other for other in middle if middle[other].isdecimal()),
+        key=lambda other: int(middle[other]),
+    )

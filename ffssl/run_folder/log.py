@@ -1,4 +1,6 @@
-"""The log of a run: one JSON line an epoch, and the same numbers live, with those of steps, for TensorBoard and Weights & Biases."""
+"""The log of a run: one JSON line an epoch, and the same numbers live, with those of steps, for
+TensorBoard and Weights & Biases.
+"""
 
 import contextlib
 import json
@@ -20,16 +22,28 @@ def read_log(folder: str | Path) -> list[dict]:
 
 
 class RunLog:
-    """Appends rows to `log.jsonl` in a folder. Rows after `last_epoch`, of a run killed before its checkpoint, are dropped.
+    """Appends rows to `log.jsonl` in a folder.
 
-    tensorboard: also write TensorBoard files to the folder. wandb: also log to this project of Weights & Biases, which shows `options`.
-    Raises UserError where it can't be written.
+    Rows after `last_epoch`, of a run killed before its checkpoint, are dropped.
+
+    tensorboard: also write TensorBoard files to the folder. wandb: also log to this project of
+    Weights & Biases, which shows `options`. Raises UserError where it can't be written.
     """
 
-    def __init__(self, folder: Path, *, last_epoch: int, tensorboard: bool, wandb: str | None = None, options: dict | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        last_epoch: int,
+        tensorboard: bool,
+        wandb: str | None = None,
+        options: dict | None = None,
+    ):
         self._folder = folder
         with self._named():
-            self._viewers = [WandbViewer(folder, wandb, options, resumed=last_epoch >= 0)] if wandb else []
+            self._viewers = (
+                [WandbViewer(folder, wandb, options, resumed=last_epoch >= 0)] if wandb else []
+            )
             kept = [row for row in _whole_rows(folder / NAME) if row["epoch"] <= last_epoch]
             write_text(folder / NAME, "".join(json.dumps(row) + "\n" for row in kept))
             self._file = open(folder / NAME, "ab", buffering=0)
@@ -40,12 +54,16 @@ class RunLog:
         """Add one row; `row["epoch"]` counts finished epochs."""
         with self._named():
             self._file.write(json.dumps(row).encode() + b"\n")
-            os.fsync(self._file.fileno())  # a checkpoint that survives a power cut must not outlive its row
+            # A checkpoint that survives a power cut must not outlive its row.
+            os.fsync(self._file.fileno())
             for viewer in self._viewers:
                 viewer.epoch(row)
 
     def write_step(self, step: int, values: dict[str, float]) -> None:
-        """Show values at an optimiser step, counted from the start of the run. They are not in `log.jsonl`."""
+        """Show values at an optimiser step, counted from the start of the run.
+
+        They are not in `log.jsonl`.
+        """
         with self._named():
             for viewer in self._viewers:
                 viewer.step(step, values)
@@ -61,11 +79,15 @@ class RunLog:
         try:
             yield
         except OSError as error:
-            raise UserError(f"{self._folder}: the log can't be written: {error.strerror or error}") from error
+            raise UserError(
+                f"{self._folder}: the log can't be written: {error.strerror or error}"
+            ) from error
 
 
 class TensorBoardViewer:
-    """Epochs in the folder itself, steps in its subfolder `steps`: resuming drops what is beyond an epoch, or a step, of all tags in a folder."""
+    """Epochs in the folder itself, steps in its subfolder `steps`: resuming drops what is beyond an
+    epoch, or a step, of all tags in a folder.
+    """
 
     def __init__(self, folder: Path, last_epoch: int):
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
@@ -83,7 +105,9 @@ class TensorBoardViewer:
 
     def step(self, step: int, values: dict[str, float]) -> None:
         if self._steps is None:
-            self._steps = self._new_writer(str(self._folder / "steps"), purge_step=step, flush_secs=30)
+            self._steps = self._new_writer(
+                str(self._folder / "steps"), purge_step=step, flush_secs=30
+            )
         for name, value in values.items():
             self._steps.add_scalar(f"step/{name}", value, step)
 
@@ -93,7 +117,10 @@ class TensorBoardViewer:
 
 
 class WandbViewer:
-    """A run of Weights & Biases, called like the folder. A file in the folder keeps its id, so that a resumed run goes on in the same one."""
+    """A run of Weights & Biases, called like the folder.
+
+    A file in the folder keeps its id, so that a resumed run goes on in the same one.
+    """
 
     def __init__(self, folder: Path, project: str, options: dict | None, *, resumed: bool):
         wandb = require_wandb()
@@ -102,9 +129,14 @@ class WandbViewer:
             id_file.write_text(uuid.uuid4().hex[:12])
         try:
             self._run = wandb.init(
-                project=project, name=folder.resolve().name, dir=str(folder), id=id_file.read_text(), resume="allow",
-                config=options, allow_val_change=True,
-            )  # fmt: skip
+                project=project,
+                name=folder.resolve().name,
+                dir=str(folder),
+                id=id_file.read_text(),
+                resume="allow",
+                config=options,
+                allow_val_change=True,
+            )
         except wandb.Error as error:
             raise UserError(f"--run.wandb: {' '.join(str(error).split())}") from error
         for axis in ("epoch", "step"):
@@ -112,13 +144,17 @@ class WandbViewer:
             self._run.define_metric(f"{axis}/*", step_metric=axis)
 
     def epoch(self, row: dict) -> None:
-        self._log("epoch", row["epoch"], {name: value for name, value in row.items() if name != "epoch"})
+        self._log(
+            "epoch", row["epoch"], {name: value for name, value in row.items() if name != "epoch"}
+        )
 
     def step(self, step: int, values: dict[str, float]) -> None:
         self._log("step", step, values)
 
     def _log(self, axis: str, position: int, values: dict[str, float]) -> None:
-        self._run.log({axis: position} | {f"{axis}/{name}": value for name, value in values.items()})
+        self._run.log(
+            {axis: position} | {f"{axis}/{name}": value for name, value in values.items()}
+        )
 
     def close(self) -> None:
         self._run.finish()
@@ -129,7 +165,10 @@ def require_wandb() -> ModuleType:
     try:
         import wandb
     except ImportError as error:
-        raise UserError("--run.wandb: the package wandb is not installed; pip install 'ffssl[wandb]', or leave the option out") from error
+        raise UserError(
+            "--run.wandb: the package wandb is not installed; pip install 'ffssl[wandb]', "
+            "or leave the option out"
+        ) from error
     return wandb
 
 

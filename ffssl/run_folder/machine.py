@@ -8,7 +8,9 @@ from collections import Counter
 
 
 def describe_machine(packages: tuple[str, ...]) -> str:
-    """Processor, usable cores, GPUs, Python and the versions of those of `packages` that are installed, on one line."""
+    """Processor, usable cores, GPUs, Python and the versions of those of `packages` that are
+    installed, on one line.
+    """
     versions = []
     for name in packages:
         try:
@@ -20,10 +22,14 @@ def describe_machine(packages: tuple[str, ...]) -> str:
 
 
 def _gpus() -> list[str]:
-    """The NVIDIA GPUs, as in "2 x NVIDIA A100"; asked of the driver, since to import torch takes seconds."""
+    """The NVIDIA GPUs, as in "2 x NVIDIA A100"; asked of the driver, since to import torch takes
+    seconds.
+    """
     try:
         words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        names = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+        names = subprocess.run(
+            words, capture_output=True, text=True, timeout=20, check=True
+        ).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
         return []
     return [f"{count} x {name.strip()}" for name, count in Counter(names).items()]
@@ -32,9 +38,17 @@ def _gpus() -> list[str]:
 def _processor() -> str:
     try:
         with open("/proc/cpuinfo") as file:
-            lines = dict(line.split(":", 1) for line in file.read().split("\n\n")[0].splitlines() if ":" in line)
+            lines = dict(
+                line.split(":", 1)
+                for line in file.read().split("\n\n")[0].splitlines()
+                if ":" in line
+            )
     except OSError:
         return platform.processor() or platform.machine()
     fields = {key.strip(): value.strip() for key, value in lines.items()}
     name = fields.get("model name", platform.machine())
-    return f"{name} (family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else name
+    return (
+        f"{name} (family {fields['cpu family']}, model {fields['model']})"
+        if "cpu family" in fields
+        else name
+    )

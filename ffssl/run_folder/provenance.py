@@ -1,4 +1,6 @@
-"""How a run was started, and on what: `run.json` in its folder, one entry for each time that it was started or continued."""
+"""How a run was started, and on what: `run.json` in its folder, one entry for each time that it was
+started or continued.
+"""
 
 import datetime
 import json
@@ -9,9 +11,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ffssl.run_folder.machine import describe_machine
 from ffssl.errors import UserError
 from ffssl.files import write_json
+from ffssl.run_folder.machine import describe_machine
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +24,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def record_start(folder: Path, device: "torch.device") -> None:
-    """Add this process's start to the folder's record. One that is damaged is told, and kept as NAME.damaged. Raises UserError on a full disk."""
+    """Add this process's start to the folder's record.
+
+    One that is damaged is told, and kept as NAME.damaged. Raises UserError on a full disk.
+    """
     import torch  # takes seconds, which those who only read the record are spared
 
     from ffssl.parallel.ranks import world_size
@@ -45,11 +50,16 @@ def record_start(folder: Path, device: "torch.device") -> None:
             before = []
         write_json(path, [*before, start])
     except OSError as error:
-        raise UserError(f"{path}: the record of the run can't be written: {error.strerror}") from error
+        raise UserError(
+            f"{path}: the record of the run can't be written: {error.strerror}"
+        ) from error
 
 
 def read_starts(folder: Path) -> list[dict]:
-    """The starts of a run, oldest first; none of a run of a version that kept no record. Raises UserError for a damaged record."""
+    """The starts of a run, oldest first; none of a run of a version that kept no record.
+
+    Raises UserError for a damaged record.
+    """
     path = folder / NAME
     try:
         return json.loads(path.read_text()) if path.exists() else []
@@ -58,14 +68,27 @@ def read_starts(folder: Path) -> list[dict]:
 
 
 def git_revision(root: Path = ROOT) -> str | None:
-    """The commit that `root` is a checkout of, with -dirty after it if files have changed since; None if it is no checkout.
+    """The commit that `root` is a checkout of, with -dirty after it if files have changed since;
+    None if it is no checkout.
 
     "unknown" if git can't tell: where there is none, or the checkout is another user's.
     """
-    if not (root / ".git").exists():  # asked of git, an installed package would be taken for a part of the repository around it
+    # Asked of git, an installed package would be taken for a part of the repository around it.
+    if not (root / ".git").exists():
         return None
     try:
-        words = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        return subprocess.run(words, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        words = [
+            "git",
+            "-C",
+            str(root),
+            "describe",
+            "--always",
+            "--dirty",
+            "--abbrev=12",
+            "--exclude=*",
+        ]
+        return subprocess.run(
+            words, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"

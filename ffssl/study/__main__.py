@@ -1,11 +1,13 @@
-"""Compare recipes and methods over several seeds: one run after another, then one table and one picture.
+"""Compare recipes and methods over several seeds: one run after another, then one table and one
+picture.
 
     python -m ffssl.study rn50_configs/studies/methods.yaml
     python -m ffssl.study STUDY.yaml --folder runs/mine --training.epochs=2     # overrides an option in all runs
 
-It runs the commands of ffssl/train.py that a user would run, and prints them. The same call again goes on where it stopped: what has
-finished is kept, an interrupted run is continued, a failed one is tried again. `table.md`, `table.json` and `picture.png` in the
-folder are replaced after every run. A study file:
+It runs the commands of ffssl/train.py that a user would run, and prints them. The same call again
+goes on where it stopped: what has finished is kept, an interrupted run is continued, a failed one
+is tried again. `table.md`, `table.json` and `picture.png` in the folder are replaced after every
+run. A study file:
 
     title: Warm-up and magnitude
     data: {train: train.beton, validation: val.beton}     # or drawn on the spot: embedded: {train: 4000, validation: 1000}
@@ -20,7 +22,8 @@ folder are replaced after every run. A study file:
       simclr: {options: {method: {name: simclr}}}
       simsiam: {options: {method: {name: simsiam}}, runs: {efficient: {training: {learning_rate: 0.1}}}, leave_out: [warm-up]}
 
-An option is taken from the command line, else from the group's `runs`, the group, the run, the study, the config.
+An option is taken from the command line, else from the group's `runs`, the group, the run, the
+study, the config.
 """
 
 import argparse
@@ -32,8 +35,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ffssl.config.command_line import exit_status
 from ffssl.config import read_options
+from ffssl.config.command_line import exit_status
 from ffssl.data.beton.read import read_beton
 from ffssl.data.convert.conversion import identity, same_samples
 from ffssl.errors import UserError
@@ -49,29 +52,48 @@ EMBEDDED_SPLITS = {"train": "train", "validation": "val"}  # what write_datasets
 def main() -> int:
     usage = "%(prog)s STUDY.yaml [--folder FOLDER] [--section.option=value ...]"
     parser = argparse.ArgumentParser(
-        prog="python -m ffssl.study", usage=usage, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="python -m ffssl.study",
+        usage=usage,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("study", type=Path, metavar="STUDY.yaml", help="the study file")
-    parser.add_argument("--folder", type=Path, help="where everything goes (default: runs/ and the study file's name)")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where everything goes (default: runs/ and the study file's name)",
+    )
     arguments, overrides = parser.parse_known_args()
     folder = arguments.folder or Path("runs") / arguments.study.stem
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as an exception, so that the run is ended too
+    # As an exception, so that the run is ended too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     return conduct(read_study(arguments.study, folder, overrides), folder)
 
 
 def conduct(study: Study, folder: Path) -> int:
     """Do what is left of a study in `folder`, and report. Returns 1 if a run failed, else 0."""
-    todo = [(seed, run) for seed in study.seeds for run in study.runs]  # a seed of every run first: they share the machine's moods
+    # A seed of every run first: they share the machine's moods.
+    todo = [(seed, run) for seed in study.seeds for run in study.runs]
     make_folder(folder, "--folder")
     with only_one_in(folder, "study", "--folder") as lock:
-        data = {split: identity(read_beton(path)) for split, path in study.data.items() if path.exists()}
+        data = {
+            split: identity(read_beton(path)) for split, path in study.data.items() if path.exists()
+        }
         check_classes(study, folder)
         for seed, run in todo:
             check_unchanged(study, run, seed, folder, data)
         for split, count in study.embedded.items():
             if not study.data[split].exists():
                 study.data[split].parent.mkdir(exist_ok=True)
-                words = ("--split", EMBEDDED_SPLITS[split], "--size", str(count), "--output", str(study.data[split]))
+                words = (
+                    "--split",
+                    EMBEDDED_SPLITS[split],
+                    "--size",
+                    str(count),
+                    "--output",
+                    str(study.data[split]),
+                )
                 if status := execute("write_datasets.py", ["embedded", *words], lock):
                     return status
         failed: dict[tuple[str, int], int] = {}
@@ -81,7 +103,11 @@ def conduct(study: Study, folder: Path) -> int:
             print(f"\n[{number} of {len(todo)}] {run.name}, seed {seed}", flush=True)
             if status := train(study, run, seed, folder, lock):
                 failed[run.name, seed] = status
-                print(f"{run.name}, seed {seed}: failed with status {status}; the others go on", file=sys.stderr, flush=True)
+                print(
+                    f"{run.name}, seed {seed}: failed with status {status}; the others go on",
+                    file=sys.stderr,
+                    flush=True,
+                )
             report(study, folder, failed)
         print(f"\n{report(study, folder, failed)}\nPicture: {folder / 'picture.png'}")
     return 1 if failed else 0
@@ -98,17 +124,25 @@ def train(study: Study, run: Run, seed: int, study_folder: Path, lock: int) -> i
     write_record(folder, record)
     status = execute("ffssl/train.py", arguments, lock)
     if status == 0:
-        write_record(folder, record | {"finished": datetime.datetime.now().isoformat(timespec="seconds")})
+        write_record(
+            folder, record | {"finished": datetime.datetime.now().isoformat(timespec="seconds")}
+        )
     return status
 
 
 def execute(program: str, arguments: list[str], lock: int) -> int:
-    """Run one of the project's programs, showing its command. Returns its exit status; interrupted, ends it first."""
+    """Run one of the project's programs, showing its command.
+
+    Returns its exit status; interrupted, ends it first.
+    """
     print(f"$ python {program} {shlex.join(arguments)}", flush=True)
     with subprocess.Popen(
         [sys.executable, str(ROOT / program), *arguments],
-        pass_fds=[lock],  # should this process be killed outright, the folder stays locked until its child has ended as well
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # Ctrl-C reaches both; only one is to answer
+        # Should this process be killed outright, the folder stays locked until its child has ended
+        # as well.
+        pass_fds=[lock],
+        # Ctrl-C reaches both; only one is to answer.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     ) as process:
         try:
             return process.wait()
@@ -120,11 +154,22 @@ def execute(program: str, arguments: list[str], lock: int) -> int:
 
 def report(study: Study, folder: Path, failed: dict[tuple[str, int], int]) -> str:
     """Write the table and the picture of what has finished so far. Returns the table."""
-    from ffssl.study.table_and_picture import write_report  # imports matplotlib, which takes a second
+    # Imports matplotlib, which takes a second.
+    from ffssl.study.table_and_picture import write_report
 
-    records = {(run.name, seed): finished(run.folder(folder, seed)) for run in study.runs for seed in study.seeds}
+    records = {
+        (run.name, seed): finished(run.folder(folder, seed))
+        for run in study.runs
+        for seed in study.seeds
+    }
     done = {key: record for key, record in records.items() if record}
-    return write_report(study, folder, done, failed, command=shlex.join(["python", "-m", "ffssl.study", *sys.argv[1:]]))
+    return write_report(
+        study,
+        folder,
+        done,
+        failed,
+        command=shlex.join(["python", "-m", "ffssl.study", *sys.argv[1:]]),
+    )
 
 
 def finished(folder: Path) -> dict | None:
@@ -144,17 +189,24 @@ def write_record(folder: Path, record: dict) -> None:
 
 
 def check_classes(study: Study, folder: Path) -> None:
-    """Raises UserError where the files are there, and their labels not of the same classes, before any run takes hours."""
+    """Raises UserError where the files are there, and their labels not of the same classes, before
+    any run takes hours.
+    """
     if all(path.exists() for path in study.data.values()):
-        for field in {read_options(run.command(folder, study.seeds[0])).data.label_field for run in study.runs}:
+        for field in {
+            read_options(run.command(folder, study.seeds[0])).data.label_field for run in study.runs
+        }:
             try:
                 shared_classes(*(read_beton(study.data[split], field) for split in SPLITS))
             except UserError as error:
                 raise UserError(f"{study.path}: {error}") from error
 
 
-def check_unchanged(study: Study, run: Run, seed: int, study_folder: Path, data: dict[str, dict]) -> None:
-    """Raises UserError, naming the option or the file, if a run was started with other options or data than the study now gives it.
+def check_unchanged(
+    study: Study, run: Run, seed: int, study_folder: Path, data: dict[str, dict]
+) -> None:
+    """Raises UserError, naming the option or the file, if a run was started with other options or
+    data than the study now gives it.
 
     data: the identity of each file that is there.
     """
@@ -177,4 +229,6 @@ def check_unchanged(study: Study, run: Run, seed: int, study_folder: Path, data:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main, interrupted="\ninterrupted; the same command goes on where it stopped"))
+    sys.exit(
+        exit_status(main, interrupted="\ninterrupted; the same command goes on where it stopped")
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from ffssl.config import Role, Options, read_options
+from ffssl.config import Options, Role, read_options
 from ffssl.errors import UserError
 
 SPLITS = ("train", "validation")
@@ -30,7 +30,11 @@ class Run:
 
     def command(self, study_folder: Path, seed: int) -> list[str]:
         """The arguments of train.py for a seed."""
-        return [*self.arguments, f"--run.folder={self.folder(study_folder, seed)}", f"--run.seed={seed}"]
+        return [
+            *self.arguments,
+            f"--run.folder={self.folder(study_folder, seed)}",
+            f"--run.seed={seed}",
+        ]
 
 
 @dataclass(frozen=True)
@@ -48,14 +52,20 @@ class Study:
 def read_study(path: Path, folder: Path, overrides: list[str]) -> Study:
     """A study file, with `overrides` (--section.option=value) for all of its runs.
 
-    Raises UserError, naming file, run and option, for whatever `train.py` would refuse in the options of a run, for a run that is there
-    twice, and for data that is missing.
+    Raises UserError, naming file, run and option, for whatever `train.py` would refuse in the
+    options of a run, for a run that is there twice, and for data that is missing.
     """
-    content = _keys(_load(path), str(path), ("title", "data", "embedded", "seeds", "config", "options", "runs", "groups"))
+    content = _keys(
+        _load(path),
+        str(path),
+        ("title", "data", "embedded", "seeds", "config", "options", "runs", "groups"),
+    )
     given = _overrides(overrides)
     data, embedded = _data(content, path, folder, given)
     seeds = _seeds(content.get("seeds", ["0"]), path)
-    runs = list(_grid(content, path, {f"data.{split}": str(file) for split, file in data.items()} | given))
+    runs = list(
+        _grid(content, path, {f"data.{split}": str(file) for split, file in data.items()} | given)
+    )
     seen: dict[str, str] = {}
     for run in runs:
         try:
@@ -63,7 +73,10 @@ def read_study(path: Path, folder: Path, overrides: list[str]) -> Study:
         except UserError as error:
             raise UserError(f"{path}: run {run.name}: {error}") from error
         if options in seen:
-            raise UserError(f"{path}: run {run.name} has the same options as run {seen[options]}; leave one of them out")
+            raise UserError(
+                f"{path}: run {run.name} has the same options as run {seen[options]}; "
+                "leave one of them out"
+            )
         seen[options] = run.name
     return Study(path, str(content.get("title", path.stem)), seeds, data, embedded, runs)
 
@@ -78,13 +91,18 @@ def comparable(options: Options) -> dict[str, dict]:
 
 
 class _Words(yaml.BaseLoader):
-    """Takes every value as it is written, as on a command line, and refuses a key given twice, of which YAML takes the last."""
+    """Takes every value as it is written, as on a command line, and refuses a key given twice, of
+    which YAML takes the last.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value]
         for index, key in enumerate(keys):
             if key in keys[:index]:
-                raise UserError(f"line {node.value[index][0].start_mark.line + 1}: {key} is there already; each name may be given once")
+                raise UserError(
+                    f"line {node.value[index][0].start_mark.line + 1}: {key} is there "
+                    "already; each name may be given once"
+                )
         return super().construct_mapping(node, deep)
 
 
@@ -100,14 +118,20 @@ def _load(path: Path) -> object:
 
 
 def _keys(value: object, where: str, known: tuple[str, ...] | None = None) -> dict:
-    """`value` if it is a mapping, of `known` keys where these are given; nothing counts as an empty one."""
+    """`value` if it is a mapping, of `known` keys where these are given; nothing counts as an empty
+    one.
+    """
     value = {} if value in ("", "~", "null", None) else value
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected names with values, as in name: value; got {value!r}")
     for key in value:
         if known and key not in known:
             nearest = difflib.get_close_matches(key, known, n=1)
-            raise UserError(f"{where}: unknown key {key!r}{f'; did you mean {nearest[0]}?' if nearest else ''}; known are {', '.join(known)}")
+            raise UserError(
+                f"{where}: unknown key "
+                f"{key!r}{f'; did you mean {nearest[0]}?' if nearest else ''}; known are "
+                f"{', '.join(known)}"
+            )
     return value
 
 
@@ -116,7 +140,9 @@ def _options(sections: object, where: str) -> dict[str, str]:
     options = {}
     for section, values in _keys(sections, where).items():
         for option, value in _keys(values, f"{where}: {section}").items():
-            options[_not_own(f"{section}.{option}", where)] = _word(value, f"{where}: {section}.{option}")
+            options[_not_own(f"{section}.{option}", where)] = _word(
+                value, f"{where}: {section}.{option}"
+            )
     return options
 
 
@@ -128,7 +154,10 @@ def _word(value: object, where: str) -> str:
 
 def _not_own(option: str, where: str) -> str:
     if option in OWN_OPTIONS:
-        raise UserError(f"{where}: {option} is set by the study itself; see data, embedded and seeds in python -m ffssl.study --help")
+        raise UserError(
+            f"{where}: {option} is set by the study itself; see data, embedded and seeds "
+            "in python -m ffssl.study --help"
+        )
     return option
 
 
@@ -142,10 +171,18 @@ def _overrides(words: list[str]) -> dict[str, str]:
     return options
 
 
-def _data(content: dict, path: Path, folder: Path, given: dict[str, str]) -> tuple[dict[str, Path], dict[str, int]]:
-    """The beton files, and how many images are to be drawn for which. Takes the data options out of `given`."""
+def _data(
+    content: dict, path: Path, folder: Path, given: dict[str, str]
+) -> tuple[dict[str, Path], dict[str, int]]:
+    """The beton files, and how many images are to be drawn for which.
+
+    Takes the data options out of `given`.
+    """
     where = f"{path}: data"
-    files = {split: Path(_word(file, f"{where}.{split}")) for split, file in _keys(content.get("data"), where, SPLITS).items()}
+    files = {
+        split: Path(_word(file, f"{where}.{split}"))
+        for split, file in _keys(content.get("data"), where, SPLITS).items()
+    }
     counts = _keys(content.get("embedded"), f"{path}: embedded", SPLITS)
     if files and counts:
         raise UserError(f"{path}: give either data or embedded")
@@ -153,22 +190,36 @@ def _data(content: dict, path: Path, folder: Path, given: dict[str, str]) -> tup
         if not (isinstance(count, str) and count.isdecimal() and int(count)):
             raise UserError(f"{path}: embedded: {split} must be a number of images, got {count!r}")
         files[split] = folder / "data" / f"{split}-{count}.beton"
-    named = {split: Path(given.pop(f"data.{split}")) for split in SPLITS if f"data.{split}" in given}
+    named = {
+        split: Path(given.pop(f"data.{split}")) for split in SPLITS if f"data.{split}" in given
+    }
     files |= named
     for option in given:
         _not_own(option, f"--{option}")
     embedded = {split: int(count) for split, count in counts.items() if split not in named}
     for split in SPLITS:
         if split not in files:
-            raise UserError(f"{path}: no {split} images; give data: {{train: FILE, validation: FILE}} or --data.{split}=FILE, or embedded")
+            raise UserError(
+                f"{path}: no {split} images; give data: {{train: FILE, validation: FILE}} "
+                f"or --data.{split}=FILE, or embedded"
+            )
         if split not in embedded and not files[split].is_file():
-            raise UserError(f"{path}: data.{split}: {files[split]} not found; make it with write_datasets.py, or give --data.{split}=FILE")
+            raise UserError(
+                f"{path}: data.{split}: {files[split]} not found; make it with "
+                f"write_datasets.py, or give --data.{split}=FILE"
+            )
     return {split: files[split] for split in SPLITS}, embedded
 
 
 def _seeds(words: object, path: Path) -> list[int]:
-    if not isinstance(words, list) or not words or not all(isinstance(word, str) and word.isdecimal() for word in words):
-        raise UserError(f"{path}: seeds must be a list of integers of 0 or more, as in [0, 1, 2]; got {words!r}")
+    if (
+        not isinstance(words, list)
+        or not words
+        or not all(isinstance(word, str) and word.isdecimal() for word in words)
+    ):
+        raise UserError(
+            f"{path}: seeds must be a list of integers of 0 or more, as in [0, 1, 2]; got {words!r}"
+        )
     seeds = [int(word) for word in words]
     if len(set(seeds)) < len(seeds):
         raise UserError(f"{path}: seeds: one is there twice in {seeds}")
@@ -184,7 +235,9 @@ def _grid(content: dict, path: Path, given: dict[str, str]) -> Iterator[Run]:
     }
     if not runs:
         raise UserError(f"{path}: the study holds no runs; give at least one under runs")
-    for group, group_content in (_named(content.get("groups"), f"{path}: groups") or {None: {}}).items():
+    for group, group_content in (
+        _named(content.get("groups"), f"{path}: groups") or {None: {}}
+    ).items():
         where = f"{path}: group {group}"
         group_content = _keys(group_content, where, ("options", "runs", "leave_out"))
         kept = _kept(list(runs), group_content.get("leave_out"), where)
@@ -195,14 +248,26 @@ def _grid(content: dict, path: Path, given: dict[str, str]) -> Iterator[Run]:
             run = runs[name]
             against = run.get("against")
             if against is not None and (against == name or against not in list(runs)):
-                raise UserError(f"{path}: run {name}: against must name another run of the study, got {against!r}; there are {', '.join(runs)}")
+                raise UserError(
+                    f"{path}: run {name}: against must name another run of the study, got "
+                    f"{against!r}; there are {', '.join(runs)}"
+                )
             if against is not None and against not in kept:
                 raise UserError(f"{where}: leave_out: {against} is what {name} is compared with")
             config = run.get("config", content.get("config"))
-            options = common | _options(run.get("options"), f"{path}: run {name}") | of_group | _options(of_runs.get(name), f"{where}: run {name}")
+            options = (
+                common
+                | _options(run.get("options"), f"{path}: run {name}")
+                | of_group
+                | _options(of_runs.get(name), f"{where}: run {name}")
+            )
             arguments = [f"--{option}={value}" for option, value in (options | given).items()]
             if config:
-                arguments = ["--config", str(path.parent / _word(config, f"{path}: run {name}: config")), *arguments]
+                arguments = [
+                    "--config",
+                    str(path.parent / _word(config, f"{path}: run {name}: config")),
+                    *arguments,
+                ]
             yield Run(prefix + name, group, against and prefix + against, arguments)
 
 
@@ -210,7 +275,9 @@ def _kept(runs: list[str], leave_out: object, where: str) -> list[str]:
     """The runs without those that a group leaves out."""
     names = [] if leave_out is None else leave_out
     if not isinstance(names, list) or not all(name in runs for name in names):
-        raise UserError(f"{where}: leave_out must be a list of runs, of {', '.join(runs)}; got {names!r}")
+        raise UserError(
+            f"{where}: leave_out must be a list of runs, of {', '.join(runs)}; got {names!r}"
+        )
     return [name for name in runs if name not in names]
 
 
@@ -218,5 +285,7 @@ def _named(value: object, where: str) -> dict:
     """A mapping whose keys can name folders."""
     for name in _keys(value, where):
         if not re.fullmatch(r"\w[\w.+-]*", name):
-            raise UserError(f"{where}: {name!r} can't name a folder; use letters, digits and . _ + -")
+            raise UserError(
+                f"{where}: {name!r} can't name a folder; use letters, digits and . _ + -"
+            )
     return _keys(value, where)

@@ -6,12 +6,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from ffssl.data.convert.conversion import read_description
-from ffssl.plots import COLOURS, MARKERS, any_script, drawable, flop_unit, label
 from ffssl.files import replacing, write_json, write_text
+from ffssl.plots import COLOURS, MARKERS, any_script, drawable, flop_unit, label
 from ffssl.run_folder.log import read_log
 from ffssl.run_folder.provenance import read_starts
-from ffssl.study.recipes import Run, Study
 from ffssl.slowed import describe_slowed
+from ffssl.study.recipes import Run, Study
 
 COSTS = ("flops", "seconds")
 NOTES = """
@@ -23,18 +23,44 @@ over the seeds; - where a run ends below it).
 """
 
 
-def write_report(study: Study, folder: Path, records: dict[tuple[str, int], dict], failed: dict[tuple[str, int], int], *, command: str) -> str:
-    """Write table.md, table.json and picture.png to `folder`, each whole or not at all. Returns the table.
+def write_report(
+    study: Study,
+    folder: Path,
+    records: dict[tuple[str, int], dict],
+    failed: dict[tuple[str, int], int],
+    *,
+    command: str,
+) -> str:
+    """Write table.md, table.json and picture.png to `folder`, each whole or not at all.
 
-    records: of the runs that finished, by name and seed (`ffssl.study.train`). failed: the exit status of those that did not.
+    Returns the table.
+
+    records: of the runs that finished, by name and seed (`ffssl.study.train`). failed: the exit
+    status of those that did not.
     """
     runs = {run.name: run for run in study.runs}
-    logs = {name: {seed: read_log(run.folder(folder, seed)) for seed in study.seeds if (name, seed) in records} for name, run in runs.items()}
+    logs = {
+        name: {
+            seed: read_log(run.folder(folder, seed))
+            for seed in study.seeds
+            if (name, seed) in records
+        }
+        for name, run in runs.items()
+    }
     rows = summarise(study.runs, logs)
     for row in rows:
-        row["failed"] = {seed: status for (name, seed), status in failed.items() if name == row["run"]}
-    settings = sorted({(record["options"]["evaluate"]["k"], record["options"]["evaluate"]["temperature"]) for record in records.values()})
-    starts = [start for name, seed in records for start in read_starts(runs[name].folder(folder, seed))]
+        row["failed"] = {
+            seed: status for (name, seed), status in failed.items() if name == row["run"]
+        }
+    settings = sorted(
+        {
+            (record["options"]["evaluate"]["k"], record["options"]["evaluate"]["temperature"])
+            for record in records.values()
+        }
+    )
+    starts = [
+        start for name, seed in records for start in read_starts(runs[name].folder(folder, seed))
+    ]
     header = {
         "title": study.title,
         "command": command,
@@ -44,7 +70,13 @@ def write_report(study: Study, folder: Path, records: dict[tuple[str, int], dict
         "seeds": study.seeds,
         "data": {split: _describe_data(path) for split, path in study.data.items()},
         "knn": [f"k = {k}, T = {temperature:g}" for k, temperature in settings],
-        "slowed": describe_slowed({f"{name}, seed {seed}": rows for name, by_seed in logs.items() for seed, rows in by_seed.items()}),
+        "slowed": describe_slowed(
+            {
+                f"{name}, seed {seed}": rows
+                for name, by_seed in logs.items()
+                for seed, rows in by_seed.items()
+            }
+        ),
     }
     table = format_table(rows, len(study.seeds))
     table += "".join(f"\n\n{sentence}." for sentence in header["slowed"])
@@ -56,9 +88,11 @@ def write_report(study: Study, folder: Path, records: dict[tuple[str, int], dict
 
 
 def summarise(runs: list[Run], logs: dict[str, dict[int, list[dict]]]) -> list[dict]:
-    """One row a run: means over its seeds, sample standard deviations (None for one seed), and ratios to the run it is compared with.
+    """One row a run: means over its seeds, sample standard deviations (None for one seed), and
+    ratios to the run it is compared with.
 
-    logs: by run and seed, of finished runs. knn is a share (0..1). What is not known yet, or was never reached, is None.
+    logs: by run and seed, of finished runs. knn is a share (0..1). What is not known yet, or was
+    never reached, is None.
     """
     finals = {name: [rows[-1] for rows in by_seed.values()] for name, by_seed in logs.items()}
     summary = []
@@ -71,21 +105,34 @@ def summarise(runs: list[Run], logs: dict[str, dict[int, list[dict]]]) -> list[d
             row[f"{key}_sd"] = statistics.stdev(values) if len(values) > 1 else None
             row[f"{key}_by_seed"] = values
         aim = statistics.fmean(final["knn"] for final in base) if base else None
-        base_reached = first_reached(mean_curve(logs[run.against or run.name]), aim) if base else None
+        base_reached = (
+            first_reached(mean_curve(logs[run.against or run.name]), aim) if base else None
+        )
         # Where it ends below, having been there once was luck.
-        reached = first_reached(mean_curve(logs[run.name]), aim) if base and row["seeds"] and row["knn"] >= aim else None
+        reached = (
+            first_reached(mean_curve(logs[run.name]), aim)
+            if base and row["seeds"] and row["knn"] >= aim
+            else None
+        )
         for cost in COSTS:
             base_cost = statistics.fmean(final[cost] for final in base) if base else None
             row[f"speed_up_{cost}"] = base_cost / row[cost] if base and row["seeds"] else None
-            row[f"speed_up_to_accuracy_{cost}"] = base_reached[cost] / reached[cost] if reached else None
+            row[f"speed_up_to_accuracy_{cost}"] = (
+                base_reached[cost] / reached[cost] if reached else None
+            )
         summary.append(row)
     return summary
 
 
 def mean_curve(by_seed: dict[int, list[dict]]) -> list[dict[str, float]]:
     """Accuracy and costs at each evaluation after the training's start, averaged over the seeds."""
-    evaluations = zip(*([row for row in rows if "knn" in row and row["epoch"] > 0] for rows in by_seed.values()))
-    return [{key: statistics.fmean(row[key] for row in rows) for key in ("knn", *COSTS)} for rows in evaluations]
+    evaluations = zip(
+        *([row for row in rows if "knn" in row and row["epoch"] > 0] for rows in by_seed.values())
+    )
+    return [
+        {key: statistics.fmean(row[key] for row in rows) for key in ("knn", *COSTS)}
+        for rows in evaluations
+    ]
 
 
 def first_reached(curve: list[dict[str, float]], accuracy: float) -> dict[str, float] | None:
@@ -96,7 +143,17 @@ def first_reached(curve: list[dict[str, float]], accuracy: float) -> dict[str, f
 def format_table(rows: list[dict], seeds: int) -> str:
     """The rows of `summarise`, with `failed` (exit status by seed), as a Markdown table."""
     unit, scale = flop_unit(max((row["flops"] or 0 for row in rows), default=0))
-    titles = ["run", "seeds", "kNN (%)", unit, "speed-up", "seconds", "speed-up", f"to baseline's accuracy, {unit}", "and seconds"]
+    titles = [
+        "run",
+        "seeds",
+        "kNN (%)",
+        unit,
+        "speed-up",
+        "seconds",
+        "speed-up",
+        f"to baseline's accuracy, {unit}",
+        "and seconds",
+    ]
     counted = any(row["kwh"] is not None for row in rows)
     cells = [
         (
@@ -116,17 +173,31 @@ def format_table(rows: list[dict], seeds: int) -> str:
     titles += ["kWh"] if counted else []
     widths = [max(map(len, column)) for column in zip(titles, *cells)]
     lines = [
-        "| " + " | ".join(f"{cell:<{width}}" if i == 0 else f"{cell:>{width}}" for i, (cell, width) in enumerate(zip(line, widths))) + " |"
+        "| "
+        + " | ".join(
+            f"{cell:<{width}}" if i == 0 else f"{cell:>{width}}"
+            for i, (cell, width) in enumerate(zip(line, widths))
+        )
+        + " |"
         for line in (titles, *cells)
     ]
-    rule = "|" + "|".join("-" * (width + 2) if i == 0 else "-" * (width + 1) + ":" for i, width in enumerate(widths)) + "|"
+    rule = (
+        "|"
+        + "|".join(
+            "-" * (width + 2) if i == 0 else "-" * (width + 1) + ":"
+            for i, width in enumerate(widths)
+        )
+        + "|"
+    )
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def _format_header(header: dict) -> str:
     lines = [f"# {header['title']}", "", f"`{header['command']}`", ""]
     lines += [f"- machine: {machine}" for machine in header["machines"]]
-    lines += [f"- {name}: {', '.join(map(str, header[name]))}" for name in ("code", "dates", "seeds")]
+    lines += [
+        f"- {name}: {', '.join(map(str, header[name]))}" for name in ("code", "dates", "seeds")
+    ]
     lines += [f"- {split} images: {description}" for split, description in header["data"].items()]
     lines += [f"- kNN: {'; '.join(header['knn'])}", ""]
     return "\n".join(lines)
@@ -137,12 +208,17 @@ def _describe_data(path: Path) -> str:
     description = read_description(path)
     if description is None:
         return str(path)
-    return f"{path} ({description['samples']} from {description['source']['kind']}, sha256 {description['sha256'][:12]})"
+    return (
+        f"{path} ({description['samples']} from {description['source']['kind']}, sha256 "
+        f"{description['sha256'][:12]})"
+    )
 
 
 def _format_seeds(row: dict, seeds: int) -> str:
     done = len(row["seeds"])
-    failures = [f"seed {seed} failed ({_describe_status(status)})" for seed, status in row["failed"].items()]
+    failures = [
+        f"seed {seed} failed ({_describe_status(status)})" for seed, status in row["failed"].items()
+    ]
     return ", ".join([str(done) if done == seeds else f"{done} of {seeds}", *failures])
 
 
@@ -154,34 +230,56 @@ def _describe_status(status: int) -> str:
 def _format_mean(mean: float | None, deviation: float | None, scale: float, digits: int = 1) -> str:
     if mean is None:
         return "-"
-    return f"{mean * scale:.{digits}f}" + (f" ± {deviation * scale:.{digits}f}" if deviation is not None else "")
+    return f"{mean * scale:.{digits}f}" + (
+        f" ± {deviation * scale:.{digits}f}" if deviation is not None else ""
+    )
 
 
 def _format_ratio(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
 
 
-def draw(study: Study, rows: list[dict], logs: dict[str, dict[int, list[dict]]], path: Path) -> None:
-    """Write the picture: mean kNN accuracy over FLOPs and over seconds, a curve a run, with a mark and its spread at the end.
+def draw(
+    study: Study, rows: list[dict], logs: dict[str, dict[int, list[dict]]], path: Path
+) -> None:
+    """Write the picture: mean kNN accuracy over FLOPs and over seconds, a curve a run, with a mark
+    and its spread at the end.
 
-    Runs of a group share a colour, and runs of the same name a mark, which is hollow where they are compared with no other.
+    Runs of a group share a colour, and runs of the same name a mark, which is hollow where they are
+    compared with no other.
     """
     figure, axes = plt.subplots(1, 2, figsize=(15, 7), dpi=110, sharey=True, layout="constrained")
     unit, scale = flop_unit(max((row["flops"] or 0 for row in rows), default=0))
     shown = [(run, row) for run, row in zip(study.runs, rows) if row["seeds"]]
     families = list(dict.fromkeys(run.group or run.name for run in study.runs))
     recipes = list(dict.fromkeys(run.name.rpartition("/")[2] for run in study.runs))
-    colours = {run.name: COLOURS[families.index(run.group or run.name) % len(COLOURS)] for run in study.runs}
+    colours = {
+        run.name: COLOURS[families.index(run.group or run.name) % len(COLOURS)]
+        for run in study.runs
+    }
     curves = {run.name: mean_curve(logs[run.name]) for run, _ in shown}
     for axis, cost, title, factor in zip(axes, COSTS, (unit, "seconds of training"), (scale, 1)):
         for run, row in shown:
             colour, curve = colours[run.name], curves[run.name]
-            axis.plot([point[cost] * factor for point in curve], [100 * point["knn"] for point in curve], color=colour, lw=1.4, alpha=0.4)
+            axis.plot(
+                [point[cost] * factor for point in curve],
+                [100 * point["knn"] for point in curve],
+                color=colour,
+                lw=1.4,
+                alpha=0.4,
+            )
             axis.errorbar(
-                row[cost] * factor, 100 * row["knn"], xerr=(row[f"{cost}_sd"] or 0) * factor, yerr=100 * (row["knn_sd"] or 0), color=colour,
-                marker=MARKERS[recipes.index(run.name.rpartition("/")[2]) % len(MARKERS)], ms=8, mfc=colour if run.against else "white",
-                mew=1.6, elinewidth=1.2,
-            )  # fmt: skip
+                row[cost] * factor,
+                100 * row["knn"],
+                xerr=(row[f"{cost}_sd"] or 0) * factor,
+                yerr=100 * (row["knn_sd"] or 0),
+                color=colour,
+                marker=MARKERS[recipes.index(run.name.rpartition("/")[2]) % len(MARKERS)],
+                ms=8,
+                mfc=colour if run.against else "white",
+                mew=1.6,
+                elinewidth=1.2,
+            )
         axis.margins(x=0.12)
         axis.set_xlim(left=0)
         axis.set_xlabel(title)
@@ -193,8 +291,11 @@ def draw(study: Study, rows: list[dict], logs: dict[str, dict[int, list[dict]]],
         finals = [100 * row["knn"] for _, row in shown]
         room = max(max(finals) - min(finals), 4)
         spreads = [row["knn"] - (row["knn_sd"] or 0) for _, row in shown]
-        lowest = 100 * min([*spreads, *(point["knn"] for curve in curves.values() for point in curve)])
-        bottom = max(min(finals) - room, lowest - 0.1 * room, 0)  # the ends, where the runs differ, and of the curves what is as high
+        lowest = 100 * min(
+            [*spreads, *(point["knn"] for curve in curves.values() for point in curve)]
+        )
+        # The ends, where the runs differ, and of the curves what is as high.
+        bottom = max(min(finals) - room, lowest - 0.1 * room, 0)
         highest = 100 * max(row["knn"] + (row["knn_sd"] or 0) for _, row in shown)
         axes[0].set_ylim(bottom, min(max(max(finals) + 0.3 * room, highest + 0.05 * room), 101))
     with any_script(study.title, *(run.name for run in study.runs)):

@@ -13,13 +13,20 @@ from ffssl.methods import Method, build_method
 from ffssl.training.schedule import Plan, input_sides, view_policies
 
 PASSES = ("loss", "project", "targets", "compare")  # of a method: all that computes with networks
-SHAPES_COMPILED = 64  # for how many shapes and states torch.compile makes code before it gives up: resolutions, and each method's own
+# For how many shapes and states torch.compile makes code before it gives up: resolutions, and each
+# method's own.
+SHAPES_COMPILED = 64
 
 
 def build(options: Options, device: torch.device) -> Method:
-    """A run's method with random weights, channels_last. Raises UserError for options that no run can have."""
+    """A run's method with random weights, channels_last.
+
+    Raises UserError for options that no run can have.
+    """
     model, training = options.model, options.training
-    backbone = build_backbone(model.backbone, zero_init_residual=model.zero_init_residual, stem=model.stem)
+    backbone = build_backbone(
+        model.backbone, zero_init_residual=model.zero_init_residual, stem=model.stem
+    )
     check_resolutions(model.backbone, backbone, input_sides(options))
     method = build_method(options.method.name, backbone, options.method.settings)
     method.check(training.batch_size)
@@ -34,15 +41,26 @@ def build(options: Options, device: torch.device) -> Method:
     return method.to(device, memory_format=torch.channels_last)
 
 
-def compile_passes(module: nn.Module, passes: Iterable[str], mode: str, device: torch.device, **settings) -> str:
-    """Have torch.compile make code of these methods of a module, once for each shape. Returns the mode, "off" if it does nothing.
+def compile_passes(
+    module: nn.Module, passes: Iterable[str], mode: str, device: torch.device, **settings
+) -> str:
+    """Have torch.compile make code of these methods of a module, once for each shape.
 
-    mode: one of torch.compile's, "off", or "auto": "default" on a GPU. settings: others that torch.compile takes.
+    Returns the mode, "off" if it does nothing.
+
+    mode: one of torch.compile's, "off", or "auto": "default" on a GPU. settings: others that
+    torch.compile takes.
     """
     if mode == "auto":
         mode = "default" if device.type == "cuda" else "off"
     if mode != "off":
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES_COMPILED)
+        torch._dynamo.config.recompile_limit = max(
+            torch._dynamo.config.recompile_limit, SHAPES_COMPILED
+        )
         for name in passes:
-            setattr(module, name, torch.compile(getattr(module, name), dynamic=False, mode=mode, **settings))
+            setattr(
+                module,
+                name,
+                torch.compile(getattr(module, name), dynamic=False, mode=mode, **settings),
+            )
     return mode

@@ -11,6 +11,7 @@ effective_rank: how many dimensions the embeddings use (RankMe: Garrido et al., 
 import torch
 from torch import Tensor
 
+from ffssl.data.normalise import to_input
 from ffssl.hard_augment import (
     Selection,
     compare,
@@ -18,7 +19,6 @@ from ffssl.hard_augment import (
     take_pair,
     without_trace,
 )
-from ffssl.data.normalise import to_input
 from ffssl.methods.base import Method, cosines
 
 STEPS_BETWEEN = 64  # a measurement costs at most half a step, so that all cost less than 1 %

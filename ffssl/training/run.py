@@ -27,7 +27,9 @@ class Run:
     plan: Plan
     device: torch.device
     method: Method
-    parallel: nn.Module  # the method, whose backward pass averages the gradients over the ranks; in one process the method itself
+    # The method, whose backward pass averages the gradients over the ranks; in one process the
+    # method itself.
+    parallel: nn.Module
     optimizer: torch.optim.Optimizer
     amp: torch.autocast
     scaler: torch.amp.GradScaler
@@ -35,13 +37,20 @@ class Run:
     epoch: int = 0  # epochs finished
     tally: Tally = field(default_factory=Tally)  # of the one after them
     spent: dict[str, float] = field(default_factory=lambda: {"seconds": 0.0, "flops": 0.0})
-    data: dict[str, object] = field(default_factory=dict)  # what tells the training images from others
+    # What tells the training images from others.
+    data: dict[str, object] = field(default_factory=dict)
     resumed: bool = False  # from a checkpoint
 
     @property
     def energy_note(self) -> str:
-        """To be added to what is said of the device: of a GPU whose energy nothing counts; of others nothing."""
-        return "; no energy counter: kWh left out" if self.device.type == "cuda" and self.joules() is None else ""
+        """To be added to what is said of the device: of a GPU whose energy nothing counts; of
+        others nothing.
+        """
+        return (
+            "; no energy counter: kWh left out"
+            if self.device.type == "cuda" and self.joules() is None
+            else ""
+        )
 
     def state(self) -> dict:
         return {
@@ -68,26 +77,45 @@ class Run:
 
 
 def start_run(options: Options, method: Method, plan: Plan, device: torch.device) -> Run:
-    """A run at its beginning. method: as `build` makes it; with several ranks, its BatchNorm is synchronised from here on."""
-    # cuDNN tries its algorithms on each new shape and keeps the quickest: a run has a resolution for many epochs, so few shapes.
+    """A run at its beginning.
+
+    method: as `build` makes it; with several ranks, its BatchNorm is synchronised from here on.
+    """
+    # cuDNN tries its algorithms on each new shape and keeps the quickest: a run has a resolution
+    # for many epochs, so few shapes.
     torch.backends.cudnn.benchmark = True  # concerns GPUs alone
     if device.type == "cpu":
         keep_freed_memory()
     t = options.training
     parallel = share(method.train(), device)
     optimizer = build_optimizer(
-        t.optimizer, method.parameter_groups(t.weight_decay), weight_decay=t.weight_decay,
-        decay_norm_and_bias=t.decay_norm_and_bias, momentum=t.momentum,
-    )  # fmt: skip
-    return Run(options, plan, device, method, parallel, optimizer, *mixed_precision(t.amp, device), energy_counter(device))
+        t.optimizer,
+        method.parameter_groups(t.weight_decay),
+        weight_decay=t.weight_decay,
+        decay_norm_and_bias=t.decay_norm_and_bias,
+        momentum=t.momentum,
+    )
+    return Run(
+        options,
+        plan,
+        device,
+        method,
+        parallel,
+        optimizer,
+        *mixed_precision(t.amp, device),
+        energy_counter(device),
+    )
 
 
 def share(method: Method, device: torch.device) -> nn.Module:
-    """The method as ranks that share a batch compute its loss: over BatchNorm statistics of the joint batch, with averaged gradients."""
+    """The method as ranks that share a batch compute its loss: over BatchNorm statistics of the
+    joint batch, with averaged gradients.
+    """
     if world_size() == 1:
         return method
     batch_norm.synchronise(method)
-    # No buffer is broadcast: what BatchNorm, queues and centres hold is computed from the joint batch, on all ranks alike.
+    # No buffer is broadcast: what BatchNorm, queues and centres hold is computed from the joint
+    # batch, on all ranks alike.
     option = "forward_sync_buffers"  # broadcast_buffers in versions of torch before it
     if option not in inspect.signature(DistributedDataParallel).parameters:
         option = "broadcast_buffers"

@@ -4,10 +4,9 @@ import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ffssl import methods
-from ffssl import schedules
+from ffssl import methods, schedules
 from ffssl.config import Options
-from ffssl.data.policy import (ViewPolicy, choose_policies)
+from ffssl.data.policy import ViewPolicy, choose_policies
 from ffssl.hard_augment import Selection
 
 
@@ -20,7 +19,10 @@ class StepShape(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What each epoch and each step of a run is to be. `options`: all sections; see `ffssl.config`."""
+    """What each epoch and each step of a run is to be.
+
+    `options`: all sections; see `ffssl.config`.
+    """
 
     options: Options
     steps_per_epoch: int
@@ -37,12 +39,20 @@ class Plan:
     def resolution(self, epoch: int) -> int:
         r, epochs = self.options.resolution, self.options.training.epochs
         return schedules.resolution(
-            epoch, schedule=r.schedule, epochs=epochs, warmup=round(self.warmup_epochs), low=r.min, high=r.max, step=r.step
+            epoch,
+            schedule=r.schedule,
+            epochs=epochs,
+            warmup=round(self.warmup_epochs),
+            low=r.min,
+            high=r.max,
+            step=r.step,
         )
 
     @property
     def selection_start(self) -> int:
-        """The first epoch in which Hard Augment chooses pairs: by default the one after the warm-up."""
+        """The first epoch in which Hard Augment chooses pairs: by default the one after the
+        warm-up.
+        """
         start, epochs = self.options.hard_augment.start_epoch, self.options.training.epochs
         return min(round(self.warmup_epochs), epochs - 1) if start is None else start
 
@@ -66,8 +76,12 @@ class Plan:
 
     @property
     def stages(self) -> list[tuple[StepShape, int]]:
-        """The consecutive epochs whose steps cost the same: the shape of their steps, and how many they are."""
-        shapes = itertools.groupby(self.shape(epoch) for epoch in range(self.options.training.epochs))
+        """The consecutive epochs whose steps cost the same: the shape of their steps, and how many
+        they are.
+        """
+        shapes = itertools.groupby(
+            self.shape(epoch) for epoch in range(self.options.training.epochs)
+        )
         return [(shape, len(list(epochs))) for shape, epochs in shapes]
 
     @property
@@ -83,25 +97,39 @@ class Plan:
 
     def magnitude(self, epoch: int) -> float:
         a = self.options.augment
-        return schedules.magnitude(epoch, epochs=self.options.training.epochs, low=a.magnitude_min, high=a.magnitude_max)
+        return schedules.magnitude(
+            epoch, epochs=self.options.training.epochs, low=a.magnitude_min, high=a.magnitude_max
+        )
 
     def learning_rate_and_momentum(self, step: int) -> tuple[float, float]:
         t = self.options.training
         warmup = round(self.warmup_epochs * self.steps_per_epoch)
         return schedules.learning_rate_and_momentum(
-            step, schedule=t.schedule, total=self.total_steps, warmup=warmup, peak=t.learning_rate,
-            momentum=t.momentum, momentum_low=t.momentum_low, momentum_high=t.momentum_high,
-        )  # fmt: skip
+            step,
+            schedule=t.schedule,
+            total=self.total_steps,
+            warmup=warmup,
+            peak=t.learning_rate,
+            momentum=t.momentum,
+            momentum_low=t.momentum_low,
+            momentum_high=t.momentum_high,
+        )
 
     def noise_scale(self, step: int, samples: int) -> float:
         learning_rate, momentum = self.learning_rate_and_momentum(step)
         return schedules.noise_scale(
-            learning_rate=learning_rate, momentum=momentum, samples=samples, batch_size=self.options.training.batch_size
+            learning_rate=learning_rate,
+            momentum=momentum,
+            samples=samples,
+            batch_size=self.options.training.batch_size,
         )
 
 
 def view_policies(options: Options) -> tuple[ViewPolicy, ...]:
-    """The policies that a run's views are dealt out to in turn. Raises UserError for an unknown name."""
+    """The policies that a run's views are dealt out to in turn.
+
+    Raises UserError for an unknown name.
+    """
     augment = options.augment
     return choose_policies(
         augment.policy or methods.METHODS[options.method.name].policy,
@@ -112,12 +140,15 @@ def view_policies(options: Options) -> tuple[ViewPolicy, ...]:
 
 
 def input_sides(options: Options) -> dict[int, str]:
-    """Every side in pixels of the images that a run's backbone sees, of views, of Hard Augment's low-resolution pass and of the
-    evaluation, with the option that it comes from.
+    """Every side in pixels of the images that a run's backbone sees, of views, of Hard Augment's
+    low-resolution pass and of the evaluation, with the option that it comes from.
     """
     r, hard_augment = options.resolution, options.hard_augment
     bounds = {r.min: "--resolution.min", r.max: "--resolution.max"}
-    sides = {side: bounds.get(side, "--resolution.step") for side in Plan(options, steps_per_epoch=1).resolutions}
+    sides = {
+        side: bounds.get(side, "--resolution.step")
+        for side in Plan(options, steps_per_epoch=1).resolutions
+    }
     if hard_augment.select == "hard" or hard_augment.extra_targets:
         sides.setdefault(min(hard_augment.resolution, max(sides)), "--hard_augment.resolution")
     if options.data.validation:

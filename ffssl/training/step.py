@@ -17,22 +17,32 @@ from ffssl.training.run import Run
 from ffssl.training.totals import StepResult
 
 
-def train_step(run: Run, views: Tensor, step: int, mark: Callable[[str], None] = lambda part: None) -> StepResult:
-    """One step of the optimiser on this rank's uint8 views (B, m, 3, R, R) on the run's device, without waiting for it.
+def train_step(
+    run: Run, views: Tensor, step: int, mark: Callable[[str], None] = lambda part: None
+) -> StepResult:
+    """One step of the optimiser on this rank's uint8 views (B, m, 3, R, R) on the run's device,
+    without waiting for it.
 
     mark: called with the name of each part when it has been given to the device.
     """
     options, progress = run.options, Progress(step, run.plan.total_steps, run.epoch)
     learning_rate, momentum = run.plan.learning_rate_and_momentum(step)
-    set_learning_rate_and_momentum(run.optimizer, learning_rate, momentum, peak=options.training.learning_rate)
+    set_learning_rate_and_momentum(
+        run.optimizer, learning_rate, momentum, peak=options.training.learning_rate
+    )
     run.method.before_step(progress)
     run.optimizer.zero_grad(set_to_none=True)
-    if run.device.type == "cuda":  # before the first part alone: the gradients of one must last while the next adds to them
+    # Before the first part alone: the gradients of one must last while the next adds to them.
+    if run.device.type == "cuda":
         torch.compiler.cudagraph_mark_step_begin()
     parts = views.chunk(options.training.accumulate)
-    seeds = [(options.run.seed + step) * len(parts) + part for part in range(len(parts))]  # no part's pairs are drawn as another's
+    # No part's pairs are drawn as another's.
+    seeds = [(options.run.seed + step) * len(parts) + part for part in range(len(parts))]
     with local_gradients(run.parallel):
-        results = [add_gradients(run, part, seed, len(parts), mark) for part, seed in zip(parts[:-1], seeds)]
+        results = [
+            add_gradients(run, part, seed, len(parts), mark)
+            for part, seed in zip(parts[:-1], seeds)
+        ]
     steps_per_epoch = run.plan.steps_per_epoch
     measured = gauges.is_due(step % steps_per_epoch, steps_per_epoch)
     results.append(add_gradients(run, parts[-1], seeds[-1], len(parts), mark, measured=measured))
@@ -49,8 +59,14 @@ def train_step(run: Run, views: Tensor, step: int, mark: Callable[[str], None] =
 
 
 def local_gradients(network: nn.Module) -> contextlib.AbstractContextManager:
-    """Backward passes inside add to this rank's gradients; the next one outside averages the sums over the ranks."""
-    return network.no_sync() if isinstance(network, DistributedDataParallel) else contextlib.nullcontext()
+    """Backward passes inside add to this rank's gradients; the next one outside averages the sums
+    over the ranks.
+    """
+    return (
+        network.no_sync()
+        if isinstance(network, DistributedDataParallel)
+        else contextlib.nullcontext()
+    )
 
 
 def add_gradients(
@@ -66,7 +82,9 @@ def add_gradients(
     with run.amp:
         chosen = hard_augment.choose_views(run.method, views, selection, seed)
     mark("selection")
-    with run.amp:  # anew: before torch 2.10 autocast keeps the weights that it cast without gradient, and none would reach the real ones
+    # Anew: before torch 2.10 autocast keeps the weights that it cast without gradient, and none
+    # would reach the real ones.
+    with run.amp:
         loss, embeddings = run.parallel(*chosen)
     mark("forward")
     readings = None
@@ -99,6 +117,8 @@ def measure(
 
 
 def embedding_std(embeddings: Tensor) -> Tensor:
-    """Standard deviation of the L2-normalised embeddings (N, d) times sqrt(d): 1 for directions at random, 0 after a collapse."""
+    """Standard deviation of the L2-normalised embeddings (N, d) times sqrt(d): 1 for directions at
+    random, 0 after a collapse.
+    """
     z = F.normalize(embeddings.float(), dim=1)
     return z.std(0).mean() * z.shape[1] ** 0.5

@@ -9,17 +9,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ffssl.parallel.ranks import gather, mean_over_ranks, rank, world_size
 from ffssl.parallel.energy import JOULES_PER_KWH
+from ffssl.parallel.ranks import gather, mean_over_ranks, rank, world_size
 from ffssl.training.gauges import EMBEDDINGS
 
 
 class StepResult(NamedTuple):
     """What a step measured on this rank, on the device, without waiting for it.
 
-    loss, embedding_std: scalars. embeddings: (B, d), of the first views. gauges: (3,), the hardness,
-    the variance of its mean and the predictor's cosine, see `ffssl.training.gauges`; NaN for what a run does
-    not have; None in steps that are not measured.
+    loss, embedding_std: scalars. embeddings: (B, d), of the first views. gauges: (3,), the
+    hardness, the variance of its mean and the predictor's cosine, see `ffssl.training.gauges`; NaN
+    for what a run does not have; None in steps that are not measured.
     """
 
     loss: Tensor
@@ -98,7 +98,10 @@ class Tally:
         return {name: mean for name, mean in means.items() if not math.isnan(mean)}
 
     def state(self) -> dict:
-        """For a checkpoint, of any number of ranks: `replaced` and kwh are of all together. Called once they have shared."""
+        """For a checkpoint, of any number of ranks: `replaced` and kwh are of all together.
+
+        Called once they have shared.
+        """
         kwh = None if self.kwh is None else self.kwh * world_size()
         rows = torch.empty(0) if self.embeddings is None else self.all_embeddings
         lists = {
@@ -131,7 +134,8 @@ class Tally:
 
 
 class Meter:
-    """Charges the time since the last charge, and the energy where something counts it, to an epoch's tally.
+    """Charges the time since the last charge, and the energy where something counts it, to an
+    epoch's tally.
 
     joules: used so far, or None; see `ffssl.parallel.energy`.
     """
@@ -146,7 +150,8 @@ class Meter:
 
     def charge(self) -> None:
         now, joules = time.perf_counter(), self._read_joules()
-        if joules is None or (self._tally.kwh is None and self._tally.seconds):  # now or before; the rest would pass for the whole
+        # Now or before; the rest would pass for the whole.
+        if joules is None or (self._tally.kwh is None and self._tally.seconds):
             self._tally.kwh = None
         else:
             self._tally.kwh = (self._tally.kwh or 0.0) + (joules - self._joules) / JOULES_PER_KWH

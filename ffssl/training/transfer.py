@@ -13,7 +13,8 @@ from ffssl.parallel.device import mark_work
 def to_device(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
     """Batches of one shape, of which the last may be shorter, on the `device`.
 
-    Their memory is overwritten by the next. On a GPU a batch is copied while the one before it is computed with; it is overwritten by the next but one.
+    Their memory is overwritten by the next. On a GPU a batch is copied while the one before it is
+    computed with; it is overwritten by the next but one.
     """
     if device.type != "cuda":
         yield from (batch.to(device) for batch in batches)
@@ -21,7 +22,8 @@ def to_device(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tenso
     computing, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
     batches, buffers, read = iter(batches), [], []
     for turn in itertools.cycle((0, 1)):
-        with torch.cuda.stream(copying):  # on which a loader notes that its last batch has been read
+        # On which a loader notes that its last batch has been read.
+        with torch.cuda.stream(copying):
             batch = next(batches, None)
         if batch is None:
             return
@@ -37,7 +39,8 @@ def to_device(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tenso
 
 
 class Lead:
-    """How far the host may be ahead of a GPU: by `steps` steps, so that waiting for the GPU is not taken for waiting for data.
+    """How far the host may be ahead of a GPU: by `steps` steps, so that waiting for the GPU is not
+    taken for waiting for data.
 
     Call after each step; does nothing on a CPU.
     """

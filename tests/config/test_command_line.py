@@ -50,15 +50,30 @@ def test_an_error_is_one_line_whatever_names_are_in_it(capfd):
 
 def run(code: str, *, shell: str = "", **environment) -> subprocess.CompletedProcess:
     """A program that calls `exit_status`, its output piped to what stands in `shell`."""
-    code = f"import sys\nfrom ffssl.config.command_line import exit_status\nfrom ffssl.errors import UserError\ndef program():\n {code}\nsys.exit(exit_status(program))"
+    code = (
+        "import sys\nfrom ffssl.config.command_line import exit_status\nfrom ffssl.errors "
+        f"import UserError\ndef program():\n {code}\nsys.exit(exit_status(program))"
+    )
     words = [sys.executable, "-c", code]
-    words = ["bash", "-c", f"{shlex.join(words)} {shell}; exit ${{PIPESTATUS[0]}}"] if shell else words
-    return subprocess.run(words, cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": ""} | environment, capture_output=True, timeout=600)
+    words = (
+        ["bash", "-c", f"{shlex.join(words)} {shell}; exit ${{PIPESTATUS[0]}}"] if shell else words
+    )
+    return subprocess.run(
+        words,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": ""} | environment,
+        capture_output=True,
+        timeout=600,
+    )
 
 
 def test_what_a_terminal_can_not_show_is_escaped():
     result = run(f"print({NAME!r}); raise UserError({NAME!r})", PYTHONIOENCODING="ascii")
-    assert (result.returncode, result.stdout, result.stderr) == (2, b"caf\\udce9\n\\u4e2d\n", b"error: caf\\udce9\\n\\u4e2d\n")
+    assert (result.returncode, result.stdout, result.stderr) == (
+        2,
+        b"caf\\udce9\n\\u4e2d\n",
+        b"error: caf\\udce9\\n\\u4e2d\n",
+    )
 
 
 @pytest.mark.parametrize(
@@ -71,7 +86,8 @@ def test_what_a_terminal_can_not_show_is_escaped():
     ],
 )
 def test_a_program_whose_output_nobody_reads_ends_without_a_traceback(code, told):
-    wait = "import select; pipe = select.poll(); pipe.register(1, 0); pipe.poll(); "  # for its reader to leave
+    # For its reader to leave.
+    wait = "import select; pipe = select.poll(); pipe.register(1, 0); pipe.poll(); "
     result = run(wait + code, shell="| true")
     assert (result.returncode, result.stderr) == (141, told)
 
@@ -83,8 +99,15 @@ def test_a_broken_pipe_of_another_kind_is_not_taken_for_that():
 
 def test_options_and_help_without_docstrings_and_readers():
     program = ["ffssl/train.py", "--help"]
-    result = subprocess.run([sys.executable, "-OO", *program], cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0 and "--training.learning_rate" in result.stdout and not result.stderr
+    result = subprocess.run(
+        [sys.executable, "-OO", *program], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert (
+        result.returncode == 0 and "--training.learning_rate" in result.stdout and not result.stderr
+    )
     command = f"{shlex.quote(sys.executable)} {shlex.join(program)} | true; exit ${{PIPESTATUS[0]}}"
-    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert result.returncode in (0, 141) and not result.stderr  # 0 where it was quicker than its reader
+    result = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    # 0 where it was quicker than its reader.
+    assert result.returncode in (0, 141) and not result.stderr

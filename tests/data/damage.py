@@ -1,11 +1,20 @@
-"""Damage to JPEG and beton files, drawn at random, and memory whose ends can't be overstepped unnoticed."""
+"""Damage to JPEG and beton files, drawn at random, and memory whose ends can't be overstepped
+unnoticed.
+"""
 
 import ctypes
 import mmap
 
 import numpy as np
 
-from ffssl.data.beton.read import ALLOCATION_TYPE, FIELD_TYPE, HEADER_TYPE, IMAGE_FIELD, INT_FIELD, metadata_type
+from ffssl.data.beton.read import (
+    ALLOCATION_TYPE,
+    FIELD_TYPE,
+    HEADER_TYPE,
+    IMAGE_FIELD,
+    INT_FIELD,
+    metadata_type,
+)
 
 ROWS_TYPE = metadata_type([IMAGE_FIELD, INT_FIELD])
 ROWS_START = HEADER_TYPE.itemsize + 2 * FIELD_TYPE.itemsize
@@ -14,7 +23,9 @@ _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 
 
 class Guarded:
-    """Memory between two pages that may not be touched: the first byte read or written before or behind them ends the process."""
+    """Memory between two pages that may not be touched: the first byte read or written before or
+    behind them ends the process.
+    """
 
     def __init__(self, capacity: int):
         size = -(-capacity // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -22,7 +33,9 @@ class Guarded:
         self._room = self._pages[mmap.PAGESIZE : -mmap.PAGESIZE]
         protect = ctypes.CDLL(None, use_errno=True).mprotect
         for place in (0, mmap.PAGESIZE + size):
-            if protect(ctypes.c_void_p(self._pages.ctypes.data + place), ctypes.c_size_t(mmap.PAGESIZE), 0):
+            if protect(
+                ctypes.c_void_p(self._pages.ctypes.data + place), ctypes.c_size_t(mmap.PAGESIZE), 0
+            ):
                 raise OSError(ctypes.get_errno(), "mprotect")
 
     def array(self, size: int, at_end: bool) -> np.ndarray:
@@ -63,7 +76,8 @@ def _truncate(random, data, _):
 
 def _extend(random, data, other):
     tail = (bytes(500), random.bytes(500), other)[random.integers(3)]
-    return data + tail if random.integers(2) else data[:-2] + tail  # with and without its end-of-image marker before it
+    # With and without its end-of-image marker before it.
+    return data + tail if random.integers(2) else data[:-2] + tail
 
 
 def _splice(random, data, other):
@@ -93,7 +107,9 @@ def _change_segment(random, data, _):
     a, b = _one_of(random, segments(data))
     if b > a:
         place = min(a + 1 + random.integers(min(b - a, 24)), len(data) - 1)
-        data[place] = random.choice([0, 1, 2, 3, 0x11, 0x22, 0x41, 0xC4, 0xDB, 0xFF, random.integers(256)])
+        data[place] = random.choice(
+            [0, 1, 2, 3, 0x11, 0x22, 0x41, 0xC4, 0xDB, 0xFF, random.integers(256)]
+        )
     return data
 
 
@@ -107,12 +123,23 @@ def _resize_frame(random, data, _):
 
 
 _JPEG_DAMAGES = (
-    _flip_bits, _overwrite, _truncate, _extend, _splice, _swap_segments, _drop_segment, _repeat_segment, _change_segment, _resize_frame,
-)  # fmt: skip
+    _flip_bits,
+    _overwrite,
+    _truncate,
+    _extend,
+    _splice,
+    _swap_segments,
+    _drop_segment,
+    _repeat_segment,
+    _change_segment,
+    _resize_frame,
+)
 
 
 def segments(data: bytes) -> list[tuple[int, int]]:
-    """Where the marker segments up to the first scan's begin and end, as far as they can be followed."""
+    """Where the marker segments up to the first scan's begin and end, as far as they can be
+    followed.
+    """
     found, position = [], 2
     while position + 4 <= len(data) and data[position] == 0xFF:
         end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
@@ -148,11 +175,27 @@ def _one_of(random, found):
     return found[random.integers(len(found))] if found else (0, 0)
 
 
-def damaged_number(random: np.random.Generator, old: int, bits: int, places: tuple[int, ...] = ()) -> int:
-    """An unsigned number of so many bits in place of `old`: near it, at a limit, negative, anything, or one of `places`."""
+def damaged_number(
+    random: np.random.Generator, old: int, bits: int, places: tuple[int, ...] = ()
+) -> int:
+    """An unsigned number of so many bits in place of `old`: near it, at a limit, negative,
+    anything, or one of `places`.
+    """
     near = old + int(random.integers(-9, 10))
     anything = int.from_bytes(random.bytes(bits // 8), "big")
-    choices = (0, 1, -1, -old, 1 << (bits - 1), near, 2 * old, old // 2, anything, anything >> int(random.integers(bits)), *places)
+    choices = (
+        0,
+        1,
+        -1,
+        -old,
+        1 << (bits - 1),
+        near,
+        2 * old,
+        old // 2,
+        anything,
+        anything >> int(random.integers(bits)),
+        *places,
+    )
     return choices[random.integers(len(choices))] % (1 << bits)
 
 
@@ -166,21 +209,39 @@ class BetonParts:
         self.data = np.frombuffer(whole, np.uint8).copy()
         self.header = self.data[: HEADER_TYPE.itemsize].view(HEADER_TYPE)
         self.fields = self.data[HEADER_TYPE.itemsize : ROWS_START].view(FIELD_TYPE)
-        samples, self.table_at = int(self.header["num_samples"][0]), int(self.header["alloc_table_ptr"][0])
-        self.rows = self.data[ROWS_START : ROWS_START + samples * ROWS_TYPE.itemsize].view(ROWS_TYPE)
+        samples, self.table_at = (
+            int(self.header["num_samples"][0]),
+            int(self.header["alloc_table_ptr"][0]),
+        )
+        self.rows = self.data[ROWS_START : ROWS_START + samples * ROWS_TYPE.itemsize].view(
+            ROWS_TYPE
+        )
         self.table = self.data[self.table_at :].view(ALLOCATION_TYPE)
 
     @property
     def places(self) -> tuple[int, ...]:
         """Positions that a pointer may be mistaken for."""
-        return len(self.data), len(self.data) - 1, self.table_at, self.table_at - 1, *self.table["ptr"].tolist(), *self.table["size"].tolist()
+        return (
+            len(self.data),
+            len(self.data) - 1,
+            self.table_at,
+            self.table_at - 1,
+            *self.table["ptr"].tolist(),
+            *self.table["size"].tolist(),
+        )
 
 
 def compact(whole: bytes) -> bytes:
-    """The same file without the empty space between rows and images, so that it can be written and read thousands of times."""
+    """The same file without the empty space between rows and images, so that it can be written and
+    read thousands of times.
+    """
     parts = BetonParts(whole)
     begin, rows_end = int(parts.table["ptr"].min()), ROWS_START + parts.rows.nbytes
-    for numbers in (parts.table["ptr"], parts.rows["f0"]["data_ptr"], parts.header["alloc_table_ptr"]):
+    for numbers in (
+        parts.table["ptr"],
+        parts.rows["f0"]["data_ptr"],
+        parts.header["alloc_table_ptr"],
+    ):
         numbers -= np.uint64(begin - rows_end)
     return parts.data[:rows_end].tobytes() + parts.data[begin:].tobytes()
 
@@ -204,7 +265,9 @@ def _damage_number_of(random, parts, rows):
         rows = rows[rows.dtype.names[random.integers(len(rows.dtype.names))]]
     if rows.ndim == 1:
         bits = 8 * rows.dtype.itemsize
-        rows.view(f"<u{rows.dtype.itemsize}")[row] = damaged_number(random, int(rows[row]) % (1 << bits), bits, parts.places)
+        rows.view(f"<u{rows.dtype.itemsize}")[row] = damaged_number(
+            random, int(rows[row]) % (1 << bits), bits, parts.places
+        )
     else:
         rows[row, random.integers(rows.shape[1])] = random.integers(256)
 
@@ -214,7 +277,9 @@ def _damage_header(random, parts, _):
 
 
 def _damage_fields(random, parts, _):
-    parts.fields[random.integers(2)]["type_id"] = random.integers(0, 9) if random.integers(2) else 255
+    parts.fields[random.integers(2)]["type_id"] = (
+        random.integers(0, 9) if random.integers(2) else 255
+    )
     _damage_number_of(random, parts, parts.fields)
 
 
@@ -239,7 +304,9 @@ def _resize_sample(random, parts, _):
     i = random.integers(len(parts.rows))
     stored = _stored(parts, i)
     place = frame_size_at(stored.tobytes())
-    height, width = (damaged_number(random, int(parts.rows["f0"][side][i]), 16) for side in ("height", "width"))
+    height, width = (
+        damaged_number(random, int(parts.rows["f0"][side][i]), 16) for side in ("height", "width")
+    )
     parts.rows["f0"]["height"][i], parts.rows["f0"]["width"][i] = height, width
     if place is not None:
         stored[place : place + 4] = list(height.to_bytes(2, "big") + width.to_bytes(2, "big"))
@@ -247,30 +314,49 @@ def _resize_sample(random, parts, _):
 
 def _shorten_sample(random, parts, _):
     i = random.integers(len(parts.table))
-    parts.table["size"][i] = random.integers(1, max(1, int(min(parts.table["size"][i], 1 << 20))) + 1)
+    parts.table["size"][i] = random.integers(
+        1, max(1, int(min(parts.table["size"][i], 1 << 20))) + 1
+    )
 
 
 def _damage_stored_jpeg(random, parts, other):
     stored = _stored(parts, random.integers(len(parts.rows)))
     if len(stored) > 4:
-        damaged = np.frombuffer(damage_jpeg(random, stored.tobytes(), other)[: len(stored)], np.uint8)
+        damaged = np.frombuffer(
+            damage_jpeg(random, stored.tobytes(), other)[: len(stored)], np.uint8
+        )
         stored[: len(damaged)] = damaged
 
 
 def _flip_bits_of_tables(random, parts, _):
-    tables = np.r_[0:24, ROWS_START : ROWS_START + parts.rows.nbytes, parts.table_at : len(parts.data)]
+    tables = np.r_[
+        0:24, ROWS_START : ROWS_START + parts.rows.nbytes, parts.table_at : len(parts.data)
+    ]
     for place in random.choice(tables, random.integers(1, 5)):
         parts.data[place] ^= 1 << random.integers(8)
 
 
 _BETON_DAMAGES = (
-    _damage_header, _damage_fields, _damage_rows, _damage_table, _move_sample, _resize_sample, _shorten_sample, _damage_stored_jpeg,
-    _damage_stored_jpeg, _damage_stored_jpeg, _flip_bits_of_tables,
-)  # fmt: skip
+    _damage_header,
+    _damage_fields,
+    _damage_rows,
+    _damage_table,
+    _move_sample,
+    _resize_sample,
+    _shorten_sample,
+    _damage_stored_jpeg,
+    _damage_stored_jpeg,
+    _damage_stored_jpeg,
+    _flip_bits_of_tables,
+)
 
 
 def _stored(parts, i):
     """The bytes of a sample, as a view; empty where earlier damage has led them out of the file."""
     begin = int(parts.rows["f0"]["data_ptr"][i])
     size = parts.table["size"][parts.table["ptr"] == begin]
-    return parts.data[begin : begin + int(size[0])] if len(size) and begin + int(size[0]) <= parts.table_at else parts.data[:0]
+    return (
+        parts.data[begin : begin + int(size[0])]
+        if len(size) and begin + int(size[0]) <= parts.table_at
+        else parts.data[:0]
+    )

@@ -1,34 +1,39 @@
-"""Damaged JPEG and beton files by the thousand, through all that reads them; each must be served or refused, by name.
+"""Damaged JPEG and beton files by the thousand, through all that reads them; each must be served or
+refused, by name.
 
     PYTHONPATH=. python tests/data/fuzz.py                              # 20 000 cases, some minutes
     PYTHONPATH=. python tests/data/fuzz.py --first 1234 --cases 1 --here     # one case again, in this process, for a debugger
 
 A case follows from its seed alone. Seeds are dealt out in turn to three kinds of case:
 
-- jpeg: a damaged JPEG through `ffssl.data.convert.jpeg`, which the converter stands on. It decodes, or JpegError is raised.
-- decode: a damaged JPEG through the loader's compiled decoder, at every scale.
-- beton: a damaged beton file through `read_beton`, sample by sample through `render_samples`, and as a whole through `ViewLoader`.
-  It is refused with a UserError that begins with the file's name; or the loader serves the samples in order up to the first that does
-  not decode, and refuses that one by its number.
+- jpeg: a damaged JPEG through `ffssl.data.convert.jpeg`, which the converter stands on. It decodes,
+or JpegError is raised. - decode: a damaged JPEG through the loader's compiled decoder, at every
+scale. - beton: a damaged beton file through `read_beton`, sample by sample through
+`render_samples`, and as a whole through `ViewLoader`. It is refused with a UserError that begins
+with the file's name; or the loader serves the samples in order up to the first that does not
+decode, and refuses that one by its number.
 
-What decodes must decode to the same pixels in memory that held zeros or ones before, each time after another image: else what is
-served came from there. Cases run in a child process, so that a crash or a hang (no answer in LIMIT_S) is told with its seed, and the next
-child goes on behind it. Leaves with status 1 if any case crashed, hung or broke a rule.
+What decodes must decode to the same pixels in memory that held zeros or ones before, each time
+after another image: else what is served came from there. Cases run in a child process, so that a
+crash or a hang (no answer in LIMIT_S) is told with its seed, and the next child goes on behind it.
+Leaves with status 1 if any case crashed, hung or broke a rule.
 
-Reads and writes out of bounds: in the kinds decode and beton the JPEG, the decoded pixels, the whole beton file and the views lie against
-pages that may not be touched (`damage.Guarded`), first at the end of their memory, then at its beginning. Not guarded is what the compiled
-kernels and libjpeg allocate themselves. Numba can check the kernels' indices, but for those of simd.py:
+Reads and writes out of bounds: in the kinds decode and beton the JPEG, the decoded pixels, the
+whole beton file and the views lie against pages that may not be touched (`damage.Guarded`), first
+at the end of their memory, then at its beginning. Not guarded is what the compiled kernels and
+libjpeg allocate themselves. Numba can check the kernels' indices, but for those of simd.py:
 
     NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=/tmp/checked PYTHONPATH=. python tests/data/fuzz.py --kinds decode beton
 
-and valgrind every access of all compiled code, simd.py and libjpeg-turbo included; Numba's has to be compiled for a CPU that it knows,
-best by a first run without it:
+and valgrind every access of all compiled code, simd.py and libjpeg-turbo included; Numba's has to
+be compiled for a CPU that it knows, best by a first run without it:
 
     export NUMBA_CPU_NAME=generic NUMBA_CACHE_DIR=/tmp/generic PYTHONMALLOC=malloc PYTHONPATH=.
     python tests/data/fuzz.py --cases 60
     valgrind --error-exitcode=1 --undef-value-errors=no --suppressions=tests/data/valgrind.supp python tests/data/fuzz.py --here --cases 1000
 
-Values that are not initialised can't be looked for in this way: CPython reads some, and libjpeg-turbo's vectors read their own padding.
+Values that are not initialised can't be looked for in this way: CPython reads some, and
+libjpeg-turbo's vectors read their own padding.
 """
 
 import argparse
@@ -47,16 +52,23 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
-
 from damage import Guarded, compact, damage_beton, damage_jpeg
-from ffssl.data.convert import jpeg
-from ffssl.data.beton.read import MODE_JPEG, MODE_RAW, read_beton
-from ffssl.data.beton.write import MIN_PAGE_SIZE, BetonWriter
-from ffssl.errors import UserError
 from sample_images import smooth_image
 
+from ffssl.data.beton.read import MODE_JPEG, MODE_RAW, read_beton
+from ffssl.data.beton.write import MIN_PAGE_SIZE, BetonWriter
+from ffssl.data.convert import jpeg
+from ffssl.errors import UserError
+
 LIMIT_S = 600  # a case takes milliseconds
-SERVED, IN_PART, REFUSED, WRONG, CRASHED, HUNG = OUTCOMES = ("served", "in part", "refused", "wrong", "crashed", "hung")
+SERVED, IN_PART, REFUSED, WRONG, CRASHED, HUNG = OUTCOMES = (
+    "served",
+    "in part",
+    "refused",
+    "wrong",
+    "crashed",
+    "hung",
+)
 Check = Callable[[int], str]
 
 
@@ -65,7 +77,11 @@ class Wrong(Exception):
 
 
 def check(seed: int) -> str:
-    """Run a case. Returns SERVED, IN_PART or REFUSED; raises Wrong, or whatever the code under test should not have raised."""
+    """Run a case.
+
+    Returns SERVED, IN_PART or REFUSED; raises Wrong, or whatever the code under test should not
+    have raised.
+    """
     return KINDS[kind_of(seed)](np.random.default_rng(seed))
 
 
@@ -77,13 +93,25 @@ def kind_of(seed: int) -> str:
 def sound_jpegs() -> list[bytes]:
     """Small JPEGs of many kinds; the last is one whose tables are its own."""
     files = []
-    for i, (height, width, mode, options) in enumerate([
-        (24, 32, "RGB", {}), (37, 51, "RGB", {"subsampling": 0}), (40, 40, "L", {}), (33, 20, "RGB", {"progressive": True}),
-        (64, 48, "RGB", {"restart_marker_blocks": 2}), (1, 1, "RGB", {}), (3, 90, "RGB", {"subsampling": 1}), (16, 16, "CMYK", {}),
-        (120, 160, "RGB", {"optimize": True}), (30, 30, "L", {"progressive": True}), (48, 48, "RGB", {"quality": 20, "optimize": True}),
-    ]):  # fmt: skip
+    for i, (height, width, mode, options) in enumerate(
+        [
+            (24, 32, "RGB", {}),
+            (37, 51, "RGB", {"subsampling": 0}),
+            (40, 40, "L", {}),
+            (33, 20, "RGB", {"progressive": True}),
+            (64, 48, "RGB", {"restart_marker_blocks": 2}),
+            (1, 1, "RGB", {}),
+            (3, 90, "RGB", {"subsampling": 1}),
+            (16, 16, "CMYK", {}),
+            (120, 160, "RGB", {"optimize": True}),
+            (30, 30, "L", {"progressive": True}),
+            (48, 48, "RGB", {"quality": 20, "optimize": True}),
+        ]
+    ):
         buffer = io.BytesIO()
-        PIL.Image.fromarray(smooth_image(height, width, seed=i)).convert(mode).save(buffer, "JPEG", **{"quality": 90} | options)
+        PIL.Image.fromarray(smooth_image(height, width, seed=i)).convert(mode).save(
+            buffer, "JPEG", **{"quality": 90} | options
+        )
         files.append(buffer.getvalue())
     return files
 
@@ -102,7 +130,10 @@ def check_jpeg(random: np.random.Generator) -> str:
         header = jpeg.parse_header(data)
     except jpeg.JpegError:
         return REFUSED
-    for step in (lambda: jpeg.verify_markers(data), lambda: jpeg.parse_header(jpeg.to_baseline(data))):
+    for step in (
+        lambda: jpeg.verify_markers(data),
+        lambda: jpeg.parse_header(jpeg.to_baseline(data)),
+    ):
         try:
             step()
         except jpeg.JpegError:
@@ -146,15 +177,23 @@ def check_decode(random: np.random.Generator) -> str:
                 raise Wrong("a sound image no longer decodes")
             source = memory("source").array(len(data), at_end)
             source[:] = np.frombuffer(data, np.uint8)
-            pixels = memory("pixels").array(3 * -(-height // denominator) * -(-width // denominator), at_end)
+            pixels = memory("pixels").array(
+                3 * -(-height // denominator) * -(-width // denominator), at_end
+            )
             pixels[:] = 255 * at_end
-            seen.append(pixels.copy() if decode(source, MODE_JPEG, height, width, pixels, denominator) else None)
+            seen.append(
+                pixels.copy()
+                if decode(source, MODE_JPEG, height, width, pixels, denominator)
+                else None
+            )
         outcomes.add(_same(seen, f"at 1/{denominator}"))
     return SERVED if outcomes == {SERVED} else REFUSED
 
 
 def _same(seen: list[np.ndarray | None], what: str) -> str:
-    """SERVED or REFUSED. Raises Wrong where one attempt (None: did not decode) had another outcome than the other."""
+    """SERVED or REFUSED. Raises Wrong where one attempt (None: did not decode) had another outcome
+    than the other.
+    """
     first, second = seen
     if (first is None) != (second is None):
         raise Wrong(f"decodes only sometimes, {what}")
@@ -179,7 +218,9 @@ def sound_betons() -> list[bytes]:
                     if kind == "j":
                         writer.add(data, MODE_JPEG, header.width, header.height, i)
                     else:
-                        writer.add(smooth_image(*side, seed=i).tobytes(), MODE_RAW, side[1], side[0], i)
+                        writer.add(
+                            smooth_image(*side, seed=i).tobytes(), MODE_RAW, side[1], side[0], i
+                        )
             files.append(compact(path.read_bytes()))
     return files
 
@@ -198,12 +239,23 @@ def check_beton(random: np.random.Generator) -> str:
     path = Path(scratch_folder().name) / "damaged.beton"
     path.write_bytes(data)
     settings = {
-        "views": 2, "resolution": int(random.integers(1, 33)), "policy": POLICIES[random.choice(["simsiam", "byol", "randaugment"])],
+        "views": 2,
+        "resolution": int(random.integers(1, 33)),
+        "policy": POLICIES[random.choice(["simsiam", "byol", "randaugment"])],
         "scaled_decoding": bool(random.integers(2)),
-    }  # fmt: skip
+    }
     try:
         beton = read_beton(path)
-        loader = ViewLoader(path, batch_size=1, shuffle=False, drop_last=False, workers=1, batches_ahead=2, max_resolution=32, **settings)
+        loader = ViewLoader(
+            path,
+            batch_size=1,
+            shuffle=False,
+            drop_last=False,
+            workers=1,
+            batches_ahead=2,
+            max_resolution=32,
+            **settings,
+        )
     except UserError as error:
         if not str(error).startswith(f"{path}: ") or "\n" in str(error):
             raise Wrong(f"refused without the file's name or at length: {error}") from error
@@ -214,12 +266,18 @@ def check_beton(random: np.random.Generator) -> str:
     with loader:
         try:
             for batch in loader:
-                if served >= sound_ones or not np.array_equal(batch.views[0].numpy(), expected[served]):
+                if served >= sound_ones or not np.array_equal(
+                    batch.views[0].numpy(), expected[served]
+                ):
                     raise Wrong(f"sample {served} is not served as it renders alone")
                 served += 1
         except UserError as error:
-            if served != sound_ones or not str(error).startswith(f"{path}: image {served} does not decode"):
-                raise Wrong(f"after {served} of {sound_ones} samples that render: {error}") from error
+            if served != sound_ones or not str(error).startswith(
+                f"{path}: image {served} does not decode"
+            ):
+                raise Wrong(
+                    f"after {served} of {sound_ones} samples that render: {error}"
+                ) from error
             return IN_PART if any(views is not None for views in expected) else REFUSED
     if served != len(expected):
         raise Wrong(f"served {served} of {len(expected)} samples without an error")
@@ -228,8 +286,8 @@ def check_beton(random: np.random.Generator) -> str:
 
 def render_guarded(data: bytes, beton, sample: int, settings: dict) -> np.ndarray | None:
     """The views of one sample, rendered alone between forbidden pages; None if it does not decode."""
-    from ffssl.data.policy import ViewSettings
     from ffssl.data.kernels.decode import render_samples
+    from ffssl.data.policy import ViewSettings
 
     view_settings = ViewSettings(seed=0, **settings)
     views, side, seen = settings["views"], settings["resolution"], []
@@ -241,9 +299,16 @@ def render_guarded(data: bytes, beton, sample: int, settings: dict) -> np.ndarra
         out[:] = 255 * at_end
         try:
             render_samples(
-                file, beton.pointers, beton.sizes, beton.images, np.array([sample]), view_settings.counters, view_settings.policy_rows,
-                settings["scaled_decoding"], out,
-            )  # fmt: skip
+                file,
+                beton.pointers,
+                beton.sizes,
+                beton.images,
+                np.array([sample]),
+                view_settings.counters,
+                view_settings.policy_rows,
+                settings["scaled_decoding"],
+                out,
+            )
             seen.append(out[0].copy())
         except ValueError as error:
             if error.args != ("image does not decode", sample):
@@ -272,8 +337,11 @@ def attempt_all_here(check: Check, seeds: Iterable[int]) -> Iterator[tuple[int, 
         yield seed, *attempt(check, seed)
 
 
-def attempt_all(check: Check, seeds: Iterable[int], limit_s: float = LIMIT_S) -> Iterator[tuple[int, str, str]]:
-    """Seed, outcome and what there is to say of each case, run in a child process, a new one after a crash or a hang.
+def attempt_all(
+    check: Check, seeds: Iterable[int], limit_s: float = LIMIT_S
+) -> Iterator[tuple[int, str, str]]:
+    """Seed, outcome and what there is to say of each case, run in a child process, a new one after
+    a crash or a hang.
 
     limit_s: for a case, once the child has imported what it needs.
     """
@@ -288,10 +356,19 @@ def attempt_all(check: Check, seeds: Iterable[int], limit_s: float = LIMIT_S) ->
                 connection.recv()
             connection.send(seed)
             try:
-                outcome, said = connection.recv() if connection.poll(limit_s) else (HUNG, f"no answer within {limit_s} s")
+                outcome, said = (
+                    connection.recv()
+                    if connection.poll(limit_s)
+                    else (HUNG, f"no answer within {limit_s} s")
+                )
             except (EOFError, ConnectionError):
                 child.join()
-                outcome, said = CRASHED, signal.Signals(-child.exitcode).name if child.exitcode < 0 else f"status {child.exitcode}"
+                outcome, said = (
+                    CRASHED,
+                    signal.Signals(-child.exitcode).name
+                    if child.exitcode < 0
+                    else f"status {child.exitcode}",
+                )
             if outcome in (HUNG, CRASHED):
                 child.kill()
                 child = None
@@ -313,11 +390,27 @@ def _serve(check: Check, connection) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", type=int, default=20_000, help="how many (default: %(default)s)")
-    parser.add_argument("--first", type=int, default=0, metavar="SEED", help="seed of the first (default: %(default)s)")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="only cases of these kinds; the others' seeds are passed over")
-    parser.add_argument("--here", action="store_true", help="in this process, which a crash then ends")
+    parser.add_argument(
+        "--first",
+        type=int,
+        default=0,
+        metavar="SEED",
+        help="seed of the first (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=KINDS,
+        default=list(KINDS),
+        help="only cases of these kinds; the others' seeds are passed over",
+    )
+    parser.add_argument(
+        "--here", action="store_true", help="in this process, which a crash then ends"
+    )
     options = parser.parse_args()
     seeds = (seed for seed in itertools.count(options.first) if kind_of(seed) in options.kinds)
     seeds = itertools.islice(seeds, options.cases)
@@ -325,11 +418,22 @@ def main() -> int:
     for seed, outcome, said in (attempt_all_here if options.here else attempt_all)(check, seeds):
         counts[kind_of(seed)][outcome] += 1
         if outcome in (WRONG, CRASHED, HUNG):
-            print(f"seed {seed} ({kind_of(seed)}) {outcome}: {said.strip()}\n    again: {sys.argv[0]} --first {seed} --cases 1 --here", flush=True)
+            print(
+                (
+                    f"seed {seed} ({kind_of(seed)}) {outcome}: {said.strip()}\n    again: "
+                    f"{sys.argv[0]} --first {seed} --cases 1 --here"
+                ),
+                flush=True,
+            )
     print(f"{'':<10}{'cases':>9}" + "".join(f"{outcome:>9}" for outcome in OUTCOMES))
     for kind, count in counts.items():
-        print(f"{kind:<10}{count.total():>9}" + "".join(f"{count[outcome]:>9}" for outcome in OUTCOMES))
-    return int(any(count[outcome] for count in counts.values() for outcome in (WRONG, CRASHED, HUNG)))
+        print(
+            f"{kind:<10}{count.total():>9}"
+            + "".join(f"{count[outcome]:>9}" for outcome in OUTCOMES)
+        )
+    return int(
+        any(count[outcome] for count in counts.values() for outcome in (WRONG, CRASHED, HUNG))
+    )
 
 
 if __name__ == "__main__":

@@ -26,5 +26,7 @@ def write_beton(path, images, labels=None, raw=False):
     with BetonWriter(path, len(images)) as writer:
         for i, image in enumerate(images):
             data, mode = (image.tobytes(), MODE_RAW) if raw else (jpeg_bytes(image), MODE_JPEG)
-            writer.add(data, mode, image.shape[1], image.shape[0], 10 * i if labels is None else labels[i])
+            writer.add(
+                data, mode, image.shape[1], image.shape[0], 10 * i if labels is None else labels[i]
+            )
     return path

@@ -33,8 +33,21 @@ def misbehave(seed):
 
 
 def test_crashes_hangs_and_broken_rules_are_told_with_their_seeds():
-    told = {seed: (outcome, said) for seed, outcome, said in fuzz.attempt_all(misbehave, range(9), limit_s=10)}
-    assert [told[seed][0] for seed in range(9)] == [REFUSED, REFUSED, WRONG, REFUSED, CRASHED, HUNG, REFUSED, CRASHED, REFUSED]
+    told = {
+        seed: (outcome, said)
+        for seed, outcome, said in fuzz.attempt_all(misbehave, range(9), limit_s=10)
+    }
+    assert [told[seed][0] for seed in range(9)] == [
+        REFUSED,
+        REFUSED,
+        WRONG,
+        REFUSED,
+        CRASHED,
+        HUNG,
+        REFUSED,
+        CRASHED,
+        REFUSED,
+    ]
     assert told[4][1] == "SIGABRT" and told[7][1] == "status 3" and "Wrong: broken" in told[2][1]
 
 

@@ -10,14 +10,14 @@ import numba
 import numpy as np
 import pytest
 import torch
+from sample_images import write_beton
 
 from ffssl.data.beton.read import read_beton
-from ffssl.data.loader import ViewLoader
-from ffssl.data.order import epoch_order, share
 from ffssl.data.kernels.draw import uniform, view_key
 from ffssl.data.kernels.own_step import compile_view_kernel
+from ffssl.data.loader import ViewLoader
+from ffssl.data.order import epoch_order, share
 from ffssl.errors import UserError
-from sample_images import write_beton
 
 
 def open_loader(path, **options):
@@ -46,7 +46,12 @@ def assert_same(a, b):
 def test_views_do_not_depend_on_workers_batch_size_or_batches_ahead(beton):
     with open_loader(beton, workers=1, drop_last=False) as loader:
         expected = epoch_of(loader, 5, 24, 6.0)
-    for options in ({"workers": 2}, {"workers": 4, "batches_ahead": 1}, {"workers": 2, "batches_ahead": 9}, {"batch_size": 7, "workers": 3}):
+    for options in (
+        {"workers": 2},
+        {"workers": 4, "batches_ahead": 1},
+        {"workers": 2, "batches_ahead": 9},
+        {"batch_size": 7, "workers": 3},
+    ):
         with open_loader(beton, drop_last=False, **options) as loader:
             assert_same(epoch_of(loader, 5, 24, 6.0), expected)
 
@@ -61,7 +66,10 @@ def test_a_view_does_not_depend_on_rank_or_order(beton):
 
 
 def test_views_and_order_change_with_epoch_and_seed_and_come_back(beton):
-    with open_loader(beton, drop_last=False) as loader, open_loader(beton, drop_last=False, seed=4) as other:
+    with (
+        open_loader(beton, drop_last=False) as loader,
+        open_loader(beton, drop_last=False, seed=4) as other,
+    ):
         first, second = epoch_of(loader, 0), epoch_of(loader, 1)
         assert_same(epoch_of(loader, 0), first)
         for views, _, indices in (second, epoch_of(other, 0)):
@@ -95,7 +103,13 @@ def test_only_the_samples_asked_for_are_visited(beton):
 def test_resolution_may_fall_and_rise_beyond_the_first(beton):
     with open_loader(beton) as loader:
         for epoch, resolution in enumerate((24, 8, 40, 24)):
-            assert epoch_of(loader, epoch, resolution)[0].shape == (20, 2, 3, resolution, resolution)
+            assert epoch_of(loader, epoch, resolution)[0].shape == (
+                20,
+                2,
+                3,
+                resolution,
+                resolution,
+            )
 
 
 def test_an_epoch_may_serve_the_first_of_the_views_alone(beton):
@@ -115,7 +129,9 @@ def test_an_epoch_may_serve_the_first_of_the_views_alone(beton):
 
 @pytest.mark.parametrize("samples, world_size", [(20, 4), (23, 4), (7, 3)])
 def test_ranks_share_an_epoch_equally_without_overlap(samples, world_size):
-    shares = [share(epoch_order(samples, seed=1, epoch=5), rank, world_size) for rank in range(world_size)]
+    shares = [
+        share(epoch_order(samples, seed=1, epoch=5), rank, world_size) for rank in range(world_size)
+    ]
     assert {len(own) for own in shares} == {samples // world_size}
     visited = np.concatenate(shares)
     assert len(set(visited)) == len(visited) and set(visited) <= set(range(samples))
@@ -136,12 +152,18 @@ def test_the_ranks_batches_and_parts_of_them_are_together_those_of_one_process(b
             assert torch.equal(views, next(share[index] for share in dealt if index in share))
         for part in range(2):
             half = slice(part * 4 // world_size, (part + 1) * 4 // world_size)
-            assert {i for share in dealt for i in list(share)[half]} == set(list(whole)[4 * part : 4 * part + 4])
+            assert {i for share in dealt for i in list(share)[half]} == set(
+                list(whole)[4 * part : 4 * part + 4]
+            )
 
 
 def test_over_the_epochs_every_rank_visits_every_sample():
     for rank in range(4):
-        visited = {int(i) for epoch in range(60) for i in share(epoch_order(23, seed=1, epoch=epoch), rank, 4)}
+        visited = {
+            int(i)
+            for epoch in range(60)
+            for i in share(epoch_order(23, seed=1, epoch=epoch), rank, 4)
+        }
         assert visited == set(range(23))
 
 
@@ -166,7 +188,10 @@ def test_an_epoch_can_begin_at_any_of_its_batches(beton, first, batches_ahead):
 
 
 def test_an_epoch_cannot_begin_after_its_end(beton):
-    with open_loader(beton) as loader, pytest.raises(UserError, match="epoch of 5 batches can't begin at batch 6"):
+    with (
+        open_loader(beton) as loader,
+        pytest.raises(UserError, match="epoch of 5 batches can't begin at batch 6"),
+    ):
         loader.set_epoch(0, first_batch=6)
 
 
@@ -191,7 +216,12 @@ def test_a_broken_image_is_replaced_by_another_of_the_epoch(beton, tmp_path, opt
     order, broken = epoch_order(23, seed=3, epoch=2), [4, 5, 17]
     with open_loader(beton, drop_last=False, batch_size=23) as loader:
         by_index = views_by_index(*epoch_of(loader, 2))
-    with open_loader(break_images(beton, tmp_path / "broken.beton", broken), drop_last=False, broken="replace", **options) as loader:
+    with open_loader(
+        break_images(beton, tmp_path / "broken.beton", broken),
+        drop_last=False,
+        broken="replace",
+        **options,
+    ) as loader:
         for _ in range(2):
             views, labels, indices = epoch_of(loader, 2)
             assert loader.replaced == 3 and torch.equal(labels, 10 * indices)
@@ -204,18 +234,27 @@ def test_a_broken_image_is_replaced_by_another_of_the_epoch(beton, tmp_path, opt
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_what_replaces_a_broken_image_does_not_depend_on_the_number_of_ranks(beton, tmp_path, ranks):
+def test_what_replaces_a_broken_image_does_not_depend_on_the_number_of_ranks(
+    beton, tmp_path, ranks
+):
     path = break_images(beton, tmp_path / "broken.beton", [1, 4, 5, 9, 17, 20])
 
     def served(rank, ranks):
-        with open_loader(path, batch_size=8 // ranks, rank=rank, world_size=ranks, broken="replace") as loader:
+        with open_loader(
+            path, batch_size=8 // ranks, rank=rank, world_size=ranks, broken="replace"
+        ) as loader:
             return epoch_of(loader, 2)[2]
 
-    assert torch.stack([served(rank, ranks) for rank in range(ranks)], dim=1).flatten().tolist() == served(0, 1).tolist()
+    assert (
+        torch.stack([served(rank, ranks) for rank in range(ranks)], dim=1).flatten().tolist()
+        == served(0, 1).tolist()
+    )
 
 
 def test_a_file_of_broken_images_ends_even_if_they_are_to_be_replaced(beton, tmp_path):
-    with open_loader(break_images(beton, tmp_path / "broken.beton", list(range(23))), broken="replace") as loader:
+    with open_loader(
+        break_images(beton, tmp_path / "broken.beton", list(range(23))), broken="replace"
+    ) as loader:
         with pytest.raises(UserError, match="image .* does not decode"):
             next(iter(loader))
 
@@ -236,13 +275,17 @@ def test_a_kernel_changes_every_view_alike_whatever_the_workers_and_nothing_else
         plain = epoch_of(loader, 3)
     with open_loader(beton, drop_last=False, kernel=blank_some, workers=1) as loader:
         changed = epoch_of(loader, 3)
-    with open_loader(beton, drop_last=False, kernel=numba.njit(blank_some), workers=3, batch_size=5) as loader:
+    with open_loader(
+        beton, drop_last=False, kernel=numba.njit(blank_some), workers=3, batch_size=5
+    ) as loader:
         assert_same(epoch_of(loader, 3), changed)
         assert not torch.equal(epoch_of(loader, 4)[0], changed[0])
     blank = (changed[0] == 0).flatten(2).all(2)
     assert 8 < blank.sum() < 38  # of 46
     marked, before = changed[0][~blank], plain[0][~blank]
-    assert torch.equal(marked[..., 1:, :], before[..., 1:, :]) and torch.equal(marked[..., 0, 1:], before[..., 0, 1:])
+    assert torch.equal(marked[..., 1:, :], before[..., 1:, :]) and torch.equal(
+        marked[..., 0, 1:], before[..., 0, 1:]
+    )
     assert len(marked[:, 0, 0, 0].unique()) > len(marked) / 2
 
 
@@ -270,9 +313,16 @@ def uses_the_unknown(view, key):
 
 
 @pytest.mark.parametrize(
-    "kernel, message", [(takes_one, "takes_one.*takes 1 arg"), (uses_the_unknown, "uses_the_unknown.*undefined_anywhere"), (3, "must be a function")]
+    "kernel, message",
+    [
+        (takes_one, "takes_one.*takes 1 arg"),
+        (uses_the_unknown, "uses_the_unknown.*undefined_anywhere"),
+        (3, "must be a function"),
+    ],
 )
-def test_a_kernel_that_does_not_compile_is_refused_at_once_in_a_line_that_names_it(beton, kernel, message):
+def test_a_kernel_that_does_not_compile_is_refused_at_once_in_a_line_that_names_it(
+    beton, kernel, message
+):
     with pytest.raises(UserError, match=message) as raised:
         open_loader(beton, kernel=kernel)
     assert "\n" not in str(raised.value)
@@ -293,7 +343,9 @@ def damaged(images, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_an_image_that_does_not_decode_is_named_in_the_loop_and_the_loader_goes_on(damaged, workers):
+def test_an_image_that_does_not_decode_is_named_in_the_loop_and_the_loader_goes_on(
+    damaged, workers
+):
     with open_loader(damaged, workers=workers, shuffle=False) as loader:
         for _ in range(2):
             served = []
@@ -324,28 +376,49 @@ def test_labels_of_a_field_of_another_name_are_served(images, tmp_path):
         with open_loader(path, label_field=field) as loader:
             batch = next(iter(loader))
             assert torch.equal(batch.labels, 10 * batch.indices)
-    with pytest.raises(UserError, match="images.beton: the field of labels, 'label', is not in it; its fields: 'taxon' .int."):
+    with pytest.raises(
+        UserError,
+        match="images.beton: the field of labels, 'label', is not in it; its fields: 'taxon' .int.",
+    ):
         open_loader(path, label_field="label")
 
 
-def test_where_it_is_not_clear_which_field_holds_the_labels_none_are_served_and_that_is_said(images, tmp_path):
+def test_where_it_is_not_clear_which_field_holds_the_labels_none_are_served_and_that_is_said(
+    images, tmp_path
+):
     path = write_beton(tmp_path / "images.beton", images)
     content = path.read_bytes().replace(b"label", b"score", 1)
-    # Its type is the byte before the name: of floats, which the integers' bits are not whole numbers of.
+    # Its type is the byte before the name: of floats, which the integers' bits are not whole
+    # numbers of.
     at = content.index(b"score")
     path.write_bytes(content[: at - 1] + b"\0" + content[at:])
-    with pytest.warns(UserWarning, match=r"images.beton: no labels are served.*its fields: 'score' \(float\)"), open_loader(path) as loader:
+    with (
+        pytest.warns(
+            UserWarning, match=r"images.beton: no labels are served.*its fields: 'score' \(float\)"
+        ),
+        open_loader(path) as loader,
+    ):
         assert next(iter(loader)).labels.tolist() == [-1] * 4
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"views": 0}, {"resolution": 0}, {"batches_ahead": 0}, {"batch_size": 0}, {"batch_size": -4}, {"max_resolution": 8},
-        {"workers": -1}, {"indices": range(20, 24)}, {"indices": [-1, 0, 1, 2]}, {"indices": []}, {"policy": ()}, {"rank": 1},
+        {"views": 0},
+        {"resolution": 0},
+        {"batches_ahead": 0},
+        {"batch_size": 0},
+        {"batch_size": -4},
+        {"max_resolution": 8},
+        {"workers": -1},
+        {"indices": range(20, 24)},
+        {"indices": [-1, 0, 1, 2]},
+        {"indices": []},
+        {"policy": ()},
+        {"rank": 1},
         {"broken": "replaced"},
     ],
-)  # fmt: skip
+)
 def test_senseless_settings_are_refused_in_a_line_that_names_them(beton, options):
     with pytest.raises(UserError, match=next(iter(options))) as raised:
         open_loader(beton, **options)
@@ -359,7 +432,13 @@ def test_indices_that_are_a_mask_or_fractions_are_refused(beton):
 
 
 @pytest.mark.parametrize(
-    "content, message", [(None, "no such file"), (b"", "is empty"), (b"\xff\xd8 a photograph" * 99, "not a beton file"), ("folder", "is a folder")]
+    "content, message",
+    [
+        (None, "no such file"),
+        (b"", "is empty"),
+        (b"\xff\xd8 a photograph" * 99, "not a beton file"),
+        ("folder", "is a folder"),
+    ],
 )
 def test_what_is_no_beton_file_is_refused_in_a_line_that_names_it(tmp_path, content, message):
     path = tmp_path / "some.beton"
@@ -392,7 +471,8 @@ def test_a_batch_holds_until_the_next_is_asked_for(beton):
 
 
 def test_closing_an_iteration_stops_the_rendering(beton, monkeypatch):
-    # One thread, with 20 batches ahead of it. It is held up in the second until that which comes last has been given up.
+    # One thread, with 20 batches ahead of it. It is held up in the second until that which comes
+    # last has been given up.
     with open_loader(beton, batch_size=1, batches_ahead=20, workers=1) as loader:
         submit, render, tasks, rendered = loader._pool.submit, loader._render, [], []
 
@@ -449,7 +529,9 @@ def test_an_exception_in_the_loop_leaves_a_loader_that_works(beton):
 
 
 def in_a_fork(work):
-    """What `work()` returns, or the text of the UserError that it raises, in a process that is forked from this one."""
+    """What `work()` returns, or the text of the UserError that it raises, in a process that is
+    forked from this one.
+    """
     receive, send = multiprocessing.Pipe(duplex=False)
     pid = os.fork()
     if not pid:
@@ -465,7 +547,9 @@ def in_a_fork(work):
     return answer
 
 
-@pytest.mark.filterwarnings("ignore:This process .*is multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore:This process .*is multi-threaded, use of fork:DeprecationWarning"
+)
 def test_a_loader_works_in_a_forked_process_and_goes_on_in_its_own(beton):
     with open_loader(beton, workers=2) as loader:
         expected = [part.numpy() for part in epoch_of(loader, 3)]  # its threads are there by now
@@ -474,7 +558,10 @@ def test_a_loader_works_in_a_forked_process_and_goes_on_in_its_own(beton):
         begun = next(iteration).views.clone()
 
         def work():
-            with pytest.raises(UserError, match="belongs to the process that this one was forked from; begin another"):
+            with pytest.raises(
+                UserError,
+                match="belongs to the process that this one was forked from; begin another",
+            ):
                 next(iteration)
             iteration.close()  # whose batches under way nobody will end
             found = [part.numpy() for part in epoch_of(loader, 3)]
@@ -495,12 +582,22 @@ def test_a_loader_serves_torchs_data_loader_after_it_was_used(beton):
     with open_loader(beton, workers=1) as loader:
         before = [batch.indices.tolist() for batch in loader]
         with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
-            after = [batch.tolist() for batch in torch.utils.data.DataLoader(Views(), None, num_workers=1, multiprocessing_context="fork", timeout=600)]
+            after = [
+                batch.tolist()
+                for batch in torch.utils.data.DataLoader(
+                    Views(), None, num_workers=1, multiprocessing_context="fork", timeout=600
+                )
+            ]
     assert before == after
 
 
 def test_a_loader_can_not_be_sent_to_another_process(beton):
-    with open_loader(beton) as loader, pytest.raises(UserError, match="images.beton: a ViewLoader can't be sent .*; open one there"):
+    with (
+        open_loader(beton) as loader,
+        pytest.raises(
+            UserError, match="images.beton: a ViewLoader can't be sent .*; open one there"
+        ),
+    ):
         pickle.dumps(loader)
 
 
@@ -517,7 +614,8 @@ def test_a_file_that_is_cut_short_in_use_is_told(beton, tmp_path):
     shutil.copyfile(beton, own)
     with open_loader(own, batches_ahead=1) as loader:
         iteration = iter(loader)
-        next(iteration)  # with a single batch ahead no other is being read until the next is asked for
+        # With a single batch ahead no other is being read until the next is asked for.
+        next(iteration)
         os.truncate(own, 4096)
         with pytest.raises(UserError, match=f"{own}: was cut short or written over while in use"):
             next(iteration)

@@ -1,4 +1,7 @@
-"""What the loader takes of the machine: memory, threads, file descriptors, the disk, start-up time. Each in a process of its own."""
+"""What the loader takes of the machine: memory, threads, file descriptors, the disk, start-up time.
+
+Each in a process of its own.
+"""
 
 import subprocess
 import sys
@@ -10,13 +13,13 @@ import PIL.Image
 import pytest
 
 from ffssl.data import loader as loader_module
+from ffssl.data.beton.mapped import ImageFile
 from ffssl.data.beton.read import MODE_RAW
 from ffssl.data.beton.write import BetonWriter
 from ffssl.data.convert.conversion import ConvertOptions, convert
-from ffssl.data.beton.mapped import ImageFile
+from ffssl.data.convert.sources.folder import ImageFolder
 from ffssl.data.loader import ViewLoader
 from ffssl.data.memory import available_memory
-from ffssl.data.convert.sources.folder import ImageFolder
 from ffssl.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,7 +58,14 @@ def large_beton(tmp_path_factory):
 def test_pinned_buffers_are_announced_as_torch_takes_them(betons, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     for batch_size, expected in ((8, 2**14), (11, 2**15)):
-        with ViewLoader(betons["train"], batch_size=batch_size, views=2, resolution=16, batches_ahead=1, workers=1) as loader:
+        with ViewLoader(
+            betons["train"],
+            batch_size=batch_size,
+            views=2,
+            resolution=16,
+            batches_ahead=1,
+            workers=1,
+        ) as loader:
             assert batch_size * 2 * 3 * 16 * 16 <= loader.buffer_bytes == expected
 
 
@@ -125,7 +135,9 @@ def test_prefetched_ranges_and_no_others_are_read_from_the_disk(large_beton):
     )
 
 
-def test_fifty_epochs_left_early_at_changing_resolutions_leave_memory_threads_and_descriptors_flat(beton):
+def test_fifty_epochs_left_early_at_changing_resolutions_leave_memory_threads_and_descriptors_flat(
+    beton,
+):
     run_alone(
         """
         def state():
@@ -172,9 +184,20 @@ def test_nothing_is_compiled_again_when_the_kernels_are(beton):
     )
 
 
-@pytest.mark.parametrize("statement", ["import ffssl", "import ffssl.data", "import ffssl.data.memory, ffssl.data.beton.read", "import ffssl.study, ffssl.study.table_and_picture"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import ffssl",
+        "import ffssl.data",
+        "import ffssl.data.memory, ffssl.data.beton.read",
+        "import ffssl.study, ffssl.study.table_and_picture",
+    ],
+)
 def test_light_imports_bring_neither_torch_nor_ffcv_nor_numba(statement):
-    code = f"import sys; {statement}; assert not {{'torch', 'ffcv', 'numba', 'torchvision'}} & set(sys.modules)"
+    code = (
+        f"import sys; {statement}; assert not {{'torch', 'ffcv', 'numba', 'torchvision'}} & "
+        "set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
@@ -186,7 +209,12 @@ def test_help_is_printed_before_anything_slow_is_imported(program):
         "except SystemExit as left:\n    assert not left.code\n"
         "assert not {'torch', 'ffcv', 'numba'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code, program, "--help"], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-c", code, program, "--help"],
+        check=True,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+    )
 
 
 def test_names_of_the_package_are_those_of_its_modules_and_others_are_refused():
@@ -203,7 +231,10 @@ def test_names_of_the_package_are_those_of_its_modules_and_others_are_refused():
 
 
 def test_more_memory_than_the_machine_has_is_refused_before_it_is_taken(beton):
-    with pytest.raises(UserError, match=r"images\.beton.*will hold [\d.]+ GB.*lower batch_size, views, batches_ahead"):
+    with pytest.raises(
+        UserError,
+        match=r"images\.beton.*will hold [\d.]+ GB.*lower batch_size, views, batches_ahead",
+    ):
         ViewLoader(beton, batch_size=10**7, views=32, resolution=1024, drop_last=False)
 
 
@@ -220,8 +251,7 @@ def test_a_single_large_image_is_named_with_what_helps(tmp_path, monkeypatch):
         ViewLoader(path, **words, workers=16)
     assert (
         f"image 1 ({folder / '1.jpg'}) measures 1600 x 1200, "
-        "which is 0.01 GB in each thread: lower workers to 3, or "
-        in str(caught.value)
+        "which is 0.01 GB in each thread: lower workers to 3, or " in str(caught.value)
     )
     assert "--max-side" in str(caught.value) and "batch_size" not in str(caught.value)
     ViewLoader(path, **words, workers=3).close()
@@ -241,11 +271,15 @@ def test_the_loaders_of_a_machine_share_its_memory_until_they_have_taken_theirs(
         with ViewLoader(beton, **words, loaders_here=2) as second:
             monkeypatch.setattr(loader_module, "available_memory", lambda: loader.memory_bytes)
             next(iter(second))  # when the other has taken its half
-        with pytest.raises(UserError, match=r"images\.beton.*threads on each of 2 processes; .* are available"):
+        with pytest.raises(
+            UserError, match=r"images\.beton.*threads on each of 2 processes; .* are available"
+        ):
             ViewLoader(beton, **words, loaders_here=2)
 
 
-def test_a_resolution_that_grows_beyond_the_memory_is_refused_when_its_epoch_begins(beton, monkeypatch):
+def test_a_resolution_that_grows_beyond_the_memory_is_refused_when_its_epoch_begins(
+    beton, monkeypatch
+):
     monkeypatch.setattr(loader_module, "available_memory", lambda: 10**7)
     with ViewLoader(beton, batch_size=8, views=2, resolution=64) as loader:
         loader.set_epoch(0, resolution=512)
@@ -270,27 +304,34 @@ VERSION_2 = {"proc__self__cgroup": "0::/jobs/mine\n"}
 def test_available_memory_is_the_least_of_the_machines_and_of_every_control_group(tmp_path):
     assert available_memory(tmp_path / "elsewhere") is None
     assert available_memory(machine(tmp_path, **MEMINFO)) == 1_024_000
-    group = {"sys__fs__cgroup__jobs__mine__memory.max": "max\n", "sys__fs__cgroup__jobs__mine__memory.current": "5\n"}
+    group = {
+        "sys__fs__cgroup__jobs__mine__memory.max": "max\n",
+        "sys__fs__cgroup__jobs__mine__memory.current": "5\n",
+    }
     assert available_memory(machine(tmp_path, **VERSION_2, **group)) == 1_024_000
     parent = {
-        "sys__fs__cgroup__jobs__memory.max": "900000\n", "sys__fs__cgroup__jobs__memory.current": "400000\n",
+        "sys__fs__cgroup__jobs__memory.max": "900000\n",
+        "sys__fs__cgroup__jobs__memory.current": "400000\n",
         "sys__fs__cgroup__jobs__memory.stat": "anon 300000\nactive_file 60000\ninactive_file 40000\n",
-    }  # fmt: skip
+    }
     assert available_memory(machine(tmp_path, **parent)) == 600_000
 
 
 def test_available_memory_inside_a_container_of_control_groups_1(tmp_path):
     files = {
         "proc__self__cgroup": "5:cpu,cpuacct:/a\n4:memory:/docker/of-the-host\n",
-        "sys__fs__cgroup__memory__memory.limit_in_bytes": "500000\n", "sys__fs__cgroup__memory__memory.usage_in_bytes": "600000\n",
-    }  # fmt: skip
+        "sys__fs__cgroup__memory__memory.limit_in_bytes": "500000\n",
+        "sys__fs__cgroup__memory__memory.usage_in_bytes": "600000\n",
+    }
     assert available_memory(machine(tmp_path, **MEMINFO, **files)) == 0
 
 
 def test_what_was_read_leaves_the_process_and_comes_back(large_beton):
     def resident_of_files():
         with open("/proc/self/status") as status:
-            return next(1024 * int(line.split()[1]) for line in status if line.startswith("RssFile"))
+            return next(
+                1024 * int(line.split()[1]) for line in status if line.startswith("RssFile")
+            )
 
     file = ImageFile(large_beton)
     before = resident_of_files()

@@ -3,11 +3,11 @@ from torch import nn
 
 from ffssl.backbones import build_backbone
 from ffssl.data.loader import ViewLoader
+from ffssl.data.normalise import to_input
 from ffssl.data.policy import EVALUATION
-from ffssl.parallel.device import mixed_precision
 from ffssl.evaluate import features as features_module
 from ffssl.evaluate.features import extract_features, frozen_features
-from ffssl.data.normalise import to_input
+from ffssl.parallel.device import mixed_precision
 
 CPU = torch.device("cpu")
 OFF, _ = mixed_precision("off", CPU)
@@ -24,7 +24,15 @@ def backbone():
 def test_features_are_those_of_running_statistics_and_leave_the_backbone_as_it_was(betons):
     network = backbone()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    with ViewLoader(betons["val"], batch_size=16, views=1, resolution=32, policy=EVALUATION, shuffle=False, drop_last=False) as loader:
+    with ViewLoader(
+        betons["val"],
+        batch_size=16,
+        views=1,
+        resolution=32,
+        policy=EVALUATION,
+        shuffle=False,
+        drop_last=False,
+    ) as loader:
         features, labels = extract_features(network, loader, CPU, OFF)
         short, same = extract_features(network, loader, CPU, OFF, store=CPU, unit_length=True)
         images = torch.cat([views[:, 0].clone() for views, _, _ in loader])
@@ -34,12 +42,15 @@ def test_features_are_those_of_running_statistics_and_leave_the_backbone_as_it_w
     assert not features.requires_grad and labels.tolist() == same.tolist() == expected_labels
 
     with torch.no_grad():
-        alone = torch.cat([network.eval()(to_input(image[None])) for image in images])  # a batch of one has no statistics of its own
+        # A batch of one has no statistics of its own.
+        alone = torch.cat([network.eval()(to_input(image[None])) for image in images])
         of_the_batch = network.train()(to_input(images))
     torch.testing.assert_close(features, alone, rtol=1e-4, atol=1e-5)
     assert (features - of_the_batch).abs().max() > 0.01
     assert short.dtype == torch.float16
-    torch.testing.assert_close(short.float(), nn.functional.normalize(features, dim=1), rtol=0, atol=5e-4)
+    torch.testing.assert_close(
+        short.float(), nn.functional.normalize(features, dim=1), rtol=0, atol=5e-4
+    )
 
 
 def test_a_large_batch_goes_through_in_parts(monkeypatch):

@@ -1,4 +1,6 @@
-"""Two files' labels, where they meet: in the training's kNN, in evaluations, reports, studies and the demo."""
+"""Two files' labels, where they meet: in the training's kNN, in evaluations, reports, studies and
+the demo.
+"""
 
 import contextlib
 import io
@@ -32,7 +34,9 @@ IDS = (-(2**62), 1_400_000_000, 2**63 - 1)
 
 
 def write(path, labels, names=None, field=b"label"):
-    """A beton file of plain images, whose colours follow from the labels' order, and its description where the classes have `names`."""
+    """A beton file of plain images, whose colours follow from the labels' order, and its
+    description where the classes have `names`.
+    """
     places = np.unique(labels, return_inverse=True)[1]
     with BetonWriter(path, len(labels)) as writer:
         for i, (label, place) in enumerate(zip(labels, places)):
@@ -56,20 +60,51 @@ def files(folder, train, validation):
 
 def options_of(folder, *more):
     words = [
-        "--model.backbone=resnet-small", "--method.name=simclr", "--method.hidden=16", "--method.projection=8", "--resolution.max=32",
-        "--training.epochs=1", "--training.batch_size=12", "--run.device=cpu", "--run.tensorboard=false", "--evaluate.k=3", "--data.workers=1",
-        f"--data.train={folder / 'train.beton'}", f"--data.validation={folder / 'val.beton'}", f"--run.folder={folder / 'run'}",
-    ]  # fmt: skip
+        "--model.backbone=resnet-small",
+        "--method.name=simclr",
+        "--method.hidden=16",
+        "--method.projection=8",
+        "--resolution.max=32",
+        "--training.epochs=1",
+        "--training.batch_size=12",
+        "--run.device=cpu",
+        "--run.tensorboard=false",
+        "--evaluate.k=3",
+        "--data.workers=1",
+        f"--data.train={folder / 'train.beton'}",
+        f"--data.validation={folder / 'val.beton'}",
+        f"--run.folder={folder / 'run'}",
+    ]
     return read_options([*words, *more])
 
 
 MISMATCHES = {
-    "a class is missing, which shifts the others": (((0, 1, 2), "abc"), ((0, 1), "bc"), "val.beton: its classes .*: 'a' is in one of them only"),
-    "the order is another": (((0, 1, 2), "abc"), ((0, 1, 2), "acb"), "val.beton: .*the order is another"),
-    "a class has no training image": (((0, 1), "abc"), ((0, 2), "abc"), r"val.beton: .*label 2 \('c'\) has no training image"),
-    "the same without names": (((0, 1), None), ((0, 7), None), "val.beton: .*label 7 has no training image"),
+    "a class is missing, which shifts the others": (
+        ((0, 1, 2), "abc"),
+        ((0, 1), "bc"),
+        "val.beton: its classes .*: 'a' is in one of them only",
+    ),
+    "the order is another": (
+        ((0, 1, 2), "abc"),
+        ((0, 1, 2), "acb"),
+        "val.beton: .*the order is another",
+    ),
+    "a class has no training image": (
+        ((0, 1), "abc"),
+        ((0, 2), "abc"),
+        r"val.beton: .*label 2 \('c'\) has no training image",
+    ),
+    "the same without names": (
+        ((0, 1), None),
+        ((0, 7), None),
+        "val.beton: .*label 7 has no training image",
+    ),
     "one class": (((3,), None), ((3,), None), "train.beton: all images have one label"),
-    "no label": (((0, 1), None), ((0, -1), None), "val.beton: an evaluation needs labels, and 6 of 12 images have none"),
+    "no label": (
+        ((0, 1), None),
+        ((0, -1), None),
+        "val.beton: an evaluation needs labels, and 6 of 12 images have none",
+    ),
 }
 
 
@@ -86,15 +121,21 @@ def test_that_is_so_wherever_labels_of_two_files_meet(tmp_path):
     with pytest.raises(UserError, match=f"{message}.*; or train without --data.validation"):
         train(options_of(tmp_path))
     assert not (tmp_path / "run").exists()  # before anything was trained or written
-    save_run(tmp_path / "run", *(f"--data.{name}={path}" for name, path in zip(("train", "validation"), paths)))
+    save_run(
+        tmp_path / "run",
+        *(f"--data.{name}={path}" for name, path in zip(("train", "validation"), paths)),
+    )
     with pytest.raises(UserError, match=message):
         freeze(tmp_path / "run", device="cpu")
     with pytest.raises(UserError, match=message):
         raw_pixel_accuracy(options_of(tmp_path))
-    (tmp_path / "study.yaml").write_text("data: {train: %s, validation: %s}\nruns: {one: }" % tuple(paths))
+    (tmp_path / "study.yaml").write_text(
+        "data: {train: %s, validation: %s}\nruns: {one: }" % tuple(paths)
+    )
     with pytest.raises(UserError, match=f"study.yaml: .*{message}"):
         conduct(read_study(tmp_path / "study.yaml", tmp_path / "study", []), tmp_path / "study")
-    (tmp_path / "run" / "log.jsonl").write_text('{"epoch": 3, "knn": 0.5}\n')  # of a version that did not look
+    # Of a version that did not look.
+    (tmp_path / "run" / "log.jsonl").write_text('{"epoch": 3, "knn": 0.5}\n')
     (run,) = read_runs([tmp_path / "run"])
     assert re.search(message, run.accuracy_doubt)
     with pytest.raises(UserError, match=message):
@@ -102,26 +143,43 @@ def test_that_is_so_wherever_labels_of_two_files_meet(tmp_path):
 
 
 def test_labels_may_be_any_numbers(tmp_path):
-    """Ids too large for a column each, of which some are negative: the same accuracies as of 0, 1, 2."""
+    """Ids too large for a column each, of which some are negative: the same accuracies as of 0, 1,
+    2.
+    """
     found = {}
     for name, labels in (("ids", IDS), ("dense", (0, 1, 2))):
         folder, run = tmp_path / name, tmp_path / name / "run"
         folder.mkdir()
         paths = files(folder, (labels, None), (labels[1:] + labels[:1], None))
         assert shared_classes(*map(read_beton, paths)).tolist() == list(labels)
-        method = save_run(run, *(f"--data.{split}={path}" for split, path in zip(("train", "validation"), paths)))
+        method = save_run(
+            run, *(f"--data.{split}={path}" for split, path in zip(("train", "validation"), paths))
+        )
         (run / "log.jsonl").write_text('{"epoch": 3, "knn": 0.5}\n')
         frozen = freeze(run, device="cpu")
         (reported,) = read_runs([run])
-        embedding, near = embed(reported, reported.method), nearest_neighbours(reported, reported.method)
-        assert sorted(set(embedding.labels.tolist())) == list(labels) and embedding.classes == 3 and reported.accuracy_doubt is None
+        embedding, near = (
+            embed(reported, reported.method),
+            nearest_neighbours(reported, reported.method),
+        )
+        assert (
+            sorted(set(embedding.labels.tolist())) == list(labels)
+            and embedding.classes == 3
+            and reported.accuracy_doubt is None
+        )
         with contextlib.closing(OnlineKnn(options_of(folder), torch.device("cpu"))) as online:
             found[name] = (
-                online.accuracy(method.backbone, contextlib.nullcontext()), frozen.knn(k=5, temperature=0.1)["scores"],
-                [frozen.linear(Recipe(epochs=1, batch_size=12, cached=cached))["scores"] for cached in (False, True)],
-                raw_pixel_accuracy(options_of(folder)), (near.found_labels == near.query_labels[:, None]).tolist(),
-            )  # fmt: skip
-    assert found["ids"] == found["dense"] and found["ids"][3] == 1  # of plain colours the pixels tell
+                online.accuracy(method.backbone, contextlib.nullcontext()),
+                frozen.knn(k=5, temperature=0.1)["scores"],
+                [
+                    frozen.linear(Recipe(epochs=1, batch_size=12, cached=cached))["scores"]
+                    for cached in (False, True)
+                ],
+                raw_pixel_accuracy(options_of(folder)),
+                (near.found_labels == near.query_labels[:, None]).tolist(),
+            )
+    # Of plain colours the pixels tell.
+    assert found["ids"] == found["dense"] and found["ids"][3] == 1
 
 
 def test_labels_of_another_field_are_found_or_the_fields_are_named(tmp_path, capsys):
@@ -129,8 +187,16 @@ def test_labels_of_another_field_are_found_or_the_fields_are_named(tmp_path, cap
         write(tmp_path / f"{split}.beton", np.resize([0, 1, 2], count).tolist(), field=b"taxon")
     train(options_of(tmp_path))
     assert "labels for the kNN: the field 'taxon'" in capsys.readouterr().out
-    with pytest.raises(UserError, match="train.beton: the field of labels, 'class', is not in it; its fields: 'taxon' .int."):
+    with pytest.raises(
+        UserError,
+        match="train.beton: the field of labels, 'class', is not in it; its fields: 'taxon' .int.",
+    ):
         OnlineKnn(options_of(tmp_path, "--data.label_field=class"), torch.device("cpu"))
     with pytest.raises(UserError, match="train.beton: the field of labels, 'class'"):
         freeze(tmp_path / "run", device="cpu", label_field="class")
-    assert freeze(tmp_path / "run", device="cpu", label_field="taxon").knn(k=3, temperature=0.1)["scores"]["top1"] >= 0
+    assert (
+        freeze(tmp_path / "run", device="cpu", label_field="taxon").knn(k=3, temperature=0.1)[
+            "scores"
+        ]["top1"]
+        >= 0
+    )

@@ -4,9 +4,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ffssl.run_folder import checkpoint
 from ffssl.errors import UserError
-from ffssl.evaluate.linear import Recipe, cached_batches, top_accuracies, train_probe, usual_batch_size
+from ffssl.evaluate.linear import (
+    Recipe,
+    cached_batches,
+    top_accuracies,
+    train_probe,
+    usual_batch_size,
+)
+from ffssl.run_folder import checkpoint
 
 CPU = torch.device("cpu")
 
@@ -20,12 +26,21 @@ def data(n=50, d=6, classes=4):
 def probe(folder, recipe, name="linear.pt"):
     features, labels = data()
     return train_probe(
-        cached_batches(features, labels, recipe), recipe, images=50, features=6, classes=4, device=CPU, folder=folder, name=name
-    )  # fmt: skip
+        cached_batches(features, labels, recipe),
+        recipe,
+        images=50,
+        features=6,
+        classes=4,
+        device=CPU,
+        folder=folder,
+        name=name,
+    )
 
 
 def by_definition(recipe, batches, classifier):
-    """Softmax regression by LARS (You et al. 2017, algorithm 1; the bias by plain SGD) with hand-made gradients, in float64."""
+    """Softmax regression by LARS (You et al. 2017, algorithm 1; the bias by plain SGD) with
+    hand-made gradients, in float64.
+    """
     (w, b), (v, u) = classifier, (torch.zeros_like(classifier[0]), torch.zeros_like(classifier[1]))
     total = recipe.epochs * math.ceil(50 / recipe.batch_size)
     steps = [batch for epoch in range(recipe.epochs) for batch in batches(epoch)]
@@ -48,12 +63,15 @@ def test_training_is_lars_with_momentum_on_a_cosine(tmp_path):
     weight, bias = by_definition(recipe, cached_batches(*data(), recipe), start)
     torch.testing.assert_close(trained.weight.detach().double(), weight, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(trained.bias.detach().double(), bias, rtol=1e-4, atol=1e-6)
-    assert (trained.weight - first.weight).norm() > 0.02 * first.weight.norm()  # so that the comparison is one
+    # So that the comparison is one.
+    assert (trained.weight - first.weight).norm() > 0.02 * first.weight.norm()
 
 
 def test_weights_start_small_and_differ_by_seed(tmp_path):
     a, b = (probe(tmp_path, Recipe(epochs=0, seed=seed), f"{seed}.pt") for seed in (0, 1))
-    assert 0.005 < a.weight.std() < 0.02 and not a.bias.any() and not torch.equal(a.weight, b.weight)
+    assert (
+        0.005 < a.weight.std() < 0.02 and not a.bias.any() and not torch.equal(a.weight, b.weight)
+    )
 
 
 def test_every_image_is_visited_once_an_epoch_in_another_order():
@@ -72,7 +90,8 @@ def test_an_interrupted_probe_ends_in_the_same_weights(tmp_path, interrupted_aft
         probe(tmp_path, recipe)
     assert checkpoint.load(tmp_path, name="linear.pt")["epoch"] == 2
     assert torch.equal(probe(tmp_path, recipe).weight, unbroken.weight)
-    assert torch.equal(probe(tmp_path, recipe).weight, unbroken.weight)  # finished: nothing is left to train
+    # Finished: nothing is left to train.
+    assert torch.equal(probe(tmp_path, recipe).weight, unbroken.weight)
 
 
 def test_a_loss_that_is_not_finite_is_told_and_spares_the_checkpoint(tmp_path):
@@ -90,9 +109,14 @@ def test_accuracies_are_those_of_a_sorted_list(classes):
     ranks = (-classifier(features)).argsort(1).tolist()
     share = {k: sum(y in rank[:k] for rank, y in zip(ranks, labels.tolist())) / 70 for k in (1, 5)}
     found = top_accuracies(classifier, features, labels, batch_size=16)
-    assert found == {"top1": pytest.approx(share[1]), "top5": pytest.approx(share[5]) if classes > 5 else None}
+    assert found == {
+        "top1": pytest.approx(share[1]),
+        "top5": pytest.approx(share[5]) if classes > 5 else None,
+    }
 
 
 def test_a_small_set_has_enough_steps():
     assert usual_batch_size(1_281_167) == 2048
-    assert [math.ceil(images / usual_batch_size(images)) for images in (131_071, 9469, 4000, 64, 3)] == [65, 65, 65, 64, 3]
+    assert [
+        math.ceil(images / usual_batch_size(images)) for images in (131_071, 9469, 4000, 64, 3)
+    ] == [65, 65, 65, 64, 3]

@@ -5,6 +5,7 @@ from torch import distributed as dist
 import ffssl.training.step
 from ffssl.backbones import SmallResNet
 
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if "tests/gpu/" in str(item.path):
@@ -25,12 +26,16 @@ def made_up(request):
 
 @pytest.fixture(autouse=True)
 def tiny_backbone(monkeypatch):
-    monkeypatch.setattr(ffssl.training.step, "build_backbone", lambda *_, **__: SmallResNet((8, 16)))
+    monkeypatch.setattr(
+        ffssl.training.step, "build_backbone", lambda *_, **__: SmallResNet((8, 16))
+    )
 
 
 @pytest.fixture
 def two_ranks():
-    """A group of two ranks, of which this is the first and the other does not answer: what comes from it has no values."""
+    """A group of two ranks, of which this is the first and the other does not answer: what comes
+    from it has no values.
+    """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)

@@ -36,7 +36,9 @@ def steps(run, number=3, side=48, epoch=0):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_two_ranks_have_one_graph_of_the_loss_and_one_of_the_selection_and_never_wait(two_ranks, name):
+def test_two_ranks_have_one_graph_of_the_loss_and_one_of_the_selection_and_never_wait(
+    two_ranks, name
+):
     run = compiled(name, "auto")
     steps(run, 2)
     with no_waits():
@@ -61,7 +63,8 @@ def test_cuda_graphs_are_recorded_without_a_skip(made_up, name):
     with no_waits():
         train_step(run, views(), 4)
     assert not counters["inductor"]["cudagraph_skips"], counters["inductor"]
-    assert made_up.counts()["graph launched"] >= 3, made_up.counts()  # selection, loss, its backward pass
+    # Selection, loss, its backward pass.
+    assert made_up.counts()["graph launched"] >= 3, made_up.counts()
 
 
 def test_a_memory_that_does_not_suffice_while_code_is_made_is_known_and_advice_makes_none(made_up):

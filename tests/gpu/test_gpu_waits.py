@@ -1,4 +1,7 @@
-"""What may not wait for the GPU does not: no step, on one GPU or on two. What must wait sleeps, with its own GPU current."""
+"""What may not wait for the GPU does not: no step, on one GPU or on two.
+
+What must wait sleeps, with its own GPU current.
+"""
 
 import subprocess
 import sys
@@ -14,11 +17,23 @@ from ffssl.training.step import train_step
 SETTINGS = {  # of Hard Augment, precision, accumulation and optimiser
     "pairs off": ["--augment.views=2", "--hard_augment.select=off", "--training.amp=bf16"],
     "random pairs": ["--hard_augment.select=random", "--training.amp=off"],
-    "random pairs, targets": ["--hard_augment.select=random", "--hard_augment.extra_targets=true", "--training.amp=bf16"],
+    "random pairs, targets": [
+        "--hard_augment.select=random",
+        "--hard_augment.extra_targets=true",
+        "--training.amp=bf16",
+    ],
     "cosine, fp16, lars": ["--training.amp=fp16", "--training.optimizer=lars"],
     "cosine, targets, fp16": ["--hard_augment.extra_targets=true", "--training.amp=fp16"],
-    "method's loss, parts, adamw": ["--hard_augment.loss=method", "--training.accumulate=2", "--training.optimizer=adamw"],
-    "method's loss, targets, lars": ["--hard_augment.loss=method", "--hard_augment.extra_targets=true", "--training.optimizer=lars"],
+    "method's loss, parts, adamw": [
+        "--hard_augment.loss=method",
+        "--training.accumulate=2",
+        "--training.optimizer=adamw",
+    ],
+    "method's loss, targets, lars": [
+        "--hard_augment.loss=method",
+        "--hard_augment.extra_targets=true",
+        "--training.optimizer=lars",
+    ],
 }
 
 
@@ -51,7 +66,9 @@ def test_all_that_convolutions_take_is_channels_last(two_ranks, made_up, name):
     run = start(name)
     made_up.reset()
     train_step(run, views(), 0)
-    assert made_up.layouts["input"] > 4 < made_up.layouts["gradient"] and len(made_up.layouts) == 2, made_up.layouts
+    assert (
+        made_up.layouts["input"] > 4 < made_up.layouts["gradient"] and len(made_up.layouts) == 2
+    ), made_up.layouts
 
 
 WAITING = """
@@ -88,9 +105,14 @@ for name, count in made_up.counts().items():
 
 
 def test_threads_wait_asleep_and_on_their_own_gpu(made_up, tmp_path):
-    """Of a machine's second: loader, saver, features. What little is copied to the device by waiting are constants."""
+    """Of a machine's second: loader, saver, features.
+
+    What little is copied to the device by waiting are constants.
+    """
     tests = Path(__file__).resolve().parents[1]
-    ran = subprocess.run([sys.executable, "-c", WAITING, str(tmp_path)], capture_output=True, text=True, cwd=tests)
+    ran = subprocess.run(
+        [sys.executable, "-c", WAITING, str(tmp_path)], capture_output=True, text=True, cwd=tests
+    )
     assert ran.returncode == 0, ran.stderr
     waits = [line for line in ran.stdout.splitlines() if "event" in line]
     assert waits == ["wait for an event, asleep, GPU 1"], ran.stdout

@@ -1,4 +1,6 @@
-"""Builds the made-up GPU against the libraries of this environment's torch, in a second or two, and runs Python with it."""
+"""Builds the made-up GPU against the libraries of this environment's torch, in a second or two, and
+runs Python with it.
+"""
 
 import re
 import shutil
@@ -15,7 +17,10 @@ class NotHere(Exception):
 
 
 def build(folder: Path) -> dict[str, str]:
-    """The environment in which Python finds the made-up GPU, which is built in `folder`. Raises NotHere."""
+    """The environment in which Python finds the made-up GPU, which is built in `folder`.
+
+    Raises NotHere.
+    """
     for tool in ("g++", "nm"):
         if not shutil.which(tool):
             raise NotHere(f"{tool} is not installed")
@@ -28,7 +33,13 @@ def build(folder: Path) -> dict[str, str]:
         raise NotHere(f"{include} lacks cuda_runtime_api.h")
     folder.mkdir(parents=True, exist_ok=True)
     wanted = set()
-    for library, names in ((runtime, "(__)?cuda"), *((next(runtime.parent.glob(f"lib{one}.so.*")), f"{one}[A-Z]") for one in ("cublas", "cublasLt"))):
+    for library, names in (
+        (runtime, "(__)?cuda"),
+        *(
+            (next(runtime.parent.glob(f"lib{one}.so.*")), f"{one}[A-Z]")
+            for one in ("cublas", "cublasLt")
+        ),
+    ):
         found = {name.split("@")[0] for name in symbols(library, "-D")}
         wanted |= {name for name in found if re.match(names, name)}
     includes = [f"-I{driver_header.parent}", f"-I{include}"]
@@ -37,8 +48,11 @@ def build(folder: Path) -> dict[str, str]:
     declared = set(re.findall(r"CUDAAPI (cu[A-Z]\w*)", driver_header.read_text()))
     link(HERE / "driver.cc", declared, libcuda, libcuda.name, [])
     return {
-        "LD_PRELOAD": f"{libcudart}:{libcuda}", "LD_LIBRARY_PATH": str(folder), "TRITON_LIBCUDA_PATH": str(folder), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+        "LD_PRELOAD": f"{libcudart}:{libcuda}",
+        "LD_LIBRARY_PATH": str(folder),
+        "TRITON_LIBCUDA_PATH": str(folder),
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def link(source: Path, wanted: set[str], output: Path, name: str, includes: list[str]) -> None:
@@ -48,7 +62,16 @@ def link(source: Path, wanted: set[str], output: Path, name: str, includes: list
     lacking = sorted(wanted - symbols(compiled))
     rest.write_text("".join(f"int {one}(void) {{ return 0; }}\n" for one in lacking))
     call("gcc", "-O1", "-fPIC", "-w", "-c", rest, "-o", rest.with_suffix(".rest.o"))
-    call("g++", "-shared", "-o", output, f"-Wl,-soname,{name}", compiled, rest.with_suffix(".rest.o"), "-ldl")
+    call(
+        "g++",
+        "-shared",
+        "-o",
+        output,
+        f"-Wl,-soname,{name}",
+        compiled,
+        rest.with_suffix(".rest.o"),
+        "-ldl",
+    )
 
 
 def symbols(binary: Path, *options: str) -> set[str]:

@@ -1,4 +1,6 @@
-"""What pytest needs on the made-up GPU (`-p made_up_gpu.plugin`): convolutions in place of cuDNN's, and what has been asked of the GPU."""
+"""What pytest needs on the made-up GPU (`-p made_up_gpu.plugin`): convolutions in place of cuDNN's,
+and what has been asked of the GPU.
+"""
 
 import collections
 import ctypes
@@ -11,7 +13,11 @@ _aten = torch.library.Library("aten", "IMPL")
 
 
 def _note(tensor: torch.Tensor, what: str) -> None:
-    layouts[what if tensor.is_contiguous(memory_format=torch.channels_last) else f"{what} not channels_last"] += 1
+    layouts[
+        what
+        if tensor.is_contiguous(memory_format=torch.channels_last)
+        else f"{what} not channels_last"
+    ] += 1
 
 
 def _like(shape, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -25,14 +31,37 @@ def convolution(x, weight, bias, stride, padding, dilation, transposed, output_p
     assert x.dtype == weight.dtype, (x.dtype, weight.dtype)
     _note(x, "input")
     kernel = weight.shape[2:]
-    side = [(x.shape[i + 2] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
+    side = [
+        (x.shape[i + 2] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+        for i in range(2)
+    ]
     return _like((x.shape[0], weight.shape[0], *side), x, weight)
 
 
-def convolution_backward(gradient, x, weight, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, wanted):
+def convolution_backward(
+    gradient,
+    x,
+    weight,
+    bias_sizes,
+    stride,
+    padding,
+    dilation,
+    transposed,
+    output_padding,
+    groups,
+    wanted,
+):
     _note(gradient, "gradient")
-    of_bias = torch.empty(weight.shape[0], dtype=gradient.dtype, device=gradient.device) if wanted[2] else None
-    return _like(x.shape, x, weight) if wanted[0] else None, _like(weight.shape, weight, x) if wanted[1] else None, of_bias
+    of_bias = (
+        torch.empty(weight.shape[0], dtype=gradient.dtype, device=gradient.device)
+        if wanted[2]
+        else None
+    )
+    return (
+        _like(x.shape, x, weight) if wanted[0] else None,
+        _like(weight.shape, weight, x) if wanted[1] else None,
+        of_bias,
+    )
 
 
 def cudnn_convolution(x, weight, padding, stride, dilation, groups, *rest):
@@ -42,7 +71,11 @@ def cudnn_convolution(x, weight, padding, stride, dilation, groups, *rest):
 def pytest_configure(config):
     torch.backends.cudnn.enabled = False
     torch.backends.cuda.enable_cudnn_sdp(False)
-    for name, function in (("convolution", convolution), ("convolution_backward", convolution_backward), ("cudnn_convolution", cudnn_convolution)):
+    for name, function in (
+        ("convolution", convolution),
+        ("convolution_backward", convolution_backward),
+        ("cudnn_convolution", cudnn_convolution),
+    ):
         _aten.impl(name, function, "CUDA")
 
 

@@ -7,9 +7,14 @@ from ffssl.methods import build_method
 
 WIDTHS = {"hidden": 20, "projection": 12}
 OPTIONS = {
-    "simsiam": {**WIDTHS, "predictor": 5}, "byol": {**WIDTHS, "predictor": 9}, "simclr": WIDTHS, "mocov2plus": {**WIDTHS, "queue": 40},
-    "dino": {**WIDTHS, "prototypes": 30}, "barlow_twins": WIDTHS, "vicreg": WIDTHS,
-}  # fmt: skip
+    "simsiam": {**WIDTHS, "predictor": 5},
+    "byol": {**WIDTHS, "predictor": 9},
+    "simclr": WIDTHS,
+    "mocov2plus": {**WIDTHS, "queue": 40},
+    "dino": {**WIDTHS, "prototypes": 30},
+    "barlow_twins": WIDTHS,
+    "vicreg": WIDTHS,
+}
 WITH_TEACHER = ["byol", "mocov2plus", "dino"]
 
 
@@ -75,7 +80,10 @@ def train_a_step(method, progress, seed, n=10):
 
 
 def assert_same_gradients(method, exact, *, without=("teacher.",), atol=2e-5, rtol=1e-3):
-    """Of all parameters, but for those with such a part in their names, which have none. exact: a copy of the method in float64."""
+    """Of all parameters, but for those with such a part in their names, which have none.
+
+    exact: a copy of the method in float64.
+    """
     for (name, a), b in zip(method.named_parameters(), exact.parameters(), strict=True):
         if any(part in name for part in without):
             assert a.grad is None
@@ -84,8 +92,13 @@ def assert_same_gradients(method, exact, *, without=("teacher.",), atol=2e-5, rt
 
 
 def assert_same_value_and_gradients(ours, exact, value, expected, rtol=1e-4):
-    """value and expected are computed from the lists of tensors `ours` (float32) and `exact` (float64)."""
-    gradients, expected_gradients = torch.autograd.grad(value, ours), torch.autograd.grad(expected, exact)
+    """value and expected are computed from the lists of tensors `ours` (float32) and `exact`
+    (float64).
+    """
+    gradients, expected_gradients = (
+        torch.autograd.grad(value, ours),
+        torch.autograd.grad(expected, exact),
+    )
     torch.testing.assert_close(value.double(), expected.double(), atol=1e-5, rtol=1e-5)
     for a, b in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(a.double(), b.double(), atol=1e-6, rtol=rtol)

@@ -2,7 +2,15 @@ import copy
 
 import pytest
 import torch
-from small import WideBackbone, assert_same_gradients, assert_same_value_and_gradients, build, pair, randoms, views
+from small import (
+    WideBackbone,
+    assert_same_gradients,
+    assert_same_value_and_gradients,
+    build,
+    pair,
+    randoms,
+    views,
+)
 from torch import nn
 
 from ffssl.methods import build_method
@@ -25,7 +33,9 @@ def normalised(z):
 
 
 def test_loss_and_its_gradient_are_the_papers():
-    ours, exact = ([z.requires_grad_() for z in pair(15, 6, dtype)] for dtype in (torch.float32, torch.float64))
+    ours, exact = (
+        [z.requires_grad_() for z in pair(15, 6, dtype)] for dtype in (torch.float32, torch.float64)
+    )
     value = redundancy_reduction(*map(normalised, ours), 0.3)
     assert_same_value_and_gradients(ours, exact, value, barlow_twins_by_the_paper(*exact, 0.3))
 
@@ -34,7 +44,9 @@ def test_loss_and_its_gradient_are_lightlys():
     lightly = pytest.importorskip("lightly.loss").BarlowTwinsLoss(lambda_param=0.0051)
     norm = build("barlow_twins").norm
     ours, theirs = ([z.requires_grad_() for z in pair(32, 12)] for _ in range(2))
-    assert_same_value_and_gradients(ours, theirs, redundancy_reduction(norm(ours[0]), norm(ours[1]), 0.0051), lightly(*theirs))
+    assert_same_value_and_gradients(
+        ours, theirs, redundancy_reduction(norm(ours[0]), norm(ours[1]), 0.0051), lightly(*theirs)
+    )
 
 
 def test_the_methods_loss_and_every_gradient_are_the_papers():
@@ -56,10 +68,17 @@ def test_defaults_and_projector_are_the_official_codes():
     with torch.device("meta"):
         method = build_method("barlow_twins", WideBackbone(), {})
     assert method.redundancy == 0.0051 and not method.norm.affine
-    assert [(x.in_features, x.out_features, x.bias) for x in method.projector if isinstance(x, nn.Linear)] == [
-        (2048, 8192, None), (8192, 8192, None), (8192, 8192, None),
-    ]  # fmt: skip
+    assert [
+        (x.in_features, x.out_features, x.bias)
+        for x in method.projector
+        if isinstance(x, nn.Linear)
+    ] == [
+        (2048, 8192, None),
+        (8192, 8192, None),
+        (8192, 8192, None),
+    ]
     ours = build_method("barlow_twins", WideBackbone(), {"hidden": 64, "projection": 32}).projector
     theirs = heads.BarlowTwinsProjectionHead(2048, 64, 32)
-    theirs.layers.load_state_dict(ours.state_dict() | {"6.bias": torch.zeros(32)})  # lightly's last layer has a bias
+    # Lightly's last layer has a bias.
+    theirs.layers.load_state_dict(ours.state_dict() | {"6.bias": torch.zeros(32)})
     torch.testing.assert_close(ours(randoms(4, 2048)), theirs(randoms(4, 2048)))

@@ -2,7 +2,18 @@ import copy
 
 import pytest
 import torch
-from small import WideBackbone, assert_same_gradients, assert_same_value_and_gradients, build, jointly, pair, randoms, train_a_step, unlike_the_student, views
+from small import (
+    WideBackbone,
+    assert_same_gradients,
+    assert_same_value_and_gradients,
+    build,
+    jointly,
+    pair,
+    randoms,
+    train_a_step,
+    unlike_the_student,
+    views,
+)
 from torch.nn import functional as F
 
 from ffssl.methods import build_method
@@ -10,7 +21,10 @@ from ffssl.methods.base import Progress
 
 
 def dino_by_the_paper(student, teacher, centre, student_temperature, teacher_temperature):
-    """DINO, algorithm 1: H(t1, s2) / 2 + H(t2, s1) / 2, by loops. student, teacher: the two views' outputs."""
+    """DINO, algorithm 1: H(t1, s2) / 2 + H(t2, s1) / 2, by loops.
+
+    student, teacher: the two views' outputs.
+    """
 
     def H(t, s):
         total = 0.0
@@ -34,7 +48,13 @@ def test_loss_and_every_gradient_are_the_papers_and_none_reaches_the_teacher():
     value, projections = method.loss(*views())
     value.backward()
     z = jointly(lambda images: exact.projector(exact.backbone(images)), views().double())
-    expected = dino_by_the_paper([exact.last_layer(zi) for zi in z], jointly(exact.teacher, views().double()), exact.centre, 0.2, 0.07)
+    expected = dino_by_the_paper(
+        [exact.last_layer(zi) for zi in z],
+        jointly(exact.teacher, views().double()),
+        exact.centre,
+        0.2,
+        0.07,
+    )
     expected.backward()
     torch.testing.assert_close(value.double(), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(projections.double(), z[0], atol=1e-4, rtol=1e-4)
@@ -43,7 +63,9 @@ def test_loss_and_every_gradient_are_the_papers_and_none_reaches_the_teacher():
 
 
 def test_cross_entropy_gradient_and_centre_are_lightlys():
-    lightly = pytest.importorskip("lightly.loss").DINOLoss(output_dim=30, student_temp=0.1, teacher_temp=0.05, center_momentum=0.9)
+    lightly = pytest.importorskip("lightly.loss").DINOLoss(
+        output_dim=30, student_temp=0.1, teacher_temp=0.05, center_momentum=0.9
+    )
     method = build("dino", teacher_temperature=0.05)
     (ours,), (theirs,) = ([randoms(2, 8, 30).requires_grad_()] for _ in range(2))
     for step in range(3):  # the first with the centre at zero
@@ -51,7 +73,9 @@ def test_cross_entropy_gradient_and_centre_are_lightlys():
         distances = method.distances(ours.transpose(0, 1), teacher.transpose(0, 1))
         value = (distances[:, 0, 1].mean() + distances[:, 1, 0].mean()) / 2
         method.remember(teacher.transpose(0, 1))
-        assert_same_value_and_gradients([ours], [theirs], value, lightly(list(teacher), list(theirs)))
+        assert_same_value_and_gradients(
+            [ours], [theirs], value, lightly(list(teacher), list(theirs))
+        )
         torch.testing.assert_close(method.centre, lightly.center.flatten())
 
 
@@ -62,8 +86,16 @@ def test_the_centre_is_the_average_of_the_teachers_outputs_by_hand_and_enters_th
         before = copy.deepcopy(method).double()
         outputs = torch.cat(jointly(before.teacher, views(seed=step).double()))
         value, _ = method.loss(*views(seed=step))
-        student = jointly(lambda images: before.last_layer(before.projector(before.backbone(images))), views(seed=step).double())
-        torch.testing.assert_close(value.double(), dino_by_the_paper(student, outputs.chunk(2), centre, 0.1, 0.04), atol=1e-4, rtol=1e-4)
+        student = jointly(
+            lambda images: before.last_layer(before.projector(before.backbone(images))),
+            views(seed=step).double(),
+        )
+        torch.testing.assert_close(
+            value.double(),
+            dino_by_the_paper(student, outputs.chunk(2), centre, 0.1, 0.04),
+            atol=1e-4,
+            rtol=1e-4,
+        )
         centre = 0.9 * centre + 0.1 * outputs.mean(0)
         torch.testing.assert_close(method.centre.double(), centre, atol=1e-5, rtol=1e-5)
 
@@ -72,7 +104,10 @@ def test_the_last_layer_is_left_alone_for_the_first_epoch():
     method = build("dino", frozen_epochs=2)
     weight = method.last_layer.parametrizations.weight
     optimizer = torch.optim.SGD(method.parameter_groups(0.1), lr=0.1, momentum=0.9)
-    start, backbone = weight.original1.detach().clone(), method.backbone.layer.weight.detach().clone()
+    start, backbone = (
+        weight.original1.detach().clone(),
+        method.backbone.layer.weight.detach().clone(),
+    )
     for epoch in range(3):
         assert torch.equal(weight.original1, start)
         progress = Progress(epoch, 3, epoch)
@@ -90,7 +125,9 @@ def test_the_last_layer_is_left_alone_for_the_first_epoch():
 def test_prototypes_keep_length_1_if_norm_last_layer(norm_last_layer):
     method = build("dino", norm_last_layer=norm_last_layer, frozen_epochs=0)
     torch.testing.assert_close(method.last_layer.weight.norm(dim=1), torch.ones(30))
-    assert len([p for p in method.last_layer.parameters() if p.requires_grad]) == (1 if norm_last_layer else 2)
+    assert len([p for p in method.last_layer.parameters() if p.requires_grad]) == (
+        1 if norm_last_layer else 2
+    )
     for step in range(2):
         train_a_step(method, Progress(step, 2, epoch=1), seed=step)
     lengths = method.last_layer.weight.norm(dim=1)
@@ -103,7 +140,8 @@ def test_the_teachers_temperature_warms_up_linearly_by_the_epoch():
     for epoch in range(6):
         method.before_step(Progress(epoch, 6, epoch))
         seen.append(method.teacher_temperature.item())
-    assert seen == pytest.approx([0.04, 0.05, 0.06, 0.07, 0.07, 0.07])  # numpy's linspace, as the authors'
+    # Numpy's linspace, as the authors'.
+    assert seen == pytest.approx([0.04, 0.05, 0.06, 0.07, 0.07, 0.07])
     method.before_step(Progress(0, 6, 0))
     assert method.teacher_temperature.item() == pytest.approx(0.04)
     assert build("dino").teacher_temperature.item() == pytest.approx(0.04)
@@ -114,7 +152,8 @@ def test_the_head_computes_what_lightlys_does(head_norm):
     heads = pytest.importorskip("lightly.models.modules")
     method = build_method("dino", WideBackbone(), {"prototypes": 100, "head_norm": head_norm})
     theirs = heads.DINOProjectionHead(2048, 2048, 256, 100, batch_norm=head_norm)
-    ours = method.projector.state_dict()  # with biases before BatchNorm, as the authors have it, which are without effect
+    # With biases before BatchNorm, as the authors have it, which are without effect.
+    ours = method.projector.state_dict()
     theirs.layers.load_state_dict({key: ours[key] for key in theirs.layers.state_dict()})
     with torch.no_grad():
         theirs.last_layer.weight_v.copy_(method.last_layer.parametrizations.weight.original1)
@@ -126,7 +165,11 @@ def test_the_head_computes_what_lightlys_does(head_norm):
 
 def test_the_heads_initial_weights_are_the_authors():
     layers = build_method("dino", WideBackbone(), {"prototypes": 100}).projector[:-1:2]
-    assert [(layer.in_features, layer.out_features) for layer in layers] == [(2048, 2048), (2048, 2048), (2048, 256)]
+    assert [(layer.in_features, layer.out_features) for layer in layers] == [
+        (2048, 2048),
+        (2048, 2048),
+        (2048, 256),
+    ]
     for layer in layers:
         assert layer.weight.std().item() == pytest.approx(0.02, rel=0.02) and not layer.bias.any()
 
@@ -143,4 +186,9 @@ def test_identical_views_cost_the_entropy_of_the_assignment():
     method = build("dino", temperature=0.04)
     t = randoms(6, 1, 30)
     q = F.softmax(t / 0.04, dim=-1)
-    torch.testing.assert_close(method.distances(t, t).flatten(), -(q * q.clamp_min(1e-30).log()).sum(-1).flatten(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        method.distances(t, t).flatten(),
+        -(q * q.clamp_min(1e-30).log()).sum(-1).flatten(),
+        atol=1e-5,
+        rtol=1e-4,
+    )

@@ -1,4 +1,6 @@
-"""Each method, trained for a few minutes as the study of all methods trains it, against its own untrained network."""
+"""Each method, trained for a few minutes as the study of all methods trains it, against its own
+untrained network.
+"""
 
 from pathlib import Path
 
@@ -21,7 +23,11 @@ def study(tmp_path_factory):
     read = read_study(STUDY, folder, [])
     for split, count in read.embedded.items():
         read.data[split].parent.mkdir(exist_ok=True)
-        convert(Embedded({"train": "train", "validation": "val"}[split], count), read.data[split], ConvertOptions(progress=False))
+        convert(
+            Embedded({"train": "train", "validation": "val"}[split], count),
+            read.data[split],
+            ConvertOptions(progress=False),
+        )
     return read, folder
 
 

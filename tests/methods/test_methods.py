@@ -10,7 +10,7 @@ from torch import nn
 
 from ffssl.config import declarations
 from ffssl.config.method_options import method_options, of_file
-from ffssl.data.policy import (POLICIES)
+from ffssl.data.policy import POLICIES
 from ffssl.errors import UserError
 from ffssl.methods import METHODS
 from ffssl.methods.base import Method, Progress
@@ -18,11 +18,17 @@ from ffssl.methods.prediction import PredictionMethod
 
 
 def test_the_methods_are_found_by_name():
-    assert set(METHODS) == set(OPTIONS) >= {"simsiam", "byol", "simclr", "mocov2plus", "dino", "barlow_twins", "vicreg"}
+    assert (
+        set(METHODS)
+        == set(OPTIONS)
+        >= {"simsiam", "byol", "simclr", "mocov2plus", "dino", "barlow_twins", "vicreg"}
+    )
 
 
 def test_views_are_made_by_the_policy_of_the_methods_authors():
-    authors = {"simsiam": "simsiam", "mocov2plus": "simsiam", "simclr": "simclr"} | dict.fromkeys(("byol", "dino", "barlow_twins", "vicreg"), "byol")
+    authors = {"simsiam": "simsiam", "mocov2plus": "simsiam", "simclr": "simclr"} | dict.fromkeys(
+        ("byol", "dino", "barlow_twins", "vicreg"), "byol"
+    )
     assert {name: METHODS[name].policy for name in authors} == authors
     assert {method.policy for method in METHODS.values()} <= set(POLICIES)
 
@@ -47,7 +53,11 @@ def test_an_option_that_several_methods_have_is_one_that_names_them():
 
 @pytest.mark.parametrize(
     "constructor, doc",
-    [("width: int = 3", "width: of it"), ("width: Size = 3", "It has a width."), ("width=3", "width: of it")],
+    [
+        ("width: int = 3", "width: of it"),
+        ("width: Size = 3", "It has a width."),
+        ("width=3", "width: of it"),
+    ],
 )
 def test_an_option_without_type_or_help_is_named(tmp_path, constructor, doc):
     file = tmp_path / "odd.py"
@@ -71,7 +81,11 @@ def test_every_trained_parameter_is_in_one_group_and_no_other(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_biases_and_normalisation_decay_where_the_authors_have_it(name):
     method = build(name)
-    rate = {id(p): group["weight_decay"] for group in method.parameter_groups(0.01) for p in group["params"]}
+    rate = {
+        id(p): group["weight_decay"]
+        for group in method.parameter_groups(0.01)
+        for p in group["params"]
+    }
     for p in method.parameters():
         if p.requires_grad:
             assert rate[id(p)] == (0.01 if p.ndim > 1 or name in ("simsiam", "mocov2plus") else 0)
@@ -87,7 +101,8 @@ def test_the_loss_trains_the_backbone_and_every_head(name):
     for parameter_name, p in method.named_parameters():
         if parameter_name.startswith("teacher."):
             assert not p.requires_grad and p.grad is None
-        elif p.requires_grad and not parameter_name.endswith("bias"):  # a bias before BatchNorm changes nothing
+        # A bias before BatchNorm changes nothing.
+        elif p.requires_grad and not parameter_name.endswith("bias"):
             assert p.grad.abs().max() > 1e-7, parameter_name
 
 
@@ -100,7 +115,9 @@ def test_a_method_goes_on_from_its_state_as_if_it_had_not_stopped(name):
     resumed = build(name)
     resumed.load_state_dict(state)
     for step in range(2, 4):
-        losses = [train_a_step(m, Progress(step, 4, epoch=step), seed=step) for m in (method, resumed)]
+        losses = [
+            train_a_step(m, Progress(step, 4, epoch=step), seed=step) for m in (method, resumed)
+        ]
         assert torch.equal(*losses)
     for (key, a), b in zip(method.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), key
@@ -116,7 +133,9 @@ def test_mixed_precision_hardly_changes_the_loss(name):
     torch.testing.assert_close(loss, exact, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if issubclass(METHODS[name], PredictionMethod)])
+@pytest.mark.parametrize(
+    "name", [name for name in METHODS if issubclass(METHODS[name], PredictionMethod)]
+)
 def test_extra_targets_join_the_targets_of_both_views_in_equal_parts(name):
     method = build(name).eval()  # so that BatchNorm does not mix the images
     images = views()
@@ -126,7 +145,11 @@ def test_extra_targets_join_the_targets_of_both_views_in_equal_parts(name):
         targets = [*(method.targets(view) for view in images), *others]
         expected = 0.0
         for i in range(2):
-            terms = [method.distances(predictions[i][:, None], targets[j][:, None]).mean() for j in range(5) if j != i]
+            terms = [
+                method.distances(predictions[i][:, None], targets[j][:, None]).mean()
+                for j in range(5)
+                if j != i
+            ]
             expected += method.direction_weight * sum(terms) / 4
         loss, _ = method.loss(*images, torch.stack(others, dim=1))
     torch.testing.assert_close(loss, expected)

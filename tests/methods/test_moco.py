@@ -2,7 +2,16 @@ import copy
 
 import pytest
 import torch
-from small import WideBackbone, assert_same_gradients, assert_same_value_and_gradients, build, pair, randoms, unlike_the_student, views
+from small import (
+    WideBackbone,
+    assert_same_gradients,
+    assert_same_value_and_gradients,
+    build,
+    pair,
+    randoms,
+    unlike_the_student,
+    views,
+)
 from torch import nn
 from torch.nn import functional as F
 
@@ -15,14 +24,19 @@ def info_nce_by_the_paper(queries, keys, queue, temperature):
     total = 0.0
     for q, k in zip(queries, keys):
         q, k = q / q.norm(), k / k.norm()
-        logits = [torch.dot(q, k) / temperature, *(torch.dot(q, other) / temperature for other in queue)]
+        logits = [
+            torch.dot(q, k) / temperature,
+            *(torch.dot(q, other) / temperature for other in queue),
+        ]
         total = total - torch.log(torch.exp(logits[0]) / sum(torch.exp(logit) for logit in logits))
     return total / len(queries)
 
 
 def test_info_nce_and_its_gradient_are_the_papers():
     method = build("mocov2plus", temperature=0.3)
-    (q,), (exact,) = ([pair(7, 12, dtype)[0].requires_grad_()] for dtype in (torch.float32, torch.float64))
+    (q,), (exact,) = (
+        [pair(7, 12, dtype)[0].requires_grad_()] for dtype in (torch.float32, torch.float64)
+    )
     keys = pair(7, 12)[1]
     value = method.distances(q[:, None], keys[:, None]).mean()
     expected = info_nce_by_the_paper(exact, keys.double(), method.queue.double(), 0.3)
@@ -30,12 +44,19 @@ def test_info_nce_and_its_gradient_are_the_papers():
 
 
 def test_info_nce_and_its_gradient_are_lightlys():
-    lightly = pytest.importorskip("lightly.loss").NTXentLoss(temperature=0.2, memory_bank_size=(40, 12))
+    lightly = pytest.importorskip("lightly.loss").NTXentLoss(
+        temperature=0.2, memory_bank_size=(40, 12)
+    )
     method = build("mocov2plus")
     lightly.memory_bank.bank = method.queue.clone()
     (ours, keys), (theirs, _) = pair(8, 12), pair(8, 12)
     ours.requires_grad_(), theirs.requires_grad_()
-    assert_same_value_and_gradients([ours], [theirs], method.distances(ours[:, None], keys[:, None]).mean(), lightly(theirs, keys))
+    assert_same_value_and_gradients(
+        [ours],
+        [theirs],
+        method.distances(ours[:, None], keys[:, None]).mean(),
+        lightly(theirs, keys),
+    )
 
 
 def test_loss_is_symmetric_against_the_queue_as_it_was_and_no_gradient_reaches_the_teacher():
@@ -45,7 +66,9 @@ def test_loss_is_symmetric_against_the_queue_as_it_was_and_no_gradient_reaches_t
     value.backward()
     q = [exact.projector(exact.backbone(view)) for view in views().double()]
     k = [exact.teacher(view) for view in views().double()]
-    expected = info_nce_by_the_paper(q[0], k[1], exact.queue, 0.2) + info_nce_by_the_paper(q[1], k[0], exact.queue, 0.2)
+    expected = info_nce_by_the_paper(q[0], k[1], exact.queue, 0.2) + info_nce_by_the_paper(
+        q[1], k[0], exact.queue, 0.2
+    )
     expected.backward()
     torch.testing.assert_close(value.double(), expected, atol=1e-5, rtol=1e-5)
     assert_same_gradients(method, exact)
@@ -74,7 +97,9 @@ def test_the_queue_works_without_a_value_to_read():
 
 @pytest.mark.parametrize("batch_size", [15, 16, 40, 41])
 def test_a_queue_that_does_not_fit_the_batch_is_refused(batch_size):
-    with pytest.raises(UserError, match=rf"--method.queue: 40 .*--training.batch_size={batch_size}"):
+    with pytest.raises(
+        UserError, match=rf"--method.queue: 40 .*--training.batch_size={batch_size}"
+    ):
         build("mocov2plus").check(batch_size)
 
 

@@ -2,14 +2,25 @@ import copy
 
 import pytest
 import torch
-from small import WideBackbone, assert_same_value_and_gradients, build, jointly, pair, randoms, views
+from small import (
+    WideBackbone,
+    assert_same_value_and_gradients,
+    build,
+    jointly,
+    pair,
+    randoms,
+    views,
+)
 
 from ffssl.methods import build_method
 from ffssl.methods.simclr import nt_xent, nt_xent_of_pairs
 
 
 def terms_by_the_paper(z1, z2, temperature):
-    """SimCLR, algorithm 1, by loops: l(2k-1, 2k) and l(2k, 2k-1) of each image. Views 2k-1 and 2k of the paper are here z1[k], z2[k]."""
+    """SimCLR, algorithm 1, by loops: l(2k-1, 2k) and l(2k, 2k-1) of each image.
+
+    Views 2k-1 and 2k of the paper are here z1[k], z2[k].
+    """
     z = [row for pair in zip(z1, z2) for row in pair]
     s = [[torch.dot(a, b) / (a.norm() * b.norm()) for b in z] for a in z]
 
@@ -26,7 +37,9 @@ def simclr_by_the_paper(z1, z2, temperature):
 
 @pytest.mark.parametrize("n, temperature", [(2, 0.5), (9, 0.07), (9, 1.0)])
 def test_nt_xent_and_its_gradient_are_the_papers(n, temperature):
-    ours, exact = ([z.requires_grad_() for z in pair(n, 6, dtype)] for dtype in (torch.float32, torch.float64))
+    ours, exact = (
+        [z.requires_grad_() for z in pair(n, 6, dtype)] for dtype in (torch.float32, torch.float64)
+    )
     value, expected = nt_xent(*ours, temperature), simclr_by_the_paper(*exact, temperature)
     assert_same_value_and_gradients(ours, exact, value, expected, rtol=1e-3)
 
@@ -65,11 +78,19 @@ def test_nt_xent_of_pairs_holds_the_papers_terms_of_every_image_and_pair():
         for j in range(4):
             if i != j:
                 terms = terms_by_the_paper(z[:, i].double(), z[:, j].double(), 0.2)
-                torch.testing.assert_close(losses[:, i, j].double(), torch.stack([(a + b) / 2 for a, b in terms]), atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(
+                    losses[:, i, j].double(),
+                    torch.stack([(a + b) / 2 for a, b in terms]),
+                    atol=1e-5,
+                    rtol=1e-5,
+                )
 
 
 def test_the_projector_computes_what_lightlys_does():
     heads = pytest.importorskip("lightly.models.modules")
-    ours, theirs = build_method("simclr", WideBackbone(), {}).projector, heads.SimCLRProjectionHead(2048, 2048, 128)
+    ours, theirs = (
+        build_method("simclr", WideBackbone(), {}).projector,
+        heads.SimCLRProjectionHead(2048, 2048, 128),
+    )
     theirs.layers.load_state_dict(ours.state_dict())
     torch.testing.assert_close(ours(randoms(4, 2048)), theirs(randoms(4, 2048)))

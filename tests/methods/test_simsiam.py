@@ -31,7 +31,8 @@ def test_loss_and_every_gradient_are_the_papers_with_the_gradient_stopped_at_the
     torch.testing.assert_close(value.double(), expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(projections.double(), z[0], atol=1e-4, rtol=1e-4)
     assert_same_gradients(method, exact)
-    assert method.backbone.layer.weight.grad.abs().max() > 1e-3  # that the comparison is not of zeros
+    # That the comparison is not of zeros.
+    assert method.backbone.layer.weight.grad.abs().max() > 1e-3
 
 
 def test_loss_is_lightlys():
@@ -61,9 +62,25 @@ def test_heads_are_the_official_codes():
     method = build_method("simsiam", WideBackbone(), {})
     norm, relu = ("BatchNorm1d", True), ("ReLU", None)
     linear = ("Linear", 2048, 2048, False)
-    assert layers_of(method.projector) == [linear, norm, relu, linear, norm, relu, linear, ("BatchNorm1d", False)]
-    assert layers_of(method.predictor) == [("Linear", 2048, 512, False), norm, relu, ("Linear", 512, 2048, True)]
-    count = sum(p.numel() for head in (method.projector, method.predictor) for p in head.parameters())
+    assert layers_of(method.projector) == [
+        linear,
+        norm,
+        relu,
+        linear,
+        norm,
+        relu,
+        linear,
+        ("BatchNorm1d", False),
+    ]
+    assert layers_of(method.predictor) == [
+        ("Linear", 2048, 512, False),
+        norm,
+        relu,
+        ("Linear", 512, 2048, True),
+    ]
+    count = sum(
+        p.numel() for head in (method.projector, method.predictor) for p in head.parameters()
+    )
     assert count == 3 * 2048**2 + 2 * 2 * 2048 + 2048 * 512 + 2 * 512 + 512 * 2048 + 2048
 
 
@@ -72,8 +89,9 @@ def test_heads_compute_what_lightlys_do():
     method = build_method("simsiam", WideBackbone(), {})
     features = torch.randn(4, 2048, generator=torch.Generator().manual_seed(0))
     for ours, theirs in (
-        (method.projector, heads.SimSiamProjectionHead(2048, 2048, 2048)), (method.predictor, heads.SimSiamPredictionHead(2048, 512, 2048)),
-    ):  # fmt: skip
+        (method.projector, heads.SimSiamProjectionHead(2048, 2048, 2048)),
+        (method.predictor, heads.SimSiamPredictionHead(2048, 512, 2048)),
+    ):
         theirs.layers.load_state_dict(ours.state_dict())
         torch.testing.assert_close(ours(features), theirs(features))
 
@@ -83,5 +101,7 @@ def test_only_the_predictor_may_keep_its_learning_rate_and_all_parameters_decay(
     method = build("simsiam", constant_predictor_lr=constant)
     groups = method.parameter_groups(0.01)
     held = [p for group in groups if group.get("constant_lr") for p in group["params"]]
-    assert {id(p) for p in held} == ({id(p) for p in method.predictor.parameters()} if constant else set())
+    assert {id(p) for p in held} == (
+        {id(p) for p in method.predictor.parameters()} if constant else set()
+    )
     assert all(group["weight_decay"] == 0.01 for group in groups)

@@ -20,16 +20,22 @@ def parameters(modules):
 def test_it_starts_as_a_copy_of_the_student(name):
     method = build(name)
     pairs = list(zip(parameters(method.student()), method.teacher.parameters(), strict=True))
-    assert pairs and all(torch.equal(s, t) and s is not t and s.data_ptr() != t.data_ptr() for s, t in pairs)
+    assert pairs and all(
+        torch.equal(s, t) and s is not t and s.data_ptr() != t.data_ptr() for s, t in pairs
+    )
 
 
-@pytest.mark.parametrize("name, start, end", [("byol", 0.996, 1.0), ("dino", 0.996, 1.0), ("mocov2plus", 0.999, 0.999)])
+@pytest.mark.parametrize(
+    "name, start, end", [("byol", 0.996, 1.0), ("dino", 0.996, 1.0), ("mocov2plus", 0.999, 0.999)]
+)
 def test_its_momentum_is_the_authors_at_every_step(name, start, end):
     method = build(name)
     for step in range(11):
         expected = end - (end - start) * (math.cos(math.pi * step / 10) + 1) / 2
         assert method.momentum(Progress(step, 10, epoch=0)) == pytest.approx(expected, abs=1e-12)
-    assert method.momentum(Progress(0, 10, 0)) == pytest.approx(start) and method.momentum(Progress(10, 10, 0)) == pytest.approx(end)
+    assert method.momentum(Progress(0, 10, 0)) == pytest.approx(start) and method.momentum(
+        Progress(10, 10, 0)
+    ) == pytest.approx(end)
 
 
 @pytest.mark.parametrize("name", WITH_TEACHER)
@@ -40,10 +46,16 @@ def test_after_each_of_three_steps_it_is_the_average_by_hand(name):
         progress = Progress(step, 3, epoch=5)
         train_a_step(method, progress, seed=step)
         m = 0.9 - 0.4 * (math.cos(math.pi * step / 3) + 1) / 2
-        average = [m * t + (1 - m) * s.detach().double() for t, s in zip(average, parameters(method.student()), strict=True)]
+        average = [
+            m * t + (1 - m) * s.detach().double()
+            for t, s in zip(average, parameters(method.student()), strict=True)
+        ]
         for t, expected in zip(method.teacher.parameters(), average, strict=True):
             torch.testing.assert_close(t.double(), expected, atol=1e-6, rtol=1e-5)
-    moved = max((t - s).abs().max() for t, s in zip(method.teacher.parameters(), parameters(method.student())))
+    moved = max(
+        (t - s).abs().max()
+        for t, s in zip(method.teacher.parameters(), parameters(method.student()))
+    )
     assert moved > 1e-3  # the student went on
 
 
@@ -57,7 +69,11 @@ def test_its_batchnorm_normalises_by_the_batch_and_keeps_its_own_statistics(name
         method.teacher.layers[0].layer.weight.mul_(3)
     first, second = views()
     seen = [method.teacher.layers[0].layer(view.flatten(1)).detach() for view in (first, second)]
-    mean = 0.1 * torch.cat(seen).mean(0) if joint else 0.9 * (0.1 * seen[0].mean(0)) + 0.1 * seen[1].mean(0)
+    mean = (
+        0.1 * torch.cat(seen).mean(0)
+        if joint
+        else 0.9 * (0.1 * seen[0].mean(0)) + 0.1 * seen[1].mean(0)
+    )
     method(first, second)
     torch.testing.assert_close(norm.running_mean, mean)
     assert not torch.allclose(norm.running_mean, students.running_mean)

@@ -7,9 +7,9 @@ import torch
 from ffssl.config import read_options
 from ffssl.parallel.energy import energy_counter
 from ffssl.run_folder.log import read_log
+from ffssl.train import train
 from ffssl.training.run import Run
 from ffssl.training.totals import Meter, Tally
-from ffssl.train import train
 
 CUDA = torch.device("cuda", 1)
 
@@ -30,11 +30,18 @@ def nvml(monkeypatch):
         return binding.millijoules
 
     binding = SimpleNamespace(
-        counts=True, millijoules=0, nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=lambda uuid: f"board of {uuid}",
+        counts=True,
+        millijoules=0,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: f"board of {uuid}",
         nvmlDeviceGetTotalEnergyConsumption=total,
-    )  # fmt: skip
+    )
     monkeypatch.setitem(sys.modules, "pynvml", binding)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234" if device == CUDA else None))
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: SimpleNamespace(uuid="1234" if device == CUDA else None),
+    )
     return binding
 
 
@@ -53,7 +60,9 @@ def test_without_a_counter_there_are_none(nvml, monkeypatch):
 
 def test_a_gpu_whose_energy_nothing_counts_is_told(nvml):
     def note(device):
-        return Run(None, None, device, None, None, None, None, None, energy_counter(device)).energy_note
+        return Run(
+            None, None, device, None, None, None, None, None, energy_counter(device)
+        ).energy_note
 
     assert note(CUDA) == note(torch.device("cpu")) == ""
     nvml.counts = False
@@ -63,26 +72,56 @@ def test_a_gpu_whose_energy_nothing_counts_is_told(nvml):
 def train_with_counter(betons, folder, monkeypatch, joules):
     """Two epochs of two steps each. joules: called for each reading."""
     monkeypatch.setattr("ffssl.training.run.energy_counter", lambda device: joules)
-    words = ["--model.backbone=resnet-small", "--method.name=simclr", "--method.hidden=8", "--method.projection=8", "--resolution.max=16", "--resolution.step=16"]
-    options = read_options([*words, f"--data.train={betons['train']}", f"--run.folder={folder}", "--training.epochs=2", "--training.batch_size=64", "--run.tensorboard=false", "--run.device=cpu"])
+    words = [
+        "--model.backbone=resnet-small",
+        "--method.name=simclr",
+        "--method.hidden=8",
+        "--method.projection=8",
+        "--resolution.max=16",
+        "--resolution.step=16",
+    ]
+    options = read_options(
+        [
+            *words,
+            f"--data.train={betons['train']}",
+            f"--run.folder={folder}",
+            "--training.epochs=2",
+            "--training.batch_size=64",
+            "--run.tensorboard=false",
+            "--run.device=cpu",
+        ]
+    )
     train(options)
 
 
 def test_a_run_logs_the_energy_of_its_epochs(betons, tmp_path, monkeypatch):
     reads = iter(range(0, 10**9, 3_600_000))
     train_with_counter(betons, tmp_path, monkeypatch, lambda: next(reads))
-    assert [row["kwh"] for row in read_log(tmp_path)] == [2.0, 4.0]  # one between two readings, at the start of an epoch and at its two steps
+    # One between two readings, at the start of an epoch and at its two steps.
+    assert [row["kwh"] for row in read_log(tmp_path)] == [2.0, 4.0]
 
 
-@pytest.mark.parametrize("counted, logged", [("111000", [2.0, None]), ("000111", [None, None]), ("110111", [None, None])])
-def test_the_energy_of_some_epochs_does_not_pass_for_that_of_the_run(betons, tmp_path, monkeypatch, counted, logged):
-    reads = iter([3_600_000 * i if is_counted == "1" else None for i, is_counted in enumerate(counted)])  # three an epoch
+@pytest.mark.parametrize(
+    "counted, logged", [("111000", [2.0, None]), ("000111", [None, None]), ("110111", [None, None])]
+)
+def test_the_energy_of_some_epochs_does_not_pass_for_that_of_the_run(
+    betons, tmp_path, monkeypatch, counted, logged
+):
+    # Three an epoch.
+    reads = iter(
+        [3_600_000 * i if is_counted == "1" else None for i, is_counted in enumerate(counted)]
+    )
     train_with_counter(betons, tmp_path, monkeypatch, lambda: next(reads))
     assert [row.get("kwh") for row in read_log(tmp_path)] == logged
 
 
 def test_nor_does_that_of_the_rest_of_an_epoch():
     tally = Tally()
-    for counter, kwh in ((iter([0, 3_600_000]), 1.0), (iter([None, None]), None), (iter([0, 3_600_000]), None)):  # as the epoch is continued
+    # As the epoch is continued.
+    for counter, kwh in (
+        (iter([0, 3_600_000]), 1.0),
+        (iter([None, None]), None),
+        (iter([0, 3_600_000]), None),
+    ):
         Meter(tally, lambda: next(counter)).charge()
         assert tally.kwh == kwh

@@ -1,4 +1,6 @@
-"""Class and run names that are no UTF-8, of other scripts, and that mean something to markup or mathematics."""
+"""Class and run names that are no UTF-8, of other scripts, and that mean something to markup or
+mathematics.
+"""
 
 import json
 import os
@@ -35,7 +37,17 @@ def run(betons, tmp_path):
         description_path(path).write_text(json.dumps(description | {"class_names": NAMES}))
     folder = tmp_path / f"run 中 {LATIN_1}"
     save_run(folder, f"--data.train={paths['train']}", f"--data.validation={paths['val']}")
-    rows = [{"epoch": epoch, "knn": 0.5, "seconds": 9.0 * epoch, "flops": 1e12 * epoch, "loss": 1.0, "data_wait": 0.0} for epoch in range(4)]
+    rows = [
+        {
+            "epoch": epoch,
+            "knn": 0.5,
+            "seconds": 9.0 * epoch,
+            "flops": 1e12 * epoch,
+            "loss": 1.0,
+            "data_wait": 0.0,
+        }
+        for epoch in range(4)
+    ]
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -45,20 +57,51 @@ def test_a_report_shows_them_all_without_a_word(run, tmp_path, capfd):
     with warnings.catch_warnings(action="error", category=UserWarning):
         write_report([run], output, "cpu")
     page = output.read_text(encoding="utf-8")
-    for name in ("caf\\udce9", "中文类", "한국어", "a\\nb", "$x_", "&lt;i&gt;&amp;", "\U0001f600", "run 中 caf\\udce9"):
+    for name in (
+        "caf\\udce9",
+        "中文类",
+        "한국어",
+        "a\\nb",
+        "$x_",
+        "&lt;i&gt;&amp;",
+        "\U0001f600",
+        "run 中 caf\\udce9",
+    ):
         assert name in page, name
     assert "Not shown" not in page
     assert capfd.readouterr().err == ""
 
 
 def test_an_export_names_them_in_its_card(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["export", str(run), "--to", "safetensors", "--output", str(tmp_path / f"{LATIN_1}.safetensors")])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "export",
+            str(run),
+            "--to",
+            "safetensors",
+            "--output",
+            str(tmp_path / f"{LATIN_1}.safetensors"),
+        ],
+    )
     assert exit_status(export) == 0
-    assert "train caf\\udce9.beton" in (tmp_path / f"{LATIN_1}.safetensors.md").read_text(encoding="utf-8")
+    assert "train caf\\udce9.beton" in (tmp_path / f"{LATIN_1}.safetensors.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_what_can_not_be_printed_is_escaped_and_nothing_else():
-    assert [printable(name) for name in NAMES] == ["caf\\udce9", "中文类", "한국어", "a\\nb", "$x_", "<i>&", "\U0001f600", "plain"]
+    assert [printable(name) for name in NAMES] == [
+        "caf\\udce9",
+        "中文类",
+        "한국어",
+        "a\\nb",
+        "$x_",
+        "<i>&",
+        "\U0001f600",
+        "plain",
+    ]
 
 
 def pixels(text: str) -> np.ndarray:

@@ -12,7 +12,6 @@ import PIL.Image
 import pytest
 import torch
 
-from ffssl.run_folder import checkpoint
 from ffssl.config import read_options
 from ffssl.data.convert.conversion import convert
 from ffssl.data.convert.sources.embedded import Embedded
@@ -22,21 +21,45 @@ from ffssl.report import write
 from ffssl.report.page import compose
 from ffssl.report.runs import describe_data, read_runs
 from ffssl.report.write import write_report
+from ffssl.run_folder import checkpoint
 from ffssl.run_folder.log import NAME as LOG_NAME
 from ffssl.train import train
 
 SMALL = [
-    "--model.backbone=resnet-small", "--method.name=simclr", "--method.hidden=32", "--method.projection=16", "--resolution.max=32",
-    "--resolution.min=16", "--resolution.step=16", "--hard_augment.resolution=16", "--training.batch_size=16", "--evaluate.k=5",
-    "--training.epochs=2", "--run.tensorboard=false", "--run.device=cpu", "--data.workers=1",
-]  # fmt: skip
+    "--model.backbone=resnet-small",
+    "--method.name=simclr",
+    "--method.hidden=32",
+    "--method.projection=16",
+    "--resolution.max=32",
+    "--resolution.min=16",
+    "--resolution.step=16",
+    "--hard_augment.resolution=16",
+    "--training.batch_size=16",
+    "--evaluate.k=5",
+    "--training.epochs=2",
+    "--run.tensorboard=false",
+    "--run.device=cpu",
+    "--data.workers=1",
+]
 HARD = ["--augment.views=3", "--hard_augment.select=hard", "--resolution.schedule=progressive"]
-SECTIONS = ("cost", "schedules", "training", "views", "choice", "embeddings", "neighbours", "config", "started")
+SECTIONS = (
+    "cost",
+    "schedules",
+    "training",
+    "views",
+    "choice",
+    "embeddings",
+    "neighbours",
+    "config",
+    "started",
+)
 VOID = {"meta", "img", "br", "path", "use"}
 
 
 class Page(HTMLParser):
-    """A page's elements as (tag, attributes), its text by section, and the elements that are not closed in their order."""
+    """A page's elements as (tag, attributes), its text by section, and the elements that are not
+    closed in their order.
+    """
 
     def __init__(self, html: str):
         super().__init__()
@@ -105,8 +128,15 @@ def test_every_section_is_there_and_shows_its_pictures(folder, page):
 
 
 def test_the_page_loads_nothing(folder, page):
-    assert not [tag for tag, _ in page.elements if tag in ("script", "link", "iframe", "object", "embed")]
-    addresses = [value for _, own in page.elements for name, value in own.items() if name in ("src", "href", "xlink:href", "srcset")]
+    assert not [
+        tag for tag, _ in page.elements if tag in ("script", "link", "iframe", "object", "embed")
+    ]
+    addresses = [
+        value
+        for _, own in page.elements
+        for name, value in own.items()
+        if name in ("src", "href", "xlink:href", "srcset")
+    ]
     assert all(address.startswith(("#", "data:image/jpeg;base64,")) for address in addresses)
     html = (folder / "report.html").read_text()
     assert "://" not in html and "@import" not in html
@@ -126,18 +156,30 @@ def test_names_and_values_are_text_not_markup(page):
 
 
 def test_the_config_shows_what_differs_apart_from_what_does_not(folder, page):
-    differing = re.findall(r'<tr class="differs"><th scope="row">([^<]*)<', (folder / "report.html").read_text())
-    assert set(differing) == {"hard_augment.select", "resolution.schedule", "augment.views", "run.folder"}
+    differing = re.findall(
+        r'<tr class="differs"><th scope="row">([^<]*)<', (folder / "report.html").read_text()
+    )
+    assert set(differing) == {
+        "hard_augment.select",
+        "resolution.schedule",
+        "augment.views",
+        "run.folder",
+    }
     assert "training.epochs2" in page.text["config"]
 
 
 def test_the_record_of_the_start_is_shown(folder, page):
     (start,) = json.loads((folder / "hard" / "run.json").read_text())
-    assert all(start[name] in page.text["started"] for name in ("started", "command", "machine", "device"))
+    assert all(
+        start[name] in page.text["started"] for name in ("started", "command", "machine", "device")
+    )
 
 
 def test_costs_are_stated_as_the_logs_have_them(folder, page):
-    last = {run: json.loads((folder / run / LOG_NAME).read_text().splitlines()[-1]) for run in ("<b>", "hard")}
+    last = {
+        run: json.loads((folder / run / LOG_NAME).read_text().splitlines()[-1])
+        for run in ("<b>", "hard")
+    }
     assert f"{last['hard']['knn']:.1%}" in page.text["cost"]
     assert f"{last['<b>']['flops'] / last['hard']['flops']:.2f}× less than <b>" in page.text["cost"]
     assert "unfinished" not in page.text["cost"]
@@ -156,12 +198,17 @@ def test_an_unfinished_run_is_marked(folder, unfinished):
     write_report([folder / "<b>", unfinished], unfinished / "report.html", "cpu")
     page = Page((unfinished / "report.html").read_text())
     assert page.count("span", **{"class": "chip"}) == 1 and "1 of 2" in page.text["cost"]
-    assert "less than" not in page.text["cost"] and "still to come" in page.text["schedules"] and "to come" in page.text["views"]
+    assert (
+        "less than" not in page.text["cost"]
+        and "still to come" in page.text["schedules"]
+        and "to come" in page.text["views"]
+    )
 
 
 def test_what_can_not_be_computed_says_why_and_the_rest_is_there(folder, unfinished, tmp_path):
     log = unfinished / LOG_NAME
-    log.write_text(log.read_text().splitlines(keepends=True)[0])  # only the accuracy of the untrained network
+    # Only the accuracy of the untrained network.
+    log.write_text(log.read_text().splitlines(keepends=True)[0])
     (unfinished / "checkpoint.pt").unlink()
     (unfinished / "run.json").unlink()
     write_report([unfinished], tmp_path / "report.html", "cpu")
@@ -179,13 +226,20 @@ def test_without_its_images_a_run_is_still_reported(folder, tmp_path):
     finally:
         hidden.rename(folder / "train.beton")
     page = Page((tmp_path / "report.html").read_text())
-    assert all("train.beton: no such file" in page.text[section] for section in ("views", "choice", "neighbours"))
+    assert all(
+        "train.beton: no such file" in page.text[section]
+        for section in ("views", "choice", "neighbours")
+    )
     assert "Not shown" not in page.text["embeddings"]
 
 
 def cost_of(*runs) -> str:
     """The text of the section, of runs without their pictures."""
-    return Page(compose([replace(run, method=UserError("left out")) for run in runs], torch.device("cpu"))[0]).text["cost"]
+    return Page(
+        compose([replace(run, method=UserError("left out")) for run in runs], torch.device("cpu"))[
+            0
+        ]
+    ).text["cost"]
 
 
 def with_last_row(run, **values):
@@ -195,9 +249,19 @@ def with_last_row(run, **values):
 def test_costs_are_multiples_of_the_first_runs(folder):
     first, run = read_runs([folder / "<b>", folder / "hard"])
     costs = first.rows[-1]
-    without_accuracy = replace(run, rows=[{name: value for name, value in run.rows[-1].items() if name != "knn"}])
-    text = cost_of(first, with_last_row(run, flops=costs["flops"] * 3, seconds=costs["seconds"] / 4), without_accuracy)
-    assert "3.00× more than <b>" in text and "4.00× less than <b>" in text and text.count("than <b>") == 2
+    without_accuracy = replace(
+        run, rows=[{name: value for name, value in run.rows[-1].items() if name != "knn"}]
+    )
+    text = cost_of(
+        first,
+        with_last_row(run, flops=costs["flops"] * 3, seconds=costs["seconds"] / 4),
+        without_accuracy,
+    )
+    assert (
+        "3.00× more than <b>" in text
+        and "4.00× less than <b>" in text
+        and text.count("than <b>") == 2
+    )
 
 
 def test_times_are_compared_on_the_same_hardware_alone(folder):
@@ -205,7 +269,12 @@ def test_times_are_compared_on_the_same_hardware_alone(folder):
     costs = first.rows[-1]
     (start,) = run.starts
     run = with_last_row(run, flops=costs["flops"] * 2, seconds=costs["seconds"] * 5)
-    others = ([{**start, "ranks": 8}], [{**start, "device": "another"}], [start, {**start, "ranks": 2}], [])
+    others = (
+        [{**start, "ranks": 8}],
+        [{**start, "device": "another"}],
+        [start, {**start, "ranks": 2}],
+        [],
+    )
     text = cost_of(first, *(replace(run, starts=starts) for starts in others))
     assert text.count("2.00× more than <b>") == len(others) and "5.00×" not in text
 
@@ -219,7 +288,13 @@ def test_several_processes_are_shown(folder):
 
 
 @pytest.mark.parametrize(
-    "section, name, value", [("resolution", "max", 48), ("evaluate", "bank_samples", 30), ("evaluate", "k", 6), ("evaluate", "temperature", 0.2)]
+    "section, name, value",
+    [
+        ("resolution", "max", 48),
+        ("evaluate", "bank_samples", 30),
+        ("evaluate", "k", 6),
+        ("evaluate", "temperature", 0.2),
+    ],
 )
 def test_what_decides_an_accuracy_decides_whether_it_is_comparable(folder, section, name, value):
     first, run = read_runs([folder / "<b>", folder / "hard"])
@@ -238,7 +313,9 @@ def test_the_training_images_are_those_that_the_checkpoint_tells(folder, tmp_pat
         checkpoint.save(tmp_path / name, state)
         return tmp_path / name
 
-    moved = changed("moved", lambda state: state["options"]["data"].update(train=str(tmp_path / "gone.beton")))
+    moved = changed(
+        "moved", lambda state: state["options"]["data"].update(train=str(tmp_path / "gone.beton"))
+    )
     overwritten = changed("overwritten", lambda state: state["data"].update(digest="of others"))
     first, moved, overwritten = read_runs([folder / "<b>", moved, overwritten])
     assert first.evaluation == moved.evaluation != overwritten.evaluation
@@ -259,10 +336,29 @@ def test_recorded_evaluations_are_shown(folder, tmp_path):
         row.pop("knn", None)
     assert "No accuracy has been measured" in cost_of(run)
     settings = {"k": 20, "temperature": 0.07, "resolution": 32, "precision": "<float32>"}
-    record = {"evaluation": "knn", "checkpoint": "", "epoch": 2, "steps": 7, "network": "teacher", "weights": "", "settings": settings}
-    add_result(tmp_path, {**record, "data": {"validation": {"images": 4321}}, "scores": {"top1": 0.8765}})
+    record = {
+        "evaluation": "knn",
+        "checkpoint": "",
+        "epoch": 2,
+        "steps": 7,
+        "network": "teacher",
+        "weights": "",
+        "settings": settings,
+    }
+    add_result(
+        tmp_path, {**record, "data": {"validation": {"images": 4321}}, "scores": {"top1": 0.8765}}
+    )
     text = cost_of(run)
-    assert all(fact in text for fact in ("teacher", "2 + 7 steps", "k = 20, T = 0.07; 32 px, <float32>", "4321", "87.65%"))
+    assert all(
+        fact in text
+        for fact in (
+            "teacher",
+            "2 + 7 steps",
+            "k = 20, T = 0.07; 32 px, <float32>",
+            "4321",
+            "87.65%",
+        )
+    )
     assert "No accuracy" not in text
     (tmp_path / "evaluation.json").write_text("[")
     assert "evaluation.json: not readable" in cost_of(run)
@@ -272,7 +368,9 @@ def test_recorded_evaluations_are_shown(folder, tmp_path):
 def test_a_description_that_can_not_be_read_is_unknown(tmp_path, damage):
     path = tmp_path / "a.beton"
     damage(tmp_path / "a.beton.json")
-    assert describe_data(str(path)).class_names == [] and describe_data(str(path)).identity == str(path)
+    assert describe_data(str(path)).class_names == [] and describe_data(str(path)).identity == str(
+        path
+    )
 
 
 def test_a_disk_that_fills_leaves_the_page_that_was_there(tmp_path, monkeypatch):
@@ -292,16 +390,28 @@ def test_a_disk_that_fills_leaves_the_page_that_was_there(tmp_path, monkeypatch)
 
 def test_accuracies_of_different_data_are_said_to_be_different(folder, tmp_path):
     convert(Embedded("val", 16, seed=1), folder / "other.beton")
-    train(options_of(folder, "other", "--training.epochs=1", f"--data.validation={folder / 'other.beton'}"))
+    train(
+        options_of(
+            folder, "other", "--training.epochs=1", f"--data.validation={folder / 'other.beton'}"
+        )
+    )
     write_report([folder / "<b>", folder / "other"], tmp_path / "report.html", "cpu")
     text = Page((tmp_path / "report.html").read_text()).text["cost"]
-    assert "of different data" in text and str(folder / "other.beton") in text and "less than" not in text
+    assert (
+        "of different data" in text
+        and str(folder / "other.beton") in text
+        and "less than" not in text
+    )
 
 
 def test_a_folder_without_a_run_is_refused_in_a_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match=f"has no {re.escape(LOG_NAME)}"):
         write_report([tmp_path], tmp_path / "report.html")
-    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "nothing"), "--output", str(tmp_path / "report.html")])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["report", str(tmp_path / "nothing"), "--output", str(tmp_path / "report.html")],
+    )
     with pytest.raises(SystemExit, match="^2$"):
         runpy.run_module("ffssl.report", run_name="__main__")
     error = capsys.readouterr().err
@@ -317,10 +427,15 @@ def test_a_page_that_can_not_be_written_is_an_error(folder, tmp_path):
 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_browser_shows_it_without_complaint(folder, page, tmp_path, width):
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    chromium = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     if not chromium:
         pytest.skip("no chromium on this machine")
-    # A page of this width in a frame, since a window is never narrower than 500 pixels; its title tells what overflows.
+    # A page of this width in a frame, since a window is never narrower than 500 pixels; its title
+    # tells what overflows.
     frame = tmp_path / "frame.html"
     frame.write_text(
         f'<iframe src="file://{folder}/report.html" style="width: {width}px; height: 4000px; border: 0"></iframe>'
@@ -328,11 +443,24 @@ def test_a_browser_shows_it_without_complaint(folder, page, tmp_path, width):
         "document.title = `overflow ${page.scrollWidth - page.clientWidth}, height ${page.scrollHeight}` }</script>"
     )
     command = [
-        chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}",
-        "--enable-logging=stderr", f"--window-size={width},4000", "--dump-dom", f"file://{frame}",
-    ]  # fmt: skip
-    # Files, not pipes: its helpers would keep pipes open after it has been killed, and the test would wait for them for ever.
+        chromium,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--allow-file-access-from-files",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--enable-logging=stderr",
+        f"--window-size={width},4000",
+        "--dump-dom",
+        f"file://{frame}",
+    ]
+    # Files, not pipes: its helpers would keep pipes open after it has been killed, and the test
+    # would wait for them for ever.
     with open(tmp_path / "dom", "w+") as dom, open(tmp_path / "messages", "w+") as messages:
         subprocess.run(command, stdout=dom, stderr=messages, timeout=600, check=True)
         dom.seek(0), messages.seek(0)

@@ -31,16 +31,25 @@ def test_the_rank_counts_the_harder_pairs():
     low, high = losses(50, 4), losses(50, 4, seed=1)
     chosen = by_pair(low).argmax(1)
     for image, rank in enumerate(rank_of(by_pair(high), chosen).tolist()):
-        ordered = sorted(((high[image, a, b].item(), (a, b)) for a, b in pairs(4).tolist()), reverse=True)
+        ordered = sorted(
+            ((high[image, a, b].item(), (a, b)) for a, b in pairs(4).tolist()), reverse=True
+        )
         assert ordered[rank][1] == tuple(pairs(4)[chosen[image]].tolist())
     assert rank_of(by_pair(low), chosen).sum() == 0
 
 
 def test_the_choice_is_at_the_teachers_temperature_of_the_epoch(tmp_path, betons, monkeypatch):
     save_run(
-        tmp_path, f"--data.train={betons['train']}", "--method.name=dino", "--method.prototypes=32", "--method.teacher_temperature=0.07",
-        "--method.teacher_temperature_epochs=3", "--augment.views=3", "--hard_augment.select=hard", "--hard_augment.loss=method",
-    )  # fmt: skip
+        tmp_path,
+        f"--data.train={betons['train']}",
+        "--method.name=dino",
+        "--method.prototypes=32",
+        "--method.teacher_temperature=0.07",
+        "--method.teacher_temperature_epochs=3",
+        "--augment.views=3",
+        "--hard_augment.select=hard",
+        "--hard_augment.loss=method",
+    )
     (tmp_path / "log.jsonl").write_text(json.dumps({"epoch": 2}) + "\n")
     (run,) = read_runs([tmp_path])
     temperatures, pair_losses = [], run.method.pair_losses
@@ -62,5 +71,7 @@ def test_pca_keeps_the_distances_of_what_lies_in_a_plane():
     plane = torch.linalg.qr(torch.randn(10, 2, generator=generator))[0]
     flat = torch.randn(12, 2, generator=generator)  # fewer than UMAP is asked for
     points, explained = project(flat @ plane.T + 3)
-    torch.testing.assert_close(torch.cdist(points, points), torch.cdist(flat, flat), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        torch.cdist(points, points), torch.cdist(flat, flat), atol=1e-4, rtol=1e-4
+    )
     assert explained > 0.9999

@@ -7,14 +7,16 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from ffssl.run_folder import checkpoint
 from ffssl.errors import UserError
+from ffssl.run_folder import checkpoint
 from ffssl.run_folder.background_writer import Saver, copy_to_host
 
 CPU = torch.device("cpu")
 
 
-def test_what_is_saved_is_the_state_at_the_call_though_it_changes_while_it_is_written(tmp_path, monkeypatch):
+def test_what_is_saved_is_the_state_at_the_call_though_it_changes_while_it_is_written(
+    tmp_path, monkeypatch
+):
     may_write, save = threading.Event(), checkpoint.save
 
     def slow_save(*arguments, **settings):
@@ -22,7 +24,11 @@ def test_what_is_saved_is_the_state_at_the_call_though_it_changes_while_it_is_wr
         save(*arguments, **settings)
 
     monkeypatch.setattr(checkpoint, "save", slow_save)
-    saver, weights, spent = Saver(tmp_path, CPU, keep=2, minutes=1e-9), torch.zeros(10), {"seconds": 1.0}
+    saver, weights, spent = (
+        Saver(tmp_path, CPU, keep=2, minutes=1e-9),
+        torch.zeros(10),
+        {"seconds": 1.0},
+    )
     for step in range(2):
         may_write.clear()
         saver.save({"step": step, "weights": weights, "spent": spent})
@@ -33,12 +39,18 @@ def test_what_is_saved_is_the_state_at_the_call_though_it_changes_while_it_is_wr
         saver.wait()
         assert saver.due()
         loaded = checkpoint.load(tmp_path)
-        assert loaded["step"] == step and loaded["spent"] == {"seconds": 1.0 + step} and (loaded["weights"] == step).all()
+        assert (
+            loaded["step"] == step
+            and loaded["spent"] == {"seconds": 1.0 + step}
+            and (loaded["weights"] == step).all()
+        )
     saver.close()
 
 
 @pytest.mark.parametrize("call", ["due", "save", "wait", "close"])
-def test_what_goes_wrong_in_the_thread_is_raised_by_the_next_call_and_the_checkpoint_before_stays(tmp_path, call):
+def test_what_goes_wrong_in_the_thread_is_raised_by_the_next_call_and_the_checkpoint_before_stays(
+    tmp_path, call
+):
     saver = Saver(tmp_path, CPU, keep=2, minutes=1)
     saver.save({"step": 1})
     saver.wait()
@@ -46,7 +58,13 @@ def test_what_goes_wrong_in_the_thread_is_raised_by_the_next_call_and_the_checkp
     saver.save({"step": 2})
     while call == "due" and not saver._writing.done():
         time.sleep(0.001)
-    with pytest.raises(UserError, match="checkpoint.pt: the checkpoint can't be written: No space left on device; the one before is untouched"):
+    with pytest.raises(
+        UserError,
+        match=(
+            "checkpoint.pt: the checkpoint can't be written: No space left on device; the one "
+            "before is untouched"
+        ),
+    ):
         getattr(saver, call)(*[{"step": 3}] * (call == "save"))
     saver.close()
     assert checkpoint.load(tmp_path)["step"] == 1
@@ -55,11 +73,20 @@ def test_what_goes_wrong_in_the_thread_is_raised_by_the_next_call_and_the_checkp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, value, dtype):
-    saver, weights = Saver(tmp_path, CPU, keep=2, minutes=1), {"steps": torch.tensor(3), "projector.weight": torch.ones(3, dtype=dtype)}
+    saver, weights = (
+        Saver(tmp_path, CPU, keep=2, minutes=1),
+        {"steps": torch.tensor(3), "projector.weight": torch.ones(3, dtype=dtype)},
+    )
     saver.save({"epoch": 4, "method": weights})
     weights["projector.weight"][1] = value
     saver.save({"epoch": 5, "method": weights})
-    with pytest.raises(FloatingPointError, match=f"projector.weight is no longer finite, 5 epochs done; the last checkpoint in {tmp_path} is"):
+    with pytest.raises(
+        FloatingPointError,
+        match=(
+            "projector.weight is no longer finite, 5 epochs done; the last checkpoint in "
+            f"{tmp_path} is"
+        ),
+    ):
         saver.wait()
     saver.close()
     assert checkpoint.load(tmp_path)["epoch"] == 4
@@ -80,10 +107,20 @@ def test_a_checkpoint_is_due_when_the_last_is_old_enough(tmp_path, monkeypatch):
 
 
 def test_a_copy_has_the_same_layout_and_types_and_takes_the_place_of_one_before():
-    module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).to(memory_format=torch.channels_last)
-    state = {"model": module.state_dict(), "list": [torch.arange(3), 2, "a"], "pair": (torch.ones(1), None)}
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).to(
+        memory_format=torch.channels_last
+    )
+    state = {
+        "model": module.state_dict(),
+        "list": [torch.arange(3), 2, "a"],
+        "pair": (torch.ones(1), None),
+    }
     first = copy_to_host(state)
-    assert type(first["model"]) is OrderedDict and first["model"]._metadata == state["model"]._metadata and type(first["pair"]) is tuple
+    assert (
+        type(first["model"]) is OrderedDict
+        and first["model"]._metadata == state["model"]._metadata
+        and type(first["pair"]) is tuple
+    )
     assert first["model"]["0.weight"].stride() == module[0].weight.stride()
     place = first["model"]["0.weight"].data_ptr()
     with torch.no_grad():
@@ -91,7 +128,9 @@ def test_a_copy_has_the_same_layout_and_types_and_takes_the_place_of_one_before(
     state["list"] = [torch.arange(5), 3]
     second = copy_to_host(state, first)
     assert second["model"]["0.weight"].data_ptr() == place != module[0].weight.data_ptr()
-    assert all(torch.equal(second["model"][name], value) for name, value in module.state_dict().items())
+    assert all(
+        torch.equal(second["model"][name], value) for name, value in module.state_dict().items()
+    )
     assert second["list"][0].tolist() == [0, 1, 2, 3, 4] and second["list"][1] == 3
 
 
@@ -110,7 +149,9 @@ def test_a_copy_from_the_gpu_is_of_the_state_before_the_steps_that_follow(tmp_pa
 
 
 def test_the_thread_starts_no_threads_of_openmp(tmp_path):
-    """With more OpenMP threads than cores those of the training no longer spin between operations, and its steps take longer."""
+    """With more OpenMP threads than cores those of the training no longer spin between operations,
+    and its steps take longer.
+    """
     program = (
         "import os, sys, torch\n"
         "from pathlib import Path\n"
@@ -124,5 +165,7 @@ def test_the_thread_starts_no_threads_of_openmp(tmp_path):
         "saver.wait()\n"
         "print(len(os.listdir('/proc/self/task')) - before)\n"
     )
-    ran = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True
+    )
     assert ran.stdout == "1\n"

@@ -8,8 +8,8 @@ import pytest
 import torch
 from small_runs import Code
 
-from ffssl.run_folder import checkpoint
 from ffssl.errors import UserError
+from ffssl.run_folder import checkpoint
 
 
 def state(epoch):
@@ -70,7 +70,10 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 def test_the_last_few_are_kept_by_age(tmp_path):
     for epoch in range(5):
         checkpoint.save(tmp_path, state(epoch), keep=3)
-    assert [checkpoint.read(tmp_path / name)["epoch"] for name in ("checkpoint.pt", "checkpoint.1.pt", "checkpoint.2.pt")] == [4, 3, 2]
+    assert [
+        checkpoint.read(tmp_path / name)["epoch"]
+        for name in ("checkpoint.pt", "checkpoint.1.pt", "checkpoint.2.pt")
+    ] == [4, 3, 2]
     assert len(os.listdir(tmp_path)) == 3
     checkpoint.save(tmp_path, state(5), keep=1)
     assert os.listdir(tmp_path) == [checkpoint.NAME]
@@ -90,7 +93,9 @@ def test_without_hard_links_the_one_before_is_kept_too(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("renames", [0, 1])
-def test_without_hard_links_a_process_stopped_between_two_renames_leaves_the_one_before(tmp_path, monkeypatch, renames):
+def test_without_hard_links_a_process_stopped_between_two_renames_leaves_the_one_before(
+    tmp_path, monkeypatch, renames
+):
     checkpoint.save(tmp_path, state(1), keep=2)
     replace, calls = os.replace, itertools.count()
 
@@ -121,7 +126,9 @@ def test_a_disk_that_fails_is_not_taken_for_damage(tmp_path, monkeypatch, code):
 
     with monkeypatch.context() as patch:
         patch.setattr(zipfile.ZipFile, "testzip", fails)
-        with pytest.raises(UserError, match=f"checkpoint.pt: the checkpoint can't be read: {os.strerror(code)}"):
+        with pytest.raises(
+            UserError, match=f"checkpoint.pt: the checkpoint can't be read: {os.strerror(code)}"
+        ):
             checkpoint.load(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["checkpoint.1.pt", "checkpoint.pt"]
     assert_holds(tmp_path, 1)
@@ -149,7 +156,10 @@ def test_a_changed_bit_is_noticed_and_the_one_before_takes_its_place(tmp_path, c
     path.write_bytes(data)
     assert_holds(tmp_path, 1)
     told = capsys.readouterr().err
-    assert told.startswith(f"warning: {path}: not a readable checkpoint") and "checkpoint.1.pt, takes its place" in told
+    assert (
+        told.startswith(f"warning: {path}: not a readable checkpoint")
+        and "checkpoint.1.pt, takes its place" in told
+    )
     assert (tmp_path / "checkpoint.pt.damaged").read_bytes() == data
     checkpoint.save(tmp_path, state(3), keep=3)
     assert checkpoint.read(tmp_path / "checkpoint.1.pt")["epoch"] == 1
@@ -170,9 +180,14 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do(tmp_path, damage):
     checkpoint.save(tmp_path, state(1))
     path = tmp_path / checkpoint.NAME
     whole = path.read_bytes()
-    path.write_bytes({
-        "cut short": whole[: len(whole) // 2], "empty": b"", "text": b"not a checkpoint", "pickle": pickle.dumps(Code(tmp_path / "ran"), 2),
-        "bytes changed": whole[:100] + bytes(200) + whole[300:],
-    }[damage])  # fmt: skip
+    path.write_bytes(
+        {
+            "cut short": whole[: len(whole) // 2],
+            "empty": b"",
+            "text": b"not a checkpoint",
+            "pickle": pickle.dumps(Code(tmp_path / "ran"), 2),
+            "bytes changed": whole[:100] + bytes(200) + whole[300:],
+        }[damage]
+    )
     with pytest.raises(UserError, match="checkpoint.pt: not a readable checkpoint .*delete it"):
         checkpoint.load(tmp_path)

@@ -71,7 +71,9 @@ def test_a_full_disk_is_told_in_a_line(tmp_path, monkeypatch):
 
     log = RunLog(tmp_path, last_epoch=-1, tensorboard=False)
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=f"{tmp_path}: the log can't be written: No space left on device"):
+    with pytest.raises(
+        UserError, match=f"{tmp_path}: the log can't be written: No space left on device"
+    ):
         log.write(rows(0)[0])
     log.close()
 
@@ -81,7 +83,9 @@ def test_a_disk_that_is_full_when_tensorboard_starts_is_told_in_a_line(tmp_path,
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", full)
-    with pytest.raises(UserError, match=f"{tmp_path}: the log can't be written: No space left on device"):
+    with pytest.raises(
+        UserError, match=f"{tmp_path}: the log can't be written: No space left on device"
+    ):
         RunLog(tmp_path, last_epoch=-1, tensorboard=True)
 
 
@@ -97,7 +101,10 @@ def scalars(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder)).Reload()
-    return {tag: [(event.step, round(event.value, 5)) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {
+        tag: [(event.step, round(event.value, 5)) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
 
 
 def log_steps(folder, steps, *, last_epoch, value, **options):
@@ -110,7 +117,8 @@ def log_steps(folder, steps, *, last_epoch, value, **options):
 
 def test_tensorboard_shows_steps_and_a_resumed_run_replaces_those_after_its_checkpoint(tmp_path):
     log_steps(tmp_path, [50, 100, 150, 200], last_epoch=-1, value=1.0, tensorboard=True)
-    log_steps(tmp_path, [150], last_epoch=0, value=2.0, tensorboard=True)  # the one before was killed beyond step 150, its checkpoint is of 100
+    # The one before was killed beyond step 150, its checkpoint is of 100.
+    log_steps(tmp_path, [150], last_epoch=0, value=2.0, tensorboard=True)
     assert scalars(tmp_path / "steps") == {"step/loss": [(50, 1.0), (100, 1.0), (150, 2.0)]}
     assert scalars(tmp_path) == {"loss": [(0, 1.0), (1, 2.0)]}
     assert [row["epoch"] for row in read_log(tmp_path)] == [0, 1]
@@ -146,19 +154,39 @@ def test_wandb_gets_the_options_epochs_and_steps_and_a_resumed_run_goes_on(tmp_p
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     options = {"training": {"epochs": 2}}
     for last_epoch in (-1, 0, -1):
-        log_steps(tmp_path, [50 * (last_epoch + 2)], last_epoch=last_epoch, value=1.0, tensorboard=False, wandb="mine", options=options)
+        log_steps(
+            tmp_path,
+            [50 * (last_epoch + 2)],
+            last_epoch=last_epoch,
+            value=1.0,
+            tensorboard=False,
+            wandb="mine",
+            options=options,
+        )
     first, resumed, anew = wandb.inits
-    assert (first.project, first.name, first.dir, first.config) == ("mine", tmp_path.name, str(tmp_path), options)
+    assert (first.project, first.name, first.dir, first.config) == (
+        "mine",
+        tmp_path.name,
+        str(tmp_path),
+        options,
+    )
     assert first.id == resumed.id != anew.id and resumed.resume == "allow"
     assert wandb.rows[:2] == [{"step": 50, "step/loss": 1.0}, {"epoch": 0, "epoch/loss": 1.0}]
     assert wandb.rows[2:4] == [{"step": 100, "step/loss": 1.0}, {"epoch": 1, "epoch/loss": 1.0}]
-    assert wandb.axes == {"epoch": None, "epoch/*": "epoch", "step": None, "step/*": "step"} and wandb.finished == 3
+    assert (
+        wandb.axes == {"epoch": None, "epoch/*": "epoch", "step": None, "step/*": "step"}
+        and wandb.finished == 3
+    )
 
 
 def test_wandbs_own_errors_and_a_missing_package_are_told_in_a_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", StandIn(error="api_key not configured.\nRun wandb login"))
+    monkeypatch.setitem(
+        sys.modules, "wandb", StandIn(error="api_key not configured.\nRun wandb login")
+    )
     with pytest.raises(UserError, match="--run.wandb: api_key not configured. Run wandb login"):
         RunLog(tmp_path, last_epoch=-1, tensorboard=False, wandb="mine")
     monkeypatch.setitem(sys.modules, "wandb", None)  # import raises ImportError
-    with pytest.raises(UserError, match="--run.wandb: the package wandb is not installed; pip install"):
+    with pytest.raises(
+        UserError, match="--run.wandb: the package wandb is not installed; pip install"
+    ):
         RunLog(tmp_path, last_epoch=-1, tensorboard=False, wandb="mine")

@@ -30,14 +30,19 @@ def test_a_damaged_record_is_put_aside_and_a_full_disk_told(tmp_path, capsys):
     assert len(read_starts(tmp_path)) == 1 and (tmp_path / f"{NAME}.damaged").read_text() == damaged
     assert capsys.readouterr().err.startswith(f"warning: {tmp_path / NAME}: not a readable record")
     (tmp_path / f".{NAME}.partial").symlink_to("/dev/full")
-    with pytest.raises(UserError, match=f"{tmp_path / NAME}: the record of the run can't be written: No space left on device"):
+    with pytest.raises(
+        UserError,
+        match=f"{tmp_path / NAME}: the record of the run can't be written: No space left on device",
+    ):
         record_start(tmp_path, torch.device("cpu"))
     assert len(read_starts(tmp_path)) == 1
 
 
 def git(folder, *words):
     identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
-    return subprocess.run(["git", "-C", str(folder), *identity, *words], check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", "-C", str(folder), *identity, *words], check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def test_the_git_revision_is_that_of_the_checkout_and_says_whether_files_have_changed(tmp_path):
@@ -57,7 +62,10 @@ def test_the_git_revision_is_that_of_the_checkout_and_says_whether_files_have_ch
 
 def test_the_machine_names_its_gpus(tmp_path, monkeypatch):
     tool = tmp_path / "nvidia-smi"
-    tool.write_text('#!/bin/sh\n[ "$*" = "--query-gpu=name --format=csv,noheader" ] && printf "NVIDIA A100\\nNVIDIA A100\\nTesla T4\\n"\n')
+    tool.write_text(
+        '#!/bin/sh\n[ "$*" = "--query-gpu=name --format=csv,noheader" ] && printf "NVIDIA '
+        'A100\\nNVIDIA A100\\nTesla T4\\n"\n'
+    )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert "cores, 2 x NVIDIA A100, 1 x Tesla T4; Python" in machine.describe_machine(())

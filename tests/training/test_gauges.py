@@ -7,6 +7,9 @@ import torch
 from test_hard_augment import build, uint8_views, without_dropout
 from torch.nn import functional as F
 
+from ffssl.data.normalise import to_input
+from ffssl.hard_augment import Selection, choose_views, random_pair
+from ffssl.methods import METHODS
 from ffssl.training.gauges import (
     STEPS_BETWEEN,
     effective_rank,
@@ -14,9 +17,6 @@ from ffssl.training.gauges import (
     is_due,
     predictor_cosine,
 )
-from ffssl.hard_augment import Selection, choose_views, random_pair
-from ffssl.data.normalise import to_input
-from ffssl.methods import METHODS
 
 
 def test_the_effective_rank_is_that_of_its_definition():

@@ -4,8 +4,8 @@
     loader = ffcv.loader.Loader(path, ..., pipelines={"image": PipelineSpec("image", decoder=decoder, transforms=[ToTensor()])})
     decoder.set_epoch(epoch, resolution=160)     # before an epoch
 
-`ffssl.data.ViewLoader` gives bit-identical views, and besides stops when an image does not decode: ffcv's loader prints the error
-and waits for ever.
+`ffssl.data.ViewLoader` gives bit-identical views, and besides stops when an image does not decode:
+ffcv's loader prints the error and waits for ever.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-# ffcv compiles one numba.typed.Dict at import, which takes seconds; it only ever looks two strings up in it. And its import sets
-# torch and Numba to one thread.
+# ffcv compiles one numba.typed.Dict at import, which takes seconds; it only ever looks two strings
+# up in it. And its import sets torch and Numba to one thread.
 _torch_threads, _numba_threads = torch.get_num_threads(), numba.get_num_threads()
 with mock.patch.object(numba.typed, "Dict", dict):
     from ffcv.pipeline.allocation_query import AllocationQuery
@@ -44,7 +44,9 @@ def _pointer_at(typing_context, address):
 
 
 class ViewDecoder(Operation):
-    """FFCV decoder: JPEG or raw image to uint8 (batch, views, 3, resolution, resolution). Arguments: see `ViewSettings`.
+    """FFCV decoder: JPEG or raw image to uint8 (batch, views, 3, resolution, resolution).
+
+    Arguments: see `ViewSettings`.
 
     Raises ValueError with the sample's index where an image does not decode.
     """
@@ -67,11 +69,16 @@ class ViewDecoder(Operation):
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
         shape = (self.settings.views, 3, self.settings.resolution, self.settings.resolution)
         dtype = np.dtype("u1")
-        return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), AllocationQuery(shape, dtype)
+        return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), AllocationQuery(
+            shape, dtype
+        )
 
     def generate_code(self):
         # Numba freezes the arrays of a closure, so the settings come in by their addresses.
-        counters_at, policies_at = self.settings.counters.ctypes.data, self.settings.policy_rows.ctypes.data
+        counters_at, policies_at = (
+            self.settings.counters.ctypes.data,
+            self.settings.policy_rows.ctypes.data,
+        )
         policies_shape = self.settings.policy_rows.shape
         scaled_decoding = self.settings.scaled_decoding
         read_file = self.memory_read
@@ -85,7 +92,16 @@ class ViewDecoder(Operation):
                 height, width = np.int64(image["height"]), np.int64(image["width"])
                 data = read_file(image["data_ptr"], storage_state)
                 if not render_sample(
-                    data, image["mode"], height, width, counters, policy_rows, indices[b], scaled_decoding, pixels, views[b]
+                    data,
+                    image["mode"],
+                    height,
+                    width,
+                    counters,
+                    policy_rows,
+                    indices[b],
+                    scaled_decoding,
+                    pixels,
+                    views[b],
                 ):
                     raise ValueError("image does not decode", indices[b])
             return views[: len(indices)]

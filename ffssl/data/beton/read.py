@@ -1,10 +1,13 @@
-"""The beton file: FFCV's format (version 2), read with every claim checked, written in one deterministic pass.
+"""The beton file: FFCV's format (version 2), read with every claim checked, written in one
+deterministic pass.
 
-Layout: header, one descriptor a field, one metadata row a sample, the images' bytes, and an allocation table (sample,
-pointer, size) that runs to the end of the file. FFCV reads the data in pages of `page_size` bytes counted from the
-start of the file, so no sample may cross a page boundary.
+Layout: header, one descriptor a field, one metadata row a sample, the images' bytes, and an
+allocation table (sample, pointer, size) that runs to the end of the file. FFCV reads the data in
+pages of `page_size` bytes counted from the start of the file, so no sample may cross a page
+boundary.
 
-The types are those of ffcv/types.py and ffcv/fields, declared again because importing ffcv takes seconds.
+The types are those of ffcv/types.py and ffcv/fields, declared again because importing ffcv takes
+seconds.
 """
 
 import hashlib
@@ -28,14 +31,17 @@ HEADER_TYPE = np.dtype(
     ],
     align=True,
 )
-FIELD_TYPE = np.dtype([("type_id", "<u1"), ("name", ("<u1", 16)), ("arguments", ("<u1", (1024,)))], align=True)
+FIELD_TYPE = np.dtype(
+    [("type_id", "<u1"), ("name", ("<u1", 16)), ("arguments", ("<u1", (1024,)))], align=True
+)
 ALLOCATION_TYPE = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 IMAGE_TYPE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 LABEL_TYPE = np.dtype("<i8")
 MODE_JPEG, MODE_RAW = 0, 1
 
 FLOAT_FIELD, INT_FIELD, IMAGE_FIELD, BYTES_FIELD, ARRAY_FIELD, JSON_FIELD, TENSOR_FIELD = range(7)
-FIELD_KINDS = ("float", "int", "image", "bytes", "array", "JSON", "tensor")  # by those numbers, for messages
+# By those numbers, for messages.
+FIELD_KINDS = ("float", "int", "image", "bytes", "array", "JSON", "tensor")
 LABEL = "label"  # what the converter calls its labels
 _POINTER_AND_SIZE = np.dtype([("ptr", "<u8"), ("size", "<u8")])
 FIELD_METADATA = {
@@ -52,19 +58,23 @@ MAX_PAGE_SIZE = 1 << 31  # the header holds it in 32 bits
 
 
 def metadata_type(field_types: list[int]) -> np.dtype:
-    """The dtype of one sample's metadata row: fields f0, f1, ... in order, aligned as ffcv aligns them."""
-    return np.dtype([(f"f{i}", FIELD_METADATA[type_id]) for i, type_id in enumerate(field_types)], align=True)
+    """The dtype of one sample's metadata row: fields f0, f1, ... in order, aligned as ffcv aligns
+    them.
+    """
+    return np.dtype(
+        [(f"f{i}", FIELD_METADATA[type_id]) for i, type_id in enumerate(field_types)], align=True
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class Beton:
     """What a beton file holds, apart from the images' bytes. All arrays are read-only.
 
-    images: IMAGE_TYPE (n,): mode (MODE_JPEG or MODE_RAW), width, height, data_ptr.
-    image_sizes: uint64 (n,), the bytes of each image.
-    labels: int64 (n,), or None where no field holds any, or none that can only be meant; label_field: which it is.
-    pointers, sizes: uint64, the allocation table sorted by pointer; other fields' data included.
-    fields: name and type of each. named_labels: of the int field "label", whichever field was asked for, or None.
+    images: IMAGE_TYPE (n,): mode (MODE_JPEG or MODE_RAW), width, height, data_ptr. image_sizes:
+    uint64 (n,), the bytes of each image. labels: int64 (n,), or None where no field holds any, or
+    none that can only be meant; label_field: which it is. pointers, sizes: uint64, the allocation
+    table sorted by pointer; other fields' data included. fields: name and type of each.
+    named_labels: of the int field "label", whichever field was asked for, or None.
     """
 
     path: Path
@@ -82,7 +92,9 @@ class Beton:
         return len(self.images)
 
     def digest(self) -> str:
-        """16 hexadecimal digits of what is here, which tell these samples from others without a look at their bytes."""
+        """16 hexadecimal digits of what is here, which tell these samples from others without a
+        look at their bytes.
+        """
         digest = hashlib.sha256()
         for array in (self.images, self.named_labels, self.pointers, self.sizes):
             digest.update(b"" if array is None else array.tobytes())
@@ -90,10 +102,12 @@ class Beton:
 
 
 def read_beton(path: str | os.PathLike, label_field: str | None = None) -> Beton:
-    """Read the tables of a beton file and check them against each other and against the file's size.
+    """Read the tables of a beton file and check them against each other and against the file's
+    size.
 
-    label_field: the field that holds the labels, of integers or of floats that are whole numbers. By default it is "label", or where no
-    field is called so, the only such field. The images' bytes are not read. Raises UserError naming the file, what is wrong and what to do.
+    label_field: the field that holds the labels, of integers or of floats that are whole numbers.
+    By default it is "label", or where no field is called so, the only such field. The images' bytes
+    are not read. Raises UserError naming the file, what is wrong and what to do.
     """
     path = Path(path)
     try:
@@ -104,7 +118,9 @@ def read_beton(path: str | os.PathLike, label_field: str | None = None) -> Beton
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; write it with write_datasets.py") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; check the file and its permissions") from error
+        raise UserError(
+            f"{path}: cannot be read: {error.strerror}; check the file and its permissions"
+        ) from error
 
 
 def _read(path: Path, file, file_size: int, label_field: str | None) -> Beton:
@@ -126,19 +142,35 @@ def _read(path: Path, file, file_size: int, label_field: str | None) -> Beton:
     table = np.fromfile(file, ALLOCATION_TYPE, (file_size - table_ptr) // ALLOCATION_TYPE.itemsize)
     pointers, sizes = _sorted_allocations(path, table, rows_end, table_ptr)
 
-    # Contiguous copies: the rows interleave the fields, and every later look-up would stride over all of them.
+    # Contiguous copies: the rows interleave the fields, and every later look-up would stride over
+    # all of them.
     images = np.ascontiguousarray(rows[_image_column(path, fields)])
     label_field, labels = _labels(path, fields, rows, label_field)
     named_labels = None
     if (LABEL, INT_FIELD) in fields:
-        named_labels = labels if label_field == LABEL else _whole_numbers(fields, rows, fields.index((LABEL, INT_FIELD)))
+        named_labels = (
+            labels
+            if label_field == LABEL
+            else _whole_numbers(fields, rows, fields.index((LABEL, INT_FIELD)))
+        )
     page_size = int(header["page_size"])
     image_sizes = _check_images(path, images, pointers, sizes, page_size)
 
     for array in (images, image_sizes, labels, named_labels, pointers, sizes):
         if array is not None:
             array.setflags(write=False)
-    return Beton(path, images, image_sizes, labels, pointers, sizes, page_size, fields, label_field, named_labels)
+    return Beton(
+        path,
+        images,
+        image_sizes,
+        labels,
+        pointers,
+        sizes,
+        page_size,
+        fields,
+        label_field,
+        named_labels,
+    )
 
 
 def _damaged(path: Path, what: str) -> UserError:
@@ -147,7 +179,11 @@ def _damaged(path: Path, what: str) -> UserError:
 
 def _read_header(path: Path, file, file_size: int) -> np.void:
     if file_size < HEADER_TYPE.itemsize:
-        what = "is empty" if file_size == 0 else f"is {file_size} bytes long, too short for a beton file"
+        what = (
+            "is empty"
+            if file_size == 0
+            else f"is {file_size} bytes long, too short for a beton file"
+        )
         raise UserError(f"{path}: {what}; write or copy it again")
     header = np.fromfile(file, HEADER_TYPE, 1)[0]
     if header["version"] != VERSION:
@@ -157,7 +193,9 @@ def _read_header(path: Path, file, file_size: int) -> np.void:
         )
     page_size = int(header["page_size"])
     if page_size < MIN_PAGE_SIZE or page_size & (page_size - 1):
-        raise _damaged(path, f"its page size, {page_size}, is not a power of two of at least {MIN_PAGE_SIZE}")
+        raise _damaged(
+            path, f"its page size, {page_size}, is not a power of two of at least {MIN_PAGE_SIZE}"
+        )
     return header
 
 
@@ -166,7 +204,15 @@ def _read_fields(path: Path, file, file_size: int, num_fields: int) -> list[tupl
         raise _damaged(path, f"it claims {num_fields} fields")
     fields = []
     for descriptor in np.fromfile(file, FIELD_TYPE, num_fields):
-        name = descriptor["name"].tobytes().split(b"\0")[0].decode("latin-1").encode("unicode_escape").decode("ascii")  # fit for a message
+        # Fit for a message.
+        name = (
+            descriptor["name"]
+            .tobytes()
+            .split(b"\0")[0]
+            .decode("latin-1")
+            .encode("unicode_escape")
+            .decode("ascii")
+        )
         type_id = int(descriptor["type_id"])
         if type_id not in FIELD_METADATA:
             raise UserError(
@@ -185,24 +231,39 @@ def _image_column(path: Path, fields: list[tuple[str, int]]) -> str:
     if len(candidates) == 1:
         return f"f{candidates[0]}"
     names = ", ".join(f"'{name}'" for name, _ in fields)
-    which = "no RGB image field" if not candidates else "several RGB image fields and not one named 'image'"
-    raise UserError(f"{path}: has {which} (fields: {names}); write it with one RGBImageField named 'image'")
+    which = (
+        "no RGB image field"
+        if not candidates
+        else "several RGB image fields and not one named 'image'"
+    )
+    raise UserError(
+        f"{path}: has {which} (fields: {names}); write it with one RGBImageField named 'image'"
+    )
 
 
 def describe_fields(fields: list[tuple[str, int]]) -> str:
     """The fields besides the image, for a message."""
-    others = [f"'{name}' ({FIELD_KINDS[type_id]})" for name, type_id in fields if type_id != IMAGE_FIELD]
+    others = [
+        f"'{name}' ({FIELD_KINDS[type_id]})" for name, type_id in fields if type_id != IMAGE_FIELD
+    ]
     return ", ".join(others) or "none besides the image"
 
 
-def _labels(path: Path, fields: list[tuple[str, int]], rows: np.ndarray, wanted: str | None) -> tuple[str | None, np.ndarray | None]:
-    """The name of the field that holds the labels, and these, int64 (n,); None twice where none does, or it is not clear which."""
+def _labels(
+    path: Path, fields: list[tuple[str, int]], rows: np.ndarray, wanted: str | None
+) -> tuple[str | None, np.ndarray | None]:
+    """The name of the field that holds the labels, and these, int64 (n,); None twice where none
+    does, or it is not clear which.
+    """
     if wanted is not None:
         columns = [i for i, (name, _) in enumerate(fields) if name == wanted]
         labels = _whole_numbers(fields, rows, columns[0]) if columns else None
         if labels is None:
             what = "holds no whole numbers" if columns else "is not in it"
-            raise UserError(f"{path}: the field of labels, '{wanted}', {what}; its fields: {describe_fields(fields)}")
+            raise UserError(
+                f"{path}: the field of labels, '{wanted}', {what}; its fields: "
+                f"{describe_fields(fields)}"
+            )
         return wanted, labels
     named = [i for i, (name, _) in enumerate(fields) if name == LABEL]
     columns = ((i, _whole_numbers(fields, rows, i)) for i in named or range(len(fields)))
@@ -210,18 +271,26 @@ def _labels(path: Path, fields: list[tuple[str, int]], rows: np.ndarray, wanted:
     return able[0] if len(able) == 1 else (None, None)
 
 
-def _whole_numbers(fields: list[tuple[str, int]], rows: np.ndarray, column: int) -> np.ndarray | None:
+def _whole_numbers(
+    fields: list[tuple[str, int]], rows: np.ndarray, column: int
+) -> np.ndarray | None:
     """A field as int64, or None where it is of another kind."""
     kind, values = fields[column][1], rows[f"f{column}"]
     if kind == INT_FIELD:
         return np.ascontiguousarray(values)
-    if kind == FLOAT_FIELD and (np.isfinite(values) & (values == np.rint(values)) & (np.abs(values) < 2.0**53)).all():
+    if (
+        kind == FLOAT_FIELD
+        and (np.isfinite(values) & (values == np.rint(values)) & (np.abs(values) < 2.0**53)).all()
+    ):
         return values.astype(np.int64)
     return None
 
 
-def _sorted_allocations(path: Path, table: np.ndarray, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-    # ffcv allocates nothing for an empty BytesField, at the address of its successor: such entries would shadow it.
+def _sorted_allocations(
+    path: Path, table: np.ndarray, start: int, end: int
+) -> tuple[np.ndarray, np.ndarray]:
+    # ffcv allocates nothing for an empty BytesField, at the address of its successor: such entries
+    # would shadow it.
     table = table[table["size"] > 0]
     pointers, sizes = table["ptr"].copy(), table["size"].copy()
     if np.any(pointers[1:] < pointers[:-1]):
@@ -242,7 +311,9 @@ def _check_images(
 
     def refuse_any(bad: np.ndarray, what: str) -> None:
         if bad.any():
-            raise _damaged(path, f"sample {int(bad.argmax())} {what} ({int(bad.sum())} such of {len(images)})")
+            raise _damaged(
+                path, f"sample {int(bad.argmax())} {what} ({int(bad.sum())} such of {len(images)})"
+            )
 
     data_ptr, width, height = images["data_ptr"], images["width"], images["height"]
     refuse_any(images["mode"] > MODE_RAW, "is marked as neither JPEG nor raw")
@@ -250,12 +321,20 @@ def _check_images(
     if len(pointers) == 0:
         raise _damaged(path, "its allocation table is empty")
     entry = np.minimum(np.searchsorted(pointers, data_ptr), len(pointers) - 1)
-    refuse_any(pointers[entry] != data_ptr, "points to data that the allocation table does not list")
+    refuse_any(
+        pointers[entry] != data_ptr, "points to data that the allocation table does not list"
+    )
     image_sizes = sizes[entry]
     pixels = height.astype(np.uint64) * width
-    refuse_any((images["mode"] == MODE_RAW) & (image_sizes != 3 * pixels), "is raw but not of 3 x width x height bytes")
+    refuse_any(
+        (images["mode"] == MODE_RAW) & (image_sizes != 3 * pixels),
+        "is raw but not of 3 x width x height bytes",
+    )
     # Else a damaged size would be taken for real when memory is reserved for the largest image.
-    refuse_any((images["mode"] == MODE_JPEG) & (pixels > MOST_PIXELS_PER_BYTE * image_sizes), "claims more pixels than its bytes can hold")
+    refuse_any(
+        (images["mode"] == MODE_JPEG) & (pixels > MOST_PIXELS_PER_BYTE * image_sizes),
+        "claims more pixels than its bytes can hold",
+    )
     page_bits = np.uint64(page_size.bit_length() - 1)
     last_byte = data_ptr + image_sizes - np.uint64(1)
     refuse_any(data_ptr >> page_bits != last_byte >> page_bits, "crosses a page boundary")

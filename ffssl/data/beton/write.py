@@ -1,4 +1,6 @@
-"""Writes beton files with the fields `image` and `label`: one pass, same bytes for same samples, all or nothing."""
+"""Writes beton files with the fields `image` and `label`: one pass, same bytes for same samples,
+all or nothing.
+"""
 
 import errno
 import hashlib
@@ -37,22 +39,28 @@ class BetonWriteError(UserError):
 
 
 class BetonWriter:
-    """Writes samples in the order of `add` to a hidden file next to `path`, which takes its name on a clean exit.
+    """Writes samples in the order of `add` to a hidden file next to `path`, which takes its name on
+    a clean exit.
 
         with BetonWriter("train.beton", max_samples=1000) as writer:
             writer.add(jpeg_bytes, MODE_JPEG, width, height, label)
 
-    Room for the metadata of `max_samples` is reserved before the data, so fewer may be added. Pages are of
-    `page_size` bytes, a power of two, and grow to hold a sample that is larger. If the block raises anything,
-    KeyboardInterrupt included, the hidden file is removed and `path` stays as it was. What a killed writer left
-    behind is removed by the next one for the same path.
+    Room for the metadata of `max_samples` is reserved before the data, so fewer may be added. Pages
+    are of `page_size` bytes, a power of two, and grow to hold a sample that is larger. If the block
+    raises anything, KeyboardInterrupt included, the hidden file is removed and `path` stays as it
+    was. What a killed writer left behind is removed by the next one for the same path.
 
     Raises UserError for a path that cannot be written and BetonWriteError when writing fails.
     """
 
-    def __init__(self, path: str | os.PathLike, max_samples: int, page_size: int = DEFAULT_PAGE_SIZE):
+    def __init__(
+        self, path: str | os.PathLike, max_samples: int, page_size: int = DEFAULT_PAGE_SIZE
+    ):
         if not (MIN_PAGE_SIZE <= page_size <= MAX_PAGE_SIZE) or page_size & (page_size - 1):
-            raise ValueError(f"page_size must be a power of two from {MIN_PAGE_SIZE} to {MAX_PAGE_SIZE}: {page_size}")
+            raise ValueError(
+                f"page_size must be a power of two from {MIN_PAGE_SIZE} to "
+                f"{MAX_PAGE_SIZE}: {page_size}"
+            )
         self.path = Path(path)
         self.page_size = page_size
         self._rows = np.zeros(max_samples, metadata_type([type_id for _, type_id in FIELDS]))
@@ -89,10 +97,18 @@ class BetonWriter:
 
     def add(self, image: bytes, mode: int, width: int, height: int, label: int) -> None:
         """Append one sample: the bytes of a JPEG file, or of uint8 pixels (height, width, 3)."""
-        if mode not in (MODE_JPEG, MODE_RAW) or not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE) or not image:
-            raise ValueError(f"sample {self._count}: mode {mode}, {width} x {height}, {len(image)} bytes")
+        if (
+            mode not in (MODE_JPEG, MODE_RAW)
+            or not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE)
+            or not image
+        ):
+            raise ValueError(
+                f"sample {self._count}: mode {mode}, {width} x {height}, {len(image)} bytes"
+            )
         if mode == MODE_RAW and len(image) != 3 * width * height:
-            raise ValueError(f"sample {self._count}: {len(image)} bytes for {width} x {height} raw pixels")
+            raise ValueError(
+                f"sample {self._count}: {len(image)} bytes for {width} x {height} raw pixels"
+            )
         if self._sha256 is not None:
             raise ValueError("the file is finished")
         if self._count == len(self._rows):
@@ -110,22 +126,32 @@ class BetonWriter:
     def _allocate(self, size: int) -> int:
         """The next address at which `size` bytes lie within one page."""
         if size > MAX_PAGE_SIZE:
-            raise ValueError(f"sample {self._count}: {size} bytes do not fit the largest page, {MAX_PAGE_SIZE}")
-        # Samples within a page of one size are within a page of any larger power of two, so pages may grow midway.
+            raise ValueError(
+                f"sample {self._count}: {size} bytes do not fit the largest page, {MAX_PAGE_SIZE}"
+            )
+        # Samples within a page of one size are within a page of any larger power of two, so pages
+        # may grow midway.
         while size > self.page_size:
             self.page_size *= 2
         room = self.page_size - self._position % self.page_size
         return self._position if size <= room else self._position + room
 
     def finish(self) -> str:
-        """Complete the hidden file and return its sha256, in hexadecimal. Nothing can be added any more.
+        """Complete the hidden file and return its sha256, in hexadecimal.
 
-        Leaving the block does this as well; called before, all that is left for then is the renaming.
+        Nothing can be added any more.
+
+        Leaving the block does this as well; called before, all that is left for then is the
+        renaming.
         """
         if self._sha256 is None:
             self._write_tables()
             # Neither the disk nor the hash need wait for the other.
-            with self._reporting_failures(), open(self._partial, "rb") as file, ThreadPoolExecutor(1) as pool:
+            with (
+                self._reporting_failures(),
+                open(self._partial, "rb") as file,
+                ThreadPoolExecutor(1) as pool,
+            ):
                 synced = pool.submit(os.fsync, self._file.fileno())
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
                 synced.result()
@@ -156,17 +182,23 @@ class BetonWriter:
             reason = error.strerror
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 free = shutil.disk_usage(self.path.parent).free
-                reason = f"no space left ({free / 1e6:.0f} MB free); make room or choose another disk"
+                reason = (
+                    f"no space left ({free / 1e6:.0f} MB free); make room or choose another disk"
+                )
             elif error.errno == errno.EFBIG:
                 reason = "larger than the file system or `ulimit -f` allows"
             written = f"after {self._count} samples, {self._position / 1e6:.0f} MB"
-            raise BetonWriteError(f"{self.path}: could not be written {written}: {reason}") from error
+            raise BetonWriteError(
+                f"{self.path}: could not be written {written}: {reason}"
+            ) from error
 
 
 def check_writable(path: Path) -> None:
     """Raise UserError unless a file could be put at `path`."""
     if path.is_dir():
-        raise UserError(f"{path}: is a folder; name the file to write, for example {path / 'train.beton'}")
+        raise UserError(
+            f"{path}: is a folder; name the file to write, for example {path / 'train.beton'}"
+        )
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: is a device or the like, not a file; choose another name")
     if not path.parent.is_dir():

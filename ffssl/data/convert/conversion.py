@@ -1,4 +1,5 @@
-"""Converts a source of images to a beton file, in parallel, with the same bytes whatever the number of workers.
+"""Converts a source of images to a beton file, in parallel, with the same bytes whatever the number
+of workers.
 
     from ffssl.data.convert.conversion import ConvertOptions, Encoding, convert
     from ffssl.data.convert.sources.folder import ImageFolder
@@ -26,12 +27,18 @@ from tqdm import tqdm
 import ffssl
 from ffssl.data.beton.read import Beton, read_beton
 from ffssl.data.beton.write import BetonWriter, check_writable
-from ffssl.data.convert.encode import BrokenImage, EncodedImage, Encoding, How, depth_notes, encode_image
+from ffssl.data.convert.encode import (
+    BrokenImage,
+    EncodedImage,
+    Encoding,
+    How,
+    depth_notes,
+    encode_image,
+)
 from ffssl.data.convert.sources import UNLABELLED, Source
 from ffssl.data.convert.workers import WorkerDied, WorkersNotStarted, leave_if_worker, map_in_order
 from ffssl.errors import UserError
 from ffssl.files import write_json
-
 
 _LARGE = 100 * 10**6  # pixels; 16 threads of the loader then take 5 GB for such an image
 
@@ -44,10 +51,11 @@ class ConversionError(UserError):
 class ConvertOptions:
     """How to convert; raises UserError for values out of range.
 
-    encoding: size limit and JPEG quality. compressed_share: share of samples stored as JPEG, the rest as raw pixels;
-    which, a hash of the sample's index decides. workers: processes that encode; with 1 the caller's own does.
-    subset: that many samples, those whose hash of (subset_seed, index) is least, in the source's order: random,
-    repeatable, and a smaller subset is part of a larger one. skip_broken: leave broken images out instead of stopping.
+    encoding: size limit and JPEG quality. compressed_share: share of samples stored as JPEG, the
+    rest as raw pixels; which, a hash of the sample's index decides. workers: processes that encode;
+    with 1 the caller's own does. subset: that many samples, those whose hash of (subset_seed,
+    index) is least, in the source's order: random, repeatable, and a smaller subset is part of a
+    larger one. skip_broken: leave broken images out instead of stopping.
     """
 
     encoding: Encoding = field(default_factory=Encoding)
@@ -61,7 +69,9 @@ class ConvertOptions:
 
     def __post_init__(self):
         if not 0 <= self.compressed_share <= 1:
-            raise UserError(f"compressed share {self.compressed_share}: must be 0 to 1 (--compressed-share)")
+            raise UserError(
+                f"compressed share {self.compressed_share}: must be 0 to 1 (--compressed-share)"
+            )
         if self.workers < 1:
             raise UserError(f"{self.workers} workers: must be at least 1 (--workers)")
         if self.subset is not None and self.subset < 1:
@@ -95,8 +105,11 @@ class Summary:
     seconds: float
 
 
-def convert(source: Source, path: str | os.PathLike, options: ConvertOptions = ConvertOptions()) -> Summary:
-    """Write the images and labels of `source` to a beton file at `path`, and a description to `path`.json.
+def convert(
+    source: Source, path: str | os.PathLike, options: ConvertOptions = ConvertOptions()
+) -> Summary:
+    """Write the images and labels of `source` to a beton file at `path`, and a description to
+    `path`.json.
 
     The file appears under its name when it is whole; a failed or interrupted run leaves what was
     there before. Raises UserError for options that do not fit and for a program that workers can't
@@ -113,11 +126,16 @@ def convert(source: Source, path: str | os.PathLike, options: ConvertOptions = C
     skipped: list[tuple[str, str]] = []
     largest, peaks = ("", 0, 0), []
     # Closed explicitly: an exception's traceback would keep the generator, and its workers, alive.
-    with BetonWriter(path, max_samples=len(indices)) as writer, closing(_encoded(source, indices, options)) as results:
+    with (
+        BetonWriter(path, max_samples=len(indices)) as writer,
+        closing(_encoded(source, indices, options)) as results,
+    ):
         for index, result in zip(indices.tolist(), results, strict=True):
             if isinstance(result, _Broken):
                 if not options.skip_broken:
-                    raise ConversionError(f"{result.name}: {result.reason}; repair it, or pass --skip-broken")
+                    raise ConversionError(
+                        f"{result.name}: {result.reason}; repair it, or pass --skip-broken"
+                    )
                 skipped.append((result.name, result.reason))
                 continue
             image, label = result
@@ -130,14 +148,19 @@ def convert(source: Source, path: str | os.PathLike, options: ConvertOptions = C
                 peaks.append(image.peak)
         if len(writer) == 0:
             raise ConversionError(
-                f"{path}: not written: all {len(skipped)} images are broken; the first, {': '.join(skipped[0])}"
+                f"{path}: not written: all {len(skipped)} images are broken; the first, "
+                f"{': '.join(skipped[0])}"
             )
         sha256 = writer.finish()
-        # A description must never lie beside a file it does not describe, even if this process is killed here.
+        # A description must never lie beside a file it does not describe, even if this process is
+        # killed here.
         try:
             description_path(path).unlink(missing_ok=True)
         except OSError as error:
-            raise ConversionError(f"{description_path(path)}: cannot be replaced: {error.strerror}; {path} was not written") from error
+            raise ConversionError(
+                f"{description_path(path)}: cannot be replaced: {error.strerror}; {path} "
+                "was not written"
+            ) from error
     summary = Summary(
         path=path,
         samples=sum(counts.values()),
@@ -177,7 +200,10 @@ def check_output(path: Path, overwrite: bool) -> None:
     check_writable(path)
     description = description_path(path)
     if description.exists() and not description.is_file():
-        raise UserError(f"{description}: is not a file, and the description of {path.name} belongs there; choose another name, or move it away")
+        raise UserError(
+            f"{description}: is not a file, and the description of {path.name} belongs "
+            "there; choose another name, or move it away"
+        )
     if path.exists() and not overwrite:
         raise UserError(f"{path}: exists already; pass --overwrite to replace it")
 
@@ -187,12 +213,18 @@ def description_path(path: Path) -> Path:
 
 
 def read_description(beton: Path) -> dict | None:
-    """What the converter noted beside a beton file, or None where it did not. Raises UserError for one that can't be read."""
+    """What the converter noted beside a beton file, or None where it did not.
+
+    Raises UserError for one that can't be read.
+    """
     path = description_path(beton)
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable description ({error}); convert {beton.name} again, or delete it") from error
+        raise UserError(
+            f"{path}: not a readable description ({error}); convert {beton.name} again, or "
+            "delete it"
+        ) from error
 
 
 def description_or_empty(beton: Path) -> dict:
@@ -204,14 +236,18 @@ def description_or_empty(beton: Path) -> dict:
 
 
 def identity(beton: Beton) -> dict[str, object]:
-    """What tells a beton file's samples from others: their number, a digest of the tables and, where it is described, the file's sha256.
+    """What tells a beton file's samples from others: their number, a digest of the tables and,
+    where it is described, the file's sha256.
 
     Raises UserError where the description beside the file is of other samples.
     """
     found = {"samples": len(beton), "digest": beton.digest()}
     description = read_description(beton.path) or {}
     if description.get("digest", found["digest"]) != found["digest"]:
-        raise UserError(f"{beton.path}: damaged, or not the file that {description_path(beton.path).name} describes; write or copy both again")
+        raise UserError(
+            f"{beton.path}: damaged, or not the file that "
+            f"{description_path(beton.path).name} describes; write or copy both again"
+        )
     return found | {name: description[name] for name in ("sha256",) if name in description}
 
 
@@ -221,7 +257,10 @@ def same_samples(one: dict[str, object], other: dict[str, object]) -> bool:
 
 
 def select_subset(count: int, subset: int | None, seed: int) -> np.ndarray:
-    """Indices into `count` samples, ascending. Raises UserError if there are fewer than `subset`."""
+    """Indices into `count` samples, ascending.
+
+    Raises UserError if there are fewer than `subset`.
+    """
     if subset is None:
         return np.arange(count)
     if subset > count:
@@ -230,13 +269,17 @@ def select_subset(count: int, subset: int | None, seed: int) -> np.ndarray:
 
 
 def is_compressed(indices: np.ndarray, share: float) -> np.ndarray:
-    """Which samples are stored as JPEG: a `share` of them, by a hash of their index. bool, like `indices`."""
+    """Which samples are stored as JPEG: a `share` of them, by a hash of their index. bool, like
+    `indices`.
+    """
     # The upper 53 bits make an exact float64 in [0, 1), so shares of 0 and 1 are exact as well.
     return (_hash(indices, seed=0x6A706567) >> np.uint64(11)) * 2.0**-53 < share
 
 
 def _hash(indices: np.ndarray, seed: int) -> np.ndarray:
-    """SplitMix64's output function (Steele et al. 2014) of a counter that starts at a hash of `seed`. uint64."""
+    """SplitMix64's output function (Steele et al. 2014) of a counter that starts at a hash of
+    `seed`. uint64.
+    """
 
     def mix(z: np.ndarray) -> np.ndarray:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -267,20 +310,32 @@ class _Encoder:
             image, label = self.source.load(index)
         except OSError as error:
             # Not a broken image: with --skip-broken, a failing disk must not thin out the data set.
-            raise ConversionError(f"{self.source.name(index)}: cannot be read: {error.strerror or error}") from error
+            raise ConversionError(
+                f"{self.source.name(index)}: cannot be read: {error.strerror or error}"
+            ) from error
         try:
             return encode_image(image, self.encoding, bool(compressed)), label
         except BrokenImage as error:
             return _Broken(self.source.name(index), str(error))
         except MemoryError:
-            raise ConversionError(f"{self.source.name(index)}: not enough memory; pass fewer --workers") from None
+            raise ConversionError(
+                f"{self.source.name(index)}: not enough memory; pass fewer --workers"
+            ) from None
 
 
 def _encoded(source: Source, indices: np.ndarray, options: ConvertOptions) -> Iterator:
     samples = np.column_stack([indices, is_compressed(indices, options.compressed_share)])
-    results = map_in_order(_Encoder(source, options.encoding), samples, options.workers, size_of=_bytes_of)
+    results = map_in_order(
+        _Encoder(source, options.encoding), samples, options.workers, size_of=_bytes_of
+    )
     # disable=None: no bar unless standard error is a terminal.
-    bar = tqdm(results, total=len(samples), unit=" images", smoothing=0.05, disable=None if options.progress else True)
+    bar = tqdm(
+        results,
+        total=len(samples),
+        unit=" images",
+        smoothing=0.05,
+        disable=None if options.progress else True,
+    )
     try:
         yield from bar
     except WorkersNotStarted:
@@ -292,7 +347,8 @@ def _encoded(source: Source, indices: np.ndarray, options: ConvertOptions) -> It
     except WorkerDied as error:
         first = source.name(int(indices[error.position]))
         raise ConversionError(
-            f"a worker process was killed near {first}, perhaps for lack of memory; pass fewer --workers"
+            f"a worker process was killed near {first}, perhaps for lack of memory; pass "
+            "fewer --workers"
         ) from error
     finally:
         bar.close()
@@ -314,7 +370,9 @@ def _size_notes(name: str, width: int, height: int) -> list[str]:
 
 
 def _write_description(summary: Summary, source: Source, options: ConvertOptions) -> None:
-    """Only what the input determines: neither times nor the number of workers, so equal runs give equal files."""
+    """Only what the input determines: neither times nor the number of workers, so equal runs give
+    equal files.
+    """
     description = {
         "ffssl": ffssl.__version__,
         "sha256": summary.sha256,

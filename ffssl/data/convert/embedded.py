@@ -1,15 +1,16 @@
-"""A data set that needs no download: eight classes of drawn motifs, for the demo, the tests and first experiments.
+"""A data set that needs no download: eight classes of drawn motifs, for the demo, the tests and
+first experiments.
 
     images = EmbeddedDataset("train", 4000)
     image, label = images[0]
 
-Every image scatters copies of one motif, so that any crop of a fifth of its area shows the class. All else says
-nothing about the class and varies inside an image as much as between images, so that it does not tell images apart
-either: the size, rotation, colour and polarity of each copy, the clouds and strokes behind it, the light, the grain.
-All motifs have the same area.
+Every image scatters copies of one motif, so that any crop of a fifth of its area shows the class.
+All else says nothing about the class and varies inside an image as much as between images, so that
+it does not tell images apart either: the size, rotation, colour and polarity of each copy, the
+clouds and strokes behind it, the light, the grain. All motifs have the same area.
 
-The pixels come from a counter-based bit generator and element-wise IEEE arithmetic alone: they depend neither on
-numpy's version nor on the order in which images are asked for.
+The pixels come from a counter-based bit generator and element-wise IEEE arithmetic alone: they
+depend neither on numpy's version nor on the order in which images are asked for.
 """
 
 import math
@@ -23,7 +24,8 @@ SPLITS = ("train", "val")
 SIDES = (64, 160)  # shortest and longest side of an image, in pixels
 
 Field = np.ndarray  # float32: one number per pixel
-Shape = Callable[[Field, Field], Field]  # signed distance of (x, y) to an outline of unit area, negative inside
+# Signed distance of (x, y) to an outline of unit area, negative inside.
+Shape = Callable[[Field, Field], Field]
 
 
 def _disc(x: Field, y: Field) -> Field:
@@ -50,7 +52,8 @@ def _cross(x: Field, y: Field) -> Field:
 
 def _star(x: Field, y: Field) -> Field:
     x = abs(x)
-    for nx, ny in ((0.80902, -0.58779), (-0.80902, -0.58779)):  # mirror onto the sector of the topmost point
+    # Mirror onto the sector of the topmost point.
+    for nx, ny in ((0.80902, -0.58779), (-0.80902, -0.58779)):
         beyond = 2 * maximum(nx * x + ny * y, 0)
         x, y = x - beyond * nx, y - beyond * ny
     return abs(x) * 0.951 + y * 0.309 - 0.2917
@@ -66,8 +69,14 @@ def _dots(x: Field, y: Field) -> Field:
 
 
 MOTIFS: dict[str, Shape] = {
-    "disc": _disc, "ring": _ring, "target": _target, "triangle": _triangle, "cross": _cross, "star": _star,
-    "crescent": _crescent, "dots": _dots,
+    "disc": _disc,
+    "ring": _ring,
+    "target": _target,
+    "triangle": _triangle,
+    "cross": _cross,
+    "star": _star,
+    "crescent": _crescent,
+    "dots": _dots,
 }
 
 
@@ -76,18 +85,21 @@ def _stroke(x: Field, y: Field) -> Field:
 
 
 class EmbeddedDataset:
-    """`dataset[i]` is (image, label): uint8 RGB (H, W, 3) with sides of 64 to 160 pixels, and an int in 0 .. 7.
+    """`dataset[i]` is (image, label): uint8 RGB (H, W, 3) with sides of 64 to 160 pixels, and an
+    int in 0 .. 7.
 
-    Image i depends on (`seed`, `split`, i) alone, so a smaller data set is the beginning of a larger one. Labels
-    take turns: the label of image i is i mod 8. Raises ValueError for an unknown split, a size below 1 or a seed that does
-    not fit in 64 bits.
+    Image i depends on (`seed`, `split`, i) alone, so a smaller data set is the beginning of a
+    larger one. Labels take turns: the label of image i is i mod 8. Raises ValueError for an unknown
+    split, a size below 1 or a seed that does not fit in 64 bits.
     """
 
     class_names: list[str] = list(MOTIFS)
 
     def __init__(self, split: str, size: int, seed: int = 0):
         if split not in SPLITS:
-            raise ValueError(f"split is {split!r}; the embedded data set has {' and '.join(SPLITS)}")
+            raise ValueError(
+                f"split is {split!r}; the embedded data set has {' and '.join(SPLITS)}"
+            )
         if size < 1:
             raise ValueError(f"size is {size}; the embedded data set needs at least one image")
         if not 0 <= seed < 2**64:
@@ -107,7 +119,9 @@ class EmbeddedDataset:
 
 
 class Uniforms:
-    """float32 uniform numbers from raw bits: numpy promises the stream of a bit generator, not that of `Generator`."""
+    """float32 uniform numbers from raw bits: numpy promises the stream of a bit generator, not that
+    of `Generator`.
+    """
 
     def __init__(self, bits: np.random.BitGenerator):
         self.bits = bits
@@ -130,15 +144,21 @@ def _draw(motif: Shape, uniform: Uniforms) -> np.ndarray:
     height, width = round(uniform.between(*SIDES)), round(uniform.between(*SIDES))
     short = min(height, width)
     canvas = _clouds(3, height, width, uniform)
-    _scatter(canvas, _stroke, uniform, cell=short / 2.4, sizes=(0.1 * short, 0.2 * short), opacity=0.4)
-    _scatter(canvas, motif, uniform, cell=short / 2.4, sizes=(0.23 * short, 0.33 * short), opacity=0.95)
+    _scatter(
+        canvas, _stroke, uniform, cell=short / 2.4, sizes=(0.1 * short, 0.2 * short), opacity=0.4
+    )
+    _scatter(
+        canvas, motif, uniform, cell=short / 2.4, sizes=(0.23 * short, 0.33 * short), opacity=0.95
+    )
     canvas *= 0.5 + _clouds(1, height, width, uniform)
     canvas += 0.04 * uniform.grain(height, width)
     return (canvas.clip(0, 1) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0).copy()
 
 
 def _clouds(channels: int, height: int, width: int, uniform: Uniforms, cells: int = 6) -> Field:
-    """(channels, height, width) in [0.25, 0.75]: random values on a coarse grid, smoothly interpolated."""
+    """(channels, height, width) in [0.25, 0.75]: random values on a coarse grid, smoothly
+    interpolated.
+    """
     grid = uniform(0.25, 0.75, channels, cells + 1, cells + 1)
     return _interpolate(_interpolate(grid, height).swapaxes(1, 2), width)
 
@@ -154,21 +174,32 @@ def _interpolate(grid: Field, count: int) -> Field:
 
 
 def _scatter(
-    canvas: Field, shape: Shape, uniform: Uniforms, *, cell: float, sizes: tuple[float, float], opacity: float
+    canvas: Field,
+    shape: Shape,
+    uniform: Uniforms,
+    *,
+    cell: float,
+    sizes: tuple[float, float],
+    opacity: float,
 ) -> None:
-    """Paint one copy of `shape` into each cell of a jittered grid, light and dark in turns; a copy has area size**2.
+    """Paint one copy of `shape` into each cell of a jittered grid, light and dark in turns; a copy
+    has area size**2.
 
-    In turns, because a random share of light copies would be a cue by which two views of one image find each other.
+    In turns, because a random share of light copies would be a cue by which two views of one image
+    find each other.
     """
     height, width = canvas.shape[1:]
-    above, before = uniform.between(0, cell), uniform.between(0, cell)  # how far the grid sticks out
+    # How far the grid sticks out.
+    above, before = uniform.between(0, cell), uniform.between(0, cell)
     rows, columns = math.ceil((height + above) / cell), math.ceil((width + before) / cell)
     count = rows * columns
     row, column = np.divmod(np.arange(count), columns)
     y = (row + 0.5 + uniform(-0.15, 0.15, count)) * cell - above
     x = (column + 0.5 + uniform(-0.15, 0.15, count)) * cell - before
     is_light = ((row + column) % 2 == 0)[:, None]
-    colours = np.where(is_light, uniform(0.75, 1, count, 3), uniform(0, 0.25, count, 3))[:, :, None, None]
+    colours = np.where(is_light, uniform(0.75, 1, count, 3), uniform(0, 0.25, count, 3))[
+        :, :, None, None
+    ]
     scale = uniform(*sizes, count)
     angles = uniform(0, 2 * math.pi, count)
     for k in range(count):
@@ -178,12 +209,15 @@ def _scatter(
         distance = shape(cos * dx + sin * dy, cos * dy - sin * dx) * size
         coverage = (0.5 - distance).clip(0, 1) * opacity
         window = canvas[:, top : top + len(dy), left : left + len(dx)]
-        patch = window.copy()  # contiguous, which makes the blend three times as fast as on the window itself
+        # Contiguous, which makes the blend three times as fast as on the window itself.
+        patch = window.copy()
         patch += coverage * (colours[k] - patch)
         window[...] = patch
 
 
 def _span(centre: float, reach: float, side: int) -> tuple[int, Field]:
-    """The pixels of 0 .. side - 1 within `reach` of `centre`: the first, and the offset of each from the centre."""
+    """The pixels of 0 .. side - 1 within `reach` of `centre`: the first, and the offset of each
+    from the centre.
+    """
     first, end = (min(max(math.floor(centre + r), 0), side) for r in (-reach, reach + 1))
     return first, np.arange(first, end, dtype=np.float32) + (0.5 - centre)

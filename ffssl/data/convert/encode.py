@@ -1,13 +1,14 @@
-"""One image as it goes into a beton file: kept as it is where possible, otherwise decoded upright, reduced and encoded.
+"""One image as it goes into a beton file: kept as it is where possible, otherwise decoded upright,
+reduced and encoded.
 
-- A JPEG that libjpeg-turbo decodes to RGB, stands upright and is not too large keeps its bytes; greyscale ones too.
-  Its data is decoded once to see that it is sound: ffcv ignores decoding errors and would train on
-  what is left. Where libjpeg warns of the markers alone, these are mended before.
-- A progressive one is re-coded as baseline, which decodes faster, from the same coefficients: the same pixels.
-- Everything else is decoded: orientation applied, transparency put on white, 16 bits rounded to 8,
-  the first frame of an animation taken. It is reduced, never enlarged, with a Lanczos filter, and
-  stored as raw pixels or as JPEG: at 4:2:0 when it came lossily compressed, for then its chroma has
-  been halved before, and at 4:4:4 otherwise.
+- A JPEG that libjpeg-turbo decodes to RGB, stands upright and is not too large keeps its bytes;
+greyscale ones too. Its data is decoded once to see that it is sound: ffcv ignores decoding errors
+and would train on what is left. Where libjpeg warns of the markers alone, these are mended before.
+- A progressive one is re-coded as baseline, which decodes faster, from the same coefficients: the
+same pixels. - Everything else is decoded: orientation applied, transparency put on white, 16 bits
+rounded to 8, the first frame of an animation taken. It is reduced, never enlarged, with a Lanczos
+filter, and stored as raw pixels or as JPEG: at 4:2:0 when it came lossily compressed, for then its
+chroma has been halved before, and at 4:4:4 otherwise.
 
 Orientation is that of Exif (of TIFF and AVIF: the file's own). XMP's is not read in any format:
 programs that turn an image leave it behind as it was, and OpenCV and torchvision pass over it.
@@ -27,9 +28,9 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
-from ffssl.data.convert import exif, jpeg, png
 from ffssl.data.beton.read import MODE_JPEG, MODE_RAW
 from ffssl.data.beton.write import MAX_SIDE
+from ffssl.data.convert import exif, jpeg, png
 from ffssl.data.convert.sources.base import Image
 from ffssl.errors import UserError
 
@@ -90,10 +91,10 @@ class EncodedImage:
 class Encoding:
     """How images are stored.
 
-    max_side: longest side in pixels, None for no limit. jpeg_quality: 0 to 100. quick_check: of a JPEG that keeps its
-    bytes, check the markers only, not that all of its data decodes. white_level: the value that is
-    white in images with 16 bits a channel, 4095 for data of 12 bits, say; those that state their
-    own range go by that.
+    max_side: longest side in pixels, None for no limit. jpeg_quality: 0 to 100. quick_check: of a
+    JPEG that keeps its bytes, check the markers only, not that all of its data decodes.
+    white_level: the value that is white in images with 16 bits a channel, 4095 for data of 12 bits,
+    say; those that state their own range go by that.
     """
 
     max_side: int | None = None
@@ -103,9 +104,14 @@ class Encoding:
 
     def __post_init__(self):
         if self.max_side is not None and not 1 <= self.max_side <= MAX_SIDE:
-            raise UserError(f"max side {self.max_side}: must be 1 to {MAX_SIDE} pixels (--max-side)")
+            raise UserError(
+                f"max side {self.max_side}: must be 1 to {MAX_SIDE} pixels (--max-side)"
+            )
         if not 0 <= self.jpeg_quality <= 100:
-            raise UserError(f"jpeg quality {self.jpeg_quality}: must be 0 to 100, 90 is a good choice (--jpeg-quality)")
+            raise UserError(
+                f"jpeg quality {self.jpeg_quality}: must be 0 to 100, 90 is a good choice "
+                "(--jpeg-quality)"
+            )
         if not 1 <= self.white_level <= FULL_WHITE:
             raise UserError(
                 f"white level {self.white_level}: must be 1 to {FULL_WHITE} (--white-level)"
@@ -156,7 +162,9 @@ def _encode_sound_jpeg(data: bytes, encoding: Encoding, compressed: bool) -> Enc
     return _encode_pixels(_Decoded(pixels, lossless=False), encoding, compressed)
 
 
-def _without_decoding(data: bytes, header: jpeg.JpegHeader, encoding: Encoding) -> EncodedImage | None:
+def _without_decoding(
+    data: bytes, header: jpeg.JpegHeader, encoding: Encoding
+) -> EncodedImage | None:
     fits = (
         max(header.width, header.height) <= (encoding.max_side or JPEG_MAX_SIDE)
         and header.width * header.height <= MOST_PIXELS
@@ -184,13 +192,19 @@ def _decode_jpeg(data: bytes, header: jpeg.JpegHeader, max_side: int | None) -> 
             "reduce it first"
         )
     if not header.decodes_to_rgb:
-        # CMYK, arithmetic coding and the like: PIL's libjpeg knows more, but keeps quiet about damaged data.
+        # CMYK, arithmetic coding and the like: PIL's libjpeg knows more, but keeps quiet about
+        # damaged data.
         if header.precision == 8 and header.components == 4:
             jpeg.verify(data, header)
         return _decode_with_pil(data, orientation=header.orientation).pixels
     denominator = 1
-    # libjpeg averages 2x2 pixels and more for next to nothing; twice the final size is left to the better filter.
-    while max_side and denominator < 8 and max(header.width, header.height) >= 4 * denominator * max_side:
+    # libjpeg averages 2x2 pixels and more for next to nothing; twice the final size is left to the
+    # better filter.
+    while (
+        max_side
+        and denominator < 8
+        and max(header.width, header.height) >= 4 * denominator * max_side
+    ):
         denominator *= 2
     if header.width * header.height > MOST_PIXELS * denominator**2:
         smaller = "a smaller --max-side" if max_side else "--max-side"
@@ -236,7 +250,8 @@ def _decode_with_pil(
         raise BrokenImage(f"has {_too_many()}, too many to convert; reduce it first") from None
     except (BrokenImage, MemoryError):
         raise
-    except Exception as error:  # PIL's decoders raise nearly anything on damaged data: SyntaxError, struct.error, ...
+    # PIL's decoders raise nearly anything on damaged data: SyntaxError, struct.error, ...
+    except Exception as error:
         raise BrokenImage(f"does not decode: {' '.join(str(error).split())}") from error
 
 
@@ -334,7 +349,10 @@ def depth_notes(peaks: Sequence[int], white_level: int) -> list[str]:
 
 def _checked_pixels(pixels: np.ndarray) -> np.ndarray:
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
-        raise BrokenImage(f"is an array of {pixels.dtype} {pixels.shape} where uint8 (height, width, 3) is expected")
+        raise BrokenImage(
+            f"is an array of {pixels.dtype} {pixels.shape} where uint8 (height, width, 3) "
+            "is expected"
+        )
     return np.ascontiguousarray(pixels)
 
 
@@ -351,10 +369,14 @@ def _encode_pixels(decoded: _Decoded, encoding: Encoding, compressed: bool) -> E
     width, height = image.size
     limit = JPEG_MAX_SIDE if compressed else MAX_SIDE
     if max(width, height) > limit:
-        raise BrokenImage(f"measures {width} x {height}, and a side may have {limit} pixels; pass --max-side")
+        raise BrokenImage(
+            f"measures {width} x {height}, and a side may have {limit} pixels; pass --max-side"
+        )
     if not compressed:
         if 3 * width * height > RAW_MAX_BYTES:
-            raise BrokenImage(f"takes {3 * width * height / 1e9:.1f} GB as raw pixels; pass --max-side")
+            raise BrokenImage(
+                f"takes {3 * width * height / 1e9:.1f} GB as raw pixels; pass --max-side"
+            )
         return EncodedImage(image.tobytes(), MODE_RAW, width, height, How.RAW, decoded.peak)
     buffer = io.BytesIO()
     subsampling = _SUBSAMPLING_444 if decoded.lossless else _SUBSAMPLING_420

@@ -1,11 +1,13 @@
-"""JPEG files at the level of their bytes: headers, whether the data decodes, lossless progressive to baseline.
+"""JPEG files at the level of their bytes: headers, whether the data decodes, lossless progressive
+to baseline.
 
 libjpeg's warnings count as damage: ffcv's decoder and ours stop at them. Some are of headers alone,
 which cameras and editors write: `mended` sets these right, byte for byte, so that the strict check
 that follows still sees all of the data.
 
-The decoder is the libjpeg-turbo that ffcv links to, so that what passes here decodes there; it is called through
-ctypes, without importing ffcv. Marker codes and layouts: ITU-T T.81, annex B; Exif 2.3, section 4.6.
+The decoder is the libjpeg-turbo that ffcv links to, so that what passes here decodes there; it is
+called through ctypes, without importing ffcv. Marker codes and layouts: ITU-T T.81, annex B; Exif
+2.3, section 4.6.
 """
 
 import contextlib
@@ -46,7 +48,10 @@ class UnsupportedJpeg(JpegError):
 
 @dataclass(frozen=True)
 class JpegHeader:
-    """What the markers before the first scan say. `process` is the frame marker: BASELINE, EXTENDED, PROGRESSIVE..."""
+    """What the markers before the first scan say.
+
+    `process` is the frame marker: BASELINE, EXTENDED, PROGRESSIVE...
+    """
 
     width: int
     height: int
@@ -57,8 +62,14 @@ class JpegHeader:
 
     @property
     def decodes_to_rgb(self) -> bool:
-        """Whether libjpeg-turbo decodes it to 8-bit RGB by itself: YCbCr, RGB or grey, Huffman-coded."""
-        return self.precision == 8 and self.components in (1, 3) and self.process in (BASELINE, EXTENDED, PROGRESSIVE)
+        """Whether libjpeg-turbo decodes it to 8-bit RGB by itself: YCbCr, RGB or grey,
+        Huffman-coded.
+        """
+        return (
+            self.precision == 8
+            and self.components in (1, 3)
+            and self.process in (BASELINE, EXTENDED, PROGRESSIVE)
+        )
 
 
 def is_jpeg(data: bytes) -> bool:
@@ -66,7 +77,10 @@ def is_jpeg(data: bytes) -> bool:
 
 
 def parse_header(data: bytes) -> JpegHeader:
-    """Read the markers up to the first scan. Raises JpegError when they are cut short or make no sense, a size beyond the data's included."""
+    """Read the markers up to the first scan.
+
+    Raises JpegError when they are cut short or make no sense, a size beyond the data's included.
+    """
     if not is_jpeg(data):
         raise JpegError("does not begin like a JPEG file")
     frame, exif_blocks = None, []
@@ -86,7 +100,9 @@ def parse_header(data: bytes) -> JpegHeader:
     process, precision, height, width, components = frame
     if width == 0 or height == 0:
         raise JpegError("has no width or no height")
-    if process in (BASELINE, EXTENDED, PROGRESSIVE) and width * height > MOST_PIXELS_PER_BYTE * len(data):
+    if process in (BASELINE, EXTENDED, PROGRESSIVE) and width * height > MOST_PIXELS_PER_BYTE * len(
+        data
+    ):
         raise JpegError(f"claims {width} x {height} pixels, more than {len(data)} bytes can hold")
     orientation = exif.orientation(exif_blocks) if exif_blocks else 1
     return JpegHeader(width, height, components, precision, process, orientation)
@@ -182,7 +198,8 @@ def _is_a_lost_segment(gap: bytes) -> bool:
 
 
 def verify(data: bytes, header: JpegHeader) -> None:
-    """Decode all of the entropy-coded data, at 1/8 scale and in grey, which costs little more than the Huffman codes.
+    """Decode all of the entropy-coded data, at 1/8 scale and in grey, which costs little more than
+    the Huffman codes.
 
     Raises JpegError for any error or warning: cut off, corrupt, or with data left over.
     """
@@ -220,24 +237,37 @@ def _verify_without_data(markers: bytes) -> None:
 
 
 def decode(data: bytes, header: JpegHeader, denominator: int = 1) -> np.ndarray:
-    """Decode at scale 1/denominator (1, 2, 4 or 8) to uint8 (ceil(height / denominator), ceil(width / ...), 3), RGB.
+    """Decode at scale 1/denominator (1, 2, 4 or 8) to uint8 (ceil(height / denominator), ceil(width
+    / ...), 3), RGB.
 
-    The Exif orientation is not applied. Raises JpegError as `verify` does; `header.decodes_to_rgb` must hold.
+    The Exif orientation is not applied. Raises JpegError as `verify` does; `header.decodes_to_rgb`
+    must hold.
     """
     return _decompress(data, header, _TJPF_RGB, denominator)
 
 
 def to_baseline(data: bytes) -> bytes:
-    """Re-code a progressive JPEG as baseline with the same coefficients, hence the same pixels; metadata is dropped.
+    """Re-code a progressive JPEG as baseline with the same coefficients, hence the same pixels;
+    metadata is dropped.
 
-    Raises UnsupportedJpeg when its subsampling is one that turbojpeg has no name for, JpegError when it is damaged.
+    Raises UnsupportedJpeg when its subsampling is one that turbojpeg has no name for, JpegError
+    when it is damaged.
     """
     library = turbojpeg()
     output, output_size = ctypes.c_void_p(), ctypes.c_ulong()
     transform = _Transform(options=_TJXOPT_COPYNONE)
     with _instance(library.tjInitTransform) as handle:
         try:
-            if library.tjTransform(handle, data, len(data), 1, ctypes.byref(output), ctypes.byref(output_size), ctypes.byref(transform), 0):
+            if library.tjTransform(
+                handle,
+                data,
+                len(data),
+                1,
+                ctypes.byref(output),
+                ctypes.byref(output_size),
+                ctypes.byref(transform),
+                0,
+            ):
                 reason = _error_text(handle)
                 raise UnsupportedJpeg(reason) if "subsampling type" in reason else JpegError(reason)
             return ctypes.string_at(output, output_size.value)
@@ -262,7 +292,9 @@ class _Transform(ctypes.Structure):
 
 @contextlib.contextmanager
 def _instance(create: Callable[[], int]) -> Iterator[int]:
-    """A new instance of turbojpeg for each file: an old one would lend a file that has lost its tables those of the file before."""
+    """A new instance of turbojpeg for each file: an old one would lend a file that has lost its
+    tables those of the file before.
+    """
     handle = create()
     try:
         yield handle
@@ -275,7 +307,9 @@ def _decompress(data: bytes, header: JpegHeader, pixel_format: int, denominator:
     channels = {_TJPF_RGB: (3,), _TJPF_GRAY: (), _TJPF_CMYK: (4,)}[pixel_format]
     pixels = np.empty((height, width, *channels), np.uint8)
     with _instance(turbojpeg().tjInitDecompress) as handle:
-        if turbojpeg().tjDecompress2(handle, data, len(data), pixels.ctypes.data, width, 0, height, pixel_format, 0):
+        if turbojpeg().tjDecompress2(
+            handle, data, len(data), pixels.ctypes.data, width, 0, height, pixel_format, 0
+        ):
             raise JpegError(_error_text(handle))
     return pixels
 

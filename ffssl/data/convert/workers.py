@@ -17,7 +17,10 @@ IN_FLIGHT_BYTES = 256 << 20
 
 
 class WorkerDied(RuntimeError):
-    """A worker process ended by itself or was killed. position: of the first item whose result is missing."""
+    """A worker process ended by itself or was killed.
+
+    position: of the first item whose result is missing.
+    """
 
     def __init__(self, position: int):
         super().__init__(f"a worker died; results from item {position} on are missing")
@@ -44,7 +47,8 @@ def map_in_order(
     workers: int,
     size_of: Callable[[Result], int],
 ) -> Iterator[Result]:
-    """Yield function(item) for each item, in order, computed by `workers` processes, or in this one if there is 1.
+    """Yield function(item) for each item, in order, computed by `workers` processes, or in this one
+    if there is 1.
 
     Results computed ahead of the consumer are held to about IN_FLIGHT_BYTES, judged by `size_of`
     the largest so far. `function` is pickled once a worker. What it raises is raised here,
@@ -54,7 +58,8 @@ def map_in_order(
     if workers == 1 or len(items) <= 1:
         yield from map(function, items)
         return
-    # Forking a process with threads may deadlock, and ours may hold torch's and ffcv's; the fork server has none.
+    # Forking a process with threads may deadlock, and ours may hold torch's and ffcv's; the fork
+    # server has none.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__class__.__module__])
     pool = ProcessPoolExecutor(workers, context, _start_worker, (function,))
@@ -72,18 +77,24 @@ def map_in_order(
         _stop(pool)
 
 
-def _in_chunks(pool: ProcessPoolExecutor, items: Sequence, max_pending: int, size_of: Callable) -> Iterator:
+def _in_chunks(
+    pool: ProcessPoolExecutor, items: Sequence, max_pending: int, size_of: Callable
+) -> Iterator:
     pending: deque = deque()
     submitted, done, largest = 0, 0, 0
     try:
         while done < len(items):
             # Two at least, so that there is work while a result is consumed.
             while submitted < len(items) and (
-                len(pending) < 2 or len(pending) < max_pending and (len(pending) + 1) * largest <= IN_FLIGHT_BYTES
+                len(pending) < 2
+                or len(pending) < max_pending
+                and (len(pending) + 1) * largest <= IN_FLIGHT_BYTES
             ):
                 # One item each until sizes are known.
                 chunk = min(MAX_CHUNK, IN_FLIGHT_BYTES // (largest * max_pending)) if largest else 1
-                pending.append(pool.submit(_run_chunk, items[submitted : submitted + max(1, chunk)]))
+                pending.append(
+                    pool.submit(_run_chunk, items[submitted : submitted + max(1, chunk)])
+                )
                 submitted += max(1, chunk)
             results, error = pending.popleft().result()
             for result in results:
@@ -129,6 +140,6 @@ def _stop(pool: ProcessPoolExecutor) -> None:
     # Before Python 3.14 there is no public way to end workers in the middle of a task.
     for process in list((pool._processes or {}).values()):
         process.terminate()
-    # Waits for the pool's thread, which ends with its workers: at the interpreter's exit the executor wakes that thread
-    # without a lock, through a pipe that it may just be closing.
+    # Waits for the pool's thread, which ends with its workers: at the interpreter's exit the
+    # executor wakes that thread without a lock, through a pipe that it may just be closing.
     pool.shutdown(cancel_futures=True)

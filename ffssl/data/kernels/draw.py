@@ -12,15 +12,51 @@ import numpy as np
 from ffssl.data.kernels.jit import compiled
 from ffssl.data.kernels.rand_augment import IDENTITY, OPERATIONS, operation_strength
 
-# Columns of a policy row (float64): what the compiled code reads of a policy, magnitude already applied.
-(CENTRE_CROP, SCALE_LOW, SCALE_HIGH, LOG_RATIO_LOW, LOG_RATIO_HIGH, FLIP, JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY,
- BLUR, SIGMA_LOW, SIGMA_HIGH, SOLARISE, AFFINE_JITTER, RAND_AUGMENT, RAND_MAGNITUDE) = range(19)  # fmt: skip
+# Columns of a policy row (float64): what the compiled code reads of a policy, magnitude already
+# applied.
+(
+    CENTRE_CROP,
+    SCALE_LOW,
+    SCALE_HIGH,
+    LOG_RATIO_LOW,
+    LOG_RATIO_HIGH,
+    FLIP,
+    JITTER,
+    BRIGHTNESS,
+    CONTRAST,
+    SATURATION,
+    HUE,
+    GREY,
+    BLUR,
+    SIGMA_LOW,
+    SIGMA_HIGH,
+    SOLARISE,
+    AFFINE_JITTER,
+    RAND_AUGMENT,
+    RAND_MAGNITUDE,
+) = range(19)
 POLICY_COLUMNS = 19
 
-# Columns of a view's parameters (float64): what was drawn. Factors of a step that was not drawn are the step's identity.
-# The last two are repeated for each operation of RandAugment.
-(P_TOP, P_LEFT, P_HEIGHT, P_WIDTH, P_FLIP, P_JITTER, P_BRIGHTNESS, P_CONTRAST, P_SATURATION, P_HUE, P_ORDER, P_GREY, P_SIGMA,
- P_SOLARISE, P_OPERATION, P_STRENGTH) = range(16)  # fmt: skip
+# Columns of a view's parameters (float64): what was drawn. Factors of a step that was not drawn are
+# the step's identity. The last two are repeated for each operation of RandAugment.
+(
+    P_TOP,
+    P_LEFT,
+    P_HEIGHT,
+    P_WIDTH,
+    P_FLIP,
+    P_JITTER,
+    P_BRIGHTNESS,
+    P_CONTRAST,
+    P_SATURATION,
+    P_HUE,
+    P_ORDER,
+    P_GREY,
+    P_SIGMA,
+    P_SOLARISE,
+    P_OPERATION,
+    P_STRENGTH,
+) = range(16)
 MOST_OPERATIONS = 4
 PARAMETER_COLUMNS = P_OPERATION + 2 * MOST_OPERATIONS
 
@@ -56,10 +92,16 @@ def _between(key, k, low, high):
 
 @compiled
 def _draw_crop(key, height, width, policy, out):
-    """torchvision's RandomResizedCrop.get_params: ten tries, then the largest centred crop of an admissible ratio."""
+    """Torchvision's RandomResizedCrop.get_params: ten tries, then the largest centred crop of an
+    admissible ratio.
+    """
     for attempt in range(10):
-        area = height * width * _between(key, 100 + 4 * attempt, policy[SCALE_LOW], policy[SCALE_HIGH])
-        ratio = math.exp(_between(key, 101 + 4 * attempt, policy[LOG_RATIO_LOW], policy[LOG_RATIO_HIGH]))
+        area = (
+            height * width * _between(key, 100 + 4 * attempt, policy[SCALE_LOW], policy[SCALE_HIGH])
+        )
+        ratio = math.exp(
+            _between(key, 101 + 4 * attempt, policy[LOG_RATIO_LOW], policy[LOG_RATIO_HIGH])
+        )
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             out[P_TOP] = math.floor(_between(key, 102 + 4 * attempt, 0, height - h + 1))
@@ -90,7 +132,9 @@ def _factor(key, k, strength):
 
 @compiled
 def draw(key, height, width, policy, out):
-    """Draw the parameters of a view of a `height` x `width` image into `out` (float64, (PARAMETER_COLUMNS,))."""
+    """Draw the parameters of a view of a `height` x `width` image into `out` (float64,
+    (PARAMETER_COLUMNS,)).
+    """
     if policy[CENTRE_CROP] > 0:
         _centre_crop(height, width, policy[CENTRE_CROP], out)
     else:
@@ -103,9 +147,17 @@ def draw(key, height, width, policy, out):
     out[P_HUE] = _between(key, 5, -policy[HUE], policy[HUE])
     out[P_ORDER] = math.floor(_between(key, 6, 0, 24))
     out[P_GREY] = uniform(key, 7) < policy[GREY]
-    out[P_SIGMA] = _between(key, 9, policy[SIGMA_LOW], policy[SIGMA_HIGH]) if uniform(key, 8) < policy[BLUR] else 0.0
+    out[P_SIGMA] = (
+        _between(key, 9, policy[SIGMA_LOW], policy[SIGMA_HIGH])
+        if uniform(key, 8) < policy[BLUR]
+        else 0.0
+    )
     out[P_SOLARISE] = uniform(key, 10) < policy[SOLARISE]
     for i in range(MOST_OPERATIONS):
-        operation = int(_between(key, 200 + 2 * i, 0, OPERATIONS)) if i < policy[RAND_AUGMENT] else IDENTITY
+        operation = (
+            int(_between(key, 200 + 2 * i, 0, OPERATIONS)) if i < policy[RAND_AUGMENT] else IDENTITY
+        )
         out[P_OPERATION + 2 * i] = operation
-        out[P_STRENGTH + 2 * i] = operation_strength(operation, policy[RAND_MAGNITUDE], uniform(key, 201 + 2 * i) < 0.5)
+        out[P_STRENGTH + 2 * i] = operation_strength(
+            operation, policy[RAND_MAGNITUDE], uniform(key, 201 + 2 * i) < 0.5
+        )

@@ -1,9 +1,11 @@
 """Pixel kernels of one view, compiled by Numba.
 
-A view in the making is three contiguous float32 planes of values in 0..255. Colour kernels take contiguous 1-D slices (a row or a
-whole plane a channel) and change them in place: LLVM vectorises such loops, and does not vectorise the same loops written as
-element-wise indexing into a 2-D array. Resizing and blurring stand on the vector sums of `lanes`. Indices that do not come from a `range` are unsigned, since Numba checks signed ones for
-negative values. Each kernel follows torchvision's definition on float tensors; the tests hold the two side by side.
+A view in the making is three contiguous float32 planes of values in 0..255. Colour kernels take
+contiguous 1-D slices (a row or a whole plane a channel) and change them in place: LLVM vectorises
+such loops, and does not vectorise the same loops written as element-wise indexing into a 2-D array.
+Resizing and blurring stand on the vector sums of `lanes`. Indices that do not come from a `range`
+are unsigned, since Numba checks signed ones for negative values. Each kernel follows torchvision's
+definition on float tensors; the tests hold the two side by side.
 """
 
 import math
@@ -14,7 +16,8 @@ from ffssl.data.kernels.jit import compiled
 from ffssl.data.kernels.simd import BLOCK, LANES, sum_pixel, transpose, weighted_sum
 
 _ZERO, _ONE, _WHITE, _HALF = np.float32(0), np.float32(1), np.float32(255), np.float32(0.5)
-RED, GREEN, BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)  # ITU-R 601-2 luma, as torchvision rounds it
+# ITU-R 601-2 luma, as torchvision rounds it.
+RED, GREEN, BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)
 
 
 # Resizing
@@ -22,11 +25,13 @@ RED, GREEN, BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)  # I
 
 @compiled
 def triangle_weights(origin, length, target, first, count, weights):
-    """Taps of the antialiased triangle filter (Pillow's and torchvision's "bilinear") from `length` source pixels to `target`.
+    """Taps of the antialiased triangle filter (Pillow's and torchvision's "bilinear") from `length`
+    source pixels to `target`.
 
-    The source extends from `origin` (in 0..1) to origin + length, which may both be fractions; a pixel cut by an edge counts whole.
-    Writes for each output pixel its `first` source pixel and the `count` of its taps (both uint64), and its row of `weights`
-    (float32, (target, `most_taps(length, target)` or more)), which sums to one.
+    The source extends from `origin` (in 0..1) to origin + length, which may both be fractions; a
+    pixel cut by an edge counts whole. Writes for each output pixel its `first` source pixel and the
+    `count` of its taps (both uint64), and its row of `weights` (float32, (target,
+    `most_taps(length, target)` or more)), which sums to one.
     """
     scale = length / target
     support = max(scale, 1.0)
@@ -54,28 +59,53 @@ def most_taps(length, target):
 
 @compiled
 def shrink_rows(rows, n, first, count, weights, flip, columns, shrunk, planes, y):
-    """Horizontal pass over BLOCK interleaved RGB rows into rows y, y + 1, ... of the planes, mirrored if `flip`.
+    """Horizontal pass over BLOCK interleaved RGB rows into rows y, y + 1, ... of the planes,
+    mirrored if `flip`.
 
-    rows: float32 (BLOCK * n,), n a multiple of LANES and at least 3 values for each source pixel. first, count, weights: see
-    `triangle_weights`. columns: scratch of BLOCK * n float32. shrunk: scratch of 3 * BLOCK * R. planes: float32 (3, R, R).
+    rows: float32 (BLOCK * n,), n a multiple of LANES and at least 3 values for each source pixel.
+    first, count, weights: see `triangle_weights`. columns: scratch of BLOCK * n float32. shrunk:
+    scratch of 3 * BLOCK * R. planes: float32 (3, R, R).
 
-    The sums run over pixels whose BLOCK rows lie side by side, so the block is transposed before and after.
+    The sums run over pixels whose BLOCK rows lie side by side, so the block is transposed before
+    and after.
     """
     block, pixel = np.uint64(BLOCK), np.uint64(3 * BLOCK)
     for i in range(0, n, LANES):
         for part in range(0, BLOCK, LANES):
-            transpose(rows, np.uint64(part * n + i), np.uint64(n), columns, np.uint64(i) * block + np.uint64(part), block)
+            transpose(
+                rows,
+                np.uint64(part * n + i),
+                np.uint64(n),
+                columns,
+                np.uint64(i) * block + np.uint64(part),
+                block,
+            )
     resolution, taps, all_weights = count.shape[0], np.uint64(weights.shape[1]), weights.reshape(-1)
     for x in range(resolution):
         to = np.uint64(resolution - 1 - x if flip else x)
-        sum_pixel(columns, pixel * first[x], pixel, all_weights, taps * np.uint64(x), count[x], shrunk, pixel * to)
+        sum_pixel(
+            columns,
+            pixel * first[x],
+            pixel,
+            all_weights,
+            taps * np.uint64(x),
+            count[x],
+            shrunk,
+            pixel * to,
+        )
     whole = resolution // LANES * LANES if y + BLOCK <= resolution else 0
     out = planes.reshape(-1)
     for c in range(3):
         for part in range(0, BLOCK, LANES):
             for x in range(0, whole, LANES):
-                transpose(shrunk, pixel * np.uint64(x) + np.uint64(c * BLOCK + part), pixel,
-                          out, np.uint64((c * resolution + y + part) * resolution + x), np.uint64(resolution))
+                transpose(
+                    shrunk,
+                    pixel * np.uint64(x) + np.uint64(c * BLOCK + part),
+                    pixel,
+                    out,
+                    np.uint64((c * resolution + y + part) * resolution + x),
+                    np.uint64(resolution),
+                )
         for i in range(min(BLOCK, resolution - y)):
             for x in range(whole, resolution):
                 planes[c, y + i, x] = shrunk[(3 * x + c) * BLOCK + i]
@@ -132,7 +162,9 @@ def _from_hue(hue, offset, value, chroma):
 
 @compiled
 def adjust_hue(red, green, blue, shift):
-    """Hue rotation in HSV by `shift` turns (-0.5..0.5), without a branch: value and chroma stay, hue moves."""
+    """Hue rotation in HSV by `shift` turns (-0.5..0.5), without a branch: value and chroma stay,
+    hue moves.
+    """
     turn = np.float32(6) * shift
     for i in range(red.shape[0]):
         r, g, b = red[i], green[i], blue[i]
@@ -150,19 +182,33 @@ def adjust_hue(red, green, blue, shift):
 
 @compiled
 def colour_matrix(brightness, contrast, saturation, hue, matrix):
-    """The 3x4 affine colour map of DALI's kind: hue as a rotation by `hue` turns in YIQ, saturation, contrast about mid-grey, brightness.
+    """The 3x4 affine colour map of DALI's kind: hue as a rotation by `hue` turns in YIQ,
+    saturation, contrast about mid-grey, brightness.
 
-    Differs from the torchvision form in that contrast pivots on 128 instead of the view's mean, nothing is clipped between the
-    steps, and the linear hue keeps luma instead of HSV's value (mean absolute difference of hue alone about 9/255 at 0.1 turns).
+    Differs from the torchvision form in that contrast pivots on 128 instead of the view's mean,
+    nothing is clipped between the steps, and the linear hue keeps luma instead of HSV's value (mean
+    absolute difference of hue alone about 9/255 at 0.1 turns).
     """
-    cosine, sine = saturation * math.cos(2 * math.pi * hue), -saturation * math.sin(2 * math.pi * hue)  # red to green, as HSV
-    to_yiq = ((0.299, 0.587, 0.114), (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135))
+    # Red to green, as HSV.
+    cosine, sine = (
+        saturation * math.cos(2 * math.pi * hue),
+        -saturation * math.sin(2 * math.pi * hue),
+    )
+    to_yiq = (
+        (0.299, 0.587, 0.114),
+        (0.595716, -0.274453, -0.321263),
+        (0.211456, -0.522591, 0.311135),
+    )
     to_rgb = ((1.0, 0.9563, 0.6210), (1.0, -0.2721, -0.6474), (1.0, -1.1070, 1.7046))
     gain = brightness * contrast
     for c in range(3):
         for d in range(3):
             i, q = to_yiq[1][d], to_yiq[2][d]
-            matrix[c, d] = gain * (to_yiq[0][d] + to_rgb[c][1] * (cosine * i - sine * q) + to_rgb[c][2] * (sine * i + cosine * q))
+            matrix[c, d] = gain * (
+                to_yiq[0][d]
+                + to_rgb[c][1] * (cosine * i - sine * q)
+                + to_rgb[c][2] * (sine * i + cosine * q)
+            )
         matrix[c, 3] = brightness * (1 - contrast) * 128.0
 
 
@@ -205,7 +251,9 @@ def blur_radius(sigma):
 
 @compiled
 def gaussian_taps(sigma, radius, taps):
-    """taps (float32, (2 * radius + 1,)): the weights of the pixels at distances -radius..radius, which sum to one."""
+    """Taps (float32, (2 * radius + 1,)): the weights of the pixels at distances -radius..radius,
+    which sum to one.
+    """
     total = 0.0
     for k in range(-radius, radius + 1):
         total += math.exp(-0.5 * (k / sigma) ** 2)
@@ -215,7 +263,9 @@ def gaussian_taps(sigma, radius, taps):
 
 @compiled
 def _mirror(i, n):
-    """Index of pixel i of a row of n that is continued by reflection without repeating the border pixel."""
+    """Index of pixel i of a row of n that is continued by reflection without repeating the border
+    pixel.
+    """
     if n == 1:
         return 0
     while not 0 <= i < n:  # a division would take longer than the rest of a short blur
@@ -225,7 +275,8 @@ def _mirror(i, n):
 
 @compiled
 def blur_rows(plane, n, taps, padded, blurred):
-    """Horizontal pass over `plane` (float32, (n * n,)) into `blurred` ((n + 2 * radius) * n,), continued above and below by reflection.
+    """Horizontal pass over `plane` (float32, (n * n,)) into `blurred` ((n + 2 * radius) * n,),
+    continued above and below by reflection.
 
     taps: see `gaussian_taps`. padded: scratch of n + 2 * radius.
     """
@@ -237,8 +288,17 @@ def blur_rows(plane, n, taps, padded, blurred):
         for k in range(1, radius + 1):
             padded[radius - k] = plane[row + np.uint64(_mirror(-k, n))]
             padded[radius + n - 1 + k] = plane[row + np.uint64(_mirror(n - 1 + k, n))]
-        weighted_sum(padded, np.uint64(0), np.uint64(1), taps, np.uint64(0), np.uint64(taps.shape[0]), blurred,
-                     np.uint64(radius + y) * side, side)
+        weighted_sum(
+            padded,
+            np.uint64(0),
+            np.uint64(1),
+            taps,
+            np.uint64(0),
+            np.uint64(taps.shape[0]),
+            blurred,
+            np.uint64(radius + y) * side,
+            side,
+        )
     rows = blurred.reshape(n + 2 * radius, n)
     for k in range(1, radius + 1):
         rows[radius - k] = rows[radius + _mirror(-k, n)]

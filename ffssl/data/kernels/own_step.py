@@ -13,10 +13,12 @@ _VIEW_AND_KEY = (types.Array(types.uint8, 3, "C"), types.uint64)
 
 
 def compile_view_kernel(kernel: Callable) -> Callable:
-    """Compile `kernel(view, key)` into a function of (counters, indices, views) that applies it to every view of a batch.
+    """Compile `kernel(view, key)` into a function of (counters, indices, views) that applies it to
+    every view of a batch.
 
-    view: uint8 (3, R, R), to be changed in place. key: uint64, from which `draw.uniform(key, k)` gives random number k = 0, 1, ...
-    of this view; none of them is a number that the policy draws. Raises UserError if Numba does not compile the kernel.
+    view: uint8 (3, R, R), to be changed in place. key: uint64, from which `draw.uniform(key, k)`
+    gives random number k = 0, 1, ... of this view; none of them is a number that the policy draws.
+    Raises UserError if Numba does not compile the kernel.
     """
     name = getattr(kernel, "__name__", repr(kernel))
     if not callable(kernel):
@@ -25,7 +27,10 @@ def compile_view_kernel(kernel: Callable) -> Callable:
     try:
         step.compile(_VIEW_AND_KEY)
     except (NumbaError, UnsupportedBytecodeError, TypeError) as error:
-        raise UserError(f"view kernel {name}: Numba does not compile it as a function of (view, key): {_reason(error)}") from error
+        raise UserError(
+            f"view kernel {name}: Numba does not compile it as a function of (view, key): "
+            f"{_reason(error)}"
+        ) from error
 
     @njit(nogil=True)
     def apply(counters, indices, views):
@@ -39,4 +44,8 @@ def compile_view_kernel(kernel: Callable) -> Callable:
 
 def _reason(error: Exception) -> str:
     """The line of Numba's message that says what is wrong; the rest is in the traceback."""
-    return next(line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Failed in"))
+    return next(
+        line.strip()
+        for line in str(error).splitlines()
+        if line.strip() and not line.startswith("Failed in")
+    )

@@ -1,7 +1,9 @@
-"""RandAugment (Cubuk et al. 2019) with torchvision's operations and magnitudes, on one rendered view, compiled by Numba.
+"""RandAugment (Cubuk et al. 2019) with torchvision's operations and magnitudes, on one rendered
+view, compiled by Numba.
 
-A view is uint8 (3, R, R) and is changed in place; every operation rounds to uint8 as torchvision's do on uint8 tensors, to which
-the tests hold them. Warps take the nearest pixel, and black outside. The row kernels keep to the rules of `kernels`.
+A view is uint8 (3, R, R) and is changed in place; every operation rounds to uint8 as torchvision's
+do on uint8 tensors, to which the tests hold them. Warps take the nearest pixel, and black outside.
+The row kernels keep to the rules of `kernels`.
 """
 
 import math
@@ -11,29 +13,54 @@ import numpy as np
 from ffssl.data.kernels.jit import compiled
 from ffssl.data.kernels.operations import BLUE, GREEN, RED
 
-(IDENTITY, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, ROTATE, BRIGHTNESS, COLOUR, CONTRAST, SHARPNESS, POSTERISE, SOLARISE,
- AUTOCONTRAST, EQUALISE) = range(14)  # fmt: skip
+(
+    IDENTITY,
+    SHEAR_X,
+    SHEAR_Y,
+    TRANSLATE_X,
+    TRANSLATE_Y,
+    ROTATE,
+    BRIGHTNESS,
+    COLOUR,
+    CONTRAST,
+    SHARPNESS,
+    POSTERISE,
+    SOLARISE,
+    AUTOCONTRAST,
+    EQUALISE,
+) = range(14)
 OPERATIONS = 14
 MOST_MAGNITUDE = 30.0
 
 # Strength of each operation at magnitude 0 and at 30, and whether its sign is drawn.
-_STRENGTHS = np.array([
-    (0, 0, 0),
-    (0, 0.3, 1), (0, 0.3, 1),  # shears: pixels a pixel
-    (0, 150 / 331, 1), (0, 150 / 331, 1),  # translations: share of the side
-    (0, 30, 1),  # rotation: degrees counterclockwise
-    (0, 0.9, 1), (0, 0.9, 1), (0, 0.9, 1), (0, 0.9, 1),  # brightness, colour, contrast, sharpness: factor minus one
-    (8, 4, 0),  # posterise: bits left
-    (255, 0, 0),  # solarise: threshold
-    (0, 0, 0), (0, 0, 0),
-])  # fmt: skip
+_STRENGTHS = np.array(
+    [
+        (0, 0, 0),
+        (0, 0.3, 1),
+        (0, 0.3, 1),  # shears: pixels a pixel
+        (0, 150 / 331, 1),
+        (0, 150 / 331, 1),  # translations: share of the side
+        (0, 30, 1),  # rotation: degrees counterclockwise
+        # Brightness, colour, contrast, sharpness: factor minus one.
+        (0, 0.9, 1),
+        (0, 0.9, 1),
+        (0, 0.9, 1),
+        (0, 0.9, 1),
+        (8, 4, 0),  # posterise: bits left
+        (255, 0, 0),  # solarise: threshold
+        (0, 0, 0),
+        (0, 0, 0),
+    ]
+)
 
 _WHITE, _HALF = np.float32(255), np.float32(0.5)
 
 
 @compiled
 def operation_strength(operation, magnitude, negative):
-    """torchvision's magnitude number `magnitude` (0..30; linear between its 31 bins) of an operation, negated where it has a sign."""
+    """Torchvision's magnitude number `magnitude` (0..30; linear between its 31 bins) of an
+    operation, negated where it has a sign.
+    """
     weakest, strongest = _STRENGTHS[operation, 0], _STRENGTHS[operation, 1]
     value = weakest + (strongest - weakest) * (magnitude / MOST_MAGNITUDE)
     if operation == POSTERISE:
@@ -46,7 +73,9 @@ def operation_strength(operation, magnitude, negative):
 
 @compiled
 def inverse_map(operation, strength, side):
-    """(xx, xy, x0, yx, yy, y0): output pixel (x, y) shows the source at (xx x + xy y + x0, yx x + yy y + y0), in pixel indices."""
+    """(xx, xy, x0, yx, yy, y0): output pixel (x, y) shows the source at (xx x + xy y + x0, yx x +
+    yy y + y0), in pixel indices.
+    """
     if operation == SHEAR_X:
         return 1.0, strength, strength / 2, 0.0, 1.0, 0.0
     if operation == SHEAR_Y:
@@ -55,13 +84,26 @@ def inverse_map(operation, strength, side):
         return 1.0, 0.0, -float(int(strength * side)), 0.0, 1.0, 0.0
     if operation == TRANSLATE_Y:
         return 1.0, 0.0, 0.0, 0.0, 1.0, -float(int(strength * side))
-    cosine, sine, centre = math.cos(math.radians(strength)), math.sin(math.radians(strength)), (side - 1) / 2
-    return cosine, -sine, centre - (cosine - sine) * centre, sine, cosine, centre - (sine + cosine) * centre
+    cosine, sine, centre = (
+        math.cos(math.radians(strength)),
+        math.sin(math.radians(strength)),
+        (side - 1) / 2,
+    )
+    return (
+        cosine,
+        -sine,
+        centre - (cosine - sine) * centre,
+        sine,
+        cosine,
+        centre - (sine + cosine) * centre,
+    )
 
 
 @compiled
 def nearest_pixels(x0, dx, y0, dy, side, places):
-    """places[i] (int32) = where in a plane the pixel nearest to (x0 + i dx, y0 + i dy) lies; side * side where that is outside."""
+    """places[i] (int32) = where in a plane the pixel nearest to (x0 + i dx, y0 + i dy) lies; side *
+    side where that is outside.
+    """
     last = np.float32(side - 1)
     for i in range(side):
         x, y = np.rint(x0 + np.float32(i) * dx), np.rint(y0 + np.float32(i) * dy)
@@ -83,13 +125,21 @@ def _copy(row, out):
 
 @compiled
 def _warp(channels, side, operation, strength):
-    source = np.zeros((3, side * side + 1), np.uint8)  # the last value of each channel is what lies outside
+    # The last value of each channel is what lies outside.
+    source = np.zeros((3, side * side + 1), np.uint8)
     for c in range(3):
         _copy(channels[c], source[c])
     xx, xy, x0, yx, yy, y0 = inverse_map(operation, strength, side)
     places = np.empty(side, np.int32)
     for y in range(side):
-        nearest_pixels(np.float32(xy * y + x0), np.float32(xx), np.float32(yy * y + y0), np.float32(yx), side, places)
+        nearest_pixels(
+            np.float32(xy * y + x0),
+            np.float32(xx),
+            np.float32(yy * y + y0),
+            np.float32(yx),
+            side,
+            places,
+        )
         for c in range(3):
             take(source[c], places, channels[c, y * side : (y + 1) * side])
 
@@ -157,17 +207,24 @@ def _add_rows(above, row, below, out):
 
 @compiled
 def _sharpen_row(left, middle, right, factor, row):
-    """`row` away from its smoothed self: eight neighbours and five times itself. `left` to `right`: sums of the columns of three."""
+    """`row` away from its smoothed self: eight neighbours and five times itself.
+
+    `left` to `right`: sums of the columns of three.
+    """
     rest = np.float32(1) - factor
     for i in range(row.shape[0]):
         value = np.float32(row[i])
-        smooth = np.floor((left[i] + middle[i] + right[i] + np.float32(4) * value) * np.float32(1 / 13) + _HALF)
+        smooth = np.floor(
+            (left[i] + middle[i] + right[i] + np.float32(4) * value) * np.float32(1 / 13) + _HALF
+        )
         row[i] = _level(value + rest * (smooth - value))
 
 
 @compiled
 def adjust_sharpness(plane, factor):
-    """Blend a plane (uint8, (height, width)) with its smoothed self, but for the pixels on its border, in place."""
+    """Blend a plane (uint8, (height, width)) with its smoothed self, but for the pixels on its
+    border, in place.
+    """
     height, width = plane.shape
     if height < 3 or width < 3:
         return
@@ -182,18 +239,23 @@ def adjust_sharpness(plane, factor):
 
 @compiled
 def autocontrast(channel):
-    """Stretch the levels in use to 0..255, rounded down exactly; torchvision's float32 quotient often falls just short of an integer."""
+    """Stretch the levels in use to 0..255, rounded down exactly; torchvision's float32 quotient
+    often falls just short of an integer.
+    """
     low = high = channel[0]
     for i in range(channel.shape[0]):
         low, high = min(low, channel[i]), max(high, channel[i])
     if low < high:
         width = np.float32(high) - np.float32(low)
-        scale(channel, _WHITE / width, (_HALF - _WHITE * np.float32(low)) / width)  # the half keeps integers clear of rounding down
+        # The half keeps integers clear of rounding down.
+        scale(channel, _WHITE / width, (_HALF - _WHITE * np.float32(low)) / width)
 
 
 @compiled
 def histograms(red, green, blue, counts):
-    """Add the levels of three channels to `counts` (int64, (3, 256)), side by side, as equal neighbours wait for each other's count."""
+    """Add the levels of three channels to `counts` (int64, (3, 256)), side by side, as equal
+    neighbours wait for each other's count.
+    """
     for i in range(red.shape[0]):
         counts[0, np.uint64(red[i])] += 1
         counts[1, np.uint64(green[i])] += 1
@@ -202,7 +264,9 @@ def histograms(red, green, blue, counts):
 
 @compiled
 def equalise_table(counts, table):
-    """Pillow's table (uint8, (256,)) that makes all levels about as frequent; `counts`: int64 (256,)."""
+    """Pillow's table (uint8, (256,)) that makes all levels about as frequent; `counts`: int64
+    (256,).
+    """
     pixels = last = 0
     for level in range(256):
         pixels += counts[level]
@@ -231,7 +295,9 @@ def _equalise(red, green, blue):
 
 @compiled
 def augment(view, operation, strength):
-    """Apply one operation to a view (uint8 (3, R, R), contiguous), in place; `strength`: see `operation_strength`."""
+    """Apply one operation to a view (uint8 (3, R, R), contiguous), in place; `strength`: see
+    `operation_strength`.
+    """
     channels = view.reshape(3, view.shape[1] * view.shape[2])
     red, green, blue = channels[0], channels[1], channels[2]
     factor = np.float32(1 + strength)

@@ -1,7 +1,8 @@
 """One view of a decoded image: the kernels in the order of a policy.
 
-Between the stages a view is float32 planes, which fit into a core's second-level cache; the steps of the colour jitter are done to a
-chunk of them while it is in the first. The last stage rounds to uint8, on which RandAugment's operations work.
+Between the stages a view is float32 planes, which fit into a core's second-level cache; the steps
+of the colour jitter are done to a chunk of them while it is in the first. The last stage rounds to
+uint8, on which RandAugment's operations work.
 """
 
 import math
@@ -10,9 +11,24 @@ import numpy as np
 
 from ffssl.data.kernels import operations
 from ffssl.data.kernels.draw import (
-    MOST_OPERATIONS, P_BRIGHTNESS, P_CONTRAST, P_FLIP, P_GREY, P_HEIGHT, P_HUE, P_JITTER, P_LEFT,
-    P_OPERATION, P_ORDER, P_SATURATION, P_SIGMA, P_SOLARISE, P_STRENGTH, P_TOP, P_WIDTH,
-)  # fmt: skip
+    MOST_OPERATIONS,
+    P_BRIGHTNESS,
+    P_CONTRAST,
+    P_FLIP,
+    P_GREY,
+    P_HEIGHT,
+    P_HUE,
+    P_JITTER,
+    P_LEFT,
+    P_OPERATION,
+    P_ORDER,
+    P_SATURATION,
+    P_SIGMA,
+    P_SOLARISE,
+    P_STRENGTH,
+    P_TOP,
+    P_WIDTH,
+)
 from ffssl.data.kernels.jit import compiled
 from ffssl.data.kernels.rand_augment import augment
 from ffssl.data.kernels.simd import BLOCK, LANES, weighted_sum
@@ -25,7 +41,9 @@ CHUNK = 2048  # pixels; of three channels 24 kB
 
 @compiled
 def colour_order(number, order):
-    """Permutation `number` (0..23) of the four colour steps into `order` (int64, (4,)), by its factorial digits."""
+    """Permutation `number` (0..23) of the four colour steps into `order` (int64, (4,)), by its
+    factorial digits.
+    """
     left = np.arange(4)
     for i in range(4):
         radix = (6, 2, 1, 1)[i]
@@ -39,14 +57,17 @@ def colour_order(number, order):
 def render(image, drawn, affine, out):
     """Render one view.
 
-    image: uint8 (height, width, 3). drawn: the view's parameters, see `draw.draw`; the crop in pixels of `image`, of which it
-    may have fractions. affine: which form of colour jitter.
-    out: uint8 (3, R, R), written. Allocates about 4 R^2 floats of scratch.
+    image: uint8 (height, width, 3). drawn: the view's parameters, see `draw.draw`; the crop in
+    pixels of `image`, of which it may have fractions. affine: which form of colour jitter. out:
+    uint8 (3, R, R), written. Allocates about 4 R^2 floats of scratch.
     """
     resolution = out.shape[1]
     square = np.empty((3, resolution, resolution), np.float32)
     resized_crop(image, drawn, square)
-    planes, stored = square.reshape(3, resolution * resolution), out.reshape(3, resolution * resolution)
+    planes, stored = (
+        square.reshape(3, resolution * resolution),
+        out.reshape(3, resolution * resolution),
+    )
     if drawn[P_JITTER] != 0:
         if affine:
             jitter_by_matrix(planes, drawn)
@@ -70,7 +91,9 @@ def render(image, drawn, affine, out):
 
 @compiled
 def resized_crop(image, drawn, planes):
-    """The crop of `image`, resized with antialiasing, mirrored if drawn so, into `planes` (float32, (3, R, R))."""
+    """The crop of `image`, resized with antialiasing, mirrored if drawn so, into `planes` (float32,
+    (3, R, R)).
+    """
     resolution = planes.shape[1]
     top, left, height, width = drawn[P_TOP], drawn[P_LEFT], drawn[P_HEIGHT], drawn[P_WIDTH]
     first_row, first_column = np.uint64(top), np.uint64(left)
@@ -82,28 +105,56 @@ def resized_crop(image, drawn, planes):
     operations.triangle_weights(top % 1, height, resolution, first_y, count_y, weights_y)
     operations.triangle_weights(left % 1, width, resolution, first_x, count_x, weights_x)
     pixels, step = image.reshape(-1), np.uint64(3 * image.shape[1])
-    row_stride = (row_length + LANES - 1) // LANES * LANES  # what fills a row up is transposed with it, and in no sum
-    rows, columns = np.empty(BLOCK * row_stride, np.float32), np.empty(BLOCK * row_stride, np.float32)
+    # What fills a row up is transposed with it, and in no sum.
+    row_stride = (row_length + LANES - 1) // LANES * LANES
+    rows, columns = (
+        np.empty(BLOCK * row_stride, np.float32),
+        np.empty(BLOCK * row_stride, np.float32),
+    )
     shrunk = np.empty(3 * BLOCK * resolution, np.float32)
     all_weights_y, taps = weights_y.reshape(-1), np.uint64(weights_y.shape[1])
     for y in range(0, resolution, BLOCK):
         for i in range(min(BLOCK, resolution - y)):
             start = (first_row + first_y[y + i]) * step + np.uint64(3) * first_column
-            weighted_sum(pixels, start, step, all_weights_y, taps * np.uint64(y + i), count_y[y + i], rows,
-                         np.uint64(i * row_stride), np.uint64(row_length))
-        operations.shrink_rows(rows, row_stride, first_x, count_x, weights_x, drawn[P_FLIP] != 0, columns, shrunk, planes, y)
+            weighted_sum(
+                pixels,
+                start,
+                step,
+                all_weights_y,
+                taps * np.uint64(y + i),
+                count_y[y + i],
+                rows,
+                np.uint64(i * row_stride),
+                np.uint64(row_length),
+            )
+        operations.shrink_rows(
+            rows,
+            row_stride,
+            first_x,
+            count_x,
+            weights_x,
+            drawn[P_FLIP] != 0,
+            columns,
+            shrunk,
+            planes,
+            y,
+        )
 
 
 @compiled
 def jitter_by_matrix(planes, drawn):
     matrix = np.empty((3, 4), np.float32)
-    operations.colour_matrix(drawn[P_BRIGHTNESS], drawn[P_CONTRAST], drawn[P_SATURATION], drawn[P_HUE], matrix)
+    operations.colour_matrix(
+        drawn[P_BRIGHTNESS], drawn[P_CONTRAST], drawn[P_SATURATION], drawn[P_HUE], matrix
+    )
     operations.apply_colour_matrix(planes[0], planes[1], planes[2], matrix)
 
 
 @compiled
 def jitter_by_steps(planes, drawn):
-    """torchvision's four steps in the drawn order: up to contrast, which needs the mean of the view, and from there."""
+    """Torchvision's four steps in the drawn order: up to contrast, which needs the mean of the
+    view, and from there.
+    """
     order = np.empty(4, np.int64)
     colour_order(np.int64(drawn[P_ORDER]), order)
     pivot = 0
@@ -111,12 +162,23 @@ def jitter_by_steps(planes, drawn):
         pivot += 1
     total, n = 0.0, planes.shape[1]
     for i in range(0, n, CHUNK):
-        red, green, blue = planes[0, i : i + CHUNK], planes[1, i : i + CHUNK], planes[2, i : i + CHUNK]
+        red, green, blue = (
+            planes[0, i : i + CHUNK],
+            planes[1, i : i + CHUNK],
+            planes[2, i : i + CHUNK],
+        )
         _steps(order[:pivot], red, green, blue, drawn, np.float32(0))
         total += operations.grey_sum(red, green, blue)
     mean = np.float32(total / n)
     for i in range(0, n, CHUNK):
-        _steps(order[pivot:], planes[0, i : i + CHUNK], planes[1, i : i + CHUNK], planes[2, i : i + CHUNK], drawn, mean)
+        _steps(
+            order[pivot:],
+            planes[0, i : i + CHUNK],
+            planes[1, i : i + CHUNK],
+            planes[2, i : i + CHUNK],
+            drawn,
+            mean,
+        )
 
 
 @compiled
@@ -143,4 +205,6 @@ def blur(plane, n, sigma):
     operations.blur_rows(plane, n, taps, padded, blurred)
     for y in range(n):
         row = np.uint64(y) * side
-        weighted_sum(blurred, row, side, taps, np.uint64(0), np.uint64(taps.shape[0]), plane, row, side)
+        weighted_sum(
+            blurred, row, side, taps, np.uint64(0), np.uint64(taps.shape[0]), plane, row, side
+        )

@@ -1,8 +1,8 @@
 """Weighted sums and transposes, eight float32 lanes at a time.
 
-These loops are written as LLVM vector instructions, since LLVM's vectoriser gives up on them: it keeps the sum in memory where the
-number of terms is not known, and takes a transpose element by element. The vectors are portable; a CPU with narrower or wider
-registers splits or joins them.
+These loops are written as LLVM vector instructions, since LLVM's vectoriser gives up on them: it
+keeps the sum in memory where the number of terms is not known, and takes a transpose element by
+element. The vectors are portable; a CPU with narrower or wider registers splits or joins them.
 """
 
 import numpy as np
@@ -21,10 +21,12 @@ _MASK = ir.VectorType(ir.IntType(32), LANES)
 
 @compiled
 def weighted_sum(source, start, step, weights, first, taps, out, at, length):
-    """out[at + i] = the sum over k < taps of weights[first + k] * source[start + k * step + i], for i < length.
+    """out[at + i] = the sum over k < taps of weights[first + k] * source[start + k * step + i], for
+    i < length.
 
-    source: uint8 or float32, out and weights: float32, all contiguous and 1-D, out another array than source; the numbers are uint64.
-    Takes whole arrays and positions because a slice costs Numba two atomic operations.
+    source: uint8 or float32, out and weights: float32, all contiguous and 1-D, out another array
+    than source; the numbers are uint64. Takes whole arrays and positions because a slice costs
+    Numba two atomic operations.
     """
     i = np.uint64(0)
     while i + np.uint64(4 * LANES) <= length:
@@ -33,8 +35,18 @@ def weighted_sum(source, start, step, weights, first, taps, out, at, length):
     while i + np.uint64(LANES) <= length:
         _sum_8(source, start + i, step, weights, first, taps, out, at + i)
         i += np.uint64(LANES)
-    if i < length and np.uint64(LANES) <= length:  # the last lanes once more, some of them for the second time
-        _sum_8(source, start + length - np.uint64(LANES), step, weights, first, taps, out, at + length - np.uint64(LANES))
+    # The last lanes once more, some of them for the second time.
+    if i < length and np.uint64(LANES) <= length:
+        _sum_8(
+            source,
+            start + length - np.uint64(LANES),
+            step,
+            weights,
+            first,
+            taps,
+            out,
+            at + length - np.uint64(LANES),
+        )
         return
     while i < length:
         total = np.float32(0)
@@ -49,17 +61,25 @@ def _fixed_weighted_sum(width: int):
 
     def build(typing_context, source, start, step, weights, first, taps, out, at):
         def generate(context, builder, signature, arguments):
-            source, weights, out = (_data(context, builder, signature, arguments, i) for i in (0, 3, 6))
+            source, weights, out = (
+                _data(context, builder, signature, arguments, i) for i in (0, 3, 6)
+            )
             start, step, first, taps, at = (arguments[i] for i in (1, 2, 4, 5, 7))
             zero = ir.Constant(_VECTOR, [0.0] * LANES)
             totals = [cgutils.alloca_once(builder, _VECTOR) for _ in range(width // LANES)]
             for total in totals:
                 builder.store(zero, total)
             with cgutils.for_range(builder, taps) as loop:
-                weight = _broadcast(builder, builder.load(builder.gep(weights, [builder.add(first, loop.index)])))
+                weight = _broadcast(
+                    builder, builder.load(builder.gep(weights, [builder.add(first, loop.index)]))
+                )
                 position = builder.add(start, builder.mul(loop.index, step))
                 for i, total in enumerate(totals):
-                    term = builder.fmul(weight, _load(builder, source, _plus(builder, position, LANES * i)), flags=["fast"])
+                    term = builder.fmul(
+                        weight,
+                        _load(builder, source, _plus(builder, position, LANES * i)),
+                        flags=["fast"],
+                    )
                     builder.store(builder.fadd(builder.load(total), term, flags=["fast"]), total)
             for i, total in enumerate(totals):
                 _store(builder, builder.load(total), out, _plus(builder, at, LANES * i))
@@ -76,7 +96,10 @@ _sum_8, _sum_32, sum_pixel = (_fixed_weighted_sum(width) for width in (LANES, 4 
 
 @intrinsic
 def transpose(typing_context, source, start, step, out, at, out_step):
-    """Transpose 8 rows of 8: out[at + j * out_step + i] = source[start + i * step + j]. Both float32, contiguous and 1-D."""
+    """Transpose 8 rows of 8: out[at + j * out_step + i] = source[start + i * step + j].
+
+    Both float32, contiguous and 1-D.
+    """
 
     def generate(context, builder, signature, arguments):
         source, out = (_data(context, builder, signature, arguments, i) for i in (0, 3))
@@ -85,11 +108,15 @@ def transpose(typing_context, source, start, step, out, at, out_step):
             rows.append(_load(builder, source, position))
             position = builder.add(position, arguments[2])
         for distance in (1, 2, 4):  # each stage swaps the off-diagonal blocks of this size
-            low = [lane if not lane & distance else lane - distance + LANES for lane in range(LANES)]
+            low = [
+                lane if not lane & distance else lane - distance + LANES for lane in range(LANES)
+            ]
             high = [lane + distance for lane in low]
             for i in (i for i in range(LANES) if not i & distance):
                 a, b = rows[i], rows[i + distance]
-                rows[i], rows[i + distance] = (builder.shuffle_vector(a, b, ir.Constant(_MASK, mask)) for mask in (low, high))
+                rows[i], rows[i + distance] = (
+                    builder.shuffle_vector(a, b, ir.Constant(_MASK, mask)) for mask in (low, high)
+                )
         position = arguments[4]
         for row in rows:
             _store(builder, row, out, position)
@@ -109,7 +136,11 @@ def _plus(builder, index, constant):
 
 def _broadcast(builder, value):
     undefined = ir.Constant(_VECTOR, ir.Undefined)
-    return builder.shuffle_vector(builder.insert_element(undefined, value, _INDEX(0)), undefined, ir.Constant(_MASK, [0] * LANES))
+    return builder.shuffle_vector(
+        builder.insert_element(undefined, value, _INDEX(0)),
+        undefined,
+        ir.Constant(_MASK, [0] * LANES),
+    )
 
 
 def _load(builder, array, position):
@@ -121,4 +152,6 @@ def _load(builder, array, position):
 
 
 def _store(builder, vector, array, position):
-    builder.store(vector, builder.bitcast(builder.gep(array, [position]), _VECTOR.as_pointer()), align=4)
+    builder.store(
+        vector, builder.bitcast(builder.gep(array, [position]), _VECTOR.as_pointer()), align=4
+    )

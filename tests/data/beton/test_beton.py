@@ -26,7 +26,12 @@ ROWS_START = 24 + 2 * 1041
 def pixels(height, width, seed=0):
     """Smooth enough to survive JPEG, different everywhere."""
     y, x = np.mgrid[:height, :width]
-    return np.stack([x + seed * 40, y + x // 2, 255 - y + seed * 9], -1).astype(np.uint16).clip(0, 255).astype(np.uint8)
+    return (
+        np.stack([x + seed * 40, y + x // 2, 255 - y + seed * 9], -1)
+        .astype(np.uint16)
+        .clip(0, 255)
+        .astype(np.uint8)
+    )
 
 
 def jpeg(array):
@@ -39,7 +44,13 @@ def write(path, images, modes, max_samples=None, page_size=PAGE, labels=None):
     with BetonWriter(path, max_samples or len(images), page_size) as writer:
         for i, (image, mode) in enumerate(zip(images, modes)):
             data = jpeg(image) if mode == MODE_JPEG else image.tobytes()
-            writer.add(data, mode, image.shape[1], image.shape[0], i * 7 - 3 if labels is None else labels[i])
+            writer.add(
+                data,
+                mode,
+                image.shape[1],
+                image.shape[0],
+                i * 7 - 3 if labels is None else labels[i],
+            )
     return path
 
 
@@ -57,10 +68,18 @@ def assert_same_dtype(ours, theirs):
 def test_types_equal_ffcv():
     import torch
     from ffcv import types
-    from ffcv.fields import BytesField, FloatField, IntField, JSONField, NDArrayField, RGBImageField, TorchTensorField
+    from ffcv.fields import (
+        BytesField,
+        FloatField,
+        IntField,
+        JSONField,
+        NDArrayField,
+        RGBImageField,
+        TorchTensorField,
+    )
 
-    assert format_.HEADER_TYPE == types.HeaderType
-    assert format_.FIELD_TYPE == types.FieldDescType
+    assert types.HeaderType == format_.HEADER_TYPE
+    assert types.FieldDescType == format_.FIELD_TYPE
     assert format_.ALLOCATION_TYPE == types.ALLOC_TABLE_TYPE
     assert format_.VERSION == types.CURRENT_VERSION
     fields = [
@@ -75,9 +94,13 @@ def test_types_equal_ffcv():
     for type_id, field in enumerate(fields):
         assert types.TYPE_ID_HANDLER[type_id] is type(field)
         assert format_.FIELD_METADATA[type_id] == field.metadata_type
-    assert_same_dtype(format_.metadata_type([2, 1]), types.get_metadata_type([RGBImageField(), IntField()]))
+    assert_same_dtype(
+        format_.metadata_type([2, 1]), types.get_metadata_type([RGBImageField(), IntField()])
+    )
     mixed = [1, 2, 0, 5, 2, 4]
-    assert_same_dtype(format_.metadata_type(mixed), types.get_metadata_type([fields[i] for i in mixed]))
+    assert_same_dtype(
+        format_.metadata_type(mixed), types.get_metadata_type([fields[i] for i in mixed])
+    )
 
 
 @pytest.mark.parametrize("os_cache", [True, False])
@@ -89,7 +112,8 @@ def test_stock_ffcv_loads_what_we_write(tmp_path, os_cache):
     # 700x700 raw pixels fill most of a page, so that samples of both kinds land on several pages.
     images = [pixels(700, 700, i) for i in range(7)]
     modes = [MODE_RAW, MODE_JPEG, MODE_RAW, MODE_JPEG, MODE_RAW, MODE_RAW, MODE_JPEG]
-    path = write(tmp_path / "x.beton", images, modes, max_samples=9)  # two announced samples never came
+    # Two announced samples never came.
+    path = write(tmp_path / "x.beton", images, modes, max_samples=9)
     loader = Loader(
         str(path),
         batch_size=3,
@@ -108,7 +132,8 @@ def test_stock_ffcv_loads_what_we_write(tmp_path, os_cache):
             np.testing.assert_array_equal(got[i], image)
         else:
             reference = np.asarray(PIL.Image.open(io.BytesIO(jpeg(image))))
-            assert np.abs(got[i].astype(int) - reference).max() <= 8  # ffcv decodes with the fast DCT
+            # Ffcv decodes with the fast DCT.
+            assert np.abs(got[i].astype(int) - reference).max() <= 8
 
 
 def test_reads_what_ffcv_writes(tmp_path):
@@ -123,7 +148,15 @@ def test_reads_what_ffcv_writes(tmp_path):
 
         def __getitem__(self, i):
             text = np.zeros(0 if i == 3 else i + 1, np.uint8)
-            return text, i * 0.5, images[i], 100 + i, {"i": int(i)}, np.full((2, 2), i, np.float32), i
+            return (
+                text,
+                i * 0.5,
+                images[i],
+                100 + i,
+                {"i": int(i)},
+                np.full((2, 2), i, np.float32),
+                i,
+            )
 
     path = str(tmp_path / "theirs.beton")
     fields = {
@@ -142,32 +175,47 @@ def test_reads_what_ffcv_writes(tmp_path):
     data = np.fromfile(path, np.uint8)
     assert beton.labels.tolist() == [100 + i for i in range(6)]
     for i, (row, size) in enumerate(zip(beton.images, beton.image_sizes)):
-        stored = data[row["data_ptr"] : row["data_ptr"] + size].reshape(row["height"], row["width"], 3)
+        stored = data[row["data_ptr"] : row["data_ptr"] + size].reshape(
+            row["height"], row["width"], 3
+        )
         np.testing.assert_array_equal(stored, images[i])
 
 
 def test_round_trip(small):
     beton = read_beton(small)
     data = small.read_bytes()
-    assert len(beton) == 5 and beton.labels.tolist() == [-3, 4, 11, 18, 25] and beton.labels.dtype == np.int64
+    assert (
+        len(beton) == 5
+        and beton.labels.tolist() == [-3, 4, 11, 18, 25]
+        and beton.labels.dtype == np.int64
+    )
     assert beton.images.dtype == format_.IMAGE_TYPE and not beton.images.flags.writeable
     assert (np.diff(beton.pointers.astype(np.int64)) > 0).all()
     for i, (row, size) in enumerate(zip(beton.images, beton.image_sizes)):
         stored = data[int(row["data_ptr"]) :][: int(size)]
         assert (row["width"], row["height"]) == (30, 20)
-        assert stored == (pixels(20, 30, i).tobytes() if row["mode"] == MODE_RAW else jpeg(pixels(20, 30, i)))
+        assert stored == (
+            pixels(20, 30, i).tobytes() if row["mode"] == MODE_RAW else jpeg(pixels(20, 30, i))
+        )
 
 
 def test_samples_stay_within_pages_that_grow(tmp_path):
     random = np.random.default_rng(0)
-    sizes = [int(s) for s in random.integers(1, PAGE, 20)] + [3 * PAGE] + [int(s) for s in random.integers(1, PAGE, 20)]
+    sizes = (
+        [int(s) for s in random.integers(1, PAGE, 20)]
+        + [3 * PAGE]
+        + [int(s) for s in random.integers(1, PAGE, 20)]
+    )
     with BetonWriter(tmp_path / "x.beton", len(sizes), PAGE) as writer:
         for size in sizes:
             writer.add(b"\x01" * size, MODE_JPEG, 1, 1, 0)
     beton = read_beton(tmp_path / "x.beton")
     assert beton.page_size == 4 * PAGE
     assert beton.image_sizes.tolist() == sizes
-    data, covered = (tmp_path / "x.beton").read_bytes(), np.zeros(os.path.getsize(tmp_path / "x.beton"), bool)
+    data, covered = (
+        (tmp_path / "x.beton").read_bytes(),
+        np.zeros(os.path.getsize(tmp_path / "x.beton"), bool),
+    )
     for pointer, size in zip(beton.images["data_ptr"].tolist(), sizes):
         assert pointer // beton.page_size == (pointer + size - 1) // beton.page_size
         assert not covered[pointer : pointer + size].any()
@@ -187,7 +235,10 @@ def test_writer_refuses_what_the_format_cannot_hold(tmp_path):
     ]:
         with pytest.raises(ValueError), BetonWriter(tmp_path / "x.beton", 3) as writer:
             writer.add(*sample)
-    with pytest.raises(ValueError, match="announced"), BetonWriter(tmp_path / "x.beton", 1) as writer:
+    with (
+        pytest.raises(ValueError, match="announced"),
+        BetonWriter(tmp_path / "x.beton", 1) as writer,
+    ):
         writer.add(b"x", 0, 1, 1, 0)
         writer.add(b"x", 0, 1, 1, 0)
     with pytest.raises(UserError, match="no sample"), BetonWriter(tmp_path / "x.beton", 1):
@@ -222,7 +273,9 @@ def test_file_size_limit_is_an_error_that_names_the_file(tmp_path):
 
 
 def test_full_disk_is_an_error_that_names_file_and_space(tmp_path, monkeypatch):
-    with pytest.raises(BetonWriteError, match=r"x\.beton: could not be written after 1 samples.*MB free"):
+    with pytest.raises(
+        BetonWriteError, match=r"x\.beton: could not be written after 1 samples.*MB free"
+    ):
         with BetonWriter(tmp_path / "x.beton", 9) as writer:
             writer.add(b"fits", MODE_JPEG, 1, 1, 0)
 
@@ -230,7 +283,9 @@ def test_full_disk_is_an_error_that_names_file_and_space(tmp_path, monkeypatch):
                 raise OSError(errno.ENOSPC, "No space left on device")
 
             monkeypatch.setattr(
-                writer, "_file", type("Full", (), {"write": staticmethod(full), "close": lambda self: None})()
+                writer,
+                "_file",
+                type("Full", (), {"write": staticmethod(full), "close": lambda self: None})(),
             )
             writer.add(b"does not", MODE_JPEG, 1, 1, 0)
     assert os.listdir(tmp_path) == []
@@ -242,7 +297,9 @@ def test_next_writer_removes_what_a_killed_one_left(tmp_path):
         "with BetonWriter(sys.argv[1], 9) as w: w.add(b'x', 0, 1, 1, 0); print(flush=True); sys.stdin.read()"
     )
     target = tmp_path / "x.beton"
-    with subprocess.Popen([sys.executable, "-c", program, target], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", program, target], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
         process.stdout.readline()
         (partial,) = tmp_path.iterdir()
         assert partial.name.startswith(".x.beton.partial-")
@@ -257,11 +314,16 @@ def test_next_writer_removes_what_a_killed_one_left(tmp_path):
 
 
 def write_fields(path, named: dict[str, tuple[int, list]]):
-    """A file of three small images by our writer, its label field replaced by fields of a type and values, as ffcv would lay them out."""
+    """A file of three small images by our writer, its label field replaced by fields of a type and
+    values, as ffcv would lay them out.
+    """
     small = write(path, [pixels(8, 9, i) for i in range(3)], [MODE_RAW] * 3, labels=[0, 1, 2])
     old = read_beton(small)
     types = [format_.IMAGE_FIELD, *(kind for kind, _ in named.values())]
-    header, fields = np.fromfile(small, format_.HEADER_TYPE, 1), np.zeros(len(types), format_.FIELD_TYPE)
+    header, fields = (
+        np.fromfile(small, format_.HEADER_TYPE, 1),
+        np.zeros(len(types), format_.FIELD_TYPE),
+    )
     header["num_fields"] = len(types)
     rows = np.zeros(3, format_.metadata_type(types))
     rows["f0"] = old.images
@@ -278,14 +340,44 @@ def write_fields(path, named: dict[str, tuple[int, list]]):
 INT, FLOAT, BYTES = format_.INT_FIELD, format_.FLOAT_FIELD, format_.BYTES_FIELD
 FIELDS = {  # fields, which is asked for, which is taken, and its labels
     "label": ({"label": (INT, [5, 6, 7])}, None, "label", [5, 6, 7]),
-    "label among others": ({"index": (INT, [0, 1, 2]), "label": (INT, [5, 6, 7])}, None, "label", [5, 6, 7]),
-    "the only one that can be meant": ({"target": (INT, [5, 6, -(2**63)])}, None, "target", [5, 6, -(2**63)]),
-    "beside one that can't": ({"target": (INT, [5, 6, 7]), "weight": (FLOAT, [0.5, 1, 1])}, None, "target", [5, 6, 7]),
+    "label among others": (
+        {"index": (INT, [0, 1, 2]), "label": (INT, [5, 6, 7])},
+        None,
+        "label",
+        [5, 6, 7],
+    ),
+    "the only one that can be meant": (
+        {"target": (INT, [5, 6, -(2**63)])},
+        None,
+        "target",
+        [5, 6, -(2**63)],
+    ),
+    "beside one that can't": (
+        {"target": (INT, [5, 6, 7]), "weight": (FLOAT, [0.5, 1, 1])},
+        None,
+        "target",
+        [5, 6, 7],
+    ),
     "whole floats": ({"label": (FLOAT, [5, -6, 7])}, None, "label", [5, -6, 7]),
-    "label is no number of a class": ({"index": (INT, [0, 1, 2]), "label": (FLOAT, [0.5, 1, 2])}, None, None, None),
+    "label is no number of a class": (
+        {"index": (INT, [0, 1, 2]), "label": (FLOAT, [0.5, 1, 2])},
+        None,
+        None,
+        None,
+    ),
     "not clear which": ({"index": (INT, [0, 1, 2]), "target": (INT, [5, 6, 7])}, None, None, None),
-    "asked for": ({"index": (INT, [0, 1, 2]), "target": (INT, [5, 6, 7])}, "target", "target", [5, 6, 7]),
-    "another than label": ({"label": (INT, [0, 1, 2]), "coarse": (FLOAT, [5, 6, 7])}, "coarse", "coarse", [5, 6, 7]),
+    "asked for": (
+        {"index": (INT, [0, 1, 2]), "target": (INT, [5, 6, 7])},
+        "target",
+        "target",
+        [5, 6, 7],
+    ),
+    "another than label": (
+        {"label": (INT, [0, 1, 2]), "coarse": (FLOAT, [5, 6, 7])},
+        "coarse",
+        "coarse",
+        [5, 6, 7],
+    ),
     "none": ({}, None, None, None),
     "no numbers": ({"caption": (BYTES, None)}, None, None, None),
     "not finite": ({"label": (FLOAT, [1, np.nan, np.inf])}, None, None, None),
@@ -298,15 +390,23 @@ def test_labels_are_found_by_name_or_where_they_can_only_be(tmp_path, case):
     named, wanted, field, labels = FIELDS[case]
     beton = read_beton(write_fields(tmp_path / "x.beton", named), wanted)
     assert beton.label_field == field
-    assert (None if beton.labels is None else beton.labels.tolist()) == labels and (labels is None or beton.labels.dtype == np.int64)
+    assert (None if beton.labels is None else beton.labels.tolist()) == labels and (
+        labels is None or beton.labels.dtype == np.int64
+    )
 
 
-@pytest.mark.parametrize("wanted, message", [
-    ("class", "the field of labels, 'class', is not in it; its fields: 'weight' (float), 'label' (int), 'caption' (bytes)"),
-    ("weight", "the field of labels, 'weight', holds no whole numbers; its fields: "),
-    ("caption", "'caption', holds no whole numbers"),
-    ("image", "'image', holds no whole numbers"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wanted, message",
+    [
+        (
+            "class",
+            "the field of labels, 'class', is not in it; its fields: 'weight' (float), 'label' (int), 'caption' (bytes)",
+        ),
+        ("weight", "the field of labels, 'weight', holds no whole numbers; its fields: "),
+        ("caption", "'caption', holds no whole numbers"),
+        ("image", "'image', holds no whole numbers"),
+    ],
+)
 def test_a_field_that_holds_no_labels_is_refused_with_those_there_are(tmp_path, wanted, message):
     named = {"weight": (FLOAT, [0.5, 1, 2]), "label": (INT, [0, 1, 2]), "caption": (BYTES, None)}
     with pytest.raises(UserError, match=re.escape(message)):
@@ -315,10 +415,20 @@ def test_a_field_that_holds_no_labels_is_refused_with_those_there_are(tmp_path, 
 
 def test_a_file_is_the_same_whichever_field_of_labels_is_read(tmp_path):
     """Else a run could not be continued with the field named."""
-    both = write_fields(tmp_path / "both.beton", {"label": (INT, [0, 1, 2]), "coarse": (INT, [0, 0, 1])})
-    assert read_beton(both).digest() == read_beton(both, "coarse").digest() == read_beton(both, "label").digest()
-    others = {name: write_fields(tmp_path / f"{name}.beton", {name: (INT, values)}) for name, values in (("label", [0, 1, 1]), ("coarse", [0, 1, 2]))}
-    assert len({read_beton(path).digest() for path in (both, *others.values())}) == 3  # a file's labels count, as they did
+    both = write_fields(
+        tmp_path / "both.beton", {"label": (INT, [0, 1, 2]), "coarse": (INT, [0, 0, 1])}
+    )
+    assert (
+        read_beton(both).digest()
+        == read_beton(both, "coarse").digest()
+        == read_beton(both, "label").digest()
+    )
+    others = {
+        name: write_fields(tmp_path / f"{name}.beton", {name: (INT, values)})
+        for name, values in (("label", [0, 1, 1]), ("coarse", [0, 1, 2]))
+    }
+    # A file's labels count, as they did.
+    assert len({read_beton(path).digest() for path in (both, *others.values())}) == 3
 
 
 def patch(path, offset, value, dtype):
@@ -344,13 +454,21 @@ DAMAGES = {
     "its page size, 100, is not": lambda p: patch(p, 4, 100, "<u4"),
     "its page size, 3145728, is not": lambda p: patch(p, 4, 3 << 20, "<u4"),
     r"field 'image' has a custom type \(255\)": lambda p: patch(p, 24, 255, "<u1"),
-    r"field 'imag\\n' has a custom": lambda p: (patch(p, 24, 255, "<u1"), patch(p, 24 + 5, ord("\n"), "<u1")),
+    r"field 'imag\\n' has a custom": lambda p: (
+        patch(p, 24, 255, "<u1"),
+        patch(p, 24 + 5, ord("\n"), "<u1"),
+    ),
     "no RGB image field": lambda p: patch(p, 24, 3, "<u1"),
-    "several RGB image fields": lambda p: (patch(p, 24 + 1, ord("j"), "<u1"), patch(p, 24 + 1041, 2, "<u1")),
+    "several RGB image fields": lambda p: (
+        patch(p, 24 + 1, ord("j"), "<u1"),
+        patch(p, 24 + 1041, 2, "<u1"),
+    ),
     "allocation table is cut short": lambda p: os.truncate(p, os.path.getsize(p) - 5),
     "table is cut short": lambda p: os.truncate(p, table_of(p) - 100),
     "table is cut short; ": lambda p: patch(p, 16, 1 << 60, "<u8"),
-    "points to data that the allocation table does not list": lambda p: os.truncate(p, os.path.getsize(p) - 24),
+    "points to data that the allocation table does not list": lambda p: os.truncate(
+        p, os.path.getsize(p) - 24
+    ),
     "sample 2 points to data": lambda p: patch(p, ROWS_START + 2 * 24 + 5, 12345, "<u8"),
     "points outside the data": lambda p: patch(p, table_of(p) + 8, 1 << 62, "<u8"),
     "points outside": lambda p: patch(p, table_of(p) + 4 * 24 + 16, 1 << 63, "<u8"),
@@ -358,7 +476,9 @@ DAMAGES = {
     "sample 3 has no width or no height": lambda p: patch(p, ROWS_START + 3 * 24 + 1, 0, "<u2"),
     "sample 4 has no width": lambda p: patch(p, ROWS_START + 4 * 24 + 3, 0, "<u2"),
     "sample 1 is marked as neither": lambda p: patch(p, ROWS_START + 24, 2, "<u1"),
-    "sample 2 claims more pixels than": lambda p: patch(p, ROWS_START + 2 * 24 + 1, [65535, 65535], "<u2"),
+    "sample 2 claims more pixels than": lambda p: patch(
+        p, ROWS_START + 2 * 24 + 1, [65535, 65535], "<u2"
+    ),
     "sample 1 is raw but not of": lambda p: patch(p, ROWS_START + 24 + 1, 31, "<u2"),
 }
 
@@ -389,7 +509,9 @@ def test_random_damage_never_crashes(small):
         if trial % 5 == 0:
             damaged = damaged[: random.integers(len(whole))]
         else:
-            places = random.choice(interesting if trial % 2 else np.r_[0:24, ROWS_START : ROWS_START + 120], 4)
+            places = random.choice(
+                interesting if trial % 2 else np.r_[0:24, ROWS_START : ROWS_START + 120], 4
+            )
             damaged[places] ^= random.integers(1, 256, 4, np.uint8)
         damaged.tofile(small)
         try:

@@ -52,15 +52,26 @@ def test_pixels_are_the_same_in_every_process_and_release():
         "import hashlib; from ffssl.data.convert.embedded import EmbeddedDataset; d = EmbeddedDataset('train', 20, seed=5);"
         "print(hashlib.sha256(b''.join(d[i][0].tobytes() for i in range(20))).hexdigest())"
     )
-    elsewhere = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    elsewhere = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
     here = digest(EmbeddedDataset("train", 20, seed=5), range(20))
     assert here == elsewhere.strip()
     assert here == "7a418c5f3c514e20ed745e5868f6afd0a2ef6ed1e3eae2de1c2d48fed8975ba4"
 
 
 def test_splits_seeds_and_indices_share_no_image():
-    streams = [("train", 0), ("val", 0), ("train", 1), ("val", 1), ("train", 2**64 - 2), ("train", 2**64 - 1)]
-    digests = [digest(EmbeddedDataset(split, 30, seed), [i]) for split, seed in streams for i in range(30)]
+    streams = [
+        ("train", 0),
+        ("val", 0),
+        ("train", 1),
+        ("val", 1),
+        ("train", 2**64 - 2),
+        ("train", 2**64 - 1),
+    ]
+    digests = [
+        digest(EmbeddedDataset(split, 30, seed), [i]) for split, seed in streams for i in range(30)
+    ]
     assert len(set(digests)) == len(digests)
 
 
@@ -83,7 +94,12 @@ def test_iteration_ends():
 
 @pytest.mark.parametrize(
     "arguments, culprit",
-    [(("test", 10), "test"), (("train", 0), "size is 0"), (("val", 9, -1), "seed is -1"), (("val", 9, 2**64), "seed")],
+    [
+        (("test", 10), "test"),
+        (("train", 0), "size is 0"),
+        (("val", 9, -1), "seed is -1"),
+        (("val", 9, 2**64), "seed"),
+    ],
 )
 def test_bad_arguments(arguments, culprit):
     with pytest.raises(ValueError, match=culprit):

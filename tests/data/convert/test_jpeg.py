@@ -6,12 +6,11 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import pytest
+from damage import behind_start, frame_size_at, segment, segments, without_segments
 
 from ffssl.data.convert import jpeg
 from ffssl.data.convert.exif import PREFIX
 from ffssl.data.convert.jpeg import JpegError
-from damage import behind_start, frame_size_at, segment, segments, without_segments
-
 
 APP1 = 0xE1
 
@@ -19,7 +18,9 @@ APP1 = 0xE1
 def picture(width=67, height=45, mode="RGB"):
     y, x = np.mgrid[:height, :width]
     noise = np.random.default_rng(0).integers(0, 60, (height, width))
-    array = np.stack([x * 3 % 196 + noise, y * 4 % 196, 255 - y - x], -1).clip(0, 255).astype(np.uint8)
+    array = (
+        np.stack([x * 3 % 196 + noise, y * 4 % 196, 255 - y - x], -1).clip(0, 255).astype(np.uint8)
+    )
     return PIL.Image.fromarray(array).convert(mode)
 
 
@@ -45,7 +46,12 @@ def exif(orientation, endian="<"):
 @pytest.mark.parametrize("progressive", [False, True])
 def test_header_agrees_with_pil(mode, components, progressive):
     header = jpeg.parse_header(save(picture(mode=mode), progressive=progressive))
-    assert (header.width, header.height, header.components, header.precision) == (67, 45, components, 8)
+    assert (header.width, header.height, header.components, header.precision) == (
+        67,
+        45,
+        components,
+        8,
+    )
     assert header.process == (jpeg.PROGRESSIVE if progressive else jpeg.BASELINE)
     assert header.decodes_to_rgb == (mode != "CMYK")
 
@@ -129,14 +135,18 @@ def test_progressive_becomes_baseline_with_the_same_pixels(mode, size, subsampli
     jpeg.verify(baseline, header)
 
 
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_blocks": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_blocks": 2}]
+)
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_decodes_as_pil_does(mode, options):
     data = save(picture(mode=mode), **options)
     header = jpeg.parse_header(data)
     np.testing.assert_array_equal(jpeg.decode(data, header), rgb(data))
     half = jpeg.decode(data, header, 2)
-    reference = np.asarray(picture(mode=mode).convert("RGB").resize((34, 23), PIL.Image.Resampling.BOX)).astype(int)
+    reference = np.asarray(
+        picture(mode=mode).convert("RGB").resize((34, 23), PIL.Image.Resampling.BOX)
+    ).astype(int)
     assert half.shape == (23, 34, 3) and np.abs(half - reference).mean() < 8
     jpeg.verify(data, header)
     jpeg.verify_markers(data)
@@ -158,7 +168,11 @@ def test_damage_inside_the_data_is_found():
     header = jpeg.parse_header(data)
     middle = len(data) // 2
     zeroed = data[:middle] + bytes(300) + data[middle + 300 :]
-    for damaged in (zeroed, data[:middle] + data[middle + 200 :], data[:middle] + b"\xff\xd9" + data[middle:]):
+    for damaged in (
+        zeroed,
+        data[:middle] + data[middle + 200 :],
+        data[:middle] + b"\xff\xd9" + data[middle:],
+    ):
         with pytest.raises(JpegError):
             jpeg.verify(damaged, header)
 
@@ -181,7 +195,9 @@ def test_a_size_beyond_what_the_data_can_hold_is_refused():
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("progressive", [False, True])
 def test_even_a_blank_image_has_data_for_its_size(mode, progressive):
-    data = save(PIL.Image.new(mode, (4000, 3000)), quality=1, optimize=True, progressive=progressive)
+    data = save(
+        PIL.Image.new(mode, (4000, 3000)), quality=1, optimize=True, progressive=progressive
+    )
     jpeg.verify(data, jpeg.parse_header(data))
 
 
@@ -475,5 +491,8 @@ def test_ffcv_is_not_imported():
     import subprocess
     import sys
 
-    program = "import sys; from ffssl.data.convert import jpeg; jpeg.turbojpeg(); sys.exit('ffcv' in sys.modules or 'torch' in sys.modules)"
+    program = (
+        "import sys; from ffssl.data.convert import jpeg; jpeg.turbojpeg(); sys.exit('ffcv' in "
+        "sys.modules or 'torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0

@@ -1,4 +1,6 @@
-"""Every source on a small stand-in of its real layout: images, labels, names, pickling, and what it refuses."""
+"""Every source on a small stand-in of its real layout: images, labels, names, pickling, and what it
+refuses.
+"""
 
 import hashlib
 import io
@@ -55,7 +57,14 @@ def test_packed_strings():
 
 
 def test_natural_order():
-    assert sorted(["a10", "a9", "b1", "a-2", "1", "a"], key=natural_order) == ["1", "a", "a9", "a10", "a-2", "b1"]
+    assert sorted(["a10", "a9", "b1", "a-2", "1", "a"], key=natural_order) == [
+        "1",
+        "a",
+        "a9",
+        "a10",
+        "a-2",
+        "b1",
+    ]
 
 
 def test_class_folders_agree_with_torchvision(tmp_path):
@@ -273,14 +282,17 @@ def test_links_that_lead_nowhere_or_above_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     os.symlink("../../pipe", tmp_path / "root/a/pipe.jpg")
     assert passed_over(ImageFolder(tmp_path / "root")) == {
-        ".txt": (1, "a/notes.txt"), "pipes, sockets or devices": (1, "a/pipe.jpg"),
-    }  # fmt: skip
+        ".txt": (1, "a/notes.txt"),
+        "pipes, sockets or devices": (1, "a/pipe.jpg"),
+    }
     os.symlink("../..", tmp_path / "root/a/above")
     with pytest.raises(UserError, match="a/above: a link to a folder above .*/root;"):
         ImageFolder(tmp_path / "root", labels=False)
 
 
-@pytest.mark.parametrize("layout", ["train", "ILSVRC2012_img_train", "ILSVRC/Data/CLS-LOC/train", "."])
+@pytest.mark.parametrize(
+    "layout", ["train", "ILSVRC2012_img_train", "ILSVRC/Data/CLS-LOC/train", "."]
+)
 def test_imagenet_train(tmp_path, layout):
     for i, wnid in enumerate(reversed(WNIDS)):
         put(tmp_path / layout / wnid / f"{wnid}_{i}.JPEG", bytes([i]))
@@ -301,7 +313,9 @@ def flat_validation(folder):
 def devkit(folder):
     scipy_io = pytest.importorskip("scipy.io")
     folder.mkdir(parents=True)
-    synsets = np.zeros((4, 1), [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O")])
+    synsets = np.zeros(
+        (4, 1), [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O")]
+    )
     for row, (number, wnid) in zip(synsets[:, 0], [*IDS.items(), (1001, "n00000001")]):
         row["ILSVRC2012_ID"], row["WNID"], row["words"] = float(number), wnid, "some words"
         row["num_children"] = float(number > 1000)
@@ -338,7 +352,10 @@ def test_imagenet_flat_validation_with_kaggles_file(tmp_path):
 
 
 def test_imagenet_validation_in_class_folders(tmp_path):
-    put(tmp_path / "val" / WNIDS[1] / "ILSVRC2012_val_00000001.JPEG"), put(tmp_path / "val" / WNIDS[0] / "x.JPEG")
+    (
+        put(tmp_path / "val" / WNIDS[1] / "ILSVRC2012_val_00000001.JPEG"),
+        put(tmp_path / "val" / WNIDS[0] / "x.JPEG"),
+    )
     assert [label for _, label, _ in contents(ImageNet(tmp_path, "val"))] == [0, 1]
 
 
@@ -433,7 +450,9 @@ def test_imagenet_labels_as_spreadsheets_write_them(tmp_path, encoding, separato
 
 def test_imagenet_takes_no_other_split_for_the_one_that_is_missing(tmp_path):
     put(tmp_path / "train" / WNIDS[0] / "x.JPEG")
-    with pytest.raises(UserError, match="train: not a class of ImageNet.* or val or ILSVRC2012_img_val or"):
+    with pytest.raises(
+        UserError, match="train: not a class of ImageNet.* or val or ILSVRC2012_img_val or"
+    ):
         ImageNet(tmp_path, "val")
 
 
@@ -457,7 +476,9 @@ def test_an_interrupted_extraction_of_imagenette_is_begun_again(tmp_path, monkey
     shutil.rmtree(tmp_path / "packed")
     # With its own checksum, torchvision takes the archive for one it has downloaded.
     digest = hashlib.md5(archive.read_bytes()).hexdigest()
-    monkeypatch.setitem(datasets.Imagenette._ARCHIVES, "160px", (f"https://nowhere.invalid/{archive.name}", digest))
+    monkeypatch.setitem(
+        datasets.Imagenette._ARCHIVES, "160px", (f"https://nowhere.invalid/{archive.name}", digest)
+    )
 
     def interrupted(_, to_path, *arguments):
         put(Path(to_path, "imagenette2-160/val/n01440764/a.JPEG"))
@@ -478,12 +499,17 @@ def test_cifar10(tmp_path):
     pixels = random.integers(0, 256, (10, 3, 32, 32), np.uint8)
     labels = random.integers(0, 10, 10).tolist()
     for i in range(5):
-        batch = {"data": pixels[2 * i : 2 * i + 2].reshape(2, -1), "labels": labels[2 * i : 2 * i + 2]}
+        batch = {
+            "data": pixels[2 * i : 2 * i + 2].reshape(2, -1),
+            "labels": labels[2 * i : 2 * i + 2],
+        }
         (folder / f"data_batch_{i + 1}").write_bytes(pickle.dumps(batch))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
     samples = contents(source := Cifar10(tmp_path, "train"))
     assert source.class_names == list("abcdefghij") and [label for _, label, _ in samples] == labels
-    np.testing.assert_array_equal(np.stack([p for p, _, _ in samples]).transpose(0, 3, 1, 2), pixels)
+    np.testing.assert_array_equal(
+        np.stack([p for p, _, _ in samples]).transpose(0, 3, 1, 2), pixels
+    )
     (folder / "data_batch_3").write_bytes(b"\x80")
     with pytest.raises(UserError, match="data_batch_3: not a sound"):
         Cifar10(tmp_path, "train")
@@ -499,7 +525,11 @@ def test_stl10_agrees_with_torchvision(tmp_path, monkeypatch):
         random.integers(0, 256, (count, 3, 96, 96), np.uint8).tofile(folder / f"{name}_X.bin")
         if name != "unlabeled":
             random.integers(1, 11, count).astype(np.uint8).tofile(folder / f"{name}_y.bin")
-    (folder / "class_names.txt").write_text("\n".join("airplane bird car cat deer dog horse monkey ship truck".split()))
+    (folder / "class_names.txt").write_text(
+        "\n".join(
+            ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
+        )
+    )
     monkeypatch.setattr(Reference, "_check_integrity", lambda self: True)
     for split in ("train", "test", "unlabeled", "train+unlabeled"):
         reference = Reference(tmp_path, split)
@@ -515,7 +545,11 @@ def test_stl10_agrees_with_torchvision(tmp_path, monkeypatch):
 
 
 def test_downloads_need_a_folder(tmp_path):
-    for make in (lambda p: Imagenette(p, "train"), lambda p: Cifar10(p, "train"), lambda p: Stl10(p, "train")):
+    for make in (
+        lambda p: Imagenette(p, "train"),
+        lambda p: Cifar10(p, "train"),
+        lambda p: Stl10(p, "train"),
+    ):
         with pytest.raises(UserError, match="no such folder"):
             make(tmp_path / "none")
 
@@ -523,7 +557,12 @@ def test_downloads_need_a_folder(tmp_path):
 def test_embedded():
     source = Embedded("val", 12, seed=3)
     (image, label, _), same = contents(source)[11], Embedded("val", 12, seed=3).load(11)
-    assert len(source) == 12 and image.dtype == np.uint8 and image.ndim == 3 and 0 <= label < len(source.class_names)
+    assert (
+        len(source) == 12
+        and image.dtype == np.uint8
+        and image.ndim == 3
+        and 0 <= label < len(source.class_names)
+    )
     np.testing.assert_array_equal(image, same[0])
     with pytest.raises(UserError):
         Embedded("val", 0)
@@ -557,10 +596,17 @@ def test_webdataset(tmp_path):
     long_key = "deep/" * 30 + "k"  # longer than a plain tar header holds
     make_shard(
         tmp_path / "s-2.tar",
-        [("a/1.jpg", b"one"), ("a/1.cls", b"7\n"), ("a/1.json", b"{}"), ("2.png", b"two"), ("2.seg.png", b"no")],
+        [
+            ("a/1.jpg", b"one"),
+            ("a/1.cls", b"7\n"),
+            ("a/1.json", b"{}"),
+            ("2.png", b"two"),
+            ("2.seg.png", b"no"),
+        ],
     )
     make_shard(
-        tmp_path / "s-10.tar", [(f"{long_key}.cls", b"3"), (f"{long_key}.jpeg", b"x" * 5000), ("9.txt", b"no image")]
+        tmp_path / "s-10.tar",
+        [(f"{long_key}.cls", b"3"), (f"{long_key}.jpeg", b"x" * 5000), ("9.txt", b"no image")],
     )
     expected = [(b"one", 7), (b"two", -1), (b"x" * 5000, 3)]
     for patterns in (["{}/s-{{2,10}}.tar"], ["{}/*.tar"], ["{}"], ["{}/s-2.tar", "{}/s-10.tar"]):
@@ -583,14 +629,22 @@ def test_webdataset_refuses(tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             WebDataset([str(make_shard(tmp_path / "y.tar", members))])
-    whole = make_shard(tmp_path / "cut.tar", [("a.jpg", b"1" * 4000), ("b.jpg", b"2" * 4000)]).read_bytes()
+    whole = make_shard(
+        tmp_path / "cut.tar", [("a.jpg", b"1" * 4000), ("b.jpg", b"2" * 4000)]
+    ).read_bytes()
     second = 512 + 4096  # where its header begins
     for damaged, message in [
         (whole[:6000], "cut.tar"),
         (whole[:4800], f"cut.tar: damaged or cut short at byte {second};"),
         (whole[:second], f"cut.tar: damaged or cut short at byte {second};"),
-        (whole[:second] + b"?" * 512 + whole[second + 512 :], f"cut.tar: damaged or cut short at byte {second};"),
-        (whole[:second] + bytes(512) + whole[second + 512 :], f"cut.tar: damaged or cut short at byte {second};"),
+        (
+            whole[:second] + b"?" * 512 + whole[second + 512 :],
+            f"cut.tar: damaged or cut short at byte {second};",
+        ),
+        (
+            whole[:second] + bytes(512) + whole[second + 512 :],
+            f"cut.tar: damaged or cut short at byte {second};",
+        ),
         (whole + whole, f"cut.tar: damaged or cut short at byte {2 * second};"),
     ]:
         (tmp_path / "cut.tar").write_bytes(damaged)
@@ -773,8 +827,11 @@ def test_webdataset_folders(tmp_path):
     source = WebDataset([str(tmp_path / "sets")])
     assert source.shards == [f"{tmp_path}/sets/a.tar", f"{tmp_path}/sets/b.TAR"]
     assert {kind: count for kind, (count, _) in passed_over(source).items()} == {
-        ".md5": 1, "without suffix": 1, "hidden": 1, "folders": 1,
-    }  # fmt: skip
+        ".md5": 1,
+        "without suffix": 1,
+        "hidden": 1,
+        "folders": 1,
+    }
     refused("sets/a.tar: given twice", "sets/a.tar", "sets/*.tar")
     os.symlink("a.tar", tmp_path / "sets/c.tar")
     refused("sets/c.tar: the same file as .*sets/a.tar", "sets")
@@ -833,12 +890,16 @@ def parquet(tmp_path):
     import pyarrow.parquet
 
     def write(name, images, labels=None, features=None, column="image", rows=2):
-        columns = {column: pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))}
+        columns = {
+            column: pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+        }
         if labels is not None:
             columns["label"] = pa.array(labels)
         table = pa.table(columns)
         if features:
-            table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+            table = table.replace_schema_metadata(
+                {"huggingface": json.dumps({"info": {"features": features}})}
+            )
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         pyarrow.parquet.write_table(table, tmp_path / name, row_group_size=rows)
         return str(tmp_path / name)
@@ -849,7 +910,10 @@ def parquet(tmp_path):
 def test_huggingface(tmp_path, parquet):
     from ffssl.data.convert.sources.huggingface import HuggingFace
 
-    features = {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}, "image": {"_type": "Image"}}
+    features = {
+        "label": {"names": ["cat", "dog"], "_type": "ClassLabel"},
+        "image": {"_type": "Image"},
+    }
     cells = [{"bytes": bytes([i]) * 3, "path": f"{i}.jpg"} for i in range(12)]
     parquet("data/train-00000-of-00002.parquet", cells[:5], [0, 1, 0, None, 1], features)
     parquet("data/train-00001-of-00002.parquet", cells[5:9], [1, 1, 0, 0], features)
@@ -857,10 +921,14 @@ def test_huggingface(tmp_path, parquet):
     source = HuggingFace([str(tmp_path / "data")], split="train")
     assert source.class_names == ["cat", "dog"]
     got = contents(source)
-    assert [(data[0], label) for data, label, _ in got] == list(enumerate([0, 1, 0, -1, 1, 1, 1, 0, 0]))
+    assert [(data[0], label) for data, label, _ in got] == list(
+        enumerate([0, 1, 0, -1, 1, 1, 1, 0, 0])
+    )
     assert "row group 1, row 0" in source.name(2)
 
-    plain = HuggingFace([parquet("plain.parquet", [{"bytes": None, "path": "x.jpg"}], column="picture")])
+    plain = HuggingFace(
+        [parquet("plain.parquet", [{"bytes": None, "path": "x.jpg"}], column="picture")]
+    )
     put(tmp_path / "x.jpg", b"by path")
     assert contents(plain)[0][:2] == (b"by path", -1)
 
@@ -882,7 +950,9 @@ def test_huggingface_refuses(tmp_path, parquet):
         with pytest.raises(UserError, match=r"c.parquet: no column 'label' \(has image\)"):
             HuggingFace(files)
     with pytest.raises(UserError, match="d.parquet: no column 'image'"):
-        HuggingFace([labelled, parquet("d.parquet", [{"bytes": b"x", "path": ""}], [0], column="img")])
+        HuggingFace(
+            [labelled, parquet("d.parquet", [{"bytes": b"x", "path": ""}], [0], column="img")]
+        )
     with pytest.raises(
         UserError, match="no Parquet files of split 'val' there, only 4 of other splits"
     ):
@@ -978,8 +1048,10 @@ def test_huggingface_categories_and_ids(tmp_path, converted):
 
 
 def test_huggingface_finds_the_label_column_by_the_schema(tmp_path, parquet):
+    import pyarrow as pa
+    import pyarrow.parquet
+
     from ffssl.data.convert.sources.huggingface import HuggingFace
-    import pyarrow as pa, pyarrow.parquet
 
     def write(columns, classes):
         features = {"img": {"_type": "Image"}} | {
@@ -1036,6 +1108,7 @@ def test_huggingface_finds_the_label_column_by_the_schema(tmp_path, parquet):
 def test_huggingface_damaged_metadata_is_one_line(tmp_path, metadata):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet
+
     from ffssl.data.convert.sources.huggingface import HuggingFace
 
     pyarrow.parquet.write_table(
@@ -1063,6 +1136,7 @@ def test_huggingface_damaged_metadata_is_one_line(tmp_path, metadata):
 def test_huggingface_metadata_that_say_nothing(tmp_path, metadata):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet
+
     from ffssl.data.convert.sources.huggingface import HuggingFace
 
     pyarrow.parquet.write_table(

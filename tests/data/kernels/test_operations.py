@@ -1,6 +1,7 @@
 """The kernels against torchvision's functions of the same name, on the same pixels and parameters.
 
-torchvision is run on float tensors, where it rounds nothing, so our one rounding to uint8 is all that may differ: half a level.
+torchvision is run on float tensors, where it rounds nothing, so our one rounding to uint8 is all
+that may differ: half a level.
 """
 
 import colorsys
@@ -12,17 +13,32 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from sample_images import smooth_image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from ffssl.data.kernels import operations
 from ffssl.data.kernels.draw import (
-    P_BRIGHTNESS, P_CONTRAST, P_FLIP, P_GREY, P_HEIGHT, P_HUE, P_JITTER, P_LEFT, P_ORDER,
-    P_SATURATION, P_SIGMA, P_SOLARISE, P_TOP, P_WIDTH, PARAMETER_COLUMNS, draw, view_key,
-)  # fmt: skip
+    P_BRIGHTNESS,
+    P_CONTRAST,
+    P_FLIP,
+    P_GREY,
+    P_HEIGHT,
+    P_HUE,
+    P_JITTER,
+    P_LEFT,
+    P_ORDER,
+    P_SATURATION,
+    P_SIGMA,
+    P_SOLARISE,
+    P_TOP,
+    P_WIDTH,
+    PARAMETER_COLUMNS,
+    draw,
+    view_key,
+)
 from ffssl.data.kernels.render import colour_order, render
 from ffssl.data.policy import POLICIES
-from sample_images import smooth_image
 
 ROUNDING = 0.51  # levels: half a level, and float32's own noise
 
@@ -81,10 +97,14 @@ CROPS = [  # image height, width; top, left, height, width; resolution
 @pytest.mark.parametrize("height, width, top, left, h, w, resolution", CROPS)
 def test_crop_and_resize_equal_torchvision_and_pillow(height, width, top, left, h, w, resolution):
     image = noise_image(height, width)
-    ours = rendered(image, parameters(image, P_TOP=top, P_LEFT=left, P_HEIGHT=h, P_WIDTH=w), resolution)
+    ours = rendered(
+        image, parameters(image, P_TOP=top, P_LEFT=left, P_HEIGHT=h, P_WIDTH=w), resolution
+    )
     crop = (top, left, h, w, [resolution, resolution], InterpolationMode.BILINEAR)
     exact = levels(F.resized_crop(as_float(image), *crop, antialias=True))
-    eight_bit = F.resized_crop(torch.from_numpy(image).permute(2, 0, 1), *crop, antialias=True).numpy()
+    eight_bit = F.resized_crop(
+        torch.from_numpy(image).permute(2, 0, 1), *crop, antialias=True
+    ).numpy()
     pillow = np.asarray(F.resized_crop(PIL.Image.fromarray(image), *crop)).transpose(2, 0, 1)
     assert np.abs(ours - exact).max() <= ROUNDING
     assert np.abs(ours - eight_bit).max() <= 1  # they round between the two passes as well
@@ -93,13 +113,18 @@ def test_crop_and_resize_equal_torchvision_and_pillow(height, width, top, left, 
 
 def test_flip_mirrors_left_and_right():
     image = noise_image(9, 9)
-    np.testing.assert_array_equal(rendered(image, parameters(image, P_FLIP=1)), levels(F.hflip(as_float(image))).round())
+    np.testing.assert_array_equal(
+        rendered(image, parameters(image, P_FLIP=1)), levels(F.hflip(as_float(image))).round()
+    )
 
 
 # Colours of every kind: greys, primaries, black and white, pairs of equal channels, and noise.
-PALETTE = np.concatenate([
-    np.array(list(itertools.product((0, 1, 127, 128, 254, 255), repeat=3)), np.uint8), noise_image(1, 808)[0]
-]).reshape(32, 32, 3)  # fmt: skip
+PALETTE = np.concatenate(
+    [
+        np.array(list(itertools.product((0, 1, 127, 128, 254, 255), repeat=3)), np.uint8),
+        noise_image(1, 808)[0],
+    ]
+).reshape(32, 32, 3)
 
 
 def adjusted(kernel, *arguments):
@@ -143,7 +168,9 @@ def test_solarise_inverts_the_values_that_torchvision_inverts():
     for threshold in (0, 1, 128, 255):
         row = values.astype(np.float32)
         operations.solarise(row, np.float32(threshold))
-        np.testing.assert_array_equal(row, F.solarize(torch.from_numpy(values).expand(3, 1, -1), threshold)[0, 0].numpy())
+        np.testing.assert_array_equal(
+            row, F.solarize(torch.from_numpy(values).expand(3, 1, -1), threshold)[0, 0].numpy()
+        )
 
 
 @pytest.mark.parametrize("sigma", [0.21, 0.5, 0.8, 1.0, 1.37, 2.0, 4.5])
@@ -152,15 +179,23 @@ def test_blur_equals_torchvision(sigma, resolution):
     image = noise_image(resolution, resolution)
     ours = rendered(image, parameters(image, P_SIGMA=sigma))
     radius = math.ceil(3 * sigma)
-    assert np.abs(ours - levels(F.gaussian_blur(as_float(image), 2 * radius + 1, sigma))).max() <= ROUNDING
+    assert (
+        np.abs(ours - levels(F.gaussian_blur(as_float(image), 2 * radius + 1, sigma))).max()
+        <= ROUNDING
+    )
     if sigma <= 2:  # the kernel that the authors of SimCLR and torchvision's users take at 224
         assert mean_difference(ours, levels(F.gaussian_blur(as_float(image), 23, sigma))) < 0.5
 
 
 def test_a_blur_too_narrow_to_be_drawn_would_change_nothing():
     image = noise_image(16, 16)
-    np.testing.assert_array_equal(rendered(image, parameters(image, P_SIGMA=0.2)), image.transpose(2, 0, 1))
-    assert np.abs(levels(F.gaussian_blur(as_float(image), 3, 0.2)) - levels(as_float(image))).max() < 0.01
+    np.testing.assert_array_equal(
+        rendered(image, parameters(image, P_SIGMA=0.2)), image.transpose(2, 0, 1)
+    )
+    assert (
+        np.abs(levels(F.gaussian_blur(as_float(image), 3, 0.2)) - levels(as_float(image))).max()
+        < 0.01
+    )
 
 
 @pytest.mark.parametrize("resolution", [1, 2, 3, 5])
@@ -174,7 +209,9 @@ def test_blur_of_an_image_smaller_than_the_kernel_reflects_again_and_again(resol
         width = [(0, 0)] * 3
         width[axis] = (radius, radius)
         padded = np.pad(exact, width, "reflect" if resolution > 1 else "edge")
-        exact = sum(t * np.take(padded, np.arange(resolution) + k, axis) for k, t in enumerate(taps))
+        exact = sum(
+            t * np.take(padded, np.arange(resolution) + k, axis) for k, t in enumerate(taps)
+        )
     assert np.abs(rendered(image, parameters(image, P_SIGMA=sigma)) - exact).max() <= ROUNDING
 
 
@@ -197,33 +234,59 @@ def test_colour_steps_of_a_view_come_in_torchvisions_order(number):
     expected = as_float(image)
     for step in order:
         expected = steps[step](expected, factors[step])
-    drawn = dict(zip(("P_BRIGHTNESS", "P_CONTRAST", "P_SATURATION", "P_HUE"), factors), P_JITTER=1, P_ORDER=number)
-    assert np.abs(rendered(image, parameters(image, **drawn)) - levels(expected)).max() <= ROUNDING + 0.05
+    drawn = dict(
+        zip(("P_BRIGHTNESS", "P_CONTRAST", "P_SATURATION", "P_HUE"), factors),
+        P_JITTER=1,
+        P_ORDER=number,
+    )
+    assert (
+        np.abs(rendered(image, parameters(image, **drawn)) - levels(expected)).max()
+        <= ROUNDING + 0.05
+    )
 
 
 def test_colour_matrix_is_the_composition_of_its_steps():
     brightness, contrast, saturation, hue = 1.3, 0.7, 1.4, 0.08
-    to_yiq = np.array([[0.299, 0.587, 0.114], [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
+    to_yiq = np.array(
+        [[0.299, 0.587, 0.114], [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]]
+    )
     turn = 2 * math.pi * hue
     # Hue rises from red to yellow, that is clockwise in the plane of I and Q.
-    rotation = np.array([[1, 0, 0], [0, math.cos(turn), math.sin(turn)], [0, -math.sin(turn), math.cos(turn)]])
+    rotation = np.array(
+        [[1, 0, 0], [0, math.cos(turn), math.sin(turn)], [0, -math.sin(turn), math.cos(turn)]]
+    )
     colour = np.linalg.inv(to_yiq) @ np.diag([1, saturation, saturation]) @ rotation @ to_yiq
-    expected = np.column_stack([brightness * contrast * colour, np.full(3, brightness * (1 - contrast) * 128)])
+    expected = np.column_stack(
+        [brightness * contrast * colour, np.full(3, brightness * (1 - contrast) * 128)]
+    )
     matrix = np.empty((3, 4), np.float32)
     operations.colour_matrix(brightness, contrast, saturation, hue, matrix)
     np.testing.assert_allclose(matrix[:, :3], expected[:, :3], atol=1e-3)
     np.testing.assert_allclose(matrix[:, 3], expected[:, 3], rtol=1e-6)
 
     image = noise_image(16, 16)
-    drawn = {"P_JITTER": 1, "P_BRIGHTNESS": brightness, "P_CONTRAST": contrast, "P_SATURATION": saturation, "P_HUE": hue}
-    pixels = np.einsum("cd,yxd->cyx", expected[:, :3], image.astype(np.float64)) + expected[:, 3, None, None]
-    assert np.abs(rendered(image, parameters(image, **drawn), affine=True) - pixels.clip(0, 255)).max() <= ROUNDING + 0.3
+    drawn = {
+        "P_JITTER": 1,
+        "P_BRIGHTNESS": brightness,
+        "P_CONTRAST": contrast,
+        "P_SATURATION": saturation,
+        "P_HUE": hue,
+    }
+    pixels = (
+        np.einsum("cd,yxd->cyx", expected[:, :3], image.astype(np.float64))
+        + expected[:, 3, None, None]
+    )
+    assert (
+        np.abs(rendered(image, parameters(image, **drawn), affine=True) - pixels.clip(0, 255)).max()
+        <= ROUNDING + 0.3
+    )
 
 
 def test_colour_matrix_turns_hue_the_way_hsv_does():
     matrix = np.empty((3, 4), np.float32)
     operations.colour_matrix(1.0, 1.0, 1.0, 1 / 3, matrix)
-    assert [int((matrix[:, :3] @ primary).argmax()) for primary in np.eye(3)] == [1, 2, 0]  # red to green, green to blue, blue to red
+    # Red to green, green to blue, blue to red.
+    assert [int((matrix[:, :3] @ primary).argmax()) for primary in np.eye(3)] == [1, 2, 0]
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +316,12 @@ def test_whole_views_of_photographs_equal_torchvisions_chain(photographs, name):
         policy = POLICIES[name][i % len(POLICIES[name])]
         draw(np.uint64(view_key(3, 1, i, 0)), *photo.shape[:2], policy.row(), row)
         box = [int(row[p]) for p in (P_TOP, P_LEFT, P_HEIGHT, P_WIDTH)]
-        view = F.resized_crop(torch.from_numpy(photo.copy()).permute(2, 0, 1).float() / 255, *box, [96, 96], antialias=True)
+        view = F.resized_crop(
+            torch.from_numpy(photo.copy()).permute(2, 0, 1).float() / 255,
+            *box,
+            [96, 96],
+            antialias=True,
+        )
         if row[P_FLIP]:
             view = F.hflip(view)
         if row[P_JITTER]:

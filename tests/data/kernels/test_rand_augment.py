@@ -3,25 +3,44 @@
 import numpy as np
 import pytest
 import torch
+from sample_images import smooth_image
 from torchvision import transforms
 from torchvision.transforms import v2
 
 from ffssl.data.kernels.decode import render_samples
-from ffssl.data.loader import ViewLoader
 from ffssl.data.kernels.draw import P_OPERATION, P_STRENGTH, PARAMETER_COLUMNS, draw, view_key
-from ffssl.data.policy import POLICIES, ViewPolicy
 from ffssl.data.kernels.rand_augment import (
-    AUTOCONTRAST, EQUALISE, IDENTITY, OPERATIONS, POSTERISE, ROTATE, SHARPNESS, SHEAR_X, SHEAR_Y, SOLARISE, TRANSLATE_X, TRANSLATE_Y,
-    augment, autocontrast, inverse_map, operation_strength,
-)  # fmt: skip
+    AUTOCONTRAST,
+    EQUALISE,
+    IDENTITY,
+    OPERATIONS,
+    POSTERISE,
+    ROTATE,
+    SHARPNESS,
+    SHEAR_X,
+    SHEAR_Y,
+    SOLARISE,
+    TRANSLATE_X,
+    TRANSLATE_Y,
+    augment,
+    autocontrast,
+    inverse_map,
+    operation_strength,
+)
 from ffssl.data.kernels.render import render
-from sample_images import smooth_image
+from ffssl.data.loader import ViewLoader
+from ffssl.data.policy import POLICIES, ViewPolicy
 
 SPACE = v2.RandAugment._AUGMENTATION_SPACE
 NAMES = list(SPACE)
 SIDES = (7, 45, 64)
 MAGNITUDES = (0, 1, 5, 9, 15, 20, 30)
-CASES = [(side, magnitude, negative) for side in SIDES for magnitude in MAGNITUDES for negative in (False, True)]
+CASES = [
+    (side, magnitude, negative)
+    for side in SIDES
+    for magnitude in MAGNITUDES
+    for negative in (False, True)
+]
 
 
 def views(side, seed=0):
@@ -39,12 +58,20 @@ def torchvision_strength(operation, magnitude, negative, side):
 def torchvision_operation(view, operation, strength):
     transform = v2.RandAugment()
     view = torch.from_numpy(view)
-    return transform._apply_image_or_video_transform(view, NAMES[operation], strength, transform.interpolation, transform._fill).numpy()
+    return transform._apply_image_or_video_transform(
+        view, NAMES[operation], strength, transform.interpolation, transform._fill
+    ).numpy()
 
 
 def in_our_units(operation, strength, side):
     """Ours are a share of the side and a level, torchvision's pixels and a share of 255."""
-    return strength / side if operation in (TRANSLATE_X, TRANSLATE_Y) else 255 * strength if operation == SOLARISE else strength
+    return (
+        strength / side
+        if operation in (TRANSLATE_X, TRANSLATE_Y)
+        else 255 * strength
+        if operation == SOLARISE
+        else strength
+    )
 
 
 def augmented(view, operation, strength):
@@ -62,31 +89,47 @@ def test_magnitudes_are_torchvisions(operation):
             strength = torchvision_strength(operation, magnitude, negative, 224)
             assert ours == pytest.approx(in_our_units(operation, strength, 224), abs=1e-4)
         if older[0].ndim and operation not in (TRANSLATE_X, TRANSLATE_Y):
-            assert operation_strength(operation, float(magnitude), False) == pytest.approx(float(older[0][magnitude]), abs=1e-4)
+            assert operation_strength(operation, float(magnitude), False) == pytest.approx(
+                float(older[0][magnitude]), abs=1e-4
+            )
 
 
 @pytest.mark.parametrize("operation", range(OPERATIONS), ids=NAMES)
 def test_magnitudes_between_two_bins_are_interpolated(operation):
-    below, between, above = (operation_strength(operation, magnitude, False) for magnitude in (15.0, 15.25, 16.0))
+    below, between, above = (
+        operation_strength(operation, magnitude, False) for magnitude in (15.0, 15.25, 16.0)
+    )
     if operation == POSTERISE:
-        assert [operation_strength(operation, magnitude, False) for magnitude in (3.7, 3.8)] == [8, 7]  # whole bits
+        # Whole bits.
+        assert [operation_strength(operation, magnitude, False) for magnitude in (3.7, 3.8)] == [
+            8,
+            7,
+        ]
     else:
         assert between == pytest.approx(below + (above - below) / 4)
 
 
-@pytest.mark.parametrize("operation", [SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, ROTATE], ids=lambda operation: NAMES[operation])
+@pytest.mark.parametrize(
+    "operation",
+    [SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, ROTATE],
+    ids=lambda operation: NAMES[operation],
+)
 def test_warps_are_torchvisions_but_where_two_pixels_are_equally_near(operation):
     shares = []
     for side, magnitude, negative in CASES:
         strength = torchvision_strength(operation, magnitude, negative, side)
-        xx, xy, x0, yx, yy, y0 = inverse_map(operation, in_our_units(operation, strength, side), side)
+        xx, xy, x0, yx, yy, y0 = inverse_map(
+            operation, in_our_units(operation, strength, side), side
+        )
         y, x = np.mgrid[:side, :side]
         fractions = np.stack([xx * x + xy * y + x0, yx * x + yy * y + y0]) % 1
         tied = (np.abs(fractions - 0.5) < 1e-4).any(0)
         shares.append(tied.mean())
         for view in views(side):
             ours = augmented(view, operation, in_our_units(operation, strength, side))
-            np.testing.assert_array_equal(ours[:, ~tied], torchvision_operation(view, operation, strength)[:, ~tied])
+            np.testing.assert_array_equal(
+                ours[:, ~tied], torchvision_operation(view, operation, strength)[:, ~tied]
+            )
     assert np.mean(shares) < 0.04
     assert max(shares) < 0.21  # a shear by 0.2, magnitude 20: every fifth row
 
@@ -103,12 +146,17 @@ def test_these_operations_are_torchvisions(name):
 
 @pytest.mark.parametrize("name", ["Color", "Contrast", "Sharpness"])
 def test_blends_are_torchvisions_but_where_float32_falls_on_either_side_of_an_integer(name):
-    """At strength 0.6 every fifth blend of two integers is one, and rounding down then makes a level of it."""
+    """At strength 0.6 every fifth blend of two integers is one, and rounding down then makes a
+    level of it.
+    """
     operation = NAMES.index(name)
     for side, magnitude, negative in CASES:
         strength = torchvision_strength(operation, magnitude, negative, side)
         for view in views(side):
-            ours, theirs = augmented(view, operation, strength).astype(int), torchvision_operation(view, operation, strength)
+            ours, theirs = (
+                augmented(view, operation, strength).astype(int),
+                torchvision_operation(view, operation, strength),
+            )
             assert np.abs(ours - theirs).max() <= 1
             assert (ours != theirs).mean() <= (0.15 if magnitude == 20 else 0.05)
 
@@ -117,7 +165,10 @@ def test_autocontrast_is_exact_where_torchvisions_float32_falls_short():
     for side in SIDES:
         for view in views(side):
             view = view // 3 + 40
-            ours, theirs = augmented(view, AUTOCONTRAST, 0.0).astype(int), torchvision_operation(view, AUTOCONTRAST, 0.0)
+            ours, theirs = (
+                augmented(view, AUTOCONTRAST, 0.0).astype(int),
+                torchvision_operation(view, AUTOCONTRAST, 0.0),
+            )
             assert set(np.unique(ours - theirs)) <= {0, 1}
             assert (ours != theirs).mean() <= 0.05
     for low in range(255):
@@ -128,7 +179,9 @@ def test_autocontrast_is_exact_where_torchvisions_float32_falls_short():
             np.testing.assert_array_equal(levels, exact)
 
 
-@pytest.mark.parametrize("operation", [SHARPNESS, AUTOCONTRAST, EQUALISE], ids=lambda operation: NAMES[operation])
+@pytest.mark.parametrize(
+    "operation", [SHARPNESS, AUTOCONTRAST, EQUALISE], ids=lambda operation: NAMES[operation]
+)
 @pytest.mark.parametrize("side", [1, 2, 5])
 def test_what_has_nothing_to_sharpen_or_to_stretch_stays(operation, side):
     flat = np.full((3, side, side), 77, np.uint8)
@@ -161,7 +214,9 @@ def test_a_view_is_the_plain_view_after_torchvisions_operations(magnitude):
         expected = rendered(image, plain)
         for i in range(policy.rand_augment):
             operation, negative = int(row[P_OPERATION + 2 * i]), row[P_STRENGTH + 2 * i] < 0
-            expected = torchvision_operation(expected, operation, torchvision_strength(operation, magnitude, negative, 64))
+            expected = torchvision_operation(
+                expected, operation, torchvision_strength(operation, magnitude, negative, 64)
+            )
         assert np.abs(rendered(image, row).astype(float) - expected).mean() < 0.5
 
 
@@ -175,7 +230,9 @@ def test_a_view_follows_from_its_key_whatever_the_scratch_held():
 
 
 def test_the_magnitude_changes_by_the_epoch_without_compiling(beton):
-    with ViewLoader(beton, batch_size=4, views=2, resolution=32, policy=POLICIES["randaugment"], shuffle=False) as loader:
+    with ViewLoader(
+        beton, batch_size=4, views=2, resolution=32, policy=POLICIES["randaugment"], shuffle=False
+    ) as loader:
         served, signatures = [], []
         for magnitude in (3.0, 3.0, 12.5):
             loader.set_epoch(0, 32, magnitude)

@@ -1,4 +1,6 @@
-"""JPEGs decoded at 1/2, 1/4 or 1/8 of their size: which, and that the views are those of the full decode."""
+"""JPEGs decoded at 1/2, 1/4 or 1/8 of their size: which, and that the views are those of the full
+decode.
+"""
 
 import io
 import tarfile
@@ -6,13 +8,13 @@ import tarfile
 import numpy as np
 import PIL.Image
 import pytest
+from sample_images import jpeg_bytes, smooth_image, write_beton
 
 from ffssl.data.kernels import operations
 from ffssl.data.kernels.decode import SCALED_PIXELS, choose_denominator, decode
-from ffssl.data.loader import ViewLoader
 from ffssl.data.kernels.draw import P_HEIGHT, P_WIDTH, PARAMETER_COLUMNS
+from ffssl.data.loader import ViewLoader
 from ffssl.data.policy import POLICIES, ViewPolicy
-from sample_images import jpeg_bytes, smooth_image, write_beton
 
 WHOLE = ViewPolicy(crop_scale=(1, 1), crop_ratio=(4 / 3, 4 / 3), flip=0, jitter=0, grey=0, blur=0)
 CROPPED = ViewPolicy(crop_scale=(0.2, 0.5), flip=0, jitter=0, grey=0, blur=0)
@@ -22,7 +24,9 @@ def natural_image(height, width, seed):
     """Noise with the 1/f amplitude spectrum of photographs: uint8 (height, width, 3)."""
     rng = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
-    spectrum = np.fft.rfft2(rng.standard_normal((3, height, width))) / np.maximum(frequency, 1 / max(height, width))
+    spectrum = np.fft.rfft2(rng.standard_normal((3, height, width))) / np.maximum(
+        frequency, 1 / max(height, width)
+    )
     pixels = np.fft.irfft2(spectrum, (height, width))
     grey, colour = pixels[0], pixels - pixels.mean(0)
     pixels = 128 + 45 * (grey / grey.std() + 0.4 * colour / colour.std())
@@ -30,7 +34,14 @@ def natural_image(height, width, seed):
 
 
 def views_of(path, scaled, **options):
-    options = {"batch_size": 1, "views": 2, "resolution": 32, "workers": 1, "shuffle": False, "drop_last": False} | options
+    options = {
+        "batch_size": 1,
+        "views": 2,
+        "resolution": 32,
+        "workers": 1,
+        "shuffle": False,
+        "drop_last": False,
+    } | options
     with ViewLoader(path, scaled_decoding=scaled, **options) as loader:
         return np.concatenate([batch.views.numpy().copy() for batch in loader])
 
@@ -64,7 +75,9 @@ def test_the_smallest_side_of_all_crops_decides(denominator):
     large = (10 * enough, 10 * enough)
     assert choose_denominator(crops((enough, enough)), 100) == denominator
     assert choose_denominator(crops(large, (enough, 2 * enough)), 100) == denominator
-    assert choose_denominator(crops(large, (2 * enough, enough - 1), large), 100) == denominator // 2
+    assert (
+        choose_denominator(crops(large, (2 * enough, enough - 1), large), 100) == denominator // 2
+    )
     assert choose_denominator(crops(large), 100) == 8
 
 
@@ -95,7 +108,14 @@ def test_scaled_jpegs_decode_to_the_pixels_that_pillows_draft_mode_finds(size, d
 def test_damaged_jpegs_do_not_decode_at_any_scale():
     data = jpeg_bytes(natural_image(200, 200, seed=3))
     for denominator in (2, 4, 8):
-        assert not decode(np.frombuffer(data[: len(data) // 2], np.uint8), 0, 200, 200, np.zeros(120000, np.uint8), denominator)
+        assert not decode(
+            np.frombuffer(data[: len(data) // 2], np.uint8),
+            0,
+            200,
+            200,
+            np.zeros(120000, np.uint8),
+            denominator,
+        )
 
 
 # Where the crop lies
@@ -118,7 +138,9 @@ def test_taps_are_centred_on_the_pixels_of_a_crop_with_a_fractional_origin(origi
 
 
 def displacement(a, b, axis):
-    """How far the pattern of `a` lies from that of `b` along an axis, in pixels, by the gradient (least squares)."""
+    """How far the pattern of `a` lies from that of `b` along an axis, in pixels, by the gradient
+    (least squares).
+    """
     slope = np.gradient(b.astype(float), axis=axis)
     return (slope * (b.astype(float) - a)).sum() / (slope**2).sum()
 
@@ -129,7 +151,9 @@ def test_scaled_views_are_not_displaced(tmp_path, policy, resolution, denominato
     """A shift by half a scaled pixel would be seen as SCALED_PIXELS / 4 of a view's pixel or more."""
     y, x = np.mgrid[:1501, :2003]
     waves = 128 + 60 * np.sin(2 * np.pi * x / 250) + 60 * np.sin(2 * np.pi * y / 250)
-    path = write_beton(tmp_path / "waves.beton", [np.repeat(waves[..., None].round().astype(np.uint8), 3, -1)])
+    path = write_beton(
+        tmp_path / "waves.beton", [np.repeat(waves[..., None].round().astype(np.uint8), 3, -1)]
+    )
     options = {"policy": policy, "resolution": resolution, "views": 4}
     full, scaled = views_of(path, False, **options)[0], views_of(path, True, **options)[0]
     for a, b in zip(full, scaled, strict=True):
@@ -170,11 +194,15 @@ def test_views_of_photographs_are_those_of_the_full_decode(shared_data, tmp_path
 def test_scaled_views_do_not_depend_on_workers(photographs):
     alone = views_of(photographs, True, resolution=96)
     for workers in (2, 4):
-        np.testing.assert_array_equal(views_of(photographs, True, resolution=96, workers=workers, batch_size=5), alone)
+        np.testing.assert_array_equal(
+            views_of(photographs, True, resolution=96, workers=workers, batch_size=5), alone
+        )
 
 
 def test_nothing_changes_where_no_scale_is_chosen(tmp_path):
-    path = write_beton(tmp_path / "small.beton", [natural_image(375, 500, seed=i) for i in range(4)])
+    path = write_beton(
+        tmp_path / "small.beton", [natural_image(375, 500, seed=i) for i in range(4)]
+    )
     assert not view_differences(path, resolution=224).any()
 
 

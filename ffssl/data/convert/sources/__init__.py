@@ -1,4 +1,6 @@
-"""Where images come from: one module a kind of source, each imported when used, so that starting stays quick."""
+"""Where images come from: one module a kind of source, each imported when used, so that starting
+stays quick.
+"""
 
 from ffssl.data.convert.sources.base import UNLABELLED, Source
 

@@ -1,4 +1,6 @@
-"""What the converter reads from: an indexed collection of labelled images that can be sent to worker processes."""
+"""What the converter reads from: an indexed collection of labelled images that can be sent to
+worker processes.
+"""
 
 import os
 import re
@@ -9,8 +11,26 @@ import numpy as np
 
 UNLABELLED = -1
 IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .avif .gif .bmp .tif .tiff .jp2 .j2k .jpx "
-    ".ppm .pgm .pbm .pnm".split()
+    [
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".webp",
+        ".avif",
+        ".gif",
+        ".bmp",
+        ".tif",
+        ".tiff",
+        ".jp2",
+        ".j2k",
+        ".jpx",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+    ]
 )
 Image = bytes | np.ndarray
 
@@ -63,10 +83,12 @@ def kind_of_name(name: str) -> str:
 
 
 class Source(ABC):
-    """Indexed images. Picklable: index what is large once, open files lazily, drop what is open on pickling.
+    """Indexed images.
 
-    class_names: name of each label, or None where they are unknown. origin: where the images come from, for the record.
-    passed_over: the files that were found, and are not among the images.
+    Picklable: index what is large once, open files lazily, drop what is open on pickling.
+
+    class_names: name of each label, or None where they are unknown. origin: where the images come
+    from, for the record. passed_over: the files that were found, and are not among the images.
     """
 
     origin: str
@@ -89,7 +111,10 @@ class Source(ABC):
 
 
 class PackedStrings(Sequence):
-    """A list of strings in two arrays. A million file names pickle in milliseconds rather than seconds a worker."""
+    """A list of strings in two arrays.
+
+    A million file names pickle in milliseconds rather than seconds a worker.
+    """
 
     def __init__(self, strings: Iterable[str]):
         encoded = [os.fsencode(string) for string in strings]
@@ -108,7 +133,10 @@ class PackedStrings(Sequence):
 
 def natural_order(text: str) -> list[tuple[bool, int, str]]:
     """Sort key by which shard-9 comes before shard-10."""
-    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", text)]
+    return [
+        (part.isdecimal(), int(part) if part.isdecimal() else 0, part)
+        for part in re.split(r"(\d+)", text)
+    ]
 
 
 def number_classes(names: Iterable[str | None]) -> tuple[list[str], np.ndarray]:

@@ -13,7 +13,9 @@ from ffssl.errors import UserError
 
 
 class ImageFolder(Source):
-    """Images under `root`. With class folders, the label is the folder's rank by name, as in torchvision's ImageFolder.
+    """Images under `root`.
+
+    With class folders, the label is the folder's rank by name, as in torchvision's ImageFolder.
 
     Class folders may be nested inside. Without any, or with labels=False, the images are
     unlabelled. Links are followed, and an image that is reached twice is taken once. Hidden files
@@ -79,11 +81,16 @@ def _class_folders(root: Path, paths: list[str]) -> list[str]:
     stray = next((path for path in paths if os.sep not in path), None)
     if stray:
         raise UserError(
-            f"{root}: images such as {stray} lie beside class folders; move them into one, or pass --no-labels"
+            f"{root}: images such as {stray} lie beside class folders; move them into one, "
+            "or pass --no-labels"
         )
     filled = {class_of(path) for path in paths}
     _require_no_splits(root, filled, nested=all(path.count(os.sep) > 1 for path in paths))
-    class_names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    class_names = sorted(
+        entry.name
+        for entry in os.scandir(root)
+        if entry.is_dir() and not entry.name.startswith(".")
+    )
     empty = sorted(set(class_names) - filled)
     if empty:
         raise UserError(

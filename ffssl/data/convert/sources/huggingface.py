@@ -72,7 +72,10 @@ class HuggingFace(Source):
         for path, schema in zip(self.files, schemas):
             for column in filter(None, (self.image_column, self.label_column)):
                 if column not in schema.names:
-                    raise UserError(f"{path}: no column '{column}' (has {', '.join(schema.names)}), which every file needs")
+                    raise UserError(
+                        f"{path}: no column '{column}' (has {', '.join(schema.names)}), "
+                        "which every file needs"
+                    )
             kind = schema.field(self.image_column).type
             if not _holds_images(kind):
                 raise UserError(f"{path}: column '{self.image_column}' holds no images but {kind}")
@@ -116,7 +119,9 @@ def _import_parquet():
     try:
         import pyarrow.parquet
     except ImportError:
-        raise UserError("reading Parquet files needs pyarrow: pip install 'ffssl[huggingface]'") from None
+        raise UserError(
+            "reading Parquet files needs pyarrow: pip install 'ffssl[huggingface]'"
+        ) from None
     return pyarrow.parquet
 
 

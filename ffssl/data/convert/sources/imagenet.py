@@ -1,6 +1,8 @@
-"""ImageNet (ILSVRC 2012): a folder a class, or the validation images in one folder with their labels in the devkit.
+"""ImageNet (ILSVRC 2012): a folder a class, or the validation images in one folder with their
+labels in the devkit.
 
-Labels are ranks of the sorted WordNet ids in every case, the order that torchvision and published weights use.
+Labels are ranks of the sorted WordNet ids in every case, the order that torchvision and published
+weights use.
 """
 
 import codecs
@@ -17,14 +19,20 @@ from ffssl.data.convert.sources.folder import ImageFolder, class_of, has_subfold
 from ffssl.errors import UserError
 
 _SPLIT_FOLDERS = ("{}", "ILSVRC2012_img_{}", "Data/CLS-LOC/{}", "ILSVRC/Data/CLS-LOC/{}")
-_DEVKITS = ("ILSVRC2012_devkit_t12", "ILSVRC2012_devkit_t12.tar.gz", "devkit", "LOC_val_solution.csv")
+_DEVKITS = (
+    "ILSVRC2012_devkit_t12",
+    "ILSVRC2012_devkit_t12.tar.gz",
+    "devkit",
+    "LOC_val_solution.csv",
+)
 _CLASS_ID = re.compile(r"n\d{8}")
 _VALIDATION_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\.", re.IGNORECASE)
 _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 
 class ImageNet(ImageFolder):
-    """ImageNet's `split`, "train" or "val", under `root`, or `root` itself where it holds the images.
+    """ImageNet's `split`, "train" or "val", under `root`, or `root` itself where it holds the
+    images.
 
     val_labels: where the labels of validation images are that do not all lie in class folders;
     looked for beside them when None. Either the devkit (its folder or .tar.gz; reading its meta.mat
@@ -35,7 +43,9 @@ class ImageNet(ImageFolder):
     Raises UserError when images or labels are missing or do not match.
     """
 
-    def __init__(self, root: str | os.PathLike, split: str, val_labels: str | os.PathLike | None = None):
+    def __init__(
+        self, root: str | os.PathLike, split: str, val_labels: str | os.PathLike | None = None
+    ):
         root = require_folder(root)
         folders = (root / pattern.format(split) for pattern in _SPLIT_FOLDERS)
         folder = next((folder for folder in folders if folder.is_dir()), root)
@@ -45,7 +55,10 @@ class ImageNet(ImageFolder):
             super().__init__(folder)
             return
         if split == "train":
-            raise UserError(f"{folder}: no class folders in it; extract ILSVRC2012_img_train.tar, one folder a class")
+            raise UserError(
+                f"{folder}: no class folders in it; extract ILSVRC2012_img_train.tar, one "
+                "folder a class"
+            )
         super().__init__(folder, labels=False)
         labels = _find_labels(val_labels, [folder, folder.parent, root, root.parent])
         wnid_of = _read_devkit(labels) if _is_devkit(labels) else _read_label_file(labels)
@@ -75,7 +88,10 @@ class ImageNet(ImageFolder):
                 )
             path_of[stem] = path
         if unknown:
-            raise UserError(f"{self.root / unknown[0]}: no label for it in {labels} ({len(unknown)} such images)")
+            raise UserError(
+                f"{self.root / unknown[0]}: no label for it in {labels} ({len(unknown)} "
+                "such images)"
+            )
         missing = sorted(wnid_of.keys() - path_of.keys())
         if missing:
             raise UserError(
@@ -124,7 +140,10 @@ def _find_labels(given: str | os.PathLike | None, places: list[Path]) -> Path:
         if candidate.exists():
             return candidate
     where = given or f"{_DEVKITS[0]} or {_DEVKITS[-1]} beside {places[0]}"
-    raise UserError(f"{where}: not found, and without it the validation images have no labels; name it: --val-labels")
+    raise UserError(
+        f"{where}: not found, and without it the validation images have no labels; name "
+        "it: --val-labels"
+    )
 
 
 def _read_label_file(path: Path) -> dict[str, str]:
@@ -143,7 +162,9 @@ def _read_label_file(path: Path) -> dict[str, str]:
         ):  # Kaggle's file has a title line
             continue
         if len(columns) < 2 or not _CLASS_ID.fullmatch(columns[1]):
-            raise UserError(f"{path}, line {number}: expected a file name and a WordNet id such as n01440764")
+            raise UserError(
+                f"{path}, line {number}: expected a file name and a WordNet id such as n01440764"
+            )
         stem = re.sub(r"\.jpe?g$", "", os.path.basename(columns[0]), flags=re.IGNORECASE)
         if wnid_of.setdefault(stem, columns[1]) != columns[1]:
             raise UserError(
@@ -154,14 +175,20 @@ def _read_label_file(path: Path) -> dict[str, str]:
 
 
 def _read_devkit(path: Path) -> dict[str, str]:
-    """The same from the devkit: line k of the ground truth is the ILSVRC2012_ID of validation image k."""
+    """The same from the devkit: line k of the ground truth is the ILSVRC2012_ID of validation image
+    k.
+    """
     try:
         truth, meta = _devkit_file(path, _GROUND_TRUTH), _devkit_file(path, "meta.mat")
         wnid_of_id = _read_meta(path, meta)
         ids = [int(word) for word in truth.split()]
-        return {f"ILSVRC2012_val_{number:08d}": wnid_of_id[i] for number, i in enumerate(ids, start=1)}
+        return {
+            f"ILSVRC2012_val_{number:08d}": wnid_of_id[i] for number, i in enumerate(ids, start=1)
+        }
     except (OSError, tarfile.TarError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: not a sound ILSVRC2012 devkit ({error}); download it again") from error
+        raise UserError(
+            f"{path}: not a sound ILSVRC2012 devkit ({error}); download it again"
+        ) from error
 
 
 def _devkit_file(path: Path, name: str) -> bytes:
@@ -182,11 +209,13 @@ def _read_meta(path: Path, meta: bytes) -> dict[int, str]:
         from scipy.io import loadmat
     except ImportError:
         raise UserError(
-            f"{path}: reading its meta.mat needs scipy: pip install scipy, or pass --val-labels LOC_val_solution.csv"
+            f"{path}: reading its meta.mat needs scipy: pip install scipy, or pass "
+            "--val-labels LOC_val_solution.csv"
         ) from None
     try:
         synsets = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
-    except Exception as error:  # scipy's parser raises nearly anything, its own MatReadError among it
+    # Scipy's parser raises nearly anything, its own MatReadError among it.
+    except Exception as error:
         raise ValueError(f"meta.mat: {error}") from error
     # Inner nodes of the WordNet tree are listed as well; classes are the leaves.
     return {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets if int(s["num_children"]) == 0}

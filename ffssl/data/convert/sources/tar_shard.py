@@ -235,7 +235,8 @@ class _Shard:
         if isinstance(label, bool) or not isinstance(label, int | str | None):
             text = str(label)[:24]
             raise UserError(
-                f"{self.path}:{name}: its label, {text}, is neither an integer nor a text; {INSTEAD}"
+                f"{self.path}:{name}: its label, {text}, is neither an integer nor a text; "
+                f"{INSTEAD}"
             )
         return self._number_in(name, str(label)) if isinstance(label, int) else label
 

@@ -1,6 +1,7 @@
 """Imagenette, CIFAR-10 and STL-10, downloaded by torchvision where they are not there yet.
 
-Read without torchvision: importing it would cost every worker seconds, and its STL-10 holds 2.7 GB in memory.
+Read without torchvision: importing it would cost every worker seconds, and its STL-10 holds 2.7 GB
+in memory.
 """
 
 import contextlib
@@ -18,17 +19,27 @@ from ffssl.data.convert.sources.base import UNLABELLED, Source
 from ffssl.data.convert.sources.folder import ImageFolder
 from ffssl.errors import UserError
 
-_IMAGENETTE_FOLDERS = {"full": "imagenette2", "320px": "imagenette2-320", "160px": "imagenette2-160"}
+_IMAGENETTE_FOLDERS = {
+    "full": "imagenette2",
+    "320px": "imagenette2-320",
+    "160px": "imagenette2-160",
+}
 
 
 class Imagenette(ImageFolder):
-    """Imagenette's `split` ("train", "val") in `size` ("full", "320px", "160px"); class names are WordNet ids."""
+    """Imagenette's `split` ("train", "val") in `size` ("full", "320px", "160px"); class names are
+    WordNet ids.
+    """
 
     def __init__(self, root: str | os.PathLike, split: str, size: str = "full"):
         folder = Path(root) / _IMAGENETTE_FOLDERS[size]
         if not folder.is_dir():
-            # torchvision extracts in place, and takes what an interruption leaves of it for the whole.
-            with _downloading(root, "Imagenette", folder) as datasets, TemporaryDirectory(dir=root, prefix=f".{folder.name}-") as partial:
+            # torchvision extracts in place, and takes what an interruption leaves of it for the
+            # whole.
+            with (
+                _downloading(root, "Imagenette", folder) as datasets,
+                TemporaryDirectory(dir=root, prefix=f".{folder.name}-") as partial,
+            ):
                 url, md5 = datasets.Imagenette._ARCHIVES[size]
                 datasets.utils.download_and_extract_archive(url, str(root), partial, md5=md5)
                 os.replace(Path(partial, folder.name), folder)
@@ -44,7 +55,9 @@ class Cifar10(Source):
             with _downloading(root, "CIFAR10", self.folder) as datasets:
                 datasets.CIFAR10(str(root), train=split == "train", download=True)
         self.origin = f"{self.folder}, {split}"
-        self._batches = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
+        self._batches = (
+            [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
+        )
         self.class_names = list(_unpickled(self.folder / "batches.meta")["label_names"])
         self._labels = np.concatenate(
             [np.array(_unpickled(self.folder / name)["labels"], np.int64) for name in self._batches]
@@ -57,13 +70,17 @@ class Cifar10(Source):
         return f"{self.folder}, sample {index}"
 
     def load(self, index: int) -> tuple[np.ndarray, int]:
-        return _cifar_pixels(self.folder, tuple(self._batches))[index].transpose(1, 2, 0), int(self._labels[index])
+        return _cifar_pixels(self.folder, tuple(self._batches))[index].transpose(1, 2, 0), int(
+            self._labels[index]
+        )
 
 
 @functools.lru_cache(maxsize=1)
 def _cifar_pixels(folder: Path, batches: tuple[str, ...]) -> np.ndarray:
     """uint8 (n, 3, 32, 32), read once a process."""
-    return np.concatenate([_unpickled(folder / name)["data"] for name in batches]).reshape(-1, 3, 32, 32)
+    return np.concatenate([_unpickled(folder / name)["data"] for name in batches]).reshape(
+        -1, 3, 32, 32
+    )
 
 
 def _unpickled(path: Path) -> dict:
@@ -98,11 +115,14 @@ class Stl10(Source):
             parts = [self._read_part(name) for name in self._FILES[split]]
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{self.folder}: not a sound STL-10 folder ({error}); remove it to download it again"
+                f"{self.folder}: not a sound STL-10 folder ({error}); remove it to "
+                "download it again"
             ) from error
         self._labels = np.concatenate([labels for _, labels in parts])
         self._places = [path for path, labels in parts for _ in labels]
-        self._offsets = np.concatenate([np.arange(len(labels)) * self._IMAGE_BYTES for _, labels in parts])
+        self._offsets = np.concatenate(
+            [np.arange(len(labels)) * self._IMAGE_BYTES for _, labels in parts]
+        )
 
     def _read_part(self, name: str) -> tuple[str, np.ndarray]:
         path = self.folder / f"{name}_X.bin"
@@ -111,7 +131,8 @@ class Stl10(Source):
             raise ValueError(f"{path.name} is cut short")
         if name == "unlabeled":
             return str(path), np.full(count, UNLABELLED, np.int64)
-        labels = np.fromfile(self.folder / f"{name}_y.bin", np.uint8).astype(np.int64) - 1  # 1 to 10 in the file
+        # 1 to 10 in the file.
+        labels = np.fromfile(self.folder / f"{name}_y.bin", np.uint8).astype(np.int64) - 1
         if len(labels) != count:
             raise ValueError(f"{len(labels)} labels for {count} images of {path.name}")
         return str(path), labels
@@ -123,14 +144,19 @@ class Stl10(Source):
         return f"{self._places[index]}, byte {self._offsets[index]}"
 
     def load(self, index: int) -> tuple[np.ndarray, int]:
-        pixels = np.fromfile(self._places[index], np.uint8, self._IMAGE_BYTES, offset=int(self._offsets[index]))
+        pixels = np.fromfile(
+            self._places[index], np.uint8, self._IMAGE_BYTES, offset=int(self._offsets[index])
+        )
         # Stored channel by channel, each column by column.
         return pixels.reshape(3, 96, 96).transpose(2, 1, 0), int(self._labels[index])
 
 
 @contextlib.contextmanager
 def _downloading(root: str | os.PathLike, dataset: str, folder: Path) -> Iterator[ModuleType]:
-    """torchvision.datasets, with which the block downloads what belongs in `folder`. Raises UserError where that fails."""
+    """torchvision.datasets, with which the block downloads what belongs in `folder`.
+
+    Raises UserError where that fails.
+    """
     if not Path(root).is_dir():
         raise UserError(f"{root}: no such folder; create it, and {dataset} is downloaded into it")
     from torchvision import datasets
@@ -139,5 +165,6 @@ def _downloading(root: str | os.PathLike, dataset: str, folder: Path) -> Iterato
         yield datasets
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"{folder}: not there, and downloading {dataset} failed ({error}); put it there yourself"
+            f"{folder}: not there, and downloading {dataset} failed ({error}); put it "
+            "there yourself"
         ) from error

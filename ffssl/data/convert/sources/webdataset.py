@@ -115,7 +115,9 @@ def _descriptor(path: str) -> int:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Every combination of a pattern's {first..last} ranges, zero-padded as written, and {a,b} lists, in order."""
+    """Every combination of a pattern's {first..last} ranges, zero-padded as written, and {a,b}
+    lists, in order.
+    """
     parts = re.split(r"\{([^{}]*)\}", pattern)
     choices = [[part] if i % 2 == 0 else _brace_choices(part) for i, part in enumerate(parts)]
     return ["".join(combination) for combination in itertools.product(*choices)]
@@ -141,7 +143,8 @@ def _expand(pattern: str, passed_over: PassedOver) -> list[str]:
             found = sorted(glob.glob(path), key=natural_order)
         if not found:
             raise UserError(
-                f"{path}: no such shard; check --input (quote patterns so that the shell leaves them alone)"
+                f"{path}: no such shard; check --input (quote patterns so that the shell "
+                "leaves them alone)"
             )
         if found != [path]:
             _, names = below_common_folder(found)
