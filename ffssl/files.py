@@ -66,7 +66,7 @@ def make_folder(folder: Path, option: str) -> None:
 
 
 @contextlib.contextmanager
-def only_one_in(folder: Path, what: str, option: str) -> Iterator[int]:
+def exclusive_folder(folder: Path, what: str, option: str) -> Iterator[int]:
     """Hold a folder that is there, for this process and the children that get the descriptor it
     returns; their end, however it comes, frees it.
 

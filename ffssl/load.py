@@ -30,7 +30,7 @@ class LoadedRun(NamedTuple):
         """Of the epoch after the finished ones, that its weights have taken; 0 where none was under
         way.
         """
-        return len(self.state["tally"]["losses"]) if "tally" in self.state else 0
+        return len(self.state["totals"]["losses"]) if "totals" in self.state else 0
 
 
 def checkpoint_path(run: str | Path) -> Path:

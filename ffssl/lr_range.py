@@ -50,7 +50,7 @@ from ffssl.run_folder import log as run_log
 from ffssl.training.build import build
 from ffssl.training.memory import with_memory_advice
 from ffssl.training.run import Run, start_run
-from ffssl.training.schedule import Plan
+from ffssl.training.schedule import RunSchedule
 from ffssl.training.step import train_step
 from ffssl.training.views import open_loader
 
@@ -62,8 +62,8 @@ NOISE = 3  # a fall of fewer standard deviations of what the smoothing takes awa
 
 
 @dataclass(frozen=True)
-class Sweep(Plan):
-    """A run's plan, but for a learning rate that rises from `low` to `high` in `steps` steps, at a
+class Sweep(RunSchedule):
+    """A run's schedule, but for a learning rate that rises from `low` to `high` in `steps` steps, at a
     constant momentum.
     """
 
@@ -111,18 +111,18 @@ def range_test(
         run = start_run(options, method, Sweep(options, len(loader), low, high, steps), device)
         for group in run.optimizer.param_groups:
             group.pop("constant_lr", None)  # the peak at which it would stay is what is sought
-        resolution, views = run.plan.shape(0)
+        resolution, views = run.schedule.shape(0)
         batch = (loader.batch_size, views, 3, resolution, resolution)
         return with_memory_advice(run, batch, lambda: sweep(run, loader, validation))
 
 
 def sweep(run: Run, loader: ViewLoader, validation: list[Tensor]) -> list[dict[str, float]]:
     rows = []
-    steps = range(run.plan.steps)
+    steps = range(run.schedule.steps)
     for step, views in zip(
         tqdm(steps, unit="step", leave=False, disable=None), batches(run, loader)
     ):
-        learning_rate, _ = run.plan.learning_rate_and_momentum(step)
+        learning_rate, _ = run.schedule.learning_rate_and_momentum(step)
         result = train_step(run, views.to(run.device), step)
         losses = {
             "training_loss": result.loss.item(),
@@ -145,7 +145,10 @@ def batches(run: Run, loader: ViewLoader) -> Iterator[Tensor]:
     """Views of one epoch after the other, all at the resolution and magnitude of the run's first."""
     while True:
         loader.set_epoch(
-            run.epoch, run.plan.resolution(0), run.plan.magnitude(0), views=run.plan.views(0)
+            run.epoch,
+            run.schedule.resolution(0),
+            run.schedule.magnitude(0),
+            views=run.schedule.views(0),
         )
         for views, _, _ in loader:
             yield views
@@ -175,8 +178,8 @@ def validation_views(
     with open_loader(options.changed(**changed)) as source:
         if not options.data.validation:
             source.samples, loader.samples = held_out(loader, count * size, options.run.seed)
-        plan = Plan(options, len(source))
-        source.set_epoch(0, plan.resolution(0), plan.magnitude(0))
+        schedule = RunSchedule(options, len(source))
+        source.set_epoch(0, schedule.resolution(0), schedule.magnitude(0))
         return [views.clone() for _, (views, _, _) in zip(range(count), source)]
 
 

@@ -14,11 +14,11 @@ from ffssl.data.convert.conversion import identity, same_samples
 from ffssl.data.loader import ViewLoader
 from ffssl.errors import UserError
 from ffssl.evaluate.online import OnlineKnn
-from ffssl.files import make_folder, only_one_in
+from ffssl.files import exclusive_folder, make_folder
 from ffssl.parallel.device import choose_device, describe_precision, precision
 from ffssl.parallel.ranks import (
     check_batch,
-    failing_together,
+    errors_on_all_ranks,
     local_device,
     process_group,
     rank,
@@ -29,10 +29,10 @@ from ffssl.run_folder import checkpoint
 from ffssl.run_folder.background_writer import Saver
 from ffssl.run_folder.log import RunLog, require_wandb
 from ffssl.run_folder.provenance import record_start
-from ffssl.training.build import PASSES, build, compile_passes
+from ffssl.training.build import COMPILED_METHODS, build, compile_methods
 from ffssl.training.record import NoRecord, Record
 from ffssl.training.run import Run, start_run
-from ffssl.training.schedule import Plan, StepShape
+from ffssl.training.schedule import RunSchedule, StepShape
 from ffssl.training.signals import StopRequest, stop_on_signals
 from ffssl.training.views import open_loader
 
@@ -63,7 +63,7 @@ def prepared(options: Options) -> Iterator[Prepared]:
     device = local_device(choose_device(options.run.device))
     torch.manual_seed(options.run.seed)
     method = build(options, device)
-    flops = count_flops(Plan(options, steps_per_epoch=1), method)
+    flops = count_flops(RunSchedule(options, steps_per_epoch=1), method)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
         stack.enter_context(process_group(device))
@@ -73,26 +73,26 @@ def prepared(options: Options) -> Iterator[Prepared]:
         check_batch(options.training.batch_size, options.training.accumulate)
 
         knn = None
-        with failing_together():
+        with errors_on_all_ranks():
             loader = stack.enter_context(open_loader(options))
             if options.data.validation and is_main:
                 knn = stack.enter_context(contextlib.closing(OnlineKnn(options, device)))
             data = identity(loader.beton)
         require_same({f"--data.train: {name}": value for name, value in data.items()})
 
-        run = start_run(options, method, Plan(options, len(loader)), device)
-        compiled = compile_passes(method, PASSES, options.training.compile, device)
+        run = start_run(options, method, RunSchedule(options, len(loader)), device)
+        compiled = compile_methods(method, COMPILED_METHODS, options.training.compile, device)
         run.data = data
         folder = Path(options.run.folder)
-        with failing_together():
+        with errors_on_all_ranks():
             if is_main:  # before the others: it may have to put a damaged checkpoint aside
                 make_folder(folder, "--run.folder")
-                stack.enter_context(only_one_in(folder, "run", "--run.folder"))
+                stack.enter_context(exclusive_folder(folder, "run", "--run.folder"))
                 run.resumed = resume(run, folder)
-        with failing_together():
+        with errors_on_all_ranks():
             if not is_main:
                 run.resumed = resume(run, folder)
-        at = f"a checkpoint of epoch {run.epoch}, step {run.tally.steps}"
+        at = f"a checkpoint of epoch {run.epoch}, step {run.totals.steps}"
         require_same({f"--run.folder: {folder}": at if run.resumed else "no checkpoint"})
 
         record = NoRecord()

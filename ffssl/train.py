@@ -45,10 +45,10 @@ def train(options: Options) -> None:
             record.untrained(run.spent | evaluate(prep))
             record.save(run)
         while run.epoch < options.training.epochs:
-            resolution, views = run.plan.shape(run.epoch)
+            resolution, views = run.schedule.shape(run.epoch)
             batch = (prep.loader.batch_size, views, 3, resolution, resolution)
             with_memory_advice(run, batch, lambda: train_epoch(prep))
-            run.tally.share()
+            run.totals.average_over_ranks()
             accuracy = {}
             if evaluation_is_due(options, run.epoch + 1):
                 record.save(run)
@@ -68,10 +68,10 @@ def train_epoch(prep: Prepared) -> None:
             saving = bool(prep.stop) or record.due()
             if epoch.check_is_due(saving):
                 loss, saving = epoch.check(saving)  # waits for the GPU and the other ranks
-                learning_rate, _ = run.plan.learning_rate_and_momentum(epoch.step - 1)
+                learning_rate, _ = run.schedule.learning_rate_and_momentum(epoch.step - 1)
                 record.step(epoch.step, loss, learning_rate)
                 if saving:
-                    run.tally.share()
+                    run.totals.average_over_ranks()
                     record.save(run)
                     prep.stop.check()  # raises Stopped
 
@@ -91,7 +91,7 @@ def evaluate(prep: Prepared) -> dict[str, float]:
     if prep.run.options.data.validation:
         with contextlib.suppress(Stopped):  # which all hear of below: none is left waiting
             if prep.knn:
-                with prep.stop.at_once():
+                with prep.stop.interruptible():
                     accuracy["knn"] = prep.knn.accuracy(prep.run.method.backbone, prep.run.amp)
         prep.stop.check()
     return accuracy

@@ -9,7 +9,7 @@ from ffssl.config import read_options
 from ffssl.methods import Method
 from ffssl.run_folder import checkpoint
 from ffssl.training.build import build
-from ffssl.training.totals import Tally
+from ffssl.training.totals import EpochTotals
 
 SMALL = (
     "--model.backbone=resnet-small",
@@ -38,12 +38,14 @@ def save_run(folder: Path, *options: str, epoch: int = 3, steps: int = 0, seed: 
             module.running_mean.normal_(std=0.1)
             module.running_var.uniform_(0.5, 2)
     spent = {"seconds": 12.0, "flops": 3.5e12}
-    tally = Tally(losses=[torch.tensor(1.0)] * steps, spreads=[torch.tensor(1.0)] * steps).state()
+    totals = EpochTotals(
+        losses=[torch.tensor(1.0)] * steps, embedding_stds=[torch.tensor(1.0)] * steps
+    ).state()
     checkpoint.save(
         folder,
         {
             "epoch": epoch,
-            "tally": tally,
+            "totals": totals,
             "spent": spent,
             "options": parsed.as_dict(),
             "method": method.state_dict(),

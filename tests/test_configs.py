@@ -18,7 +18,7 @@ from ffssl.run_folder import checkpoint
 from ffssl.run_folder.log import read_log
 from ffssl.train import train
 from ffssl.training.build import build
-from ffssl.training.schedule import Plan, StepShape
+from ffssl.training.schedule import RunSchedule, StepShape
 
 CONFIGS = Path(__file__).resolve().parent.parent / "rn50_configs"
 HEADS = {
@@ -216,7 +216,7 @@ def test_tables_3_and_6_to_8_and_figure_3(switches, sides, spends, beton, tmp_pa
         b - a for a, b in zip([0, *(row["flops"] for row in rows)], (row["flops"] for row in rows))
     ]
     plain = {side: flops for side, flops in zip((32, 16), plain_steps(options))}
-    steps, warmup = 4, round(Plan(options, 4).warmup_epochs)
+    steps, warmup = 4, round(RunSchedule(options, 4).warmup_epochs)
     for epoch, (side, flops) in enumerate(zip(sides, spent)):
         selects = spends and epoch >= warmup
         assert flops > 1.01 * steps * plain[side] if selects else flops == steps * plain[side]

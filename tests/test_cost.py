@@ -20,7 +20,7 @@ from ffssl.errors import UserError
 from ffssl.hard_augment import Selection
 from ffssl.methods import build_method
 from ffssl.methods.base import Method
-from ffssl.training.schedule import Plan, StepShape
+from ffssl.training.schedule import RunSchedule, StepShape
 
 CONFIGS = Path(__file__).parent.parent / "rn50_configs"
 IMAGENETTE, IMAGENET = IMAGES["imagenette"], IMAGES["imagenet"]
@@ -170,10 +170,10 @@ def test_the_efficient_recipe_on_imagenette_saves_what_the_design_states():
     backbone = BackboneAlone(simsiam("resnet18").backbone)
     totals = []
     for options in runs:
-        plan = Plan(options, steps_per_epoch=1)
-        per_step = count_flops(plan, backbone)
+        schedule = RunSchedule(options, steps_per_epoch=1)
+        per_step = count_flops(schedule, backbone)
         totals.append(
-            sum(per_step[plan.shape(epoch)] for epoch in range(options.training.epochs))
+            sum(per_step[schedule.shape(epoch)] for epoch in range(options.training.epochs))
             / options.training.batch_size
         )
     assert totals[0] / totals[1] == pytest.approx(2.356, abs=5e-4)
@@ -217,10 +217,10 @@ def test_the_total_of_a_run_is_what_training_counts():
     method = build_method(
         "simclr", build_backbone("resnet-small"), {"hidden": 8, "projection": 8, "temperature": 0.2}
     )
-    plan = Plan(options, steps_per_epoch=62)
-    per_step = count_flops(plan, method)
+    schedule = RunSchedule(options, steps_per_epoch=62)
+    per_step = count_flops(schedule, method)
     assert petaflop(stages, 62 * 64) * 1e15 == pytest.approx(
-        sum(62 * per_step[plan.shape(epoch)] for epoch in range(8))
+        sum(62 * per_step[schedule.shape(epoch)] for epoch in range(8))
     )
     assert costs.stages(options) == stages
 

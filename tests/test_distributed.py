@@ -25,7 +25,7 @@ from ffssl.parallel.ranks import (
     ranks_here,
     world_size,
 )
-from ffssl.training.epoch import Tally
+from ffssl.training.epoch import EpochTotals
 
 RANKS, IMAGES, WIDTH = 2, 6, 8
 
@@ -463,7 +463,7 @@ def test_a_rank_takes_the_gpu_of_its_number_on_the_machine_and_the_first_where_i
 
 def test_what_is_saved_of_an_epoch_goes_on_in_another_number_of_ranks(monkeypatch):
     # The means of four.
-    tally = Tally(
+    totals = EpochTotals(
         [torch.tensor(1.0)] * 3,
         [torch.tensor(2.0)] * 3,
         seconds=10.0,
@@ -472,9 +472,9 @@ def test_what_is_saved_of_an_epoch_goes_on_in_another_number_of_ranks(monkeypatc
         kwh=0.5,
     )
     monkeypatch.setattr("ffssl.training.totals.world_size", lambda: 4)
-    saved = tally.state()
+    saved = totals.state()
     for ranks in (1, 2, 4):
         monkeypatch.setattr("ffssl.training.totals.world_size", lambda: ranks)
-        goes_on = Tally.restored(saved, torch.device("cpu"))
+        goes_on = EpochTotals.restored(saved, torch.device("cpu"))
         assert (goes_on.replaced * ranks, goes_on.kwh * ranks) == (6, 2)
         assert (goes_on.seconds, goes_on.waited, goes_on.steps) == (10, 1, 3)

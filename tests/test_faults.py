@@ -45,7 +45,7 @@ def rows(folder) -> list[dict]:
 def position(folder) -> tuple[int, int]:
     """Epochs and steps of the checkpoint; (-1, 0) before the first."""
     state = checkpoint.load(folder)
-    return (state["epoch"], len(state["tally"]["losses"])) if state else (-1, 0)
+    return (state["epoch"], len(state["totals"]["losses"])) if state else (-1, 0)
 
 
 def train_undisturbed(betons, folder, *more):

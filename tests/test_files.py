@@ -5,7 +5,7 @@ import os
 import pytest
 
 from ffssl.errors import UserError
-from ffssl.files import only_one_in, replacing, write_json
+from ffssl.files import exclusive_folder, replacing, write_json
 
 
 def test_a_file_has_the_old_content_until_the_new_is_whole(tmp_path):
@@ -48,19 +48,19 @@ def test_what_is_written_is_on_the_disk_before_it_takes_the_place_of_the_old_and
 
 
 def test_a_folder_is_one_processs_at_a_time(tmp_path):
-    with only_one_in(tmp_path, "run", "--run.folder"):
+    with exclusive_folder(tmp_path, "run", "--run.folder"):
         with (
             pytest.raises(
                 UserError, match=f"--run.folder: a run is under way in {tmp_path} already"
             ),
-            only_one_in(tmp_path, "run", "--run.folder"),
+            exclusive_folder(tmp_path, "run", "--run.folder"),
         ):
             pass
-    with only_one_in(tmp_path, "run", "--run.folder"):
+    with exclusive_folder(tmp_path, "run", "--run.folder"):
         pass
     with (
         pytest.raises(UserError, match="--run.folder: .*missing can't be written to"),
-        only_one_in(tmp_path / "missing", "run", "--run.folder"),
+        exclusive_folder(tmp_path / "missing", "run", "--run.folder"),
     ):
         pass
 
@@ -70,7 +70,7 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, cap
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", refused)
-    with only_one_in(tmp_path, "run", "--run.folder"):
+    with exclusive_folder(tmp_path, "run", "--run.folder"):
         assert (
             f"warning: {tmp_path}: no lock can be had (Function not implemented)"
             in capsys.readouterr().err

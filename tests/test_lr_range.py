@@ -109,7 +109,7 @@ def test_constant_or_hardly_any_losses_give_no_limits():
 
 
 def test_the_learning_rate_rises_exponentially_at_the_configs_momentum(beton):
-    plan = Sweep(
+    schedule = Sweep(
         options_of(
             beton, "--training.momentum=0.8", "--training.schedule=f1-clr", "--training.epochs=1"
         ),
@@ -118,11 +118,11 @@ def test_the_learning_rate_rises_exponentially_at_the_configs_momentum(beton):
         1.0,
         200,
     )
-    rates, momenta = zip(*(plan.learning_rate_and_momentum(step) for step in range(200)))
+    rates, momenta = zip(*(schedule.learning_rate_and_momentum(step) for step in range(200)))
     assert rates == pytest.approx(RATES) and set(momenta) == {0.8}
     # The paper: "close to step 135 and learning rate .1".
     assert rates[135] == pytest.approx(0.1, rel=0.1)
-    assert plan.total_steps == 200
+    assert schedule.total_steps == 200
 
 
 def start(options, loader):
@@ -217,7 +217,7 @@ def test_training_is_that_of_a_run_at_those_learning_rates(beton):
                 if len(losses) < 12:
                     for group in run.optimizer.param_groups:
                         group["constant_lr"] = False
-                    run.plan = Sweep(options, len(loader), 1e-3, 1.0, 12)
+                    run.schedule = Sweep(options, len(loader), 1e-3, 1.0, 12)
                     losses.append(train_step(run, views, len(losses))[0].item())
     assert [row["training_loss"] for row in rows] == losses
     assert [row["learning_rate"] for row in rows] == pytest.approx(np.geomspace(1e-3, 1, 12))

@@ -420,7 +420,7 @@ def test_a_run_of_one_process_goes_on_with_torchrun_which_writes_and_tells_once(
     for row, other in zip(ours[2:], theirs[2:]):
         assert row["hardness"] == pytest.approx(other["hardness"], abs=2e-3)
     for name in ("loss", "embedding_std", "effective_rank", "flops", "resolution", "learning_rate"):
-        # The mean of the ranks' spreads, not that of the joint batch.
+        # The mean of the ranks' embedding_stds, not that of the joint batch.
         rel = 0.02 if name == "embedding_std" else 1e-3
         assert [row[name] for row in ours[1:]] == pytest.approx(
             [row[name] for row in theirs[1:]], rel=rel
@@ -484,12 +484,14 @@ def test_a_run_of_two_ranks_that_torchrun_was_told_to_stop_goes_on_in_another_nu
     (files, before), (alone, expected), run = stopped, undisturbed, tmp_path / "run"
     shutil.copytree(before, run)
     state = checkpoint.load(run)
-    epoch, steps = state["epoch"], len(state["tally"]["losses"])
+    epoch, steps = state["epoch"], len(state["totals"]["losses"])
     done = 10 * epoch + steps
     assert 0 < done < 40
-    assert state["tally"]["losses"].tolist() == pytest.approx(expected[10 * epoch : done], abs=1e-3)
+    assert state["totals"]["losses"].tolist() == pytest.approx(
+        expected[10 * epoch : done], abs=1e-3
+    )
     assert (
-        state["tally"]["replaced"]
+        state["totals"]["replaced"]
         == np.isin(epoch_order(160, seed=0, epoch=epoch)[: 16 * steps], BROKEN).sum()
     )
     if ranks == 1:

@@ -26,10 +26,10 @@ from ffssl.parallel.device import (
     precision,
     until_out_of_memory,
 )
-from ffssl.training.build import PASSES, build, compile_passes
+from ffssl.training.build import COMPILED_METHODS, build, compile_methods
 from ffssl.training.memory import memory_advice
 from ffssl.training.run import start_run
-from ffssl.training.schedule import Plan
+from ffssl.training.schedule import RunSchedule
 from ffssl.training.step import train_step
 from ffssl.training.transfer import to_device
 
@@ -76,7 +76,7 @@ def start(options, seed=0, device=CPU):
     return start_run(
         options,
         build(options, device),
-        Plan(options, steps_per_epoch=5),
+        RunSchedule(options, steps_per_epoch=5),
         CPU if device.type == "meta" else device,
     )
 
@@ -268,9 +268,9 @@ def test_a_memory_that_does_not_suffice_is_known_wherever_it_is_noticed(error, e
 def test_trying_what_fits_compiles_nothing(memory_for):
     memory_for(8)
     run, compiled = start(options_of("simsiam", *HARD)), []
-    compile_passes(
+    compile_methods(
         run.method,
-        PASSES,
+        COMPILED_METHODS,
         "default",
         CPU,
         backend=lambda graph, inputs: compiled.append(graph) or graph,
@@ -434,7 +434,9 @@ def test_code_is_compiled_once_for_each_resolution(name):
 
     torch.compiler.reset()
     run = start(options_of(name, *HARD, *more))
-    assert compile_passes(run.method, PASSES, "default", CPU, backend=backend) == "default"
+    assert (
+        compile_methods(run.method, COMPILED_METHODS, "default", CPU, backend=backend) == "default"
+    )
     counts = []
     for epoch in range(4):
         run.epoch = epoch
@@ -458,7 +460,7 @@ def test_compiled_equals_eager(name, drawn_batches):
     for mode in ("off", "default"):
         # At larger learning rates rounding errors grow a hundredfold in ten steps.
         run = start(options_of(name, "--training.batch_size=32", "--training.learning_rate=0.0001"))
-        compile_passes(run.method, PASSES, mode, CPU)
+        compile_methods(run.method, COMPILED_METHODS, mode, CPU)
         curves.append(losses(run, drawn_batches[:10]))
     np.testing.assert_allclose(*curves, rtol=1e-3)
     assert np.ptp(curves[0]) > 0.01
@@ -467,12 +469,14 @@ def test_compiled_equals_eager(name, drawn_batches):
 
 def test_by_default_only_a_gpu_compiles():
     method = build(options_of("simsiam"), CPU)
-    assert compile_passes(method, PASSES, "auto", CPU) == "off" and "loss" not in vars(method)
+    assert compile_methods(method, COMPILED_METHODS, "auto", CPU) == "off" and "loss" not in vars(
+        method
+    )
 
 
 def test_a_gpus_ranks_compile_networks_with_synchronised_batchnorm_too():
     network = torch.nn.Sequential(torch.nn.BatchNorm2d(1))
     batch_norm.synchronise(network)
     # Nothing is compiled before it is called.
-    assert compile_passes(network, ["forward"], "auto", torch.device("cuda")) == "default"
+    assert compile_methods(network, ["forward"], "auto", torch.device("cuda")) == "default"
     assert "forward" in vars(network)

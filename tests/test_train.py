@@ -25,7 +25,7 @@ from ffssl.run_folder.background_writer import Saver
 from ffssl.run_folder.log import RunLog, read_log
 from ffssl.train import train
 from ffssl.training.build import build
-from ffssl.training.schedule import Plan, StepShape
+from ffssl.training.schedule import RunSchedule, StepShape
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -99,9 +99,9 @@ def test_a_run_watches_its_pairs_its_predictor_and_the_rank_of_its_embeddings(be
     assert all(1 <= row["effective_rank"] <= 16 for row in rows)  # dimensions of a projection
     flops = [b - a for a, b in zip([0, rows[0]["flops"]], (row["flops"] for row in rows))]
     options = read_options(arguments(betons, tmp_path, *simsiam, "--training.epochs=3"))
-    plan, method = Plan(options, 5), build(options, torch.device("cpu"))
+    schedule, method = RunSchedule(options, 5), build(options, torch.device("cpu"))
     assert flops[0] == 5 * count_step(method, StepShape(32, 2), batch_size=32).total()
-    assert flops[1] == 5 * count_flops(plan, method)[16, 3]
+    assert flops[1] == 5 * count_flops(schedule, method)[16, 3]
 
 
 def test_the_cosine_turns_simsiams_predictor_round_and_the_default_does_not(tmp_path, capsys):
@@ -141,11 +141,11 @@ def test_steps_are_shown_live(betons, tmp_path, monkeypatch):
     )
     options = read_options(arguments(betons, tmp_path, "--training.epochs=2"))
     train(options)
-    plan = Plan(options, steps_per_epoch=5)
+    schedule = RunSchedule(options, steps_per_epoch=5)
     # On a CPU each of them, since there is nothing to wait for.
     assert [step for step, _ in shown] == list(range(1, 11))
     assert [values["learning_rate"] for _, values in shown] == [
-        plan.learning_rate_and_momentum(step)[0] for step in range(10)
+        schedule.learning_rate_and_momentum(step)[0] for step in range(10)
     ]
     for epoch, row in enumerate(read_log(tmp_path)):
         assert sum(
@@ -203,7 +203,7 @@ def test_every_method_trains_and_goes_on_from_its_checkpoint_with_the_same_weigh
 
     def stop_within_the_second_epoch(folder, new, **settings):
         save(folder, new, **settings)
-        if new["epoch"] == 1 and len(new["tally"]["losses"]) == 3:
+        if new["epoch"] == 1 and len(new["totals"]["losses"]) == 3:
             raise Stop
 
     save = checkpoint.save
@@ -355,7 +355,7 @@ def test_a_checkpoint_in_an_epoch_is_written_while_the_steps_go_on(betons, tmp_p
         return result
 
     def slow_save(folder, state, *words, **settings):
-        steps = len(state["tally"]["losses"])
+        steps = len(state["totals"]["losses"])
         if 1 <= steps < 5:  # after the last, training does wait
             with stepped:
                 in_an_epoch.append(
@@ -567,7 +567,7 @@ def test_interrupt_leaves_with_status_130_and_a_checkpoint(betons, tmp_path):
     _, stderr = process.communicate(timeout=600)
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr and "the same command continues" in stderr
-    assert len(checkpoint.load(tmp_path)["tally"]["losses"]) > 0
+    assert len(checkpoint.load(tmp_path)["totals"]["losses"]) > 0
 
 
 def configs() -> list[Path]:

@@ -19,7 +19,7 @@ from ffssl.errors import UserError
 from ffssl.methods.base import Method
 from ffssl.schedules import resolution
 from ffssl.training.build import build
-from ffssl.training.schedule import Plan, StepShape
+from ffssl.training.schedule import RunSchedule, StepShape
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -65,7 +65,7 @@ def test_the_step_is_timed_at_every_resolution_of_the_schedule(tmp_path, capsys)
     shapes = [StepShape(row["resolution"], row["views"]) for row in found["rows"]]
     assert shapes == [(32, 4), (48, 2), (48, 4)]
     options = read_options([*SMALL, *HARD, *SPL, "--data.train=x", "--run.folder=x"])
-    flops = count_flops(Plan(options, 10), build(options, torch.device("cpu")))
+    flops = count_flops(RunSchedule(options, 10), build(options, torch.device("cpu")))
     for row in found["rows"]:
         parts = [row[f"{part}_ms"] for part in step.PARTS]
         assert min(parts) > 0 and 0.2 < sum(parts) / row["step_ms"] < 5  # medians of few steps
@@ -95,7 +95,7 @@ def test_the_two_ratios_of_a_step(tmp_path, monkeypatch):
             (7, 300, 175)
         )
         shape = StepShape(row["resolution"], row["views"])
-        flops = count_run_step(Plan(options, 10), method, shape)
+        flops = count_run_step(RunSchedule(options, 10), method, shape)
         # 0.2 s over 0.1, and 0.4 over 0.25: 1.8 in the median; more FLOPs than the ceiling's may
         # take more time
         assert row["over_ceiling"] == pytest.approx(

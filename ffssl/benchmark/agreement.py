@@ -27,7 +27,7 @@ from ffssl.parallel.energy import energy_counter
 from ffssl.run_folder.machine import describe_machine
 from ffssl.training.build import build
 from ffssl.training.run import start_run
-from ffssl.training.schedule import Plan
+from ffssl.training.schedule import RunSchedule
 from ffssl.training.step import train_step
 
 PACKAGES = ("ffssl", "torch", "torchvision", "timm", "numba", "numpy", "ffcv")
@@ -100,12 +100,12 @@ def first_steps(name: str, device: torch.device, amp: str) -> tuple[torch.Tensor
     torch.manual_seed(0)
     # The same weights on both.
     method = build(options, CPU).to(device, memory_format=torch.channels_last)
-    run = start_run(options, method, Plan(options, steps_per_epoch=5), device)
+    run = start_run(options, method, RunSchedule(options, steps_per_epoch=5), device)
     losses, pairs = [], []
     for step in range(STEPS):
         views = drawn_views(step).to(device)
         with run.amp:
-            pairs.append(select_hardest(method, views, run.plan.selection(0))[0].cpu())
+            pairs.append(select_hardest(method, views, run.schedule.selection(0))[0].cpu())
         losses.append(train_step(run, views, step).loss.cpu())
     return torch.stack(losses), torch.stack(pairs)
 

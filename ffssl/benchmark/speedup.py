@@ -44,10 +44,10 @@ from ffssl.files import make_folder, replacing, write_json
 from ffssl.parallel.device import choose_device
 from ffssl.run_folder.log import read_log
 from ffssl.run_folder.machine import describe_machine
-from ffssl.training.build import PASSES, build, compile_passes
+from ffssl.training.build import COMPILED_METHODS, build, compile_methods
 from ffssl.training.memory import with_memory_advice
 from ffssl.training.run import Run, start_run
-from ffssl.training.schedule import Plan, StepShape
+from ffssl.training.schedule import RunSchedule, StepShape
 from ffssl.training.step import train_step
 from ffssl.training.transfer import to_device
 from ffssl.training.views import open_loader
@@ -194,21 +194,21 @@ def start_trial(
 ) -> Trial:
     torch.manual_seed(options.run.seed)
     method = build(options, device)
-    plan = Plan(options, steps_per_epoch=images // options.training.batch_size)
-    if not plan.steps_per_epoch:
+    schedule = RunSchedule(options, steps_per_epoch=images // options.training.batch_size)
+    if not schedule.steps_per_epoch:
         raise UserError(
             f"--images: {images} are fewer than {name}'s "
             f"--training.batch_size={options.training.batch_size}"
         )
     run, loader, flops = (
-        start_run(options, method, plan, device),
+        start_run(options, method, schedule, device),
         stack.enter_context(open_loader(options)),
-        count_flops(plan, method),
+        count_flops(schedule, method),
     )
-    compile_passes(method, PASSES, options.training.compile, device)
+    compile_methods(method, COMPILED_METHODS, options.training.compile, device)
     epochs = defaultdict(list)
     for epoch in range(options.training.epochs):
-        epochs[plan.shape(epoch)].append(epoch)
+        epochs[schedule.shape(epoch)].append(epoch)
     return Trial(name, run, loader, flops, [Stage(*stage) for stage in epochs.items()])
 
 
@@ -267,7 +267,7 @@ def time_stage(trial: Trial, stage: Stage) -> None:
     def first_batch() -> float:
         nonlocal batches, views
         resolution, views_of_each = stage.shape
-        magnitude = run.plan.magnitude(run.epoch)
+        magnitude = run.schedule.magnitude(run.epoch)
         loader.set_epoch(run.epoch, resolution, magnitude, views=views_of_each)
         batches = to_device((views for views, _, _ in loader), run.device)
         started = time.perf_counter()
@@ -301,11 +301,15 @@ def time_stage(trial: Trial, stage: Stage) -> None:
 
 def summarise(trial: Trial) -> dict:
     """A config's stages, and their sums over its schedule."""
-    plan, batch_size, workers = trial.run.plan, trial.loader.batch_size, trial.loader.workers
+    schedule, batch_size, workers = (
+        trial.run.schedule,
+        trial.loader.batch_size,
+        trial.loader.workers,
+    )
     stages = []
     for stage in trial.stages:
         median = {kind: statistics.median(values) for kind, values in stage.times.items()}
-        steps = len(stage.epochs) * plan.steps_per_epoch
+        steps = len(stage.epochs) * schedule.steps_per_epoch
         stages.append(
             {
                 **stage.shape._asdict(),

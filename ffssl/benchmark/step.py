@@ -31,11 +31,11 @@ from ffssl.errors import UserError
 from ffssl.files import make_folder, write_json
 from ffssl.parallel.device import autocast_dtype, choose_device, describe_precision
 from ffssl.run_folder.machine import describe_machine
-from ffssl.training.build import PASSES, build, compile_passes
+from ffssl.training.build import COMPILED_METHODS, build, compile_methods
 from ffssl.training.memory import with_memory_advice
 from ffssl.training.optimizers import build_optimizer
 from ffssl.training.run import Run, start_run
-from ffssl.training.schedule import Plan, StepShape
+from ffssl.training.schedule import RunSchedule, StepShape
 from ffssl.training.step import train_step
 
 PACKAGES = ("ffssl", "torch", "torchvision", "timm")
@@ -73,8 +73,10 @@ def main(arguments: list[str]) -> None:
     print(f"{describe(options, device)}\n{describe_machine(PACKAGES)}", flush=True)
 
     torch.manual_seed(options.run.seed)
-    run = start_run(options, build(options, device), Plan(options, steps_per_epoch=1000), device)
-    shapes = list(run.plan.first_epochs)
+    run = start_run(
+        options, build(options, device), RunSchedule(options, steps_per_epoch=1000), device
+    )
+    shapes = list(run.schedule.first_epochs)
     if given.resolutions:
         shapes = [StepShape(side, options.augment.views) for side in given.resolutions]
     check_resolutions(
@@ -83,8 +85,8 @@ def main(arguments: list[str]) -> None:
         dict.fromkeys(given.resolutions or (), "--resolutions"),
     )
     run.epoch = options.training.epochs - 1  # in which pairs are chosen, if they ever are
-    flops = {shape: count_run_step(run.plan, run.method, shape) for shape in shapes}
-    compile_passes(run.method, PASSES, options.training.compile, device)
+    flops = {shape: count_run_step(run.schedule, run.method, shape) for shape in shapes}
+    compile_methods(run.method, COMPILED_METHODS, options.training.compile, device)
     with run.amp:
         peak = peak_flops(device, autocast_dtype(device))
     print(f"the product of large matrices: {peak / 1e12:.3g} TFLOP/s\n")
@@ -132,7 +134,7 @@ def supervised_step(run: Run, side: int) -> Callable[[], None]:
     options, device = run.options, run.device
     t = options.training
     network = classifier(options, device)
-    compile_passes(network, ("forward",), t.compile, device)
+    compile_methods(network, ("forward",), t.compile, device)
     groups = [{"params": list(network.parameters()), "weight_decay": t.weight_decay}]
     optimizer = build_optimizer(
         t.optimizer,

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ffssl.hard_augment import Selection, choose_views
 from ffssl.methods.base import Method
-from ffssl.training.schedule import Plan, StepShape
+from ffssl.training.schedule import RunSchedule, StepShape
 
 STANDARD, PAPERS = 2, 1  # forward passes that a backward pass counts for
 
@@ -81,23 +81,28 @@ def count_step(
     return Flops(loss.get_total_flops() - teacher.flops, teacher.flops, selecting.get_total_flops())
 
 
-def count_flops(plan: Plan, method: Method) -> dict[StepShape, int]:
+def count_flops(schedule: RunSchedule, method: Method) -> dict[StepShape, int]:
     """FLOPs of a step of a run, in the standard count, for each shape in its schedule."""
-    return {shape: count_run_step(plan, method, shape).total() for shape in plan.first_epochs}
+    return {
+        shape: count_run_step(schedule, method, shape).total() for shape in schedule.first_epochs
+    }
 
 
-def count_run_step(plan: Plan, method: Method, shape: StepShape) -> Flops:
+def count_run_step(schedule: RunSchedule, method: Method, shape: StepShape) -> Flops:
     """FLOPs of a step of a run, of all parts of the batch."""
-    parts = plan.options.training.accumulate
-    return parts * count_step(method, shape, **step_options(plan))
+    parts = schedule.options.training.accumulate
+    return parts * count_step(method, shape, **step_options(schedule))
 
 
-def step_options(plan: Plan) -> dict:
+def step_options(schedule: RunSchedule) -> dict:
     """What `count_step` takes of a run's options for a part of a batch, besides the shape."""
-    t = plan.options.training
-    return {"batch_size": t.batch_size // t.accumulate, "selection": plan.selection(t.epochs - 1)}
+    t = schedule.options.training
+    return {
+        "batch_size": t.batch_size // t.accumulate,
+        "selection": schedule.selection(t.epochs - 1),
+    }
 
 
-def stages(plan: Plan, image_flops: Callable[[StepShape], Flops]) -> list[Stage]:
+def stages(schedule: RunSchedule, image_flops: Callable[[StepShape], Flops]) -> list[Stage]:
     """A run's stages in their order. image_flops: of one image, in a step of a shape."""
-    return [Stage(shape, epochs, image_flops(shape)) for shape, epochs in plan.stages]
+    return [Stage(shape, epochs, image_flops(shape)) for shape, epochs in schedule.stages]

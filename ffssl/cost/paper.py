@@ -10,7 +10,7 @@ from ffssl.cost.runs import IMAGES, RunCosts, petaflop
 from ffssl.errors import UserError
 from ffssl.methods import METHODS
 from ffssl.methods.teacher import TeacherMethod
-from ffssl.training.schedule import Plan
+from ffssl.training.schedule import RunSchedule
 
 CONFIGS = Path(__file__).resolve().parents[2] / "rn50_configs"
 TOLERANCE = 0.02
@@ -192,11 +192,12 @@ def full_epochs(options: Options) -> float:
     """Cost of a run of hard or no Hard Augment by equations 9 and 11, in epochs of its method at
     full resolution.
     """
-    plan, hard = Plan(options, steps_per_epoch=1), options.hard_augment
+    schedule, hard = RunSchedule(options, steps_per_epoch=1), options.hard_augment
     forward_passes = 8 if issubclass(METHODS[options.method.name], TeacherMethod) else 6
     selection = options.augment.views * hard.resolution**2 / forward_passes
     costs = (
-        plan.resolution(epoch) ** 2 + (selection if plan.selection(epoch).select == "hard" else 0)
+        schedule.resolution(epoch) ** 2
+        + (selection if schedule.selection(epoch).select == "hard" else 0)
         for epoch in range(options.training.epochs)
     )
     return sum(costs) / options.resolution.max**2

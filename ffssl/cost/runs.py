@@ -10,7 +10,7 @@ from ffssl.data.beton.read import read_beton
 from ffssl.errors import UserError
 from ffssl.methods import Method
 from ffssl.training.build import build
-from ffssl.training.schedule import Plan, StepShape
+from ffssl.training.schedule import RunSchedule, StepShape
 
 IMAGES = {"imagenet": 1_281_167, "imagenette": 9_469}  # that their training sets hold
 
@@ -23,8 +23,8 @@ class RunCosts:
 
     def stages(self, options: Options) -> list[Stage]:
         """The stages of a run. Raises UserError for options that no run can have."""
-        plan = Plan(options, steps_per_epoch=1)
-        step = step_options(plan)
+        schedule = RunSchedule(options, steps_per_epoch=1)
+        step = step_options(schedule)
 
         @functools.cache
         def method() -> Method:
@@ -37,7 +37,7 @@ class RunCosts:
                 self._flops[key] = count_step(method(), shape, **step) / step["batch_size"]
             return self._flops[key]
 
-        return stages(plan, image_flops)
+        return stages(schedule, image_flops)
 
 
 def petaflop(stages: list[Stage], images: int, backward: int = STANDARD) -> float:

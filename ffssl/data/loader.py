@@ -27,7 +27,7 @@ from ffssl.data.convert.sources.base import UNLABELLED
 from ffssl.data.kernels.decode import render_samples
 from ffssl.data.kernels.own_step import compile_view_kernel
 from ffssl.data.memory import available_memory
-from ffssl.data.order import epoch_order, share
+from ffssl.data.order import epoch_order, rank_part
 from ffssl.data.policy import STANDARD_MAGNITUDE, ViewPolicy, ViewSettings
 from ffssl.errors import UserError
 from ffssl.parallel.device import mark_work, wait_in_thread
@@ -323,7 +323,7 @@ class ViewLoader:
         whole = self.samples[
             epoch_order(len(self.samples), seed=self.seed, epoch=self.epoch, shuffle=self.shuffle)
         ]
-        order = share(whole, self.rank, self.world_size)
+        order = rank_part(whole, self.rank, self.world_size)
         served = order.copy()
         process = os.getpid()
         slots = self._take_slots()

@@ -12,7 +12,7 @@ def epoch_order(samples: int, *, seed: int, epoch: int, shuffle: bool = True) ->
     )
 
 
-def share(order: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+def rank_part(order: np.ndarray, rank: int, world_size: int) -> np.ndarray:
     """The part of an epoch's order that `rank` visits.
 
     The samples are dealt out one by one, so that batches of n on each rank, and equal parts of

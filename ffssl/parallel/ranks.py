@@ -189,7 +189,7 @@ def check_batch(batch_size: int, parts: int) -> None:
 
 
 @contextlib.contextmanager
-def failing_together() -> Iterator[None]:
+def errors_on_all_ranks() -> Iterator[None]:
     """A UserError that one rank raises inside, all ranks raise at its end: none goes on to wait for
     one that has left.
     """

@@ -112,14 +112,14 @@ def schedule_charts(runs: list[ReportedRun]) -> list[Chart]:
     ) -> Chart:
         curves = []
         for i, run in which:
-            plan = run.plan
-            y = np.array([value(run, plan, step) for step in range(plan.total_steps)])
+            schedule = run.schedule
+            y = np.array([value(run, schedule, step) for step in range(schedule.total_steps)])
             curves.append(
                 _split(
                     i,
-                    np.arange(plan.total_steps) / plan.steps_per_epoch,
+                    np.arange(schedule.total_steps) / schedule.steps_per_epoch,
                     y,
-                    run.epoch * plan.steps_per_epoch,
+                    run.epoch * schedule.steps_per_epoch,
                 )
             )
         return Chart(name, title, "epoch", curves)
@@ -127,7 +127,9 @@ def schedule_charts(runs: list[ReportedRun]) -> list[Chart]:
     def by_epoch(value: Callable, name: str, title: str) -> Chart:
         curves = []
         for i, run in known:
-            y = np.array([value(run.plan, epoch) for epoch in range(run.options.training.epochs)])
+            y = np.array(
+                [value(run.schedule, epoch) for epoch in range(run.options.training.epochs)]
+            )
             curves.append(_split(i, np.arange(len(y) + 1), np.append(y, y[-1:]), run.epoch))
         return Chart(name, title, "epoch", curves, steps=True)
 
@@ -135,21 +137,27 @@ def schedule_charts(runs: list[ReportedRun]) -> list[Chart]:
 
     charts = [
         by_step(
-            lambda run, plan, step: plan.learning_rate_and_momentum(step)[0],
+            lambda run, schedule, step: schedule.learning_rate_and_momentum(step)[0],
             "learning-rate",
             "learning rate",
         ),
         by_step(
-            lambda run, plan, step: plan.learning_rate_and_momentum(step)[1], "momentum", "momentum"
+            lambda run, schedule, step: schedule.learning_rate_and_momentum(step)[1],
+            "momentum",
+            "momentum",
         ),
         by_step(
-            lambda run, plan, step: plan.noise_scale(step, run.samples),
+            lambda run, schedule, step: schedule.noise_scale(step, run.samples),
             "noise-scale",
             "noise scale of the gradient",
             counted,
         ),
-        by_epoch(lambda plan, epoch: plan.resolution(epoch), "resolution", "resolution (pixels)"),
-        by_epoch(lambda plan, epoch: plan.magnitude(epoch), "magnitude", "augmentation magnitude"),
+        by_epoch(
+            lambda schedule, epoch: schedule.resolution(epoch), "resolution", "resolution (pixels)"
+        ),
+        by_epoch(
+            lambda schedule, epoch: schedule.magnitude(epoch), "magnitude", "augmentation magnitude"
+        ),
     ]
     return [chart for chart in charts if chart.curves]
 

@@ -16,7 +16,7 @@ from ffssl.run_folder import checkpoint
 from ffssl.run_folder.log import NAME, read_log
 from ffssl.run_folder.provenance import read_starts
 from ffssl.schedules import noise_scale
-from ffssl.training.schedule import Plan
+from ffssl.training.schedule import RunSchedule
 
 POINTS = 400  # in a schedule's curve, at least
 
@@ -49,9 +49,11 @@ class ReportedRun:
         return self.options is not None and self.epoch < self.options.training.epochs
 
     @property
-    def plan(self) -> Plan:
+    def schedule(self) -> RunSchedule:
         """Its schedules, as fine as a curve needs them. For runs with options."""
-        return Plan(self.options, steps_per_epoch=-(-POINTS // self.options.training.epochs) + 1)
+        return RunSchedule(
+            self.options, steps_per_epoch=-(-POINTS // self.options.training.epochs) + 1
+        )
 
     @cached_property
     def last_evaluation(self) -> dict | None:

@@ -123,16 +123,18 @@ def views_by_epoch(run: ReportedRun, method: Method) -> list[EpochViews]:
 
     The choice is that of the checkpoint's weights.
     """
-    plan, shown = run.plan, []
+    schedule, shown = run.schedule, []
     device = next(method.parameters()).device
     method.train()  # as the selection pass sees it: BatchNorm takes the batch's statistics
     with _fixed_views(run, BATCH) as loader:
         kept = spread(len(loader.samples), SHOWN_IMAGES)
         for epoch in spread(run.options.training.epochs, SHOWN_EPOCHS).tolist():
-            resolution, magnitude = plan.resolution(epoch), plan.magnitude(epoch)
-            selection = plan.selection(epoch)
-            loader.set_epoch(epoch, resolution, magnitude, views=plan.views(epoch))
-            method.before_step(Progress(epoch * plan.steps_per_epoch, plan.total_steps, epoch))
+            resolution, magnitude = schedule.resolution(epoch), schedule.magnitude(epoch)
+            selection = schedule.selection(epoch)
+            loader.set_epoch(epoch, resolution, magnitude, views=schedule.views(epoch))
+            method.before_step(
+                Progress(epoch * schedule.steps_per_epoch, schedule.total_steps, epoch)
+            )
             for views, _, _ in loader:
                 chosen = None
                 if selection.select == "hard":
@@ -146,16 +148,19 @@ def examine_choice(run: ReportedRun, method: Method) -> Choice:
     """How the pair that the cheap pass chooses ranks at the resolution trained on, with the
     checkpoint's weights and its epoch's views.
     """
-    plan = run.plan
+    schedule = run.schedule
     device = next(method.parameters()).device
     method.train()
-    epoch = max(run.epoch - 1, plan.selection_start)
-    selection = plan.selection(epoch)
-    method.before_step(Progress(epoch * plan.steps_per_epoch, plan.total_steps, epoch))
+    epoch = max(run.epoch - 1, schedule.selection_start)
+    selection = schedule.selection(epoch)
+    method.before_step(Progress(epoch * schedule.steps_per_epoch, schedule.total_steps, epoch))
     small, large = [], []
     with _fixed_views(run, COMPARED_IMAGES) as loader:
         loader.set_epoch(
-            epoch, plan.resolution(epoch), plan.magnitude(epoch), views=plan.views(epoch)
+            epoch,
+            schedule.resolution(epoch),
+            schedule.magnitude(epoch),
+            views=schedule.views(epoch),
         )
         for views, _, _ in loader:
             images = views.to(device)

@@ -41,7 +41,7 @@ from ffssl.data.beton.read import read_beton
 from ffssl.data.convert.conversion import identity, same_samples
 from ffssl.errors import UserError
 from ffssl.evaluate.labels import shared_classes
-from ffssl.files import make_folder, only_one_in, write_json
+from ffssl.files import exclusive_folder, make_folder, write_json
 from ffssl.study.recipes import SPLITS, Run, Study, comparable, read_study
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,7 +76,7 @@ def conduct(study: Study, folder: Path) -> int:
     # A seed of every run first: they share the machine's moods.
     todo = [(seed, run) for seed in study.seeds for run in study.runs]
     make_folder(folder, "--folder")
-    with only_one_in(folder, "study", "--folder") as lock:
+    with exclusive_folder(folder, "study", "--folder") as lock:
         data = {
             split: identity(read_beton(path)) for split, path in study.data.items() if path.exists()
         }

@@ -290,9 +290,9 @@ def draw(
     if shown:
         finals = [100 * row["knn"] for _, row in shown]
         room = max(max(finals) - min(finals), 4)
-        spreads = [row["knn"] - (row["knn_sd"] or 0) for _, row in shown]
+        embedding_stds = [row["knn"] - (row["knn_sd"] or 0) for _, row in shown]
         lowest = 100 * min(
-            [*spreads, *(point["knn"] for curve in curves.values() for point in curve)]
+            [*embedding_stds, *(point["knn"] for curve in curves.values() for point in curve)]
         )
         # The ends, where the runs differ, and of the curves what is as high.
         bottom = max(min(finals) - room, lowest - 0.1 * room, 0)

@@ -10,9 +10,14 @@ from ffssl.backbones import build_backbone, check_resolutions
 from ffssl.config import Options
 from ffssl.errors import UserError
 from ffssl.methods import Method, build_method
-from ffssl.training.schedule import Plan, input_sides, view_policies
+from ffssl.training.schedule import RunSchedule, input_sides, view_policies
 
-PASSES = ("loss", "project", "targets", "compare")  # of a method: all that computes with networks
+COMPILED_METHODS = (
+    "loss",
+    "project",
+    "targets",
+    "compare",
+)  # of a method: all that computes with networks
 # For how many shapes and states torch.compile makes code before it gives up: resolutions, and each
 # method's own.
 SHAPES_COMPILED = 64
@@ -35,13 +40,15 @@ def build(options: Options, device: torch.device) -> Method:
             "--hard_augment.across_policies: the views have one policy alone; leave this out, or "
             "take --augment.policy=byol"
         )
-    hard_augment.check(method, Plan(options, steps_per_epoch=1).selection(training.epochs - 1))
+    hard_augment.check(
+        method, RunSchedule(options, steps_per_epoch=1).selection(training.epochs - 1)
+    )
     if training.joint_views is not None:
         method.joint_views = training.joint_views
     return method.to(device, memory_format=torch.channels_last)
 
 
-def compile_passes(
+def compile_methods(
     module: nn.Module, passes: Iterable[str], mode: str, device: torch.device, **settings
 ) -> str:
     """Have torch.compile make code of these methods of a module, once for each shape.

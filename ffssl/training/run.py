@@ -15,8 +15,8 @@ from ffssl.parallel.device import keep_freed_memory, mixed_precision
 from ffssl.parallel.energy import energy_counter
 from ffssl.parallel.ranks import world_size
 from ffssl.training.optimizers import build_optimizer
-from ffssl.training.schedule import Plan
-from ffssl.training.totals import Tally
+from ffssl.training.schedule import RunSchedule
+from ffssl.training.totals import EpochTotals
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Run:
     """What a run trains, and how far it has come."""
 
     options: Options
-    plan: Plan
+    schedule: RunSchedule
     device: torch.device
     method: Method
     # The method, whose backward pass averages the gradients over the ranks; in one process the
@@ -35,7 +35,7 @@ class Run:
     scaler: torch.amp.GradScaler
     joules: Callable[[], float | None]  # that the GPU has used, see `ffssl.parallel.energy`
     epoch: int = 0  # epochs finished
-    tally: Tally = field(default_factory=Tally)  # of the one after them
+    totals: EpochTotals = field(default_factory=EpochTotals)  # of the one after them
     spent: dict[str, float] = field(default_factory=lambda: {"seconds": 0.0, "flops": 0.0})
     # What tells the training images from others.
     data: dict[str, object] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Run:
     def state(self) -> dict:
         return {
             "epoch": self.epoch,
-            "tally": self.tally.state(),
+            "totals": self.totals.state(),
             "spent": self.spent,
             "data": self.data,
             "options": self.options.as_dict(),
@@ -67,7 +67,11 @@ class Run:
     def restore(self, state: dict) -> None:
         """Go on from a state, of any device."""
         self.epoch, self.spent = state["epoch"], state["spent"]
-        self.tally = Tally.restored(state["tally"], self.device) if "tally" in state else Tally()
+        self.totals = (
+            EpochTotals.restored(state["totals"], self.device)
+            if "totals" in state
+            else EpochTotals()
+        )
         self.method.load_state_dict(state["method"])
         for group in state["optimizer"]["param_groups"]:
             group["fused"] = self.optimizer.defaults["fused"]  # as this device has it
@@ -76,7 +80,7 @@ class Run:
             self.scaler.load_state_dict(state["scaler"])
 
 
-def start_run(options: Options, method: Method, plan: Plan, device: torch.device) -> Run:
+def start_run(options: Options, method: Method, schedule: RunSchedule, device: torch.device) -> Run:
     """A run at its beginning.
 
     method: as `build` makes it; with several ranks, its BatchNorm is synchronised from here on.
@@ -87,7 +91,7 @@ def start_run(options: Options, method: Method, plan: Plan, device: torch.device
     if device.type == "cpu":
         keep_freed_memory()
     t = options.training
-    parallel = share(method.train(), device)
+    parallel = parallelise(method.train(), device)
     optimizer = build_optimizer(
         t.optimizer,
         method.parameter_groups(t.weight_decay),
@@ -97,7 +101,7 @@ def start_run(options: Options, method: Method, plan: Plan, device: torch.device
     )
     return Run(
         options,
-        plan,
+        schedule,
         device,
         method,
         parallel,
@@ -107,7 +111,7 @@ def start_run(options: Options, method: Method, plan: Plan, device: torch.device
     )
 
 
-def share(method: Method, device: torch.device) -> nn.Module:
+def parallelise(method: Method, device: torch.device) -> nn.Module:
     """The method as ranks that share a batch compute its loss: over BatchNorm statistics of the
     joint batch, with averaged gradients.
     """

@@ -18,7 +18,7 @@ class StepShape(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunSchedule:
     """What each epoch and each step of a run is to be.
 
     `options`: all sections; see `ffssl.config`.
@@ -147,7 +147,7 @@ def input_sides(options: Options) -> dict[int, str]:
     bounds = {r.min: "--resolution.min", r.max: "--resolution.max"}
     sides = {
         side: bounds.get(side, "--resolution.step")
-        for side in Plan(options, steps_per_epoch=1).resolutions
+        for side in RunSchedule(options, steps_per_epoch=1).resolutions
     }
     if hard_augment.select == "hard" or hard_augment.extra_targets:
         sides.setdefault(min(hard_augment.resolution, max(sides)), "--hard_augment.resolution")

@@ -44,7 +44,7 @@ class StopRequest:
             raise Stopped(self._number)
 
     @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
+    def interruptible(self) -> Iterator[None]:
         """A signal raises Stopped in the midst of the block: for what takes long and leaves nothing
         half done.
         """

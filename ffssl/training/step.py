@@ -25,8 +25,8 @@ def train_step(
 
     mark: called with the name of each part when it has been given to the device.
     """
-    options, progress = run.options, Progress(step, run.plan.total_steps, run.epoch)
-    learning_rate, momentum = run.plan.learning_rate_and_momentum(step)
+    options, progress = run.options, Progress(step, run.schedule.total_steps, run.epoch)
+    learning_rate, momentum = run.schedule.learning_rate_and_momentum(step)
     set_learning_rate_and_momentum(
         run.optimizer, learning_rate, momentum, peak=options.training.learning_rate
     )
@@ -43,7 +43,7 @@ def train_step(
             add_gradients(run, part, seed, len(parts), mark)
             for part, seed in zip(parts[:-1], seeds)
         ]
-    steps_per_epoch = run.plan.steps_per_epoch
+    steps_per_epoch = run.schedule.steps_per_epoch
     measured = gauges.is_due(step % steps_per_epoch, steps_per_epoch)
     results.append(add_gradients(run, parts[-1], seeds[-1], len(parts), mark, measured=measured))
     run.method.after_backward(progress)
@@ -78,7 +78,7 @@ def add_gradients(
     measured: bool = False,
 ) -> StepResult:
     """Forward and backward pass over one of the equal `parts` of a batch, as `train_step`."""
-    selection = run.plan.selection(run.epoch)
+    selection = run.schedule.selection(run.epoch)
     with run.amp:
         chosen = hard_augment.choose_views(run.method, views, selection, seed)
     mark("selection")

@@ -28,21 +28,21 @@ class StepResult(NamedTuple):
     gauges: Tensor | None
 
 
-PER_STEP = ("losses", "spreads", "gauges")
+PER_STEP = ("losses", "embedding_stds", "gauges")
 
 
 @dataclass
-class Tally:
+class EpochTotals:
     """An epoch under way, on this rank.
 
-    losses, spreads: of each step's loss and embeddings, scalars on the device. gauges: of some
+    losses, embedding_stds: of each step's loss and embeddings, scalars on the device. gauges: of some
     steps, (3,). embeddings: (n, d) of the last steps. seconds: of training, `waited` of them for
     data. replaced: images that did not decode. kwh: of this rank's GPU; None where nothing has
     counted them, or only a part.
     """
 
     losses: list[Tensor] = field(default_factory=list)
-    spreads: list[Tensor] = field(default_factory=list)
+    embedding_stds: list[Tensor] = field(default_factory=list)
     gauges: list[Tensor] = field(default_factory=list)
     embeddings: Tensor | None = None
     seconds: float = 0.0
@@ -56,7 +56,7 @@ class Tally:
 
     def add(self, result: StepResult) -> None:
         self.losses.append(result.loss)
-        self.spreads.append(result.embedding_std)
+        self.embedding_stds.append(result.embedding_std)
         if result.gauges is not None:
             self.gauges.append(result.gauges)
         rows = result.embeddings.float()
@@ -64,7 +64,7 @@ class Tally:
             rows = torch.cat([self.embeddings, rows])
         self.embeddings = rows[-max(EMBEDDINGS // world_size(), 1) :].clone()
 
-    def share(self) -> None:
+    def average_over_ranks(self) -> None:
         """Make every figure the mean over the ranks, so that the checkpoint of one will do for all.
 
         Called by all ranks at one step. `embeddings` stay this rank's: `all_embeddings` has all.
@@ -119,7 +119,7 @@ class Tally:
         }
 
     @classmethod
-    def restored(cls, state: dict, device: torch.device) -> "Tally":
+    def restored(cls, state: dict, device: torch.device) -> "EpochTotals":
         kwh = None if state["kwh"] is None else state["kwh"] / world_size()
         lists = {name: list(state[name].to(device)) for name in PER_STEP}
         rows = state["embeddings"].to(device)
@@ -135,13 +135,13 @@ class Tally:
 
 class Meter:
     """Charges the time since the last charge, and the energy where something counts it, to an
-    epoch's tally.
+    epoch's totals.
 
     joules: used so far, or None; see `ffssl.parallel.energy`.
     """
 
-    def __init__(self, tally: Tally, joules: Callable[[], float | None]):
-        self._tally, self._read_joules = tally, joules
+    def __init__(self, totals: EpochTotals, joules: Callable[[], float | None]):
+        self._totals, self._read_joules = totals, joules
         self._time, self._joules = time.perf_counter(), joules()
 
     def elapsed(self) -> float:
@@ -151,9 +151,9 @@ class Meter:
     def charge(self) -> None:
         now, joules = time.perf_counter(), self._read_joules()
         # Now or before; the rest would pass for the whole.
-        if joules is None or (self._tally.kwh is None and self._tally.seconds):
-            self._tally.kwh = None
+        if joules is None or (self._totals.kwh is None and self._totals.seconds):
+            self._totals.kwh = None
         else:
-            self._tally.kwh = (self._tally.kwh or 0.0) + (joules - self._joules) / JOULES_PER_KWH
-        self._tally.seconds += now - self._time
+            self._totals.kwh = (self._totals.kwh or 0.0) + (joules - self._joules) / JOULES_PER_KWH
+        self._totals.seconds += now - self._time
         self._time, self._joules = now, joules

@@ -38,7 +38,7 @@ def to_device(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tenso
         read[turn] = computing.record_event()
 
 
-class Lead:
+class RunAheadLimit:
     """How far the host may be ahead of a GPU: by `steps` steps, so that waiting for the GPU is not
     taken for waiting for data.
 

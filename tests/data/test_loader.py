@@ -16,7 +16,7 @@ from ffssl.data.beton.read import read_beton
 from ffssl.data.kernels.draw import uniform, view_key
 from ffssl.data.kernels.own_step import compile_view_kernel
 from ffssl.data.loader import ViewLoader
-from ffssl.data.order import epoch_order, share
+from ffssl.data.order import epoch_order, rank_part
 from ffssl.errors import UserError
 
 
@@ -130,7 +130,7 @@ def test_an_epoch_may_serve_the_first_of_the_views_alone(beton):
 @pytest.mark.parametrize("samples, world_size", [(20, 4), (23, 4), (7, 3)])
 def test_ranks_share_an_epoch_equally_without_overlap(samples, world_size):
     shares = [
-        share(epoch_order(samples, seed=1, epoch=5), rank, world_size) for rank in range(world_size)
+        rank_part(epoch_order(samples, seed=1, epoch=5), rank, world_size) for rank in range(world_size)
     ]
     assert {len(own) for own in shares} == {samples // world_size}
     visited = np.concatenate(shares)
@@ -162,7 +162,7 @@ def test_over_the_epochs_every_rank_visits_every_sample():
         visited = {
             int(i)
             for epoch in range(60)
-            for i in share(epoch_order(23, seed=1, epoch=epoch), rank, 4)
+            for i in rank_part(epoch_order(23, seed=1, epoch=epoch), rank, 4)
         }
         assert visited == set(range(23))
 

@@ -7,7 +7,7 @@ import torch
 from ffssl.config import read_options
 from ffssl.training.build import build
 from ffssl.training.run import start_run
-from ffssl.training.schedule import Plan
+from ffssl.training.schedule import RunSchedule
 
 GPU = torch.device("cuda", 0)
 NETWORK = {
@@ -40,7 +40,7 @@ def start(name, *more, batch_size=32):
             *more,
         ]
     )
-    run = start_run(options, build(options, GPU), Plan(options, 1000), GPU)
+    run = start_run(options, build(options, GPU), RunSchedule(options, 1000), GPU)
     if run.parallel is not run.method:
         run.parallel.register_comm_hook(None, without_the_other_rank)
     return run

@@ -6,7 +6,7 @@ from gpu_runs import GPU, no_waits, start, views
 from torch._dynamo.utils import counters
 
 from ffssl.parallel.device import is_out_of_memory, until_out_of_memory
-from ffssl.training.build import PASSES, compile_passes
+from ffssl.training.build import COMPILED_METHODS, compile_methods
 from ffssl.training.memory import memory_advice
 from ffssl.training.step import train_step
 
@@ -24,7 +24,9 @@ def fresh():
 
 def compiled(name, mode, *more):
     run = start(name, *more)
-    assert compile_passes(run.method, PASSES, mode, GPU) == ("default" if mode == "auto" else mode)
+    assert compile_methods(run.method, COMPILED_METHODS, mode, GPU) == (
+        "default" if mode == "auto" else mode
+    )
     return run
 
 

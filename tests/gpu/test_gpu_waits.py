@@ -82,13 +82,13 @@ from ffssl.parallel.device import choose_device
 from ffssl.evaluate.features import extract_features, open_views
 from ffssl.data.loader import ViewLoader
 from ffssl.run_folder.background_writer import Saver
-from ffssl.training.transfer import Lead, to_device
+from ffssl.training.transfer import RunAheadLimit, to_device
 pytest_configure(None)
 folder = Path(sys.argv[1])
 convert(Embedded("train", 40), folder / "train.beton")
 gpu = choose_device("cuda:1")
 weights = torch.zeros(10, device=gpu)
-lead, saver, made_up = Lead(gpu), Saver(folder, gpu, keep=1, minutes=1), MadeUp()
+lead, saver, made_up = RunAheadLimit(gpu), Saver(folder, gpu, keep=1, minutes=1), MadeUp()
 with ViewLoader(folder / "train.beton", batch_size=4, views=2, resolution=32, workers=2) as loader:
     for views in to_device((views for views, _, _ in loader), gpu):
         lead()

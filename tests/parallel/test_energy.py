@@ -9,7 +9,7 @@ from ffssl.parallel.energy import energy_counter
 from ffssl.run_folder.log import read_log
 from ffssl.train import train
 from ffssl.training.run import Run
-from ffssl.training.totals import Meter, Tally
+from ffssl.training.totals import EpochTotals, Meter
 
 CUDA = torch.device("cuda", 1)
 
@@ -116,12 +116,12 @@ def test_the_energy_of_some_epochs_does_not_pass_for_that_of_the_run(
 
 
 def test_nor_does_that_of_the_rest_of_an_epoch():
-    tally = Tally()
+    totals = EpochTotals()
     # As the epoch is continued.
     for counter, kwh in (
         (iter([0, 3_600_000]), 1.0),
         (iter([None, None]), None),
         (iter([0, 3_600_000]), None),
     ):
-        Meter(tally, lambda: next(counter)).charge()
-        assert tally.kwh == kwh
+        Meter(totals, lambda: next(counter)).charge()
+        assert totals.kwh == kwh

@@ -19,7 +19,7 @@ import yaml
 from ffssl.config import read_options
 from ffssl.config.command_line import exit_status
 from ffssl.errors import UserError
-from ffssl.files import only_one_in
+from ffssl.files import exclusive_folder
 from ffssl.run_folder.log import NAME as LOG_NAME
 from ffssl.run_folder.log import read_log
 from ffssl.study import __main__ as program
@@ -257,7 +257,7 @@ def test_a_failed_run_is_marked_the_others_go_on_and_it_is_tried_again(toy, tmp_
 
 
 def test_a_second_study_in_the_same_folder_is_refused(toy):
-    with only_one_in(toy.folder, "study", "--folder"):
+    with exclusive_folder(toy.folder, "study", "--folder"):
         status, out, err = conduct(toy.path, toy.folder)
     assert (status, out) == (2, "") and err.startswith(
         f"error: --folder: a study is under way in {toy.folder} already"

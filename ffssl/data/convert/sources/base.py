@@ -11,26 +11,8 @@ import numpy as np
 
 UNLABELLED = -1
 IMAGE_SUFFIXES = frozenset(
-    [
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".png",
-        ".webp",
-        ".avif",
-        ".gif",
-        ".bmp",
-        ".tif",
-        ".tiff",
-        ".jp2",
-        ".j2k",
-        ".jpx",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".pnm",
-    ]
+    ".jpg .jpeg .jpe .jfif .png .webp .avif .gif .bmp .tif .tiff .jp2 .j2k .jpx "
+    ".ppm .pgm .pbm .pnm".split()
 )
 Image = bytes | np.ndarray
 
