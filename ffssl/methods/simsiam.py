@@ -10,9 +10,10 @@ class SimSiam(PredictionMethod):
 
     Negative cosine similarity between a prediction and a stopped projection.
 
-    hidden: width of the projector's hidden layers. projection: length of the projections.
-    predictor: width of the predictor's hidden layer. constant_predictor_lr: keep the predictor's
-    learning rate at its peak, as the official code does.
+    hidden: width of the projector's hidden layers.
+    projection: length of the projections.
+    predictor: width of the predictor's hidden layer.
+    constant_predictor_lr: keep the predictor's learning rate at its peak, as in the official code.
     """
 
     name = "simsiam"
