@@ -108,6 +108,8 @@ def main(options: Options) -> int:
     except Stopped as stopped:
         print(f"{stopped}; {again} where it was", file=sys.stderr)
         return stopped.status
+    except BrokenPipeError:  # of its output, as any program's; it is a ConnectionError
+        raise
     except ConnectionError as error:
         print(f"error: {error}; {again} after the last checkpoint", file=sys.stderr)
         return 1

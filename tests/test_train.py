@@ -2,6 +2,7 @@ import contextlib
 import itertools
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -551,6 +552,16 @@ def test_help_comes_without_importing_torch():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "--hard_augment.select" in result.stdout
     assert result.stdout.rstrip().endswith("False")
+
+
+def test_a_run_whose_output_nobody_reads_any_more_ends_in_a_line(betons, tmp_path):
+    program = [sys.executable, str(ROOT / "ffssl" / "train.py")]
+    words = shlex.join([*program, *arguments(betons, tmp_path, "--training.epochs=500")])
+    result = subprocess.run(
+        ["bash", "-c", f"{words} | true; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True
+    )
+    told = "interrupted; the same command continues after the last checkpoint\n"
+    assert (result.returncode, result.stderr) == (141, told)
 
 
 def test_interrupt_leaves_with_status_130_and_a_checkpoint(betons, tmp_path):

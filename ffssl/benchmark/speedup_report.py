@@ -1,5 +1,6 @@
 """What the speed-up benchmark found, as a table and as a picture."""
 
+import math
 from pathlib import Path
 
 import matplotlib
@@ -64,6 +65,12 @@ def table_of(found: dict) -> str:
             ]
         lines.append(f"| {config['name']} | {' | '.join(cells)} |")
     lines += [
+        line
+        for config in configs
+        for line in ("", what_the_loader_lacks(config))
+        if waits_for_loader(config)
+    ]
+    lines += [
         "",
         "step: with views at hand; loader: a batch, alone; together: as in training, medians. cores needed: CPU cores with which the loader alone "
         "would keep up with the step. Times are of training, without torch.compile's work (within the first step) and evaluations; a prediction "
@@ -71,6 +78,27 @@ def table_of(found: dict) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def waits_for_loader(config: dict) -> list[dict]:
+    """The stages of a config that the loader bounds."""
+    return [stage for stage in config["stages"] if stage["bound"] == "loader"]
+
+
+def what_the_loader_lacks(config: dict) -> str:
+    """What would help where the loader bounds a stage; empty where it bounds none."""
+    stages = waits_for_loader(config)
+    if not stages:
+        return ""
+    sides = ", ".join(
+        f"{side} px" for side in dict.fromkeys(stage["resolution"] for stage in stages)
+    )
+    cores = math.ceil(max(stage["cores_needed"] for stage in stages))
+    return (
+        f"{config['name']}: the loader bounds the training at {sides}, where {cores} cores would keep up, of "
+        f"which it has {config['workers']}. What helps: more cores (data.workers), fewer views "
+        "(augment.views), augment.jitter_form=affine, a file of smaller images (--max-side)."
+    )
 
 
 def ratio(base: float, value: float) -> str:

@@ -1,6 +1,4 @@
-"""What pytest needs on the made-up GPU (`-p made_up_gpu.plugin`): convolutions in place of cuDNN's,
-and what has been asked of the GPU.
-"""
+"""What pytest needs on the made-up GPU (`-p made_up_gpu.plugin`): convolutions and BatchNorm in place of cuDNN's, and what has been asked of the GPU."""
 
 import collections
 import ctypes
@@ -68,15 +66,31 @@ def cudnn_convolution(x, weight, padding, stride, dilation, groups, *rest):
     return convolution(x, weight, None, stride, padding, dilation, False, None, groups)
 
 
+def cudnn_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps):
+    return (
+        torch.empty_like(x),
+        torch.empty_like(weight),
+        torch.empty_like(weight),
+        x.new_empty(0, dtype=torch.uint8),
+    )
+
+
+def cudnn_batch_norm_backward(
+    x, gradient, weight, running_mean, running_var, mean, variance, eps, reserved
+):
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+
+
 def pytest_configure(config):
-    torch.backends.cudnn.enabled = False
     torch.backends.cuda.enable_cudnn_sdp(False)
-    for name, function in (
-        ("convolution", convolution),
-        ("convolution_backward", convolution_backward),
-        ("cudnn_convolution", cudnn_convolution),
+    for function in (
+        convolution,
+        convolution_backward,
+        cudnn_convolution,
+        cudnn_batch_norm,
+        cudnn_batch_norm_backward,
     ):
-        _aten.impl(name, function, "CUDA")
+        _aten.impl(function.__name__, function, "CUDA")
 
 
 class MadeUp:
