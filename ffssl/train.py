@@ -304,6 +304,8 @@ def main(options: SimpleNamespace) -> int:
     except Stopped as stopped:
         print(f"{stopped}; the same command continues where it was", file=sys.stderr)
         return stopped.status
+    except BrokenPipeError:  # of its output, as any program's; it is a ConnectionError
+        raise
     except ConnectionError as error:
         print(f"error: {error}; the same command continues after the last checkpoint", file=sys.stderr)
         return 1

@@ -2,6 +2,7 @@ import contextlib
 import itertools
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -296,7 +297,7 @@ def test_knn_needs_labels(betons, tmp_path):
     for i in range(40):
         Image.new("RGB", (40, 40), (i, 0, 0)).save(flat / f"{i}.jpg")
     convert(ImageFolder(flat), tmp_path / "flat.beton")
-    with pytest.raises(UserError, match="flat.beton: the online kNN needs labels"):
+    with pytest.raises(UserError, match="flat.beton: an evaluation needs labels, and 40 of 40 images have none .*; or train without --data.validation"):
         train(read_options(arguments(betons, tmp_path / "run", f"--data.validation={tmp_path / 'flat.beton'}")))
     train(read_options([*SMALL, f"--data.train={tmp_path / 'flat.beton'}", f"--run.folder={tmp_path / 'run'}", "--training.epochs=1"]))
 
@@ -316,6 +317,12 @@ def test_help_comes_without_importing_torch():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "--hard_augment.select" in result.stdout
     assert result.stdout.rstrip().endswith("False")
+
+
+def test_a_run_whose_output_nobody_reads_any_more_ends_in_a_line(betons, tmp_path):
+    words = shlex.join([sys.executable, str(ROOT / "ffssl" / "train.py"), *arguments(betons, tmp_path, "--training.epochs=500")])
+    result = subprocess.run(["bash", "-c", f"{words} | true; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (141, "interrupted; the same command continues after the last checkpoint\n")
 
 
 def test_interrupt_leaves_with_status_130_and_a_checkpoint(betons, tmp_path):
