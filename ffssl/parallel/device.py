@@ -18,8 +18,8 @@ def keep_freed_memory() -> None:
     """Make malloc keep freed memory for the next tensor.
 
     On a CPU each step frees and allocates all its activations. If the memory goes back to the
-    system in between, the system clears each page again. Keeping it makes a step 5 to 10 % faster.
-    Does nothing if the C library is not glibc.
+    system in between, the system clears each page again. Keeping it saves 5 to 10 % of a step. Does
+    nothing if the C library is not glibc.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
