@@ -1,5 +1,6 @@
-"""Backbones: networks from images (N, 3, R, R) to pooled features (N, features), with random
-weights.
+"""Backbones: networks with random weights that map images to pooled features.
+
+Images are (N, 3, R, R), features (N, features).
 """
 
 import copy
@@ -18,10 +19,10 @@ from ffssl.errors import UserError
 
 
 class SmallResNet(nn.Module):
-    """A residual network for CPUs and images of 32 to 64 pixels: a 3x3 stem of stride 2, and a
-    basic block at each of the widths.
+    """A residual network for CPUs and images of 32 to 64 pixels.
 
-    With the default widths it has 1.2 M parameters and a stride of 16.
+    It has a 3x3 stem of stride 2 and one basic block for each width. With the default widths it has
+    1.2 M parameters and a stride of 16.
     """
 
     def __init__(self, widths: tuple[int, ...] = (32, 64, 128, 256)):
@@ -55,7 +56,7 @@ class TimmModel(nn.Module):
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
-        # Some have a layer after the pooling.
+        # Some networks have a layer after the pooling.
         self.features = getattr(network, "head_hidden_size", network.num_features)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -63,12 +64,12 @@ class TimmModel(nn.Module):
 
 
 class ResizableViT(TimmModel):
-    """A vision transformer of timm (`VisionTransformer`) for images of any size that its patches
-    divide.
+    """A vision transformer of timm (`VisionTransformer`) for images of any size.
 
-    Its position embeddings are resampled to the images' grid by a matrix, through which they are
-    learned. In eager mode it is computed once for each grid, and a step costs one small product;
-    code of torch.compile computes it anew. ValueError for other sizes.
+    The patches must divide the size; raise ValueError if they do not. A matrix resamples the
+    position embeddings to the images' grid, and gradients pass through it. In eager mode the matrix
+    is computed once for each grid, and a step costs one small product. torch.compile's code
+    computes it in each step.
     """
 
     def __init__(self, network: nn.Module):
@@ -89,15 +90,15 @@ class ResizableViT(TimmModel):
 
 
 def resample_positions(embedding: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Position embeddings (1, p + h w, d) of an `old` grid (h, w) for a `new` one, bicubic with
-    antialiasing as timm does.
+    """Resample position embeddings (1, p + h w, d) from an `old` grid (h, w) to a `new` one.
 
-    The first p, of tokens that are no patches, stay.
+    The interpolation is timm's: bicubic with antialiasing. The first p embeddings, of tokens that
+    are no patches, stay.
     """
     if old == new:
         return embedding
     prefix = embedding.shape[1] - old[0] * old[1]
-    # Which would round them.
+    # Autocast would round the positions.
     with torch.autocast("cuda" if embedding.is_cuda else "cpu", enabled=False):
         patches = _resampling_matrix(old, new, embedding.device) @ embedding[:, prefix:].float()
     return torch.cat([embedding[:, :prefix], patches.to(embedding.dtype)], dim=1)
@@ -106,14 +107,14 @@ def resample_positions(embedding: Tensor, old: tuple[int, int], new: tuple[int, 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)  # a tensor made in inference mode could not be used in training later
 def _resampling_matrix(old: tuple[int, int], new: tuple[int, int], device: torch.device) -> Tensor:
-    """The linear map (new patches, old patches) that interpolation is: its columns are the images
-    of the unit vectors.
+    """Return the interpolation as a matrix (new patches, old patches).
+
+    Its columns are the interpolated unit vectors.
     """
     positions = old[0] * old[1]
     units = torch.eye(positions, device=device).view(positions, 1, *old)
-    return (
-        F.interpolate(units, new, mode="bicubic", antialias=True).view(positions, -1).T.contiguous()
-    )
+    images = F.interpolate(units, new, mode="bicubic", antialias=True)
+    return images.view(positions, -1).T.contiguous()
 
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
@@ -123,15 +124,16 @@ BACKBONES = ("resnet-small", *RESNETS, "vit_small_patch16_224", "vit_base_patch1
 def build_backbone(
     name: str, *, zero_init_residual: bool = False, stem: str = "imagenet"
 ) -> nn.Module:
-    """A randomly initialised backbone; its attribute `features` is the length of its output.
+    """Return a backbone with random weights; its attribute `features` is the length of its output.
 
-    name: one of BACKBONES, or any model of timm that has pooled features. Its vision transformers
-    take images of any size that their patches divide; nothing is downloaded. zero_init_residual:
-    start every residual block as the identity (SimSiam's official code does), in the networks of
-    RESNETS. stem: "cifar", for images of up to 64 pixels and the networks of RESNETS: a 3x3
-    convolution of stride 1 and no pooling, as SimCLR's authors do on CIFAR-10 (section B.9). Raises
-    UserError for an unknown name, with those that are close, and for a network without pooled
-    features.
+    name: one of BACKBONES, or any model of timm that has pooled features. timm's vision
+        transformers take images of any size that their patches divide. Nothing is downloaded.
+    zero_init_residual: start every residual block as the identity, as SimSiam's official code does.
+        For the networks of RESNETS.
+    stem: "cifar" is for images of up to 64 pixels and the networks of RESNETS: a 3x3 convolution of
+        stride 1 and no pooling, as in SimCLR on CIFAR-10 (section B.9).
+
+    Raise UserError for an unknown name, with close ones, and for a network without pooled features.
     """
     if name in RESNETS:
         return _torchvision_resnet(name, zero_init_residual, stem)
@@ -170,11 +172,14 @@ def _timm_model(name: str) -> nn.Module:
 
 
 def check_resolutions(name: str, backbone: nn.Module, resolutions: Mapping[int, str]) -> None:
-    """Raises UserError where `backbone`, called `name`, has no pooled features of images of one of
-    the `resolutions`, naming the option that this one comes from.
+    """Raise UserError if `backbone` cannot pool images of one of these resolutions.
 
-    resolutions: sides in pixels, and the option of each. Computes nothing: shapes alone go through
-    the network.
+    The message names the option the resolution came from.
+
+    name: name of the backbone.
+    resolutions: maps sides in pixels to the option of each.
+
+    Nothing is computed: only shapes pass through the network.
     """
     probe = copy.deepcopy(backbone).to("meta")
     for side, option in sorted(resolutions.items()):

@@ -1,10 +1,10 @@
-"""The whole of FFSSL on two CPU cores, in minutes: images -> beton files -> a baseline and an
-efficient run -> a report of both.
+"""The whole of FFSSL on two CPU cores, in minutes.
 
     python -m ffssl.demo [--folder runs/demo]
 
-It runs the commands that a user would run, and prints them. Runs that are in the folder already are
-kept and only compared.
+Images -> beton files -> a baseline and an efficient run -> a report of both. The demo runs the
+commands that a user would run, and prints them. Runs that are in the folder already are kept and
+only compared.
 """
 
 import argparse
@@ -45,16 +45,8 @@ def main() -> int:
     make_folder(folder, "--folder")
     for split, count in IMAGES.items():
         if not betons[split].exists():
-            run(
-                "write_datasets.py",
-                "embedded",
-                "--split",
-                split,
-                "--size",
-                str(count),
-                "--output",
-                str(betons[split]),
-            )
+            source = ("embedded", "--split", split, "--size", str(count))
+            run("write_datasets.py", *source, "--output", str(betons[split]))
     arguments = {
         name: [
             "--config",
@@ -72,22 +64,17 @@ def main() -> int:
         {name: read_log(folder / name) for name in CONFIGS},
         raw_pixel_accuracy(read_options(arguments["baseline"])),
     )
-    run(
-        "-m",
-        "ffssl.report",
-        *(str(folder / name) for name in CONFIGS),
-        "--output",
-        str(folder / "report.html"),
-    )
+    report, runs = folder / "report.html", [str(folder / name) for name in CONFIGS]
+    run("-m", "ffssl.report", *runs, "--output", str(report))
     print(
-        f"\nOpen {folder / 'report.html'}. In all {time.perf_counter() - started:.0f} s. "
+        f"\nOpen {report}. In all {time.perf_counter() - started:.0f} s. "
         f"The runs are kept in {folder}; delete it to start anew."
     )
     return 0
 
 
 def run(program: str, *arguments: str) -> None:
-    """Run one of the project's programs, showing its command; leave with its status if it fails."""
+    """Run one of the project's programs and show its command; exit with its status if it fails."""
     print(f"\n$ python {program} {shlex.join(arguments)}", flush=True)
     words = [program] if program == "-m" else [str(ROOT / program)]
     status = subprocess.run([sys.executable, *words, *arguments]).returncode
@@ -96,8 +83,9 @@ def run(program: str, *arguments: str) -> None:
 
 
 def raw_pixel_accuracy(options: Options) -> float:
-    """KNN accuracy (0..1) on centred pixels instead of features: what the data gives away without
-    any network.
+    """Return the kNN accuracy (0..1) on centred pixels instead of features.
+
+    It tells what the data give away without any network.
     """
     import torch  # takes seconds
 
@@ -105,17 +93,12 @@ def raw_pixel_accuracy(options: Options) -> float:
     from ffssl.evaluate.knn import knn_accuracy
     from ffssl.evaluate.labels import shared_classes
 
-    shared_classes(
-        *(
-            read_beton(path, options.data.label_field)
-            for path in (options.data.train, options.data.validation)
-        )
-    )
+    files = options.data.train, options.data.validation
+    shared_classes(*(read_beton(path, options.data.label_field) for path in files))
     pixels, labels = {}, {}
     for name in ("train", "validation"):
-        with open_views(
-            getattr(options.data, name), options.data, options.resolution.max
-        ) as loader:
+        file = getattr(options.data, name)
+        with open_views(file, options.data, options.resolution.max) as loader:
             batches = [
                 (views.flatten(1).float(), batch_labels) for views, batch_labels, _ in loader
             ]
@@ -132,7 +115,7 @@ def raw_pixel_accuracy(options: Options) -> float:
 
 
 def print_table(logs: dict[str, list[dict]], raw_accuracy: float) -> None:
-    """Accuracy and cost of both runs, and the two figures that training must beat."""
+    """Print accuracy and cost of both runs, and the two accuracies that training must beat."""
     last = {name: rows[-1] for name, rows in logs.items()}
     base = last["baseline"]
     print(
@@ -140,12 +123,15 @@ def print_table(logs: dict[str, list[dict]], raw_accuracy: float) -> None:
         f"{raw_accuracy:.1%}, untrained network {logs['baseline'][0]['knn']:.1%}\n"
     )
     print(
-        f"{'run':<12}{'epochs':>8}{'kNN':>9}{'TFLOP':>9}{'speed-up':>10}{'seconds':>10}{'speed-up':>10}"
+        f"{'run':<12}{'epochs':>8}{'kNN':>9}{'TFLOP':>9}{'speed-up':>10}"
+        f"{'seconds':>10}{'speed-up':>10}"
     )
     for name, row in last.items():
+        seconds, tflop = row["seconds"], row["flops"] / 1e12
+        cheaper, quicker = (base[cost] / row[cost] for cost in ("flops", "seconds"))
         print(
-            f"{name:<12}{row['epoch']:>8}{row['knn']:>9.1%}{row['flops'] / 1e12:>9.1f}{base['flops'] / row['flops']:>9.2f}x"
-            f"{row['seconds']:>10.1f}{base['seconds'] / row['seconds']:>9.2f}x"
+            f"{name:<12}{row['epoch']:>8}{row['knn']:>9.1%}{tflop:>9.1f}{cheaper:>9.2f}x"
+            f"{seconds:>10.1f}{quicker:>9.2f}x"
         )
     print(
         "\nTFLOP in the standard count (backward = 2 forward); seconds of training, "

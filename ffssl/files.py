@@ -1,4 +1,4 @@
-"""Files that are whole, or as they were before; folders that one process works in at a time."""
+"""Atomic writes to files, and folders locked by one process at a time."""
 
 import contextlib
 import fcntl
@@ -15,10 +15,10 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A hidden path beside `path` to write to: the file there takes the name `path` when the block
-    ends, and goes if the block raises.
+    """Yield a hidden path beside `path` to write to, and rename it to `path` when the block ends.
 
-    A process that is killed at any moment leaves `path` as it was, or new and whole.
+    If the block raises, the hidden file is deleted. A process killed at any moment leaves `path` as
+    it was, or new and complete.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -40,8 +40,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text in place of the file before, see `replacing`. It survives a power cut."""
-    # Names may be no UTF-8.
+    """Write a text atomically, see `replacing`. It survives a power cut."""
+    # Names of files may not be UTF-8.
     with (
         replacing(path) as partial,
         open(partial, "w", encoding="utf-8", errors="backslashreplace") as file,
@@ -53,12 +53,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write indented JSON, as `write_text`."""
+    """Write indented JSON, as `write_text` does."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def make_folder(folder: Path, option: str) -> None:
-    """Raises UserError, naming the `option`, where it can't be made."""
+    """Make a folder and its parents. Raise UserError, naming the `option`, if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -67,19 +67,19 @@ def make_folder(folder: Path, option: str) -> None:
 
 @contextlib.contextmanager
 def exclusive_folder(folder: Path, what: str, option: str) -> Iterator[int]:
-    """Hold a folder that is there, for this process and the children that get the descriptor it
-    returns; their end, however it comes, frees it.
+    """Lock an existing folder.
 
-    Raises UserError if another `what` holds it. Where the file system knows no locks it says so,
-    and holds nothing.
+    The lock is held by this process and by children that inherit the yielded descriptor. It is
+    released when the last of them exits. Raise UserError if another process holds the lock; the
+    message calls it a `what`. If the file system has no locks, print a warning and hold nothing.
     """
     try:
-        file = open(folder / LOCK, "a")
+        descriptor = os.open(folder / LOCK, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     except OSError as error:
         raise UserError(f"{option}: {folder} can't be written to: {error.strerror}") from error
-    with file:
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
                 f"{option}: a {what} is under way in {folder} already; wait for it, or "
@@ -87,10 +87,10 @@ def exclusive_folder(folder: Path, what: str, option: str) -> Iterator[int]:
             ) from None
         except OSError as error:
             print(
-                (
-                    f"warning: {folder}: no lock can be had ({error.strerror}); don't start a "
-                    f"second {what} in it"
-                ),
+                f"warning: {folder}: no lock can be had ({error.strerror}); don't start a "
+                f"second {what} in it",
                 file=sys.stderr,
             )
-        yield file.fileno()
+        yield descriptor
+    finally:
+        os.close(descriptor)

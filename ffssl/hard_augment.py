@@ -1,8 +1,8 @@
 """Hard Augment (section 3.3): of m views of an image, train on the pair with the largest loss.
 
-The loss of all pairs comes from one forward pass over all views of the batch, without gradient, at
-a low resolution. It is the loss that is trained (eq. 10). The views that were not chosen may serve,
-at that resolution, as extra targets of the chosen two (the paper's Table 9).
+One forward pass over all views of the batch gives the losses of all pairs, without gradient and at
+a low resolution. They are the losses that are trained (eq. 10). The views that were not chosen may
+serve, at that resolution, as extra targets of the chosen two (the paper's Table 9).
 """
 
 import functools
@@ -25,17 +25,17 @@ from ffssl.parallel.ranks import rank, world_size
 
 @dataclass(frozen=True)
 class Selection:
-    """How the pair of an image's views that is trained on is chosen.
+    """How to choose the pair of an image's views to train on.
 
     select: "off" (the first two views), "hard" (the pair with the largest loss), or "random".
     resolution: side in pixels of the selection pass and of the extra targets.
-    loss: what pairs are compared by: "method" (the loss that is trained), "cosine" (the negative
-        cosine of the projections: the comment of the paper's Algorithm 1), or None, the method's
+    loss: how pairs are compared: by "method" (the training loss), by "cosine" (the negative cosine
+        of the projections: the comment of the paper's Algorithm 1), or by None, the method's
         `pair_loss`.
-    extra_targets: the views not chosen serve as further targets.
-    share: of the images, those that get their hardest pair; the others get a random one.
-    policies: number of view policies, which views are dealt out to in turn. With more than one,
-        only pairs of views by different policies are candidates.
+    extra_targets: use the views not chosen as further targets.
+    share: fraction of the images that get their hardest pair; the others get a random one.
+    policies: number of view policies, to which views are assigned in turn. With more than one, the
+        candidates are the pairs of views of different policies.
     """
 
     select: str = "off"
@@ -47,7 +47,7 @@ class Selection:
 
 
 def check(method: Method, selection: Selection) -> None:
-    """Raise UserError for what a selection asks of a method that has no such thing."""
+    """Raise UserError if the selection asks for something that the method does not have."""
     if selection.loss == "method" and not method.has_pair_losses:
         raise UserError(
             f"--hard_augment.loss: {method.name} has no loss of single images; "
@@ -62,12 +62,15 @@ def check(method: Method, selection: Selection) -> None:
 def choose_views(
     method: Method, views: Tensor, selection: Selection = Selection(), seed: int = 0
 ) -> tuple[Tensor, ...]:
-    """Arguments for `method.loss`, from uint8 views (B, m, 3, R, R).
+    """Return the arguments for `method.loss`, from uint8 views (B, m, 3, R, R).
 
     They are two normalised views per image, each (B, 3, R, R) in autocast's dtype and
-    channels_last, followed by the extra targets (B, m - 2, d) if there are any. Of two views, both
-    are taken. seed: of random pairs. BatchNorm's statistics, teacher, queue, centre and the random
-    state stay as they are.
+    channels_last, followed by the extra targets (B, m - 2, d) when `extra_targets` is set. With m =
+    2 both views are taken.
+
+    seed: seed of random pairs.
+
+    The statistics of BatchNorm, the teacher, queue, centre and the random state do not change.
     """
     pair, targets = (views[:, 0], views[:, 1]), None
     if selection.select != "off" and views.shape[1] > 2:
@@ -83,20 +86,22 @@ def choose_views(
 
 
 def pairs(views: int, device: torch.device | None = None, policies: int = 1) -> Tensor:
-    """The candidate pairs (i, j), i < j, of `views` views: int64 (pairs, 2).
+    """Return the candidate pairs (i, j), i < j, of `views` views: int64 (pairs, 2).
 
-    All m(m-1)/2 with one policy; with more, those whose views were drawn by different ones.
+    With one policy they are all m(m-1)/2 pairs; with more, the pairs of views of different
+    policies.
     """
     if policies == 1:
         return torch.triu_indices(views, views, offset=1, device=device).T
-    # By distance, from ranges: a list would have to be copied to a GPU, which waits.
+    # By distance j - i, from ranges made on the device: copying a list to a GPU makes the host
+    # wait.
     distances = (d for d in range(1, views) if d % policies)
     firsts = ((torch.arange(views - d, device=device), d) for d in distances)
     return torch.cat([torch.stack([first, first + d], dim=1) for first, d in firsts])
 
 
 def hardest_pair(losses: Tensor, policies: int = 1) -> Tensor:
-    """The pair of each image's views with the largest loss: int64 (B, 2).
+    """Return the pair of views with the largest loss, for each image: int64 (B, 2).
 
     losses: (B, m, m), symmetric.
     """
@@ -105,34 +110,36 @@ def hardest_pair(losses: Tensor, policies: int = 1) -> Tensor:
 
 
 def random_pair(batch: int, views: int, generator: torch.Generator, policies: int = 1) -> Tensor:
-    """A random pair of views of each image, the comparison to `hardest_pair`: int64 (batch, 2)."""
+    """Return a random pair of views for each image: int64 (batch, 2).
+
+    The comparison to `hardest_pair`.
+    """
     candidates = pairs(views, generator.device, policies)
     drawn = torch.randint(len(candidates), (batch,), generator=generator, device=generator.device)
     return candidates[drawn]
 
 
 def random_choice(views: Tensor, selection: Selection, seed: int) -> tuple[Tensor, Tensor]:
-    """What chance decides for this rank's views (B, m, ...), as one process would for all ranks'.
+    """Draw random pairs and which images get their hardest pair, for this rank's views (B, m, ...).
 
-    Returns a random pair of each image, int64 (B, 2), and whether it gets its hardest one,
-    bool (B,), by `selection.share`.
+    The draws do not depend on the number of ranks. Return a random pair for each image, int64 (B,
+    2), and whether the image gets its hardest pair, bool (B,), with probability `selection.share`.
     """
-    # A GPU draws its own: numbers of the host would have to wait to get there.
+    # A GPU draws its own numbers: copying them from the host would make it wait.
     device = views.device if views.device.type == "cuda" else "cpu"
     generator = torch.Generator(device).manual_seed(seed)
     images = len(views) * world_size()
     drawn = random_pair(images, views.shape[1], generator, selection.policies)
     hard = torch.rand(images, generator=generator, device=device) < selection.share
-    # As the images are dealt out.
-    return drawn[rank() :: world_size()].to(views.device), hard[rank() :: world_size()].to(
-        views.device
-    )
+    mine = slice(rank(), None, world_size())  # the ranks take the images in turn
+    return drawn[mine].to(views.device), hard[mine].to(views.device)
 
 
 @contextmanager
 def batch_statistics_untracked(model: nn.Module) -> Iterator[None]:
-    """In training mode, let BatchNorm normalise by the batch and leave its running statistics
-    alone.
+    """Keep BatchNorm from updating its running statistics inside the block.
+
+    In training mode it normalises by the batch, as usual.
     """
     tracking = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     for module in tracking:
@@ -146,8 +153,9 @@ def batch_statistics_untracked(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_trace(method: Method, device: torch.device) -> Iterator[None]:
-    """Forward passes inside leave neither gradients nor statistics, and the random state as it was
-    (dropout draws from it).
+    """Run forward passes that leave no gradients and no statistics.
+
+    The random state, from which dropout draws, is restored when the block ends.
     """
     random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
     with torch.no_grad(), random_state, batch_statistics_untracked(method):
@@ -157,11 +165,12 @@ def without_trace(method: Method, device: torch.device) -> Iterator[None]:
 def select_hardest(
     method: Method, views: Tensor, selection: Selection, seed: int = 0
 ) -> tuple[Tensor, Tensor | None]:
-    """The selection pass over uint8 views (B, m, 3, R, R).
+    """Run the selection pass over uint8 views (B, m, 3, R, R).
 
-    Returns the chosen views of each image, int64 (B, 2), and the extra targets (B, m - 2, d) if
-    there are to be any. They reuse this pass if it already computed them (no teacher, or pairs
-    compared by the method's loss); otherwise the teacher runs on the remaining views.
+    Return the indices of the chosen views of each image, int64 (B, 2), and the extra targets (B, m
+    - 2, d) when `extra_targets` is set, else None. The extra targets reuse this pass if it already
+    computed them (no teacher, or pairs compared by the method's loss). Otherwise the teacher runs
+    on the remaining views.
     """
     with without_trace(method, views.device):
         losses, projections, targets = _compare_small(method, views, selection)
@@ -178,7 +187,10 @@ def select_hardest(
 
 
 def losses_of_pairs(method: Method, views: Tensor, selection: Selection) -> Tensor:
-    """What the selection pass compares, of uint8 views (B, m, 3, R, R): (B, m, m), symmetric."""
+    """Return the losses that the selection pass compares: (B, m, m), symmetric.
+
+    views: uint8 (B, m, 3, R, R).
+    """
     with without_trace(method, views.device):
         return _compare_small(method, views, selection)[0]
 
@@ -193,7 +205,10 @@ def _compare_small(
 def compare(
     method: Method, images: Tensor, batch: tuple[int, int], loss: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As `Method.compare`, by the loss "method" or "cosine", which takes no targets."""
+    """Compare all pairs of views by the loss "method" or "cosine".
+
+    Arguments and results are those of `Method.compare`. "cosine" computes no targets: None.
+    """
     if loss == "method":
         return method.compare(images, batch)
     projections = method.project(images).unflatten(0, batch)
@@ -203,8 +218,9 @@ def compare(
 def targets_of(
     method: Method, views: Tensor, resolution: int, projections: Tensor | None = None
 ) -> Tensor:
-    """The method's targets (B, n, d) of uint8 views (B, n, 3, R, R) at `resolution`. projections
-    (B, n, d'): theirs, if they are known.
+    """Return the method's targets (B, n, d) of uint8 views (B, n, 3, R, R) at `resolution`.
+
+    projections: (B, n, d'), the projections of these views if they are known.
     """
     with without_trace(method, views.device):
         targets = method.targets(
@@ -215,27 +231,29 @@ def targets_of(
 
 
 def small_input(views: Tensor, resolution: int) -> Tensor:
-    """A network's input (B n, 3, r, r) from uint8 views (B, n, 3, R, R): downsampled to
-    `resolution`, with antialiasing, where they are larger, then normalised in float32,
-    channels_last.
+    """Return a network's input (B n, 3, r, r) from uint8 views (B, n, 3, R, R).
+
+    Views larger than `resolution` are downsampled to it, with antialiasing. Then they are
+    normalised in float32, channels_last.
     """
     images = views.flatten(0, 1)
-    # First, since normalising all views at full resolution would take longer than this does.
+    # Downsample first: normalising all views at full resolution would take longer than this does.
     if images.shape[-1] > resolution:
         images = shrunk(images, resolution)
     return to_input(images)
 
 
 def shrunk(images: Tensor, resolution: int) -> Tensor:
-    """uint8 images (..., R, R) downsampled with antialiasing: levels (..., resolution, resolution),
-    float32, or float16 on a GPU that computes in half precision.
+    """Downsample uint8 images (..., R, R) with antialiasing.
+
+    Return levels (..., resolution, resolution) in float32, or in float16 on a GPU whose autocast is
+    in half precision.
     """
-    # On a CPU as matrix products, in a quarter of the time of the interpolation of views of 48
-    # pixels. Not on the meta device: there FLOPs are counted, which are to be those of networks
-    # alone.
+    # On a CPU two matrix products take a quarter of the time of the interpolation, for views of 48
+    # pixels. The meta device interpolates: there FLOPs are counted, and only networks are to count.
     dtype = torch.float32
     if images.device.type == "cuda" and autocast_dtype(images.device) != torch.float32:
-        # Which has the levels exactly, and between them eight steps where bf16 has one.
+        # float16 holds the levels exactly, with eight steps between two levels where bf16 has one.
         dtype = torch.float16
     elif images.device.type != "cpu":
         return F.interpolate(
@@ -254,29 +272,30 @@ def shrinking_matrix(
     dtype: torch.dtype = torch.float32,
     device: torch.device = torch.device("cpu"),
 ) -> Tensor:
-    """What antialiased bilinear downsampling is along an axis: (resolution, side).
+    """Return the matrix (resolution, side) of antialiased bilinear downsampling along an axis.
 
-    Copied to the device once: that makes the host wait.
+    It is cached, since copying it to the device makes the host wait.
     """
-    matrix = F.interpolate(
-        torch.eye(side)[None, None], (resolution, side), mode="bilinear", antialias=True
-    )[0, 0]
+    identity = torch.eye(side)[None, None]
+    matrix = F.interpolate(identity, (resolution, side), mode="bilinear", antialias=True)[0, 0]
     return matrix.to(device, dtype).contiguous()
 
 
 def take_pair(views: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """The chosen two views of each image.
+    """Return the chosen two views of each image, each (B, ...).
 
-    views: (B, m, ...), chosen: (B, 2). Returns two of (B, ...).
+    views: (B, m, ...).
+    chosen: (B, 2).
     """
     image = torch.arange(len(views), device=views.device)
     return views[image, chosen[:, 0]], views[image, chosen[:, 1]]
 
 
 def take_rest(values: Tensor, chosen: Tensor) -> Tensor:
-    """What belongs to the views that were not chosen, in their order.
+    """Return the values of the views that were not chosen, in order: (B, m - 2, ...).
 
-    values: (B, m, ...), chosen: (B, 2). Returns (B, m - 2, ...).
+    values: (B, m, ...).
+    chosen: (B, 2).
     """
     batch, m = values.shape[:2]
     taken = torch.zeros(batch, m, dtype=torch.uint8, device=values.device).scatter(1, chosen, 1)

@@ -1,4 +1,4 @@
-"""Runs that are there: what a run's folder holds, as the network that was trained."""
+"""Load the network of a run from its folder."""
 
 import hashlib
 from pathlib import Path
@@ -15,10 +15,11 @@ from ffssl.training.build import build
 
 
 class LoadedRun(NamedTuple):
-    """options: all sections.
+    """A run, finished or not.
 
-    method: with the trained weights, in evaluation mode. state: the checkpoint, as
-    `ffssl.training.step.Run.state`.
+    options: all sections.
+    method: with the trained weights, in evaluation mode.
+    state: the checkpoint, as `ffssl.training.run.Run.state` returns it.
     """
 
     options: Options
@@ -27,16 +28,16 @@ class LoadedRun(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """Of the epoch after the finished ones, that its weights have taken; 0 where none was under
-        way.
-        """
+        """Steps of the epoch under way that the weights have taken; 0 between epochs."""
         return len(self.state["totals"]["losses"]) if "totals" in self.state else 0
 
 
 def checkpoint_path(run: str | Path) -> Path:
-    """The checkpoint of a run that is given by its folder or by the checkpoint itself.
+    """Return the path of a run's checkpoint.
 
-    Raises UserError where there is none.
+    run: the run's folder, or the checkpoint itself.
+
+    Raise UserError if there is none.
     """
     path = Path(run)
     if path.is_dir():
@@ -52,11 +53,12 @@ def checkpoint_path(run: str | Path) -> Path:
 
 
 def load_run(run: str | Path) -> LoadedRun:
-    """A run, finished or not, from its folder or a checkpoint file, on the CPU.
+    """Load a run, finished or not, onto the CPU.
 
-    Options that are newer than the run have their defaults. Raises UserError, naming the file,
-    where there is no checkpoint, where it is no run's, and where its weights do not fit its
-    options.
+    run: the run's folder, or a checkpoint file.
+
+    Options that are newer than the run have their defaults. Raise UserError, naming the file, if
+    there is no checkpoint, if it is not a run's, or if its weights do not fit its options.
     """
     path = checkpoint_path(run)
     state = checkpoint.read(path)
@@ -84,9 +86,9 @@ def load_run(run: str | Path) -> LoadedRun:
 
 
 def backbone_of(method: Method, network: str) -> nn.Module:
-    """The backbone of the "student" or of the "teacher".
+    """Return the backbone of the "student" or of the "teacher".
 
-    Raises UserError for the teacher of a method that has none.
+    Raise UserError for the teacher of a method without one.
     """
     if network == "student":
         return method.backbone
@@ -96,8 +98,9 @@ def backbone_of(method: Method, network: str) -> nn.Module:
 
 
 def fingerprint(network: nn.Module) -> str:
-    """16 hexadecimal digits that tell these weights from others: what is measured of a network is
-    filed under them.
+    """Return 16 hexadecimal digits that identify the weights of a network.
+
+    Measurements of a network are filed under them.
     """
     digest = hashlib.sha256()
     for name, tensor in network.state_dict().items():

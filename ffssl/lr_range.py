@@ -1,17 +1,18 @@
-"""Find the limits of the learning rate in a few hundred steps: the range test of the paper's
-section C.
+r"""Find the limits of the learning rate in a few hundred steps: the range test of section C.
 
-    python -m ffssl.lr_range --config rn50_configs/imagenette_efficient.yaml --data.train=train.beton --data.validation=val.beton
-    python -m ffssl.lr_range --config ... --data.train=train.beton --low=1e-4 --high=10 --steps=100 --run.folder=runs/range
+    python -m ffssl.lr_range --config rn50_configs/imagenette_efficient.yaml \
+        --data.train=train.beton --data.validation=val.beton
+    python -m ffssl.lr_range --config ... --data.train=train.beton --low=1e-4 --high=10 \
+        --steps=100 --run.folder=runs/range
 
-Trains with the config's method, views and optimiser while the learning rate rises exponentially, at
-the momentum `training.momentum`. After every step it takes the loss on the same validation views:
-of --data.validation, or of images held out from --data.train. Leaves `lr_range.json` and
-`lr_range.png` in the run's folder (runs/lr_range unless given), and no checkpoint.
+Trains with the config's method, views and optimiser while the learning rate rises exponentially.
+The momentum is `training.momentum`. After every step it computes the loss on the same validation
+views: of --data.validation, or of images held out from --data.train. Leaves `lr_range.json` and
+`lr_range.png` in the run's folder (by default runs/lr_range), and no checkpoint.
 
-The limits are those at which the smoothed validation loss has come down, for good, by a tenth of
-its fall, and by nine tenths: where it starts to decrease, and where it has reached the floor from
-which it diverges. The upper one is a --training.learning_rate.
+The lower limit is where the smoothed validation loss has come down, for good, by a tenth of its
+fall: there it starts to decrease. The upper limit is where it has come down by nine tenths: there
+it has reached the floor from which it diverges. The upper limit is a --training.learning_rate.
 """
 
 import argparse
@@ -55,16 +56,17 @@ from ffssl.training.step import train_step
 from ffssl.training.views import open_loader
 
 CURVE, PICTURE = "lr_range.json", "lr_range.png"
-# Shares of the fall of the validation loss, at the lower limit and at the upper.
+# Fractions of the validation loss's fall at the lower limit and at the upper.
 FALL_STARTS, FALL_ENDS = 0.1, 0.9
-SMOOTHING = 0.05  # over which share of the sweep
-NOISE = 3  # a fall of fewer standard deviations of what the smoothing takes away may be none
+SMOOTHING = 0.05  # width of the smoothing, as a fraction of the sweep
+NOISE = 3  # a smaller fall, in standard deviations of the noise, does not count as one
 
 
 @dataclass(frozen=True)
 class Sweep(RunSchedule):
-    """A run's schedule, but for a learning rate that rises from `low` to `high` in `steps` steps, at a
-    constant momentum.
+    """A run's schedule with a learning rate that rises from `low` to `high` in `steps` steps.
+
+    The momentum is constant.
     """
 
     low: float
@@ -73,19 +75,19 @@ class Sweep(RunSchedule):
 
     @property
     def total_steps(self) -> int:
-        # What a method schedules goes as at the start of the run.
+        # At least the run's own: a method's schedules then go as at the start of the run.
         return max(super().total_steps, self.steps)
 
     def learning_rate_and_momentum(self, step: int) -> tuple[float, float]:
-        return schedules.exponential(
-            step, total=self.steps, low=self.low, high=self.high
-        ), self.options.training.momentum
+        rate = schedules.exponential(step, total=self.steps, low=self.low, high=self.high)
+        return rate, self.options.training.momentum
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Learning rates between which the validation loss falls; whether it rises again within the
-    sweep.
+    """Learning rates between which the validation loss falls.
+
+    rises: whether the loss rises again within the sweep.
     """
 
     low: float
@@ -96,12 +98,12 @@ class Limits:
 def range_test(
     options: Options, *, low: float, high: float, steps: int, images: int
 ) -> list[dict[str, float]]:
-    """Train while the learning rate rises.
+    """Train while the learning rate rises from `low` to `high`.
 
-    Returns a row a step, up to the first loss that is not finite.
+    images: size of the validation batch, rounded down to whole batches of the training's size, one
+        at least.
 
-    images: in the validation batch, in whole batches of the training's size and one at least.
-    Raises UserError.
+    Return one row a step, up to the first loss that is not finite. Raise UserError.
     """
     device = choose_device(options.run.device)
     torch.manual_seed(options.run.seed)
@@ -110,7 +112,7 @@ def range_test(
         validation = validation_views(options, method, loader, images)
         run = start_run(options, method, Sweep(options, len(loader), low, high, steps), device)
         for group in run.optimizer.param_groups:
-            group.pop("constant_lr", None)  # the peak at which it would stay is what is sought
+            group.pop("constant_lr", None)  # the test looks for the peak that it would stay at
         resolution, views = run.schedule.shape(0)
         batch = (loader.batch_size, views, 3, resolution, resolution)
         return with_memory_advice(run, batch, lambda: sweep(run, loader, validation))
@@ -119,9 +121,8 @@ def range_test(
 def sweep(run: Run, loader: ViewLoader, validation: list[Tensor]) -> list[dict[str, float]]:
     rows = []
     steps = range(run.schedule.steps)
-    for step, views in zip(
-        tqdm(steps, unit="step", leave=False, disable=None), batches(run, loader)
-    ):
+    progress = tqdm(steps, unit="step", leave=False, disable=None)
+    for step, views in zip(progress, batches(run, loader)):
         learning_rate, _ = run.schedule.learning_rate_and_momentum(step)
         result = train_step(run, views.to(run.device), step)
         losses = {
@@ -142,7 +143,7 @@ def sweep(run: Run, loader: ViewLoader, validation: list[Tensor]) -> list[dict[s
 
 
 def batches(run: Run, loader: ViewLoader) -> Iterator[Tensor]:
-    """Views of one epoch after the other, all at the resolution and magnitude of the run's first."""
+    """Yield views, epoch after epoch, at the resolution and magnitude of the run's first epoch."""
     while True:
         loader.set_epoch(
             run.epoch,
@@ -158,11 +159,10 @@ def batches(run: Run, loader: ViewLoader) -> Iterator[Tensor]:
 def validation_views(
     options: Options, method: Method, loader: ViewLoader, images: int
 ) -> list[Tensor]:
-    """Two views of each validation image, in uint8 batches (B, 2, 3, R, R) of the training's size:
-    a loss may depend on it.
+    """Return two views of each validation image, in uint8 batches (B, 2, 3, R, R).
 
-    Without data.validation the images are taken from those that `loader` serves. Raises UserError
-    where there are too few.
+    B is the training's batch size, since a loss may depend on it. Without data.validation the
+    images are taken from those that `loader` serves. Raise UserError if there are too few.
     """
     size = options.training.batch_size
     count = max(images // size, 1)
@@ -171,8 +171,9 @@ def validation_views(
         found = len(read_beton(options.data.validation))
         if found < count * size:
             raise UserError(
-                f"--data.validation: {options.data.validation} has {found} images, of which {count * size} are to be taken, in whole batches of "
-                f"{size}; give fewer --validation-images, or a smaller --training.batch_size, or another file"
+                f"--data.validation: {options.data.validation} has {found} images, of which "
+                f"{count * size} are to be taken, in whole batches of {size}; give fewer "
+                "--validation-images, or a smaller --training.batch_size, or another file"
             )
         changed["data"] = {"train": options.data.validation}
     with open_loader(options.changed(**changed)) as source:
@@ -184,24 +185,25 @@ def validation_views(
 
 
 def held_out(loader: ViewLoader, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """`count` of the loader's samples, drawn at random, and the others.
+    """Return `count` of the loader's samples, drawn at random, and the others.
 
-    Raises UserError where these make no batch.
+    Raise UserError if the others do not fill a batch.
     """
     total = len(loader.samples)
     if total < count + loader.batch_size:
         raise UserError(
-            f"{loader.beton.path}: of {total} images, {count} can't be held out and batches of {loader.batch_size} be trained on; "
-            "give --data.validation, or fewer --validation-images, or a smaller --training.batch_size"
+            f"{loader.beton.path}: of {total} images, {count} can't be held out and batches of "
+            f"{loader.batch_size} be trained on; give --data.validation, or fewer "
+            "--validation-images, or a smaller --training.batch_size"
         )
     shuffled = np.random.Generator(np.random.Philox(seed)).permutation(loader.samples)
     return np.sort(shuffled[:count]), np.sort(shuffled[count:])
 
 
 def validation_loss(run: Run, validation: list[Tensor]) -> float:
-    """The method's loss on the views, by parts and with BatchNorm by the part as in training.
+    """Return the method's loss on the views, with BatchNorm by parts of a batch as in training.
 
-    Changes nothing of the run.
+    Changes nothing in the run.
     """
     losses = []
     with without_trace(run.method, run.device), run.amp:
@@ -210,7 +212,7 @@ def validation_loss(run: Run, validation: list[Tensor]) -> float:
         accumulate = run.options.training.accumulate
         for views in (part for batch in validation for part in batch.chunk(accumulate)):
             pair = choose_views(run.method, views.to(run.device))
-            # Copies of what the loss writes to: a queue, a centre.
+            # Copies, since the loss writes to a queue or a centre.
             buffers = {name: buffer.clone() for name, buffer in run.method.named_buffers()}
             loss, _ = functional_call(run.method, buffers, pair)
             losses.append(loss)
@@ -220,11 +222,13 @@ def validation_loss(run: Run, validation: list[Tensor]) -> float:
 def suggest_limits(
     learning_rates: np.ndarray, losses: np.ndarray, *, complete: bool = True
 ) -> Limits | None:
-    """The limits by the validation losses (n,) at rising learning rates (n,), or None where the
-    loss does not fall.
+    """Return the limits, or None if the loss does not fall.
 
-    The fall is that of the smoothed loss, from its highest point before its lowest to that.
-    complete: False where the sweep ended in a loss that is not finite.
+    learning_rates: (n,), rising.
+    losses: (n,), validation losses.
+    complete: whether all losses of the sweep were finite.
+
+    The fall of the smoothed loss is measured from the highest point before its lowest point.
     """
     if len(losses) < 3:
         return None
@@ -232,7 +236,7 @@ def suggest_limits(
     lowest = int(smoothed.argmin())
     highest = int(smoothed[: lowest + 1].argmax())
     fall = smoothed[highest] - smoothed[lowest]
-    # A standard deviation, whatever a few outliers are.
+    # A robust standard deviation, from the median absolute deviation.
     noise = 1.4826 * np.median(np.abs(losses - smoothed))
     if fall <= NOISE * noise:
         return None
@@ -246,8 +250,9 @@ def suggest_limits(
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """The running mean of the running median, over neighbourhoods that are smaller at the ends: a
-    single outlier leaves no trace in it.
+    """Return the running mean of the running median.
+
+    The neighbourhoods are smaller at the ends. A single outlier leaves no trace.
     """
     half = max(round(SMOOTHING * len(values) / 2), 1)
     for middle in (np.median, np.mean):
@@ -258,8 +263,9 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def draw(rows: list[dict[str, float]], limits: Limits | None, path: Path) -> None:
-    """The paper's Figure 4: both losses over the learning rate; and the spread of the embeddings,
-    which is 0 after a collapse.
+    """Plot both losses over the learning rate, as in the paper's Figure 4.
+
+    A third panel has the standard deviation of the embeddings, which is 0 after a collapse.
     """
     panels = {
         "training_loss": "training loss",
@@ -290,19 +296,20 @@ def draw(rows: list[dict[str, float]], limits: Limits | None, path: Path) -> Non
 def describe(
     limits: Limits | None, rows: list[dict[str, float]], *, low: float, high: float, steps: int
 ) -> str:
-    ended = (
-        f"the loss was not finite at step {len(rows)} of {steps}; the sweep ends there\n"
-        if len(rows) < steps
-        else ""
-    )
+    ended = more = ""
+    if len(rows) < steps:
+        ended = f"the loss was not finite at step {len(rows)} of {steps}; the sweep ends there\n"
     if limits is None:
-        return f"{ended}the validation loss does not fall between {low:g} and {high:g}: no limits; try others (--low, --high)"
-    more = (
-        ""
-        if limits.rises
-        else f"\nit does not rise again: a --high of more than {high:g} may show a larger limit"
+        return (
+            f"{ended}the validation loss does not fall between {low:g} and {high:g}: no limits; "
+            "try others (--low, --high)"
+        )
+    if not limits.rises:
+        more = f"\nit does not rise again: a --high of more than {high:g} may show a larger limit"
+    return (
+        f"{ended}the validation loss falls from a learning rate of {limits.low:.2g} to one of "
+        f"{limits.high:.2g}{more}"
     )
-    return f"{ended}the validation loss falls from a learning rate of {limits.low:.2g} to one of {limits.high:.2g}{more}"
 
 
 def main() -> None:
@@ -365,7 +372,7 @@ def main() -> None:
 
 
 def claim(folder: Path) -> None:
-    """Make the folder. Raises UserError if it can't be, or holds a run."""
+    """Make the folder. Raise UserError if that fails, or if the folder holds a run."""
     if (folder / checkpoint.NAME).exists() or (folder / run_log.NAME).exists():
         raise UserError(
             f"--run.folder: {folder} holds a run; choose another folder for the range test"

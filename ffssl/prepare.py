@@ -1,4 +1,4 @@
-"""What a run needs before its first step, checked against the other ranks, and resumed."""
+"""Everything a run needs before its first step, checked against the other ranks and resumed."""
 
 import contextlib
 from collections.abc import Iterator
@@ -41,7 +41,8 @@ from ffssl.training.views import open_loader
 class Prepared:
     """A run, and what it is trained with.
 
-    knn: on rank 0 alone, if there are validation images. flops: of a step of all ranks.
+    knn: the evaluation, on rank 0 if there are validation images, else None.
+    flops: FLOPs of one step of all ranks, by the step's shape.
     """
 
     run: Run
@@ -54,9 +55,9 @@ class Prepared:
 
 @contextlib.contextmanager
 def prepared(options: Options) -> Iterator[Prepared]:
-    """A run at its beginning, or at its checkpoint; closed at the end of the block.
+    """Yield a run at its beginning or at its checkpoint, and close it when the block ends.
 
-    Raises UserError for what can be refused before the first step.
+    Raise UserError for everything that can be refused before the first step.
     """
     if options.run.wandb:
         require_wandb()  # before anything takes time
@@ -67,7 +68,7 @@ def prepared(options: Options) -> Iterator[Prepared]:
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
         stack.enter_context(process_group(device))
-        is_main = rank() == 0  # it evaluates, writes and tells, once for all
+        is_main = rank() == 0  # it evaluates, writes and prints for all ranks
         amp = precision(options.training.amp, device)
         require_same(shared_options(options) | {"--training.amp": amp})
         check_batch(options.training.batch_size, options.training.accumulate)
@@ -84,16 +85,7 @@ def prepared(options: Options) -> Iterator[Prepared]:
         compiled = compile_methods(method, COMPILED_METHODS, options.training.compile, device)
         run.data = data
         folder = Path(options.run.folder)
-        with errors_on_all_ranks():
-            if is_main:  # before the others: it may have to put a damaged checkpoint aside
-                make_folder(folder, "--run.folder")
-                stack.enter_context(exclusive_folder(folder, "run", "--run.folder"))
-                run.resumed = resume(run, folder)
-        with errors_on_all_ranks():
-            if not is_main:
-                run.resumed = resume(run, folder)
-        at = f"a checkpoint of epoch {run.epoch}, step {run.totals.steps}"
-        require_same({f"--run.folder: {folder}": at if run.resumed else "no checkpoint"})
+        stack.enter_context(resumed_from(folder, run))
 
         record = NoRecord()
         if is_main:
@@ -103,8 +95,29 @@ def prepared(options: Options) -> Iterator[Prepared]:
         yield Prepared(run, loader, knn, record, stop, flops)
 
 
+@contextlib.contextmanager
+def resumed_from(folder: Path, run: Run) -> Iterator[None]:
+    """Continue from the folder's checkpoint, if there is one, and hold the folder in the block.
+
+    Called by all ranks. Raise UserError on all of them, also if their checkpoints differ.
+    """
+    with contextlib.ExitStack() as stack:
+        with errors_on_all_ranks():
+            # Rank 0 first: it may have to rename a damaged checkpoint.
+            if rank() == 0:
+                make_folder(folder, "--run.folder")
+                stack.enter_context(exclusive_folder(folder, "run", "--run.folder"))
+                run.resumed = resume(run, folder)
+        with errors_on_all_ranks():
+            if rank() != 0:
+                run.resumed = resume(run, folder)
+        at = f"a checkpoint of epoch {run.epoch}, step {run.totals.steps}"
+        require_same({f"--run.folder: {folder}": at if run.resumed else "no checkpoint"})
+        yield
+
+
 def announce(run: Run, loader: ViewLoader, knn: OnlineKnn | None, compiled: str) -> None:
-    """Tell what the run runs on."""
+    """Print the memory, the device, the precision and the labels that the run uses."""
     processes = f", {world_size()} processes" if world_size() > 1 else ""
     print(f"{loader.describe_memory()}{', on each process' if processes else ''}", flush=True)
     precision = describe_precision(run.options.training.amp, run.device)
@@ -117,7 +130,7 @@ def announce(run: Run, loader: ViewLoader, knn: OnlineKnn | None, compiled: str)
 
 
 def open_record(run: Run, folder: Path) -> Record:
-    """The log and the checkpoints of a run."""
+    """Open the log and the checkpoint writer of a run."""
     r = run.options.run
     log = RunLog(
         folder,
@@ -130,9 +143,9 @@ def open_record(run: Run, folder: Path) -> Record:
 
 
 def resume(run: Run, folder: Path) -> bool:
-    """Continue from the folder's checkpoint. Returns whether there was one.
+    """Continue from the folder's checkpoint. Return whether there was one.
 
-    Raises UserError if it is of another experiment.
+    Raise UserError if the checkpoint belongs to another experiment.
     """
     state = checkpoint.load(folder, mend=rank() == 0)
     if state is None:

@@ -1,9 +1,13 @@
-"""Names as text for people: those of files and classes may be no UTF-8, and hold line breaks."""
+"""Names of files and classes as printable text.
+
+They may hold line breaks, or bytes that are not UTF-8.
+"""
 
 
 def printable(text: str) -> str:
-    """`text` on one line, with what can't be printed written as Python writes it: \\n, \\udce9 for
-    a byte that is no UTF-8.
+    r"""Return `text` on one line, with unprintable characters escaped.
+
+    They are written as Python writes them: \n, or \udce9 for a byte that is not UTF-8.
     """
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text

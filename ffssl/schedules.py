@@ -1,8 +1,7 @@
-"""Learning rate, momentum, resolution and augmentation magnitude, as pure functions of the step or
-the epoch.
+"""The schedules: learning rate, momentum, resolution and augmentation magnitude.
 
-Equations and sections are those of "Accelerating Self-Supervised Learning via Efficient Training
-Strategies".
+They are pure functions of the step or the epoch. Equations and sections are those of "Accelerating
+Self-Supervised Learning via Efficient Training Strategies".
 """
 
 import math
@@ -22,8 +21,9 @@ def f1_clr(step: int, *, total: int, warmup: int, peak: float) -> float:
 
 
 def anti_phase_momentum(step: int, *, total: int, warmup: int, low: float, high: float) -> float:
-    """Momentum of the one-cycle schedules (eqs. 7 and 8): `high` where the learning rate is 0,
-    `low` at its peak.
+    """Momentum of the one-cycle schedules (eqs. 7 and 8).
+
+    It is `high` where the learning rate is 0, and `low` at its peak.
     """
     return high - (high - low) * f1_clr(step, total=total, warmup=warmup, peak=1.0)
 
@@ -41,8 +41,9 @@ def cosine_with_warmup(step: int, *, total: int, warmup: int, peak: float) -> fl
 
 
 def exponential(step: int, *, total: int, low: float, high: float) -> float:
-    """Learning rate of the range test (section C): from `low` at the first of `total` steps to
-    `high` at the last.
+    """Learning rate of the range test (section C).
+
+    It rises from `low` at the first of `total` steps to `high` at the last.
     """
     return low * (high / low) ** (step / (total - 1))
 
@@ -58,16 +59,14 @@ def learning_rate_and_momentum(
     momentum_low: float,
     momentum_high: float,
 ) -> tuple[float, float]:
-    """The pair at `step` under one of LEARNING_RATE_SCHEDULES. The cosine schedules keep
-    `momentum`.
+    """Learning rate and momentum at `step` under one of LEARNING_RATE_SCHEDULES.
+
+    The cosine schedules keep `momentum`.
     """
     if schedule in ("f1-clr", "1-clr"):
-        return (
-            f1_clr(step, total=total, warmup=warmup, peak=peak),
-            anti_phase_momentum(
-                step, total=total, warmup=warmup, low=momentum_low, high=momentum_high
-            ),
-        )
+        cycle = {"total": total, "warmup": warmup}
+        anti_phase = anti_phase_momentum(step, **cycle, low=momentum_low, high=momentum_high)
+        return f1_clr(step, **cycle, peak=peak), anti_phase
     if schedule == "cosine":
         return cosine(step, total=total, peak=peak), momentum
     return cosine_with_warmup(step, total=total, warmup=warmup, peak=peak), momentum
@@ -95,14 +94,15 @@ def resolution(
 
 
 def magnitude(epoch: int, *, epochs: int, low: float, high: float) -> float:
-    """Augmentation magnitude, rising linearly from `low` in the first epoch to `high` in the last
-    (section 3.2, fig. 3).
+    """Augmentation magnitude (section 3.2, fig. 3).
+
+    It rises linearly from `low` in the first epoch to `high` in the last.
     """
     return low + (high - low) * epoch / max(epochs - 1, 1)
 
 
 def hard_share(epoch: int, *, epochs: int, start: int, low: float, high: float) -> float:
-    """Share of the images that Hard Augment trains on their hardest pair.
+    """Fraction of the images that Hard Augment trains on their hardest pair.
 
     It is 0 before the epoch `start`, then rises linearly from `low` to `high` in the last epoch.
     """

@@ -1,18 +1,19 @@
-"""Epochs that took long for what they computed, as when other work has held the machine: their
-seconds say little of a recipe.
+"""Find epochs that took long for what they computed.
+
+Other work may have held the machine. The seconds of such epochs say little about a recipe.
 """
 
 from collections.abc import Mapping, Sequence
 
-# As long for a FLOP; what has the machine for itself differs by less between epochs of a
-# resolution.
+# Report epochs that took so many times as long for a FLOP. With the machine to itself a run varies
+# less between epochs of one resolution.
 TIMES = 3
 
 
 def describe_slowed(logs: Mapping[str, Sequence[dict]]) -> list[str]:
-    """A sentence for each run that has such epochs.
+    """Return a sentence for each run that has such epochs.
 
-    logs: the runs that are compared, of one machine, by name: rows as `ffssl.train` logs them.
+    logs: rows as `ffssl.train` logs them, by the run's name; all runs of one machine.
     """
     paces = {name: _paces(rows) for name, rows in logs.items()}
     quickest: dict[int, float] = {}
@@ -27,21 +28,22 @@ def describe_slowed(logs: Mapping[str, Sequence[dict]]) -> list[str]:
             if pace >= TIMES * quickest[resolution]
         }
         if slowed:
-            which = (
-                f"epoch {min(slowed)}"
-                if len(slowed) == 1
-                else f"{len(slowed)} of {len(own)} epochs"
-            )
+            which = f"{len(slowed)} of {len(own)} epochs"
+            if len(slowed) == 1:
+                which = f"epoch {min(slowed)}"
+            times = max(slowed.values())
             sentences.append(
-                f"{name}: {which} took up to {max(slowed.values()):.1f} times as long for the same FLOPs as the quickest here at that resolution; "
-                "if other work held the machine, go by the FLOPs"
+                f"{name}: {which} took up to {times:.1f} times as long for the same FLOPs as "
+                "the quickest here at that resolution; if other work held the machine, go by the "
+                "FLOPs"
             )
     return sentences
 
 
 def _paces(rows: Sequence[dict]) -> dict[int, tuple[int, float]]:
-    """Of each epoch its resolution and its seconds for a FLOP. seconds and flops of the rows are
-    sums from the start.
+    """Return each epoch's resolution and its seconds per FLOP.
+
+    The seconds and flops of the rows are sums from the start.
     """
     paces, before = {}, {"seconds": 0, "flops": 0}
     for row in rows:

@@ -1,13 +1,13 @@
-"""Pre-train an image encoder without labels.
+r"""Pre-train an image encoder without labels.
 
-    python ffssl/train.py --config rn50_configs/efficient.yaml --data.train=train.beton \\
+    python ffssl/train.py --config rn50_configs/efficient.yaml --data.train=train.beton \
         --run.folder=runs/efficient
     python ffssl/train.py --config ... --training.epochs=50     # any option can be overridden
     python ffssl/train.py --help                                # all options
     torchrun --nproc_per_node=8 ffssl/train.py --config ...     # on 8 GPUs, see docs/many-gpus.md
 
-The same command again continues a run that was interrupted, with the very next batch after its
-checkpoint. SIGTERM, SIGUSR1 and Ctrl-C save one and leave, with status 75, 75 and 130.
+The same command again continues an interrupted run, from the very next batch after its checkpoint.
+SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and exit, with status 75, 75 and 130.
 """
 
 import faulthandler
@@ -18,9 +18,10 @@ from ffssl.config.command_line import exit_status
 from ffssl.parallel.openmp import share_cores
 
 if __name__ == "__main__":
-    # Before torch is imported, which takes seconds: --help and a mistyped option are answered at
-    # once.
-    faulthandler.enable(2)  # tells where, should a disk fail under a mapped file (SIGBUS)
+    # Print the stack if a disk fails under a mapped file (SIGBUS).
+    faulthandler.enable(2)
+    # Before the import of torch, which takes seconds, so that --help and a mistyped option are
+    # answered at once.
     OPTIONS = command_line_options(__doc__)
     share_cores()
 
@@ -34,10 +35,10 @@ from ffssl.training.step import train_step
 
 
 def train(options: Options) -> None:
-    """Train to the end, from the folder's checkpoint if there is one, with the other ranks.
+    """Train to the last epoch, from the folder's checkpoint if there is one.
 
-    Raises UserError, FloatingPointError if the loss diverges, Stopped after a signal, and
-    ConnectionError if another rank is lost.
+    Called by all ranks. Raise UserError, FloatingPointError if the loss diverges, Stopped after a
+    signal, and ConnectionError if another rank is lost.
     """
     with prepared(options) as prep:
         run, record = prep.run, prep.record
@@ -59,7 +60,7 @@ def train(options: Options) -> None:
 
 
 def train_epoch(prep: Prepared) -> None:
-    """What is left of a pass over the training images."""
+    """Train on the batches that are left of the current epoch."""
     run, record = prep.run, prep.record
     run.method.train()
     with Epoch(run, prep.loader) as epoch:
@@ -83,13 +84,15 @@ def evaluation_is_due(options: Options, epochs_done: int) -> bool:
 
 
 def evaluate(prep: Prepared) -> dict[str, float]:
-    """The accuracy, on rank 0, which has the kNN; the others wait for it.
+    """Return the kNN accuracy on rank 0, and an empty dict on the other ranks.
 
-    Raises Stopped on all ranks when a signal to one has asked for that.
+    The other ranks wait for rank 0. Raise Stopped on all ranks if one of them has received a
+    signal.
     """
     accuracy: dict[str, float] = {}
     if prep.run.options.data.validation:
-        with contextlib.suppress(Stopped):  # which all hear of below: none is left waiting
+        # All ranks raise Stopped together below, so that none is left waiting.
+        with contextlib.suppress(Stopped):
             if prep.knn:
                 with prep.stop.interruptible():
                     accuracy["knn"] = prep.knn.accuracy(prep.run.method.backbone, prep.run.amp)
@@ -98,7 +101,7 @@ def evaluate(prep: Prepared) -> dict[str, float]:
 
 
 def main(options: Options) -> int:
-    """Train, and say in one line why it ended if it did not reach its end. Returns the status."""
+    """Train. Return the exit status, and print in one line why training ended early, if it did."""
     again = "the same command continues"
     try:
         train(options)

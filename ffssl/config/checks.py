@@ -1,4 +1,4 @@
-"""What a value of an option must be, as fastargs' checkers. None of them imports torch."""
+"""Checks of option values, as fastargs' checkers. None of them imports torch."""
 
 from typing import TypeAlias
 
@@ -6,9 +6,9 @@ from fastargs.validation import Checker
 
 
 class Number(Checker):
-    """A number of `kind` between two bounds.
+    """A number of type `kind` between two bounds.
 
-    Unlike fastargs' own it takes neither 1.5 nor true for an integer.
+    Unlike fastargs' own check it takes neither 1.5 nor true for an integer.
     """
 
     def __init__(self, kind: type, low: float, high: float = float("inf")):
@@ -29,7 +29,7 @@ class Number(Checker):
 
 
 class Switch(Checker):
-    """true or false. fastargs' own takes the word "false" for true."""
+    """true or false. fastargs' own check takes the word "false" for true."""
 
     def check(self, value):
         return {"true": True, "false": False}[str(value).lower()]

@@ -1,4 +1,4 @@
-"""Command lines whose mistakes cost one line and status 2."""
+"""Command lines that answer a mistake with one line and status 2."""
 
 import argparse
 import os
@@ -13,11 +13,11 @@ from ffssl.errors import UserError
 from ffssl.printable import printable
 
 NOT_READ = 128 + signal.SIGPIPE
-NETWORKS = ("student", "teacher")  # of a run, to choose from
+NETWORKS = ("student", "teacher")  # choices of an option --network
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises UserError where argparse would print the usage and leave."""
+    """An argument parser that raises UserError instead of printing the usage and exiting."""
 
     def __init__(self, **settings):
         super().__init__(
@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def checked(checker: Checker) -> Callable[[str], object]:
-    """An argument's `type` that takes what a checker of `ffssl.config` takes."""
+    """Return an argument's `type` for argparse that accepts what `checker` accepts."""
 
     def parse(text: str) -> object:
         try:
@@ -41,12 +41,13 @@ def checked(checker: Checker) -> Callable[[str], object]:
 
 
 def exit_status(program: Callable[[], int | None], *, interrupted: str = "\ninterrupted") -> int:
-    """Run a program: the status that it returns, 0 where it returns none; 2 after a UserError and
-    130 after an interrupt, each told in a line; 141, as after SIGPIPE, where nobody reads what
-    it prints any more. What a terminal can't show is escaped.
+    """Run a program and return its exit status.
 
-    interrupted: what is told of an interrupt, and of a reader that has left while the program ran;
-    "": nothing.
+    That is what the program returns, or 0 if it returns None; 2 after a UserError and 130 after an
+    interrupt, each reported in one line; 141, as after SIGPIPE, if nobody reads its output any
+    more. Characters that a terminal can't show are escaped.
+
+    interrupted: message after an interrupt, or if the reader left while the program ran; "": none.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -62,7 +63,7 @@ def exit_status(program: Callable[[], int | None], *, interrupted: str = "\ninte
         status = 2
     except (KeyboardInterrupt, BrokenPipeError) as error:
         if isinstance(error, BrokenPipeError) and not _reader_has_left():
-            raise  # of some other pipe
+            raise  # it comes from another pipe
         if interrupted:
             print(interrupted, file=sys.stderr)
         status = NOT_READ if isinstance(error, BrokenPipeError) else 130
@@ -76,14 +77,14 @@ def _reader_has_left() -> bool:
 
 
 def _flush() -> bool:
-    """Write what has been printed, as the interpreter's end would, where no error can be caught.
+    """Write buffered output, which at the interpreter's exit could raise an error nobody can catch.
 
-    Returns whether anybody reads it.
+    Return whether anybody reads it.
     """
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        # What is left would be tried again.
+        # Else the interpreter would try again to write what is left.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return False
     return True

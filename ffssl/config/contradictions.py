@@ -1,12 +1,23 @@
-"""Contradictions between options, which single ones can't show."""
+"""Contradictions between options."""
 
-from ffssl.config.options import Options
+from ffssl.config.options import (
+    HardAugmentOptions,
+    Options,
+    ResolutionOptions,
+    TrainingOptions,
+)
 from ffssl.errors import UserError
 
 
 def check_together(options: Options) -> None:
-    """What single options can't show: contradictions between them."""
-    resolution, training, augment = options.resolution, options.training, options.augment
+    """Raise UserError if options contradict each other."""
+    _check_resolution(options.resolution)
+    _check_training(options.training)
+    _check_views(options.augment.views, options.hard_augment.select)
+    _check_hard_augment(options.hard_augment, options.training.epochs)
+
+
+def _check_resolution(resolution: ResolutionOptions) -> None:
     for name in ("max", "min") if resolution.schedule != "constant" else ("max",):
         if getattr(resolution, name) % resolution.step:
             raise UserError(
@@ -17,6 +28,9 @@ def check_together(options: Options) -> None:
         raise UserError(
             f"--resolution.min: {resolution.min} is larger than --resolution.max={resolution.max}"
         )
+
+
+def _check_training(training: TrainingOptions) -> None:
     if training.schedule == "1-clr":
         if training.warmup_share == 1:
             raise UserError(
@@ -38,17 +52,21 @@ def check_together(options: Options) -> None:
             f"--training.momentum_low: {training.momentum_low} is larger than "
             f"--training.momentum_high={training.momentum_high}"
         )
-    if options.hard_augment.select == "off" and augment.views > 2:
+
+
+def _check_views(views: int, select: str) -> None:
+    if select == "off" and views > 2:
         raise UserError(
-            f"--augment.views: {augment.views} views, of which only 2 would be used; set "
+            f"--augment.views: {views} views, of which only 2 would be used; set "
             "--hard_augment.select=hard"
         )
-    if options.hard_augment.select != "off" and augment.views < 3:
+    if select != "off" and views < 3:
         raise UserError(
-            f"--augment.views: {augment.views} views leave no pair to choose; hard_augment "
-            "needs 3 or more"
+            f"--augment.views: {views} views leave no pair to choose; hard_augment needs 3 or more"
         )
-    hard_augment = options.hard_augment
+
+
+def _check_hard_augment(hard_augment: HardAugmentOptions, epochs: int) -> None:
     if hard_augment.loss is not None and hard_augment.select != "hard":
         raise UserError(
             "--hard_augment.loss: pairs are compared to find the hardest alone; set "
@@ -60,10 +78,10 @@ def check_together(options: Options) -> None:
                 "--hard_augment.start_epoch: no pairs are chosen; set "
                 "--hard_augment.select=hard, or leave this out"
             )
-        if hard_augment.start_epoch >= training.epochs:
+        if hard_augment.start_epoch >= epochs:
             raise UserError(
                 f"--hard_augment.start_epoch: {hard_augment.start_epoch} is past the last "
-                f"epoch, {training.epochs - 1}; epochs count from 0"
+                f"epoch, {epochs - 1}; epochs count from 0"
             )
     if hard_augment.share_min > hard_augment.share_max:
         raise UserError(
@@ -75,7 +93,7 @@ def check_together(options: Options) -> None:
             "--hard_augment.share_min: only hard pairs have a share; set "
             "--hard_augment.select=hard, or leave this out"
         )
-    if options.hard_augment.extra_targets and options.hard_augment.select == "off":
+    if hard_augment.extra_targets and hard_augment.select == "off":
         raise UserError(
             "--hard_augment.extra_targets: they are the views not chosen; set "
             "--hard_augment.select=hard or random, and 3 views or more"

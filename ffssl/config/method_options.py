@@ -1,8 +1,8 @@
-"""The options that methods declare, read from their source: importing them would import torch.
+"""The options that methods declare, read from their source, since importing them imports torch.
 
 A method is a class with a `name` in a file of `ffssl/methods`. Its options are the keyword
-arguments of its constructor, with a type of `ffssl.config.checks` and a default. A line of the
-class's docstring, `option: what it is`, is the help.
+arguments of its constructor, each with a type of `ffssl.config.checks` and a default. A line of the
+class's docstring, `option: what it is`, is the option's help.
 """
 
 import ast
@@ -28,7 +28,10 @@ class MethodOption:
 
 
 def method_options() -> dict[str, list[MethodOption]]:
-    """The options of each method, by its name. Raises SyntaxError for one that is ill declared."""
+    """Return the options of each method, by its name.
+
+    Raise SyntaxError if a declaration is incomplete.
+    """
     package = sys.modules.get("ffssl.methods")
     folders = package.__path__ if package else find_spec("ffssl.methods").submodule_search_locations
     files = (file for folder in folders for file in sorted(Path(folder).glob("*.py")))
@@ -37,7 +40,7 @@ def method_options() -> dict[str, list[MethodOption]]:
 
 @functools.cache
 def of_file(file: Path) -> dict[str, list[MethodOption]]:
-    """The options of the methods in a file, by name."""
+    """Return the options of the methods in a file, by the method's name."""
     classes = (node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef))
     return {name: _of_class(node, file) for node in classes if (name := _method_name(node))}
 
@@ -69,5 +72,5 @@ def _of_class(node: ast.ClassDef, file: Path) -> list[MethodOption]:
 
 
 def _joined(doc: str) -> str:
-    """A docstring whose indented lines are joined to the line that they continue."""
+    """Join indented lines of a docstring to the line that they continue."""
     return re.sub(r"\n[ ]+", " ", doc)

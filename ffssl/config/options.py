@@ -1,7 +1,7 @@
 """Every option of a run, declared once.
 
-A field's metadata holds its check, its help, and its role, from which follow fastargs' sections,
-the help, what a resumed run may change, what a study compares and what a model card publishes.
+A field's metadata holds its check, its help and its role. They determine fastargs' sections, the
+help, what a resumed run may change, what a study compares and what a model card publishes.
 """
 
 import dataclasses
@@ -35,20 +35,18 @@ def option(
     required: bool = False,
     of_a_rank: bool = False,
 ) -> Any:
-    """A field of an options class. of_a_rank: each rank of a run may have its own value."""
-    metadata = {
-        "check": check,
-        "help": help,
-        "role": role,
-        "required": required,
-        "of_a_rank": of_a_rank,
-    }
+    """Declare a field of an options class.
+
+    of_a_rank: each rank of a run may have its own value.
+    """
+    metadata = {"check": check, "help": help, "role": role}
+    metadata |= {"required": required, "of_a_rank": of_a_rank}
     return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Where the images come from"""
+    """Where the images come from."""
 
     train: str = option(
         "", Text(), "beton file to train on", Role.DATA, required=True, of_a_rank=True
@@ -93,7 +91,7 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class AugmentOptions:
-    """Which views are drawn of an image"""
+    """How views of an image are drawn."""
 
     views: int = option(2, integer(2), "views of each image; more than 2 need hard_augment")
     policy: str | None = option(
@@ -122,7 +120,7 @@ class AugmentOptions:
 
 @dataclass(frozen=True)
 class ResolutionOptions:
-    """Side of the views, by epoch"""
+    """Side of the views, by epoch."""
 
     schedule: str = option(
         "constant",
@@ -136,7 +134,7 @@ class ResolutionOptions:
 
 @dataclass(frozen=True)
 class HardAugmentOptions:
-    """Which pair of an image's views is trained on"""
+    """Which pair of an image's views is trained on."""
 
     select: str = option(
         "off",
@@ -180,7 +178,7 @@ class HardAugmentOptions:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The encoder"""
+    """The encoder."""
 
     backbone: str = option(
         "resnet50",
@@ -203,10 +201,10 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """The self-supervised method; options left out are its authors'
+    """The self-supervised method; options left out are its authors'.
 
     settings: the other options of the section, which the methods' classes declare; None for those
-    that are left out.
+        that are left out.
     """
 
     name: str = "simsiam"
@@ -215,7 +213,7 @@ class MethodOptions:
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """The optimisation"""
+    """The optimisation."""
 
     epochs: int = option(200, integer(1), "passes over the training file")
     batch_size: int = option(512, integer(2), "images in an optimiser step, of all ranks")
@@ -278,7 +276,7 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Online kNN on frozen features"""
+    """Online kNN on frozen features."""
 
     every: int = option(
         0,
@@ -300,7 +298,7 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """This run"""
+    """The run's folder, device, seed and logs."""
 
     folder: str = option(
         "",
@@ -361,7 +359,7 @@ class Options:
     run: RunOptions = RunOptions()
 
     def changed(self, **sections: Mapping[str, Any]) -> "Options":
-        """A copy with other values of some options, by section."""
+        """Return a copy with other values of some options, by section."""
         new = {
             name: dataclasses.replace(getattr(self, name), **values)
             for name, values in sections.items()
@@ -369,7 +367,7 @@ class Options:
         return dataclasses.replace(self, **new)
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
-        """Plain sections of keys, for a log or a checkpoint."""
+        """Return plain sections of keys, for a log or a checkpoint."""
         sections = {
             section.name: dict(vars(getattr(self, section.name)))
             for section in dataclasses.fields(self)
@@ -379,7 +377,7 @@ class Options:
         return sections
 
     def of_role(self, *roles: Role) -> dict[str, dict[str, Any]]:
-        """The plain sections with the options of these roles alone."""
+        """Return the plain sections with only the options of these roles."""
         kept = {declared.path for declared in declarations() if declared.role in roles}
         return {
             section: {key: value for key, value in values.items() if (section, key) in kept}
@@ -389,7 +387,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Declaration:
-    """An option as it is declared."""
+    """The declaration of an option."""
 
     path: tuple[str, str]  # section, name
     default: Any
@@ -401,12 +399,12 @@ class Declaration:
 
     @property
     def name(self) -> str:
-        """As it is written: section.name"""
+        """The name as a user writes it: section.name."""
         return ".".join(self.path)
 
 
 def declarations() -> Iterator[Declaration]:
-    """All options in the order of their sections, those of the methods among them."""
+    """Yield all options in the order of their sections, including those of the methods."""
     for section in dataclasses.fields(Options):
         if section.name == "method":
             yield from _method_declarations(method_options())
@@ -417,15 +415,14 @@ def declarations() -> Iterator[Declaration]:
 
 
 def section_titles() -> dict[str, str]:
-    """What each section is about, by its name."""
+    """Return the title of each section, by its name."""
     docs = {s.name: s.type.__doc__ or s.name for s in dataclasses.fields(Options)}
-    return {name: doc.splitlines()[0] for name, doc in docs.items()}
+    return {name: doc.splitlines()[0].rstrip(".") for name, doc in docs.items()}
 
 
 def _method_declarations(found: dict[str, list[MethodOption]]) -> Iterator[Declaration]:
-    """The methods' options: one that several methods have is one option of the section."""
-    names = ", ".join(found)
-    help = f"the method: one of {names}"
+    """Yield the options of the methods. An option of several methods is one option."""
+    help = f"the method: one of {', '.join(found)}"
     yield Declaration(("method", "name"), MethodOptions.name, Text(), help)
     by_name: dict[str, dict[str, MethodOption]] = {}
     for method, options in found.items():

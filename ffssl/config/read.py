@@ -27,11 +27,12 @@ from ffssl.errors import UserError
 def read_options(
     arguments: list[str], defaults: Mapping[str, object] = MappingProxyType({})
 ) -> Options:
-    """The options of a run from command-line arguments.
+    """Read the options of a run from command-line arguments.
 
     defaults: by dotted name, for a program that can do without an option that training requires.
-    Raises UserError, naming the option: unknown (with the nearest known one), of a wrong type,
-    missing, or at odds with another.
+
+    Raise UserError, naming the option, if it is unknown (with the nearest known one), of a wrong
+    type, missing, or at odds with another.
     """
     known = {declared.name: declared for declared in declarations()}
     settings: dict[str, object] = {**defaults}
@@ -56,9 +57,9 @@ def read_options(
 
 
 def command_line_options(usage: str | None) -> Options:
-    """The options of this process's command line.
+    """Read the options of this process's command line.
 
-    Prints the help, or what is wrong in one line, and leaves with status 0 or 2.
+    Print the help or a mistake in one line, and exit with status 0 or 2.
     """
     arguments, found = sys.argv[1:], []
     if {"-h", "--help"} & set(arguments):
@@ -69,21 +70,21 @@ def command_line_options(usage: str | None) -> Options:
 
 
 def shared_options(options: Options) -> dict[str, object]:
-    """The options that all ranks of a run must have alike, by their names on the command line."""
+    """Return the options that all ranks of a run must share, by their names on the command line."""
     plain = options.as_dict()
     shared = {
         f"--{declared.name}": plain[declared.path[0]].get(declared.path[1])
         for declared in declarations()
         if not declared.of_a_rank
     }
-    # All wait where one evaluates.
+    # While rank 0 evaluates the others wait, so all must know whether it does.
     return shared | {"--data.validation": "given" if options.data.validation else "left out"}
 
 
 def from_dict(plain: dict[str, dict]) -> Options:
-    """The options that `Options.as_dict` made plain.
+    """Return the options from the dict that `Options.as_dict` made.
 
-    Those that are not among them have their defaults. Raises UserError as `read_options` does.
+    Missing options have their defaults. Raise UserError as `read_options` does.
     """
     known = {declared.name: declared for declared in declarations()}
     settings = {
@@ -98,9 +99,9 @@ def from_dict(plain: dict[str, dict]) -> Options:
 
 
 def help_text(usage: str | None) -> str:
-    """The program's usage, then each option with its check, default and meaning, by section.
+    """Return the program's usage, then each option with its help, check and default, by section.
 
-    python -OO takes the usage away.
+    usage: None under python -OO, which drops docstrings.
     """
     usage = usage or "usage: --config FILE --section.option=value ..."
     lines = [usage.strip()]
@@ -122,7 +123,7 @@ def _described(declared: Declaration) -> str:
 
 
 def did_you_mean(word: str, known: list[str], cutoff: float = 0.6) -> str:
-    """The end of a message about an unknown word, with the nearest of those that are known."""
+    """Return the end of a message about an unknown word: the nearest known word."""
     nearest = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
     return f"; did you mean {nearest[0]}?" if nearest else ""
 
@@ -136,17 +137,8 @@ def _check_name(name: str, where: str, known: Mapping[str, Declaration]) -> None
 def _read_file(
     path: Path, known: Mapping[str, Declaration], built_on_it: tuple[Path, ...] = ()
 ) -> dict[str, object]:
-    """A YAML file's options by dotted name, on top of its bases'."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: the config can't be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(
-            f"{path}: a config holds sections of options, as in training: {{epochs: 100}}"
-        )
+    """Return a YAML file's options by dotted name, on top of those of its bases."""
+    content = _parse_yaml(path)
     bases = content.pop("base", [])
     bases = bases if isinstance(bases, list) else [bases]
     built_on_it = (*built_on_it, path.resolve())
@@ -167,6 +159,20 @@ def _read_file(
             _check_name(f"{section}.{key}", f"{path}: {section}.{key}", known)
             settings[f"{section}.{key}"] = value
     return settings
+
+
+def _parse_yaml(path: Path) -> dict:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: the config can't be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path}: a config holds sections of options, as in training: {{epochs: 100}}"
+        )
+    return content
 
 
 def _validated(known: Mapping[str, Declaration], settings: dict[str, object]) -> Options:

@@ -1,4 +1,4 @@
-"""What a training step costs, in floating-point operations. 1 multiply-add is 2 FLOPs.
+"""The cost of a training step in floating-point operations. 1 multiply-add is 2 FLOPs.
 
 The standard count takes a backward pass for two forward passes. The costs in the paper's tables
 follow from taking it for one.
@@ -21,10 +21,11 @@ STANDARD, PAPERS = 2, 1  # forward passes that a backward pass counts for
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs by what they are for.
+    """FLOPs by purpose.
 
-    forward: of what is trained, heads and loss included. teacher: of what the loss computes without
-    gradient. selection: of Hard Augment's low-resolution passes, those for extra targets included.
+    forward: of what is trained, including heads and loss.
+    teacher: of what the loss computes without gradient.
+    selection: of Hard Augment's low-resolution passes, including those for extra targets.
     """
 
     forward: float
@@ -32,7 +33,7 @@ class Flops:
     selection: float
 
     def total(self, backward: int = STANDARD) -> float:
-        """With the backward pass, of what is trained alone, taken for `backward` forward passes."""
+        """Return the total with the backward pass, which counts for `backward` forward passes."""
         return (1 + backward) * self.forward + self.teacher + self.selection
 
     def __truediv__(self, parts: int) -> "Flops":
@@ -52,7 +53,7 @@ class Stage:
 
 
 class _WithoutGradient(TorchDispatchMode):
-    """Counts the FLOPs of what runs under no_grad, which has no backward pass."""
+    """Count the FLOPs of what runs under no_grad and has no backward pass."""
 
     flops = 0
 
@@ -68,8 +69,9 @@ class _WithoutGradient(TorchDispatchMode):
 def count_step(
     method: Method, shape: StepShape, *, batch_size: int, selection: Selection = Selection()
 ) -> Flops:
-    """FLOPs of one optimiser step on `batch_size` images, counted by torch without computing
-    anything.
+    """Count the FLOPs of one optimiser step on `batch_size` images.
+
+    torch counts them on the meta device, without computing anything.
     """
     clone = copy.deepcopy(method).to("meta").train()
     size = (batch_size, shape.views, 3, shape.resolution, shape.resolution)
@@ -82,20 +84,20 @@ def count_step(
 
 
 def count_flops(schedule: RunSchedule, method: Method) -> dict[StepShape, int]:
-    """FLOPs of a step of a run, in the standard count, for each shape in its schedule."""
+    """Return the FLOPs of a run's step in the standard count, for each shape in its schedule."""
     return {
         shape: count_run_step(schedule, method, shape).total() for shape in schedule.first_epochs
     }
 
 
 def count_run_step(schedule: RunSchedule, method: Method, shape: StepShape) -> Flops:
-    """FLOPs of a step of a run, of all parts of the batch."""
+    """Count the FLOPs of a run's step, of all parts of the batch."""
     parts = schedule.options.training.accumulate
     return parts * count_step(method, shape, **step_options(schedule))
 
 
 def step_options(schedule: RunSchedule) -> dict:
-    """What `count_step` takes of a run's options for a part of a batch, besides the shape."""
+    """Return the arguments of `count_step` for a part of a run's batch, besides the shape."""
     t = schedule.options.training
     return {
         "batch_size": t.batch_size // t.accumulate,
@@ -104,5 +106,8 @@ def step_options(schedule: RunSchedule) -> dict:
 
 
 def stages(schedule: RunSchedule, image_flops: Callable[[StepShape], Flops]) -> list[Stage]:
-    """A run's stages in their order. image_flops: of one image, in a step of a shape."""
+    """Return a run's stages in their order.
+
+    image_flops: FLOPs of one image in a step of a given shape.
+    """
     return [Stage(shape, epochs, image_flops(shape)) for shape, epochs in schedule.stages]

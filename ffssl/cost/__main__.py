@@ -1,8 +1,12 @@
-"""What runs cost, in FLOPs counted from their configs alone: without data, and without training.
+r"""Count what runs cost, in FLOPs, from their configs alone: without data or training.
 
-python -m ffssl.cost rn50_configs/imagenette_baseline.yaml rn50_configs/imagenette_efficient.yaml
---images=imagenette python -m ffssl.cost rn50_configs/efficient.yaml --data.train=train.beton
---training.epochs=100 python -m ffssl.cost --paper
+    python -m ffssl.cost rn50_configs/imagenette_baseline.yaml \
+        rn50_configs/imagenette_efficient.yaml --images=imagenette
+    python -m ffssl.cost rn50_configs/efficient.yaml --data.train=train.beton \
+        --training.epochs=100
+    python -m ffssl.cost --paper
+
+Prints a table of each config's stages, then their totals and the speed-ups over the first config.
 """
 
 import argparse
@@ -51,7 +55,7 @@ def main() -> None:
 
 
 def report(configs: list[str], overrides: list[str], images: str | None = None) -> str:
-    """A table of each config's stages, and one of their totals.
+    """Return a table of each config's stages, and one of their totals.
 
     images: a number or one of IMAGES; by default as many as data.train holds.
     """
@@ -84,24 +88,32 @@ def describe(config: str, options: Options, images: int) -> str:
 
 
 def stage_table(stages: list[Stage]) -> str:
-    """The GFLOP of one image in one epoch."""
-    lines = [
-        f"{'':>27}{'GFLOP per image':^46}",
-        f"{'resolution':>10}{'views':>7}{'epochs':>10}{'forward':>12}{'backward':>12}{'teacher':>10}{'selection':>12}",
-    ]
+    """Return a table of the GFLOP of one image in one epoch, by stage."""
+    widths = {
+        "resolution": 10,
+        "views": 7,
+        "epochs": 10,
+        "forward": 12,
+        "backward": 12,
+        "teacher": 10,
+        "selection": 12,
+    }
+    rows: list[tuple] = [tuple(widths)]
     for stage in stages:
         flops = stage.flops
         parts = flops.forward, STANDARD * flops.forward, flops.teacher, flops.selection
-        forward, backward, teacher, selection = (f"{part / 1e9:.3f}" for part in parts)
-        lines.append(
-            f"{stage.shape.resolution:>10}{stage.shape.views:>7}{stage.epochs:>10}{forward:>12}{backward:>12}{teacher:>10}{selection:>12}"
-        )
+        gflop = (f"{part / 1e9:.3f}" for part in parts)
+        rows.append((stage.shape.resolution, stage.shape.views, stage.epochs, *gflop))
+    lines = [f"{'':>27}{'GFLOP per image':^46}"]
+    for row in rows:
+        lines.append("".join(f"{cell:>{width}}" for cell, width in zip(row, widths.values())))
     return "\n".join(lines)
 
 
 def total_table(petaflops: dict[str, list[float]]) -> str:
-    """PFLOP of each config, in the standard count and in the paper's, and the speed-ups over the
-    first.
+    """Return a table of each config's PFLOP and its speed-up over the first config.
+
+    Both are given in the standard count and in the paper's.
     """
     first = next(iter(petaflops.values()))
     rows = [("", "PFLOP", "speed-up", "paper's count", "speed-up")]
@@ -112,13 +124,8 @@ def total_table(petaflops: dict[str, list[float]]) -> str:
         rows.append((Path(config).stem, standard, speed_up, papers, papers_speed_up))
     width = max(len(row[0]) for row in rows) + 2
     lines = [f"{name:<{width}}" + "".join(f"{cell:>15}" for cell in cells) for name, *cells in rows]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "A backward pass is taken for two forward passes; in the paper's count, for one.",
-        ]
-    )
+    legend = "A backward pass is taken for two forward passes; in the paper's count, for one."
+    return "\n".join([*lines, "", legend])
 
 
 def format_petaflop(value: float) -> str:

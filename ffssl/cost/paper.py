@@ -20,10 +20,11 @@ Words = tuple[str, ...]  # a config's name, and what overrides it
 
 @dataclass(frozen=True)
 class Figure:
-    """A number of the paper: a cost in PFLOP, a speed-up ("x") of `run` over `against`, or an
-    overhead ("%") of `run` over `against`.
+    """A number of the paper.
 
-    reason: why ours differs by more than TOLERANCE.
+    value, unit: a cost in PFLOP, a speed-up ("x") of `run` over `against`, or an overhead ("%") of
+        `run` over `against`.
+    reason: why our number differs by more than TOLERANCE.
     """
 
     table: str
@@ -47,6 +48,9 @@ BASELINE, EFFICIENT = ("imagenette_baseline",), ("imagenette_efficient",)
 WITH_HA = (*EFFICIENT, *HA)
 F1_CLR = (*EFFICIENT, *NO_SPL, *NO_HA)
 HEADS = "the paper leaves out the heads, whose cost in the selection does not shrink with the views"
+NO_LENGTH = (
+    "ours at 480 epochs, as the efficient runs; the paper states no length, and 1.8x would take 411"
+)
 UNREACHABLE = (
     "not reachable under equation 11: with a teacher (C = 8) it gives 2.43x, and even without "
     "Hard Augment's overhead 2.66x"
@@ -54,21 +58,15 @@ UNREACHABLE = (
 
 
 def figures() -> Iterator[Figure]:
-    """Tables 1, 2, 3, 6 and 8.
+    """Yield the numbers of Tables 1, 2, 3, 6 and 8.
 
-    Of Table 6 without its last row, a resolution of 0, which no run can have.
+    The last row of Table 6 is left out: a resolution of 0, which no run can have.
     """
     for backbone, cost in (("resnet18", 3756), ("resnet50", 8494)):
         option = f"--model.backbone={backbone}"
-        yield Figure("1", f"{backbone}, baseline", cost, "PFLOP", ("baseline", option))
-        yield Figure(
-            "1",
-            f"{backbone}, efficient",
-            2.3,
-            "x",
-            ("efficient", option, *HA),
-            ("baseline", option),
-        )
+        baseline, efficient = ("baseline", option), ("efficient", option, *HA)
+        yield Figure("1", f"{backbone}, baseline", cost, "PFLOP", baseline)
+        yield Figure("1", f"{backbone}, efficient", 2.3, "x", efficient, baseline)
     for method, cost, speed_up, reason in (
         ("simsiam", 248, 2.3, ""),
         ("byol", 371, 2.7, UNREACHABLE),
@@ -76,54 +74,28 @@ def figures() -> Iterator[Figure]:
         ("mocov2plus", 371, 2.7, UNREACHABLE),
         ("dino", 372, 2.4, ""),
     ):
-        baseline, efficient = (
-            (f"imagenette_{'' if method == 'simsiam' else f'{method}_'}{recipe}",)
-            for recipe in ("baseline", "efficient")
-        )
+        prefix = "imagenette" if method == "simsiam" else f"imagenette_{method}"
+        baseline, efficient = (f"{prefix}_baseline",), (f"{prefix}_efficient", *HA)
         yield Figure("2", f"{method}, baseline", cost, "PFLOP", baseline)
-        yield Figure(
-            "2", f"{method}, efficient", speed_up, "x", (*efficient, *HA), baseline, reason
-        )
+        yield Figure("2", f"{method}, efficient", speed_up, "x", efficient, baseline, reason)
     yield Figure("3", "F1-CLR", 1.7, "x", F1_CLR, BASELINE)
     hard = (*BASELINE, "--training.epochs=480", *HA, "--augment.views=6")
-    yield Figure(
-        "3",
-        "CA, HA",
-        1.8,
-        "x",
-        hard,
-        BASELINE,
-        (
-            "ours at 480 epochs, as the efficient runs; the paper states no length, and 1.8x "
-            "would take 411"
-        ),
-    )
+    yield Figure("3", "CA, HA", 1.8, "x", hard, BASELINE, NO_LENGTH)
     yield Figure("3", "F1-CLR, SPL", 2.7, "x", (*EFFICIENT, *NO_HA), BASELINE)
     yield Figure("3", "F1-CLR, HA", 1.5, "x", (*WITH_HA, *NO_SPL), BASELINE)
     yield Figure("3", "F1-CLR, SPL, HA", 2.4, "x", WITH_HA, BASELINE)
     for side, speed_up in ((128, 1.40), (96, 1.60), (64, 1.82)):
-        yield Figure(
-            "6",
-            f"from {side} px",
-            speed_up,
-            "x",
-            (*EFFICIENT, *NO_HA, f"--resolution.min={side}"),
-            F1_CLR,
-        )
+        low = (*EFFICIENT, *NO_HA, f"--resolution.min={side}")
+        yield Figure("6", f"from {side} px", speed_up, "x", low, F1_CLR)
     for views, overhead in ((4, 5.4), (5, 6.8), (6, 8.2), (8, 10.9)):
-        yield Figure(
-            "8",
-            f"{views} views",
-            overhead,
-            "%",
-            (*WITH_HA, *NO_SPL, f"--augment.views={views}"),
-            F1_CLR,
-        )
+        more = (*WITH_HA, *NO_SPL, f"--augment.views={views}")
+        yield Figure("8", f"{views} views", overhead, "%", more, F1_CLR)
 
 
 def paper_table(costs: RunCosts) -> str:
-    """All figures with ours, as a table: starred where they are within TOLERANCE, with the reason
-    where none is.
+    """Return a table of all numbers of the paper, with ours beside them.
+
+    A star marks ours if it is within TOLERANCE. A note gives the reason if none is.
     """
     lines = [
         "table                               paper    standard     paper's   equations",
@@ -145,39 +117,31 @@ def paper_table(costs: RunCosts) -> str:
             + "".join(f"{cell:>12}" for cell in cells)
             + note
         )
-    return "\n".join(
-        [
-            *lines,
-            "",
-            LEGEND.strip(),
-            "",
-            *(f"[{number}] {note}." for number, note in enumerate(notes, 1)),
-        ]
-    )
+    numbered = [f"[{number}] {note}." for number, note in enumerate(notes, 1)]
+    return "\n".join([*lines, "", LEGEND.strip(), "", *numbered])
 
 
 LEGEND = f"""
-* within {TOLERANCE:.0%} of the paper's figure. Counts: of the modules, heads included, with a backward pass taken for two forward passes
-(standard) or for one (the paper's). Equations 9 and 11: of the backbone alone, C = 6 forward passes of a view in the standard count, 8 with
-a teacher; equation 9 as L / sum (r_t / r_max)^2, not as the mean of ratios that is printed. No single count gives all of the paper's
-figures: its costs follow from one, most of its speed-ups from the other.
+* within {TOLERANCE:.0%} of the paper's figure. Counts: of the modules, heads included, with a
+backward pass taken for two forward passes (standard) or for one (the paper's). Equations 9 and 11:
+of the backbone alone, C = 6 forward passes of a view in the standard count, 8 with a teacher;
+equation 9 as L / sum (r_t / r_max)^2, not as the mean of ratios that is printed. No single count
+gives all of the paper's figures: its costs follow from one, most of its speed-ups from the other.
 """
 
 
 def ours_of(figure: Figure, costs: RunCosts) -> tuple[float | None, float | None, float | None]:
-    """The figure in the standard count, in the paper's count and by equations 9 and 11, which give
-    no cost in FLOPs.
+    """Return our number in the standard count, in the paper's count and by equations 9 and 11.
+
+    The equations give no cost in FLOPs: None.
     """
     images = IMAGES["imagenette" if figure.run[0].startswith("imagenette") else "imagenet"]
 
     def ways_to_count(words: Words) -> tuple[float, float, float]:
         options = _options(words)
         stages = costs.stages(options)
-        return (
-            petaflop(stages, images, STANDARD),
-            petaflop(stages, images, PAPERS),
-            full_epochs(options),
-        )
+        standard, papers = (petaflop(stages, images, count) for count in (STANDARD, PAPERS))
+        return standard, papers, full_epochs(options)
 
     run = ways_to_count(figure.run)
     if figure.unit == "PFLOP":
@@ -189,8 +153,9 @@ def ours_of(figure: Figure, costs: RunCosts) -> tuple[float | None, float | None
 
 
 def full_epochs(options: Options) -> float:
-    """Cost of a run of hard or no Hard Augment by equations 9 and 11, in epochs of its method at
-    full resolution.
+    """Return the cost of a run by equations 9 and 11.
+
+    The unit is one epoch of the method at full resolution. The run selects hard pairs or none.
     """
     schedule, hard = RunSchedule(options, steps_per_epoch=1), options.hard_augment
     forward_passes = 8 if issubclass(METHODS[options.method.name], TeacherMethod) else 6

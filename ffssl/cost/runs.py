@@ -1,4 +1,4 @@
-"""What runs cost, by their options alone: without weights, data or training."""
+"""The cost of runs from their options alone: without weights, data or training."""
 
 import functools
 
@@ -12,17 +12,17 @@ from ffssl.methods import Method
 from ffssl.training.build import build
 from ffssl.training.schedule import RunSchedule, StepShape
 
-IMAGES = {"imagenet": 1_281_167, "imagenette": 9_469}  # that their training sets hold
+IMAGES = {"imagenet": 1_281_167, "imagenette": 9_469}  # in their training sets
 
 
 class RunCosts:
-    """Counts the steps of runs. What was counted for one is not counted again for another."""
+    """Count the steps of runs. A step that was counted for one run is not counted again."""
 
     def __init__(self):
         self._flops: dict[str, Flops] = {}
 
     def stages(self, options: Options) -> list[Stage]:
-        """The stages of a run. Raises UserError for options that no run can have."""
+        """Return the stages of a run. Raise UserError for options that no run can have."""
         schedule = RunSchedule(options, steps_per_epoch=1)
         step = step_options(schedule)
 
@@ -41,8 +41,9 @@ class RunCosts:
 
 
 def petaflop(stages: list[Stage], images: int, backward: int = STANDARD) -> float:
-    """Of all images in every epoch, as the paper counts; a run leaves out the last batch of an
-    epoch if it is not full.
+    """Return the PFLOP of all images in every epoch, as the paper counts.
+
+    A run itself leaves out the last batch of an epoch if it is not full.
     """
     return images * sum(stage.epochs * stage.flops.total(backward) for stage in stages) / 1e15
 

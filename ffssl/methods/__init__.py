@@ -1,7 +1,7 @@
 """The methods by name.
 
-A method is a file in this folder with a class that has a `name`; its options are the class's
-keyword arguments.
+A method is a file in this folder that contains a class with a `name`. The options of the method are
+the keyword arguments of the class.
 """
 
 import importlib
@@ -16,7 +16,7 @@ from ffssl.methods.base import Method
 
 
 def discover() -> dict[str, type[Method]]:
-    """The named subclasses of Method in the modules of this package."""
+    """Return the named subclasses of Method in the modules of this package."""
     methods = {}
     for module in pkgutil.iter_modules(__path__, f"{__name__}."):
         for value in vars(importlib.import_module(module.name)).values():
@@ -34,9 +34,9 @@ METHODS = discover()
 
 
 def build_method(name: str, backbone: nn.Module, options: Mapping[str, object]) -> Method:
-    """A method over `backbone`. `options` that are None keep the method's default.
+    """Return a method over `backbone`. Options that are None keep the method's default.
 
-    Raises UserError for an unknown name, and for an option that the method does not have.
+    Raise UserError for an unknown name, and for an option that the method does not have.
     """
     if name not in METHODS:
         raise UserError(f"method.name: unknown method {name!r}; known are {', '.join(METHODS)}")

@@ -8,7 +8,7 @@ from ffssl.parallel.ranks import mean_over_ranks
 class BarlowTwins(Method):
     """Zbontar et al. 2021, after the official code.
 
-    The cross-correlation of two views' projections is to be the identity.
+    The loss draws the cross-correlation of two views' projections to the identity.
 
     hidden: width of the projector's hidden layers.
     projection: length of the projections.
@@ -43,8 +43,9 @@ class BarlowTwins(Method):
 
 
 def redundancy_reduction(z1: Tensor, z2: Tensor, weight: float) -> Tensor:
-    """Barlow Twins, eq. 1. z1, z2: (N, d), each dimension of mean 0 and variance 1 over the batch
-    (of all ranks).
+    """Barlow Twins, eq. 1.
+
+    z1, z2: (N, d), each dimension of mean 0 and variance 1 over the batch (of all ranks).
     """
     with full_precision(z1):
         correlation = mean_over_ranks(wide_product(z1.float().T, z2.float()) / len(z1))

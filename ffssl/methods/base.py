@@ -1,4 +1,4 @@
-"""What a self-supervised method is to the training loop."""
+"""The interface of a self-supervised method, as the training loop uses it."""
 
 import contextlib
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Progress:
-    """Where in a run a step is; what a method schedules is a function of it."""
+    """Where in a run a step is. What a method schedules is a function of it."""
 
     step: int
     total_steps: int
@@ -20,15 +20,15 @@ class Progress:
 class Method(nn.Module):
     """A backbone with the heads and the loss of one method.
 
-    A subclass sets `name` (by which the option `method.name` finds it) and `policy` (the name of
-    its authors' view policy, in `ffssl.data.policy.POLICIES`), gives `project` and `loss`, and
-    declares its options as keyword arguments with defaults. Its `loss` passes the views through its
-    networks as `batches` gives them; `project_pair` does.
+    A subclass sets `name` (the value of the option `method.name`) and `policy` (the name of its
+    authors' view policy, in `ffssl.data.policy.POLICIES`). It defines `project` and `loss`, and
+    declares its options as keyword arguments with defaults. Its `loss` must pass the views through
+    its networks as `batches` gives them, which `project_pair` does.
     """
 
     policy = "simsiam"
-    # Pass both views through a network as one batch, over which BatchNorm then normalises; else one
-    # after the other.
+    # Pass both views through a network as one batch, which BatchNorm normalises together. If not,
+    # pass one after the other.
     joint_views = False
     decay_all = True  # weight decay on biases and normalisation parameters too
 
@@ -37,48 +37,55 @@ class Method(nn.Module):
         self.backbone = backbone
 
     def project(self, images: Tensor) -> Tensor:
-        """Projections (N, d) of images (N, 3, R, R); Hard Augment compares views by them."""
+        """Return projections (N, d) of images (N, 3, R, R). Hard Augment compares views by them."""
         raise NotImplementedError
 
     def loss(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """The scalar loss of a batch of positive pairs, each (N, 3, R, R), and the first views'
-        projections (N, d).
+        """Return the loss of a batch of positive pairs, a scalar, and the first views' projections.
+
+        first, second: normalised views, each (N, 3, R, R).
+
+        The projections are (N, d).
         """
         raise NotImplementedError
 
     def batches(self, first: Tensor, second: Tensor) -> list[Tensor]:
-        """The views as they go through a network: (2N, ...), or twice (N, ...)."""
+        """Return the batches that go through a network: one of (2N, ...), or two of (N, ...)."""
         return [torch.cat([first, second])] if self.joint_views else [first, second]
 
     def project_pair(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """Projections (N, d) of each view of a pair."""
+        """Return the projections (N, d) of both views of a pair."""
         return torch.cat([self.project(images) for images in self.batches(first, second)]).chunk(2)
 
     def forward(self, *views: Tensor) -> tuple[Tensor, Tensor]:
         return self.loss(*views)
 
     def targets(self, images: Tensor, projections: Tensor | None = None) -> Tensor:
-        """What the loss compares other views of the images (N, 3, R, R) with: (N, d'), without
-        gradient.
+        """Return targets (N, d') of images (N, 3, R, R), without gradient.
 
-        Here the projections, which are computed unless they are given; those of a teacher for
-        methods that have one.
+        The loss compares other views of the images with them. Here they are the projections, which
+        are computed unless they are given. A method with a teacher returns the teacher's.
         """
         return (self.project(images) if projections is None else projections).detach()
 
     def pair_losses(self, projections: Tensor, targets: Tensor) -> Tensor:
-        """The method's own loss of each pair of an image's views, for Hard Augment: (B, m, m),
-        symmetric.
+        """Return the method's own loss of each pair of an image's views: (B, m, m), symmetric.
 
-        projections: (B, m, d). targets: (B, m, d'). Methods whose loss is none of single images
-        leave this out.
+        projections: (B, m, d).
+        targets: (B, m, d').
+
+        Hard Augment compares pairs by it. A method without a loss of single images does not
+        override this.
         """
         raise NotImplementedError
 
     def compare(self, images: Tensor, batch: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """The losses of all pairs of views, of images (B m, 3, R, R). batch: B and m.
+        """Return the losses of all pairs of views, the projections and the targets.
 
-        Returns the losses (B, m, m), the projections (B, m, d) and the targets (B, m, d').
+        images: all views, (B m, 3, R, R).
+        batch: B and m.
+
+        Their shapes are (B, m, m), (B, m, d) and (B, m, d').
         """
         projections = self.project(images)
         targets = self.targets(images, projections).unflatten(0, batch)
@@ -87,10 +94,10 @@ class Method(nn.Module):
 
     @property
     def pair_loss(self) -> str:
-        """What Hard Augment compares pairs by if it is not told: "method" or "cosine".
+        """How Hard Augment compares pairs by default: "method" or "cosine".
 
-        It is the method's own loss, unless that is none of single images. A subclass for which the
-        cosine of the projections ranks pairs alike, and costs less, may say so.
+        By default it is the method's own loss, if the method has a loss of single images, else
+        "cosine". A subclass may set "cosine" if that ranks pairs alike at a lower cost.
         """
         return "method" if self.has_pair_losses else "cosine"
 
@@ -102,18 +109,19 @@ class Method(nn.Module):
         """Raise UserError if the method can't work with optimiser steps of `batch_size` images."""
 
     def before_step(self, progress: Progress) -> None:
-        """Called before a step's forward pass: set what is scheduled."""
+        """Set what is scheduled. Called before a step's forward pass."""
 
     def after_backward(self, progress: Progress) -> None:
-        """Called when a step's gradients are there, before the optimiser's step: drop those (None)
-        that it is not to follow.
+        """Drop gradients (set them to None) that the optimiser is not to follow.
+
+        Called after a step's backward pass, before the optimiser's step.
         """
 
     def after_step(self, progress: Progress) -> None:
-        """Called after the optimiser's step: update the teacher."""
+        """Update the teacher. Called after the optimiser's step."""
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Groups of the trained parameters for the optimiser.
+        """Return groups of the trained parameters for the optimiser.
 
         A group with `constant_lr` keeps the peak learning rate throughout.
         """
@@ -127,11 +135,12 @@ class Method(nn.Module):
 def mlp(
     widths: list[int], *, last_norm: bool | None, bias: bool = False, last_bias: bool | None = None
 ) -> nn.Sequential:
-    """Linear layers of the given widths with BatchNorm and ReLU between them.
+    """Return linear layers of the given widths with BatchNorm and ReLU between them.
 
-    last_norm: BatchNorm after the last layer with affine parameters (True), without (False), or
-    none (None). bias: whether layers followed by BatchNorm have one. last_bias: whether the last
-    layer has one; if None, it does where no BatchNorm follows.
+    last_norm: BatchNorm after the last layer: with affine parameters (True), without (False), or
+        none (None).
+    bias: whether layers followed by BatchNorm have a bias.
+    last_bias: whether the last layer has a bias; by default it does if no BatchNorm follows.
     """
     layers: list[nn.Module] = []
     for inputs, outputs in zip(widths[:-2], widths[1:-1]):
@@ -140,40 +149,45 @@ def mlp(
             nn.BatchNorm1d(outputs),
             nn.ReLU(inplace=True),
         ]
-    layers.append(
-        nn.Linear(
-            widths[-2],
-            widths[-1],
-            bias=(last_norm is None or bias) if last_bias is None else last_bias,
-        )
-    )
+    if last_bias is None:
+        last_bias = last_norm is None or bias
+    layers.append(nn.Linear(widths[-2], widths[-1], bias=last_bias))
     if last_norm is not None:
         layers.append(nn.BatchNorm1d(widths[-1], affine=last_norm))
     return nn.Sequential(*layers)
 
 
 def full_precision(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Autocast off on the tensor's device: half precision can't tell views that look alike apart,
-    and temperatures magnify its errors.
+    """Return a context that turns autocast off on the tensor's device.
+
+    Half precision can't tell views that look alike apart, and temperatures magnify its errors.
     """
     return torch.autocast("cuda" if tensor.is_cuda else "cpu", enabled=False)
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine similarities, in float32, of rows of a (..., m, d) and b (..., n, d): (..., m, n)."""
+    """Return the cosine similarities of rows of a and b, in float32.
+
+    a: (..., m, d).
+    b: (..., n, d).
+
+    The result is (..., m, n).
+    """
     with full_precision(a):
         return F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).mT
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """A (m, k) @ b (k, n) in float32, which a GPU computes in TF32, in its backward pass too: for
-    the correlations of thousands of dimensions, which take it many times as long in full
-    precision. Not where convolutions may not (`torch.backends.cudnn.allow_tf32`).
+    """Return the float32 product of a (m, k) and b (k, n), computed in TF32 on a GPU.
+
+    The backward pass uses TF32 too. For the correlations of thousands of dimensions, which take
+    many times as long in full precision. TF32 is not used if convolutions may not use it
+    (`torch.backends.cudnn.allow_tf32`).
     """
     return _product_in_tf32(a, b) if a.is_cuda and torch.backends.cudnn.allow_tf32 else a @ b
 
 
-# Which torch.compile calls as it is: it knows no such switch.
+# A custom operation, since torch.compile can't trace the switch.
 @torch.library.custom_op("ffssl::product_in_tf32", mutates_args=())
 def _product_in_tf32(a: Tensor, b: Tensor) -> Tensor:
     matmul = torch.backends.cuda.matmul

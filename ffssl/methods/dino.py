@@ -71,15 +71,13 @@ class DINO(TeacherMethod):
                 nn.init.zeros_(layer.bias)
         self.last_layer = weight_norm(nn.Linear(projection, prototypes, bias=False))
         nn.init.ones_(self.last_layer.parametrizations.weight.original0)
-        # Lengths of the prototypes.
+        # original0 holds the prototypes' lengths.
         self.last_layer.parametrizations.weight.original0.requires_grad_(not norm_last_layer)
         self.frozen_epochs = frozen_epochs
         self.temperature = temperature
-        self.last_teacher_temperature, self.teacher_temperature_epochs = (
-            teacher_temperature,
-            teacher_temperature_epochs,
-        )
-        # A tensor, since compiled code would be compiled again for each new number.
+        self.last_teacher_temperature = teacher_temperature
+        self.teacher_temperature_epochs = teacher_temperature_epochs
+        # A tensor, since torch.compile would compile again for each new number.
         self.register_buffer(
             "teacher_temperature", torch.tensor(self.teacher_temperature_in(0)), persistent=False
         )
@@ -93,8 +91,9 @@ class DINO(TeacherMethod):
         return self.last_layer(projections)
 
     def distances(self, predictions: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy between the teacher's centred and sharpened assignment and the student's
-        (eq. 1 and section 3.1).
+        """Cross-entropy between the teacher's assignment and the student's (eq. 1).
+
+        The teacher's assignment is centred and sharpened (section 3.1).
         """
         with full_precision(predictions):
             assignments = ((targets.float() - self.centre) / self.teacher_temperature).softmax(-1)
@@ -116,11 +115,11 @@ class DINO(TeacherMethod):
         self.teacher_temperature.fill_(self.teacher_temperature_in(progress.epoch))
 
     def after_backward(self, progress: Progress) -> None:
-        """Without a gradient the optimiser leaves the last layer alone, weight decay and momentum
-        included.
+        """Drop the last layer's gradient in the first `frozen_epochs` epochs.
 
-        It is computed even so, as by the authors: DistributedDataParallel waits for the same
-        gradients in every step.
+        Without a gradient the optimiser leaves the layer alone, weight decay and momentum included.
+        The gradient is computed all the same, as in the authors' code: DistributedDataParallel
+        expects the same gradients in every step.
         """
         if progress.epoch < self.frozen_epochs:
             self.last_layer.zero_grad(set_to_none=True)

@@ -52,7 +52,7 @@ class MoCoV2Plus(TeacherMethod):
         self.temperature = temperature
         self.teacher = Teacher(*self.student())
         self.register_buffer("queue", F.normalize(torch.randn(queue, projection), dim=1))
-        # On the device, so that no step waits to read it.
+        # A tensor on the device, so that no step waits to read it.
         self.register_buffer("oldest", torch.zeros((), dtype=torch.int64))
 
     def check(self, batch_size: int) -> None:
@@ -67,17 +67,16 @@ class MoCoV2Plus(TeacherMethod):
         return projections
 
     def distances(self, predictions: Tensor, targets: Tensor) -> Tensor:
-        """InfoNCE (MoCo, eq. 1): cross-entropy of finding the target among it and the queue."""
+        """InfoNCE (MoCo, eq. 1): cross-entropy of finding the target among itself and the queue."""
         positive = cosines(predictions, targets) / self.temperature
-        negatives = (cosines(predictions, self.queue) / self.temperature).logsumexp(
-            -1, keepdim=True
-        )
-        return torch.logaddexp(positive, negatives) - positive
+        negatives = cosines(predictions, self.queue) / self.temperature
+        return torch.logaddexp(positive, negatives.logsumexp(-1, keepdim=True)) - positive
 
     @torch.no_grad()
     def remember(self, targets: Tensor) -> None:
-        """The keys, of all ranks, replace the oldest in the queue: those of the first views, then
-        those of the second.
+        """Replace the oldest keys in the queue by the keys of all ranks.
+
+        Those of the first views come first, then those of the second.
         """
         with full_precision(targets):
             first, second = F.normalize(targets.float(), dim=2).unbind(1)

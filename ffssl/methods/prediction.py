@@ -1,5 +1,6 @@
-"""What SimSiam, BYOL, MoCo and DINO have in common: a view's prediction is compared with another
-view's target, image by image.
+"""The common part of SimSiam, BYOL, MoCo and DINO.
+
+For each image they compare the prediction of one view with the target of another view.
 """
 
 import torch
@@ -9,43 +10,48 @@ from ffssl.methods.base import Method
 
 
 class PredictionMethod(Method):
-    """A subclass gives `project`, `predict` and `distances`, and `targets` if they are not its own
-    projections.
+    """A method that predicts the target of one view from another view of the same image.
+
+    A subclass defines `project`, `predict` and `distances`, and also `targets` if the targets are
+    not its own projections.
     """
 
-    # Of the first view's prediction and of the second's: 0.5 averages the two, 1 adds them.
+    # Weight of each view's prediction in the loss: 0.5 averages the two, 1 adds them.
     direction_weight = 0.5
 
     def predict(self, projections: Tensor) -> Tensor:
-        """Predictions (N, d') from projections (N, d)."""
+        """Return predictions (N, d') from projections (N, d)."""
         raise NotImplementedError
 
     def distances(self, predictions: Tensor, targets: Tensor) -> Tensor:
-        """Loss of each prediction of an image against each target of it: (N, m, n) from (N, m, d')
-        and (N, n, d'). Changes no state.
+        """Return the loss of each prediction of an image against each target of it: (N, m, n).
+
+        predictions: (N, m, d').
+        targets: (N, n, d').
+
+        Changes no state.
         """
         raise NotImplementedError
 
     def remember(self, targets: Tensor) -> None:
-        """Called after the loss with the pair's targets (N, 2, d'), for a queue or a centre of
-        them.
-        """
+        """Store the pair's targets (N, 2, d') in a queue or a centre. Called after the loss."""
 
     def loss(
         self, first: Tensor, second: Tensor, extra_targets: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As in Method. extra_targets: (N, n, d') of further views of each image, without gradient.
+        """Return the loss and the first views' projections, as in Method.
 
-        Each view's prediction is compared with all targets but its own, and the loss averaged over
-        them.
+        extra_targets: (N, n, d'), targets of further views of each image, without gradient.
+
+        Each view's prediction is compared with all targets but its own. The loss is the mean.
         """
         batches = self.batches(first, second)
         projections = [self.project(images) for images in batches]
         predictions = _by_image([self.predict(z) for z in projections])
         pair = _by_image([self.targets(images, z) for images, z in zip(batches, projections)])
-        distances = self.distances(
-            predictions, pair if extra_targets is None else torch.cat([pair, extra_targets], dim=1)
-        )
+        targets = pair if extra_targets is None else torch.cat([pair, extra_targets], dim=1)
+        distances = self.distances(predictions, targets)
+        # Target 0 is prediction 0's own, and target 1 is prediction 1's: leave these two out.
         others = torch.cat([distances[:, 0, 1:], distances[:, 1, :1], distances[:, 1, 2:]], dim=1)
         self.remember(pair)
         return 2 * self.direction_weight * others.mean(), projections[0][: len(first)]
@@ -57,5 +63,5 @@ class PredictionMethod(Method):
 
 
 def _by_image(batches: list[Tensor]) -> Tensor:
-    """(N, 2, d) of both views, from (2N, d) or twice (N, d)."""
+    """Return (N, 2, d) of both views, from one batch (2N, d) or two (N, d)."""
     return torch.cat(batches).unflatten(0, (2, -1)).transpose(0, 1)

@@ -48,10 +48,11 @@ class SimCLR(Method):
 
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
-    """Normalised temperature-scaled cross-entropy (SimCLR, eq. 1), averaged over all 2N views. z1,
-    z2: (N, d).
+    """Normalised temperature-scaled cross-entropy (SimCLR, eq. 1), averaged over all 2N views.
 
-    With several ranks, among the views of all.
+    z1, z2: projections (N, d).
+
+    With several ranks the negatives are the views of all ranks.
     """
     n = len(z1)
     with full_precision(z1):
@@ -64,11 +65,12 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
 
 
 def nt_xent_of_pairs(z: Tensor, temperature: float) -> Tensor:
-    """The terms of NT-Xent by image and pair (i, j) of its m views, had view i and view j of each
-    image been the batch.
+    """NT-Xent of each image, for each pair (i, j) of its m views.
 
-    z: (B, m, d). Returns (B, m, m), symmetric: the mean of i's term and j's; its mean over B is
-    `nt_xent(z[:, i], z[:, j])`.
+    z: projections (B, m, d).
+
+    Return (B, m, m), symmetric. Entry (i, j) is the mean of the terms of view i and view j, with
+    view i and view j of each image as the batch. Its mean over B is `nt_xent(z[:, i], z[:, j])`.
     """
     with full_precision(z):
         z = F.normalize(z.float(), dim=2)
@@ -77,8 +79,7 @@ def nt_xent_of_pairs(z: Tensor, temperature: float) -> Tensor:
     positive = similarity.take_along_dim(own[:, None, None, None], dim=3).squeeze(3)
     other_views = similarity.logsumexp(3)
     same_view = similarity.diagonal(dim1=1, dim2=2).mT  # (B, m, all images)
-    same_view = same_view.scatter(
-        2, own[:, None, None].expand(-1, z.shape[1], -1), float("-inf")
-    ).logsumexp(2)
+    itself = own[:, None, None].expand(-1, z.shape[1], -1)
+    same_view = same_view.scatter(2, itself, float("-inf")).logsumexp(2)
     terms = torch.logaddexp(same_view[:, :, None], other_views) - positive
     return (terms + terms.mT) / 2

@@ -1,4 +1,4 @@
-"""Teachers: networks that follow the student as an exponential moving average (EMA) of its weights."""
+"""Teachers: networks whose weights are an exponential moving average (EMA) of the student's."""
 
 import copy
 from collections.abc import Iterable
@@ -13,12 +13,12 @@ from ffssl.schedules import cosine
 
 
 class Teacher(nn.Module):
-    """A copy of the student's modules, one after the other, that no gradient reaches.
+    """A copy of the student's modules, in sequence, without gradients.
 
-    Its BatchNorm layers are in training mode when the method is: they normalise by the batch, and
-    gather running statistics of their own, which are not averaged with the student's. So it is in
-    the code of BYOL's, MoCo's and DINO's authors. Dropout and stochastic depth are off always (as
-    DINO's authors have it): a target need not be noisy.
+    Its BatchNorm layers are in training mode when the method is. They normalise by the batch and
+    keep their own running statistics, which are not averaged with the student's, as in the official
+    code of BYOL, MoCo and DINO. Dropout and stochastic depth are always off, as in DINO: a target
+    need not be noisy.
     """
 
     def __init__(self, *student: nn.Module):
@@ -45,10 +45,10 @@ class Teacher(nn.Module):
 
 
 class TeacherMethod(PredictionMethod):
-    """A method whose targets come from a teacher, which follows the student after each step of the
-    optimiser.
+    """A method whose targets come from a teacher.
 
-    A subclass makes `self.teacher = Teacher(*self.student())` once its heads are there.
+    The teacher follows the student after each optimiser step. A subclass sets `self.teacher =
+    Teacher(*self.student())` after it has made its heads.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class TeacherMethod(PredictionMethod):
         self.teacher_momentum, self.teacher_momentum_end = teacher_momentum, teacher_momentum_end
 
     def student(self) -> tuple[nn.Module, ...]:
-        """The modules that the teacher follows, in the order in which images pass them."""
+        """Return the modules that the teacher follows, in the order in which images pass them."""
         return self.backbone, self.projector
 
     def project(self, images: Tensor) -> Tensor:
@@ -68,8 +68,9 @@ class TeacherMethod(PredictionMethod):
         return self.teacher(images)
 
     def momentum(self, progress: Progress) -> float:
-        """The EMA's momentum at a step: a half cosine from its first value to its last (BYOL,
-        section 3.3).
+        """Return the EMA's momentum at a step (BYOL, section 3.3).
+
+        It goes from its first value to its last along a half cosine.
         """
         end = self.teacher_momentum_end
         return end - cosine(

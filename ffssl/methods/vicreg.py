@@ -10,8 +10,8 @@ from ffssl.parallel.ranks import gather_with_gradient
 class VICReg(Method):
     """Bardes et al. 2022, after the official code.
 
-    Views agree (invariance), while over the batch each dimension keeps its standard deviation
-    (variance) and is uncorrelated with the others (covariance).
+    The loss makes views agree (invariance). Over the batch it keeps the standard deviation of each
+    dimension (variance) and makes dimensions uncorrelated (covariance).
 
     hidden: width of the projector's hidden layers.
     projection: length of the projections.
@@ -51,15 +51,16 @@ class VICReg(Method):
         return vicreg(z1, z2, *self.weights), z1
 
     def pair_losses(self, projections: Tensor, targets: Tensor) -> Tensor:
-        """The invariance term, the only one that depends on which views of an image are a pair."""
+        """The invariance term, the only one that depends on which views of an image form a pair."""
         with full_precision(projections):
             distances = torch.cdist(projections.float(), targets.float())
         return self.weights[0] * distances.square() / projections.shape[2]
 
 
 def vicreg(z1: Tensor, z2: Tensor, invariance: float, variance: float, covariance: float) -> Tensor:
-    """VICReg, eq. 6, in the official code's scale: the mean over dimensions in each term. z1, z2:
-    (N, d).
+    """VICReg, eq. 6, in the scale of the official code: each term is a mean over dimensions.
+
+    z1, z2: projections (N, d).
     """
     with full_precision(z1):
         z1, z2 = z1.float(), z2.float()

@@ -1,10 +1,11 @@
-"""BatchNorm over the batches of all ranks: the statistics are those that one process would take of
-the joint batch.
+"""BatchNorm over the batches of all ranks.
 
-torch's own `nn.SyncBatchNorm` has the host wait for the GPU in every layer, since the ranks'
-batches may differ in size there, breaks torch.compile's graphs, and fails in half precision where
-no statistics are tracked (pytorch#50126). The ranks of a run have batches of one size: nothing has
-to wait.
+The statistics are those of the joint batch, as one process would compute them.
+
+torch's own `nn.SyncBatchNorm` makes the host wait for the GPU in every layer, since it allows the
+ranks' batches to differ in size. It breaks torch.compile's graphs, and it fails in half precision
+if no statistics are tracked (pytorch#50126). The ranks of a run have batches of one size, so that
+nothing has to wait.
 """
 
 import torch
@@ -18,22 +19,21 @@ from ffssl.parallel.ranks import gather, mean_over_ranks, sum_over_ranks, world_
 
 
 class SyncBatchNorm(_BatchNorm):
-    """For (N, C) and (N, C, ...) in any float type, on any device.
+    """BatchNorm of inputs (N, C) or (N, C, ...) in any float dtype, on any device.
 
-    The ranks' batches must be of one size.
+    All ranks' batches must have the same size.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
-        pass  # all are taken
+        pass  # any shape will do
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
         if taken_as_on_gpu(input):
-            running = (
-                (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
-            )
+            running = None, None
             if self.track_running_stats:
+                running = self.running_mean, self.running_var
                 self.num_batches_tracked += 1
             return _NormaliseOnGpu.apply(
                 input, self.weight, self.bias, *running, self.momentum, self.eps
@@ -47,18 +47,19 @@ class SyncBatchNorm(_BatchNorm):
     def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:
         self.num_batches_tracked += 1
         self.running_mean.lerp_(mean, self.momentum)
-        # Unbiased, as BatchNorm keeps it.
+        # BatchNorm's running variance is unbiased.
         self.running_var.lerp_(variance * count / (count - 1), self.momentum)
 
 
 def taken_as_on_gpu(x: Tensor) -> bool:
-    """Whether torch's passes for GPUs are there for it, and not in the way of torch.compile."""
+    """Return whether to use torch's GPU passes: they break torch.compile's graphs."""
     return x.is_cuda and not torch.compiler.is_compiling()
 
 
 class _SyncBatchNormAct(SyncBatchNorm):
-    """In the place of timm's BatchNormAct2d: followed by its dropout and its activation, of the
-    same names.
+    """Replacement for timm's BatchNormAct2d: BatchNorm, then dropout, then the activation.
+
+    The layers keep their names.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -66,11 +67,12 @@ class _SyncBatchNormAct(SyncBatchNorm):
 
 
 class _Normalise(torch.autograd.Function):
-    """From x (N, C, ...): normalised by the mean and variance (C), in float32, of all ranks'
-    batches, which it returns too.
+    """Normalise x (N, C, ...) by the mean and variance over all ranks' batches.
 
-    On a CPU by torch's fused passes over one rank's batch: written in single operations it took
-    half of a training step. torch.compile fuses what these are made of.
+    Return the normalised x in its dtype, and the mean and the biased variance, (C,) in float32.
+
+    On a CPU it uses torch's fused passes over one rank's batch: single operations took half of a
+    training step. torch.compile fuses the operations itself.
     """
 
     @staticmethod
@@ -78,7 +80,7 @@ class _Normalise(torch.autograd.Function):
         ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         own_mean, own_variance = _statistics(x.float())
-        # Whose squares are to be subtracted.
+        # In float64, since nearly equal squares are subtracted.
         own_mean, own_variance = own_mean.double(), own_variance.double()
         mean, square = mean_over_ranks(torch.stack([own_mean, own_variance + own_mean.square()]))
         variance = (square - mean.square()).clamp(min=0)
@@ -86,13 +88,8 @@ class _Normalise(torch.autograd.Function):
         variance = variance.float()
         ctx.save_for_backward(x, weight, mean, inverse)
         ctx.mark_non_differentiable(mean, variance)
-        return (
-            F.batch_norm(x.float(), mean, variance, weight, bias, training=False, eps=eps).to(
-                x.dtype
-            ),
-            mean,
-            variance,
-        )
+        y = F.batch_norm(x.float(), mean, variance, weight, bias, training=False, eps=eps)
+        return y.to(x.dtype), mean, variance
 
     @staticmethod
     @once_differentiable
@@ -100,50 +97,38 @@ class _Normalise(torch.autograd.Function):
         half, weight, mean, inverse = ctx.saved_tensors
         x, gradient = half.float(), gradient.float()
         per_channel = (-1, *[1] * (x.ndim - 2))
-        # Of this rank's batch: the sums of the gradient times the normalised x, and of the
-        # gradient.
+        # Sums over this rank's batch: of the gradient times the normalised x, and of the gradient.
+        training, eps, wanted = True, 0.0, [False, True, True]  # weight and bias, not x
+        ones, running = torch.ones_like(mean), (None, None)
         _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-            gradient,
-            x,
-            torch.ones_like(mean),
-            None,
-            None,
-            mean,
-            inverse,
-            True,
-            0.0,
-            [False, True, True],
+            gradient, x, ones, *running, mean, inverse, training, eps, wanted
         )
-        # (Ioffe & Szegedy 2015, section 3): a (dy - mean(dy) - x^ mean(dy x^)), with a = weight /
-        # sqrt(variance + eps)
-        product, plain = mean_over_ranks(torch.stack([of_weight, of_bias])) / (
-            x.numel() // x.shape[1]
-        )
+        # The gradient of x is a (dy - mean(dy) - x^ mean(dy x^)), with
+        # a = weight / sqrt(variance + eps) (Ioffe & Szegedy 2015, section 3).
+        count = x.numel() // x.shape[1]
+        product, plain = mean_over_ranks(torch.stack([of_weight, of_bias])) / count
         scale = inverse if weight is None else weight * inverse
         slope = scale * inverse * product
-        rest = torch.addcmul(
-            (slope * mean - scale * plain).view(per_channel), x, slope.view(per_channel), value=-1
-        )
+        offset = (slope * mean - scale * plain).view(per_channel)
+        rest = torch.addcmul(offset, x, slope.view(per_channel), value=-1)
         of_x = rest.addcmul_(gradient, scale.view(per_channel)).to(half.dtype)
-        return (
-            of_x,
-            of_weight if weight is not None else None,
-            of_bias if weight is not None else None,
-            None,
-        )
+        if weight is None:
+            of_weight = of_bias = None
+        return of_x, of_weight, of_bias, None
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (C), biased, of this rank's x (N, C, ...)."""
-    if torch.compiler.is_compiling():  # to which the fused pass would be a wall
+    """Return the mean and the biased variance, (C,), of this rank's x (N, C, ...)."""
+    if torch.compiler.is_compiling():  # torch.compile can't fuse anything with the fused pass
         variance, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
         return mean, variance
     return torch.batch_norm_update_stats(x, None, None, 0.0)
 
 
 class _NormaliseOnGpu(torch.autograd.Function):
-    """The same with the passes of nn.SyncBatchNorm, which take half precision as it is, and keep
-    the layout. Tracks the statistics.
+    """The same with the GPU passes of nn.SyncBatchNorm, which also track the statistics.
+
+    They take half precision as it is, and keep the memory layout.
     """
 
     @staticmethod
@@ -161,8 +146,7 @@ class _NormaliseOnGpu(torch.autograd.Function):
         count = x.numel() // x.shape[1]
         means, inverses = gather(torch.stack(torch.batch_norm_stats(x, eps))[None]).unbind(1)
         counts = means.new_full((world_size(),), count)
-        # Its first argument gives no more than the type of the counts, where there are no running
-        # statistics to give it.
+        # The first argument only gives the counts' dtype, if no running statistics give it.
         mean, inverse = torch.batch_norm_gather_stats_with_counts(
             means, means, inverses, running_mean, running_var, momentum, eps, counts
         )
@@ -179,36 +163,26 @@ class _NormaliseOnGpu(torch.autograd.Function):
             gradient, x, mean, inverse, weight, True, affine, affine
         )
         total, product = sum_over_ranks(torch.stack(sums))
-        counts = torch.full(
-            (world_size(),), x.numel() // x.shape[1], dtype=torch.int32, device=x.device
-        )
+        count = x.numel() // x.shape[1]
+        counts = torch.full((world_size(),), count, dtype=torch.int32, device=x.device)
         of_x = torch.batch_norm_backward_elemt(
             gradient, x, mean, inverse, weight, total, product, counts
         )
-        return (
-            of_x,
-            of_weight if affine else None,
-            of_bias if affine else None,
-            None,
-            None,
-            None,
-            None,
-        )
+        if not affine:
+            of_weight = of_bias = None
+        return of_x, of_weight, of_bias, *[None] * 4
 
 
 def _layout(x: Tensor) -> torch.memory_format:
-    return (
-        torch.channels_last
-        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-        else torch.contiguous_format
-    )
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
 
 
 def synchronise(network: nn.Module) -> None:
-    """Put synchronised BatchNorm in the place of all BatchNorm inside `network`, with the same
-    parameters, buffers and names.
+    """Replace all BatchNorm layers inside `network` by synchronised ones.
 
-    Raises UserError for a kind that does more than it is known to.
+    Parameters, buffers and names stay. Raise UserError for a BatchNorm layer of an unknown kind.
     """
     for parent in list(network.modules()):
         for name, child in parent.named_children():
@@ -227,9 +201,9 @@ def _synchronised(norm: _BatchNorm) -> SyncBatchNorm:
                 "between processes; use one process"
             )
         kind = _SyncBatchNormAct
-    twin = kind(
-        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
-    ).train(norm.training)
+    tracking = norm.track_running_stats
+    twin = kind(norm.num_features, norm.eps, norm.momentum, norm.affine, tracking)
+    twin.train(norm.training)
     for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
         setattr(twin, name, getattr(norm, name))
     for name, child in norm.named_children():

@@ -1,4 +1,4 @@
-"""Which device to use, and in which precision."""
+"""Choose the device and the precision; handle a device's memory."""
 
 import contextlib
 import ctypes
@@ -9,43 +9,52 @@ import torch
 
 from ffssl.errors import UserError
 
-# As the driver and its libraries tell it, which have no class for it.
+# Messages of the driver and its libraries, which have no class for this error.
 _OUT_OF_MEMORY = re.compile("CUDA(?: error:)? out of memory|CU[A-Z]+_STATUS_ALLOC_FAILED")
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Have malloc keep what is freed for the next tensor: on a CPU a step frees and takes all its
-    activations anew, and the system, given them back, clears each page again. A step takes 5 to
-    10 % less time. Does nothing where the C library is not glibc.
+    """Make malloc keep freed memory for the next tensor.
+
+    On a CPU each step frees and allocates all its activations. If the memory goes back to the
+    system in between, the system clears each page again. Keeping it saves 5 to 10 % of a step. Does
+    nothing if the C library is not glibc.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        # Bytes from which a block has pages of its own, and gives them back.
+        # Blocks below this size in bytes do not get pages of their own, which free gives back.
         mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(_M_TRIM_THRESHOLD, -1)  # of free memory at the end that are given back: never
+        # Never give back free memory at the heap's end.
+        mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def mark_work(device: torch.device | None = None) -> torch.cuda.Event:
-    """An event at the end of the work that a GPU, by default the current one, has been given on its
-    current stream. Whoever waits for it sleeps: events of the usual kind are waited for by
-    asking all the time, which holds a core.
+    """Return an event at the end of the work queued so far on the GPU's current stream.
+
+    device: a GPU; by default the current one.
+
+    A thread that waits for the event sleeps. The usual kind of event is polled, which keeps a core
+    busy.
     """
     return torch.cuda.current_stream(device).record_event(torch.cuda.Event(blocking=True))
 
 
 def wait_in_thread(event: torch.cuda.Event) -> None:
-    """Until the GPU has come to an event, in a thread of the package's own, for which the event's
-    GPU becomes the current one: a thread begins with the first of the machine, and waiting there
-    would make a context on it, of half a GB for each process.
+    """Wait for an event in a thread of the package's own.
+
+    The event's GPU becomes the thread's current one. A thread starts with the machine's first GPU
+    as the current one, and waiting there would create a context on it: half a GB for each process.
     """
     torch.cuda.set_device(event.device)
     event.synchronize()
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on `device`: to a GPU by way of pinned memory, so that the host need not wait for
-    what the GPU still computes.
+    """Return the tensor on `device`.
+
+    It goes to a GPU through pinned memory, so that the host need not wait for the GPU's queued
+    work.
     """
     if device.type == "cuda" and not tensor.is_cuda:
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -53,8 +62,10 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, or one that it comes from, tells that a device's memory does not suffice.
-    torch.compile wraps what is raised while it compiles; libraries have no class for it.
+    """Return whether an error, or one of its causes, says that a device is out of memory.
+
+    torch.compile wraps errors that occur while it compiles, and libraries have no class for this
+    one.
     """
     seen: list[BaseException] = []
     pending: list[BaseException | None] = [error]
@@ -73,8 +84,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def until_out_of_memory() -> Iterator[None]:
-    """Leaves what is inside where a device's memory does not suffice, without an error; its tensors
-    are free again then.
+    """Leave the block silently if a device runs out of memory.
+
+    The tensors of the block are free again after it.
     """
     try:
         yield
@@ -84,9 +96,9 @@ def until_out_of_memory() -> Iterator[None]:
 
 
 def choose_device(name: str, option: str = "--run.device") -> torch.device:
-    """The device called `name`; "auto" is the GPU where there is one.
+    """Return the device called `name`; "auto" is the GPU if there is one, else the CPU.
 
-    Raises UserError, naming the `option`, where it can't be had.
+    Raise UserError, naming the `option`, if the device can't be used.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -94,7 +106,7 @@ def choose_device(name: str, option: str = "--run.device") -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
         if device.type == "cuda" and device.index is not None:
-            # For pinned memory and events, which are the current GPU's.
+            # Pinned memory and events belong to the current GPU.
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
@@ -104,15 +116,18 @@ def choose_device(name: str, option: str = "--run.device") -> torch.device:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype:
-    """What autocast, as it is now, computes convolutions in on `device`; float32 where it is off."""
+    """Return the dtype of convolutions on `device` under the current autocast.
+
+    It is float32 if autocast is off.
+    """
     on = device.type in ("cuda", "cpu") and torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if on else torch.float32
 
 
 def precision(amp: str, device: torch.device) -> str:
-    """ "bf16", "fp16" or "off", float32.
+    """Return the mixed precision to use: "bf16", "fp16" or "off" (float32).
 
-    amp: one of these, or "auto": bf16 where the GPU has it, else fp16; on CPU, off.
+    amp: one of these, or "auto": bf16 if the GPU has it, else fp16; off on a CPU.
     """
     if amp != "auto":
         return amp
@@ -120,7 +135,7 @@ def precision(amp: str, device: torch.device) -> str:
 
 
 def has_bf16(gpu: torch.device) -> bool:
-    """Whether a GPU computes in bf16 itself: where it is emulated, nothing is gained by it."""
+    """Return whether a GPU computes in bf16 natively: an emulation gains nothing."""
     with torch.cuda.device(gpu):  # torch asks the current one
         return torch.cuda.is_bf16_supported(including_emulation=False)
 
@@ -136,11 +151,12 @@ def describe_precision(amp: str, device: torch.device) -> str:
 def mixed_precision(
     amp: str, device: torch.device, option: str = "--training.amp"
 ) -> tuple[contextlib.AbstractContextManager, torch.amp.GradScaler]:
-    """The autocast context, which may be entered again and again, and the gradient scaler, which
-    does nothing but for fp16.
+    """Return the autocast context, which can be entered repeatedly, and the gradient scaler.
 
-    amp: as `precision` takes it. Raises UserError, naming the `option`, where the device has no
-    such thing.
+    amp: as in `precision`.
+
+    The scaler does nothing except for fp16. Raise UserError, naming the `option`, if the device
+    does not have this precision.
     """
     amp = precision(amp, device)
     if amp == "fp16" and device.type == "cpu":

@@ -1,4 +1,4 @@
-"""The energy that a GPU has used, by its own counter."""
+"""The energy that a GPU has used, from its own counter."""
 
 from collections.abc import Callable
 
@@ -8,10 +8,10 @@ JOULES_PER_KWH = 3.6e6
 
 
 def energy_counter(device: torch.device) -> Callable[[], float | None]:
-    """A function that returns the joules that the GPU has used since its driver was loaded, or None
-    where nothing counts them.
+    """Return a function that reads the joules used by the GPU since its driver was loaded.
 
-    NVML counts for the whole board, from Volta on.
+    The function returns None if there is no counter. NVML counts the energy of the whole board, on
+    Volta and later.
     """
     if device.type != "cuda":
         return lambda: None
@@ -23,7 +23,7 @@ def energy_counter(device: torch.device) -> Callable[[], float | None]:
             f"GPU-{torch.cuda.get_device_properties(device).uuid}"
         )
         pynvml.nvmlDeviceGetTotalEnergyConsumption(board)
-    # No such package, no driver's library, no counter; whichever error NVML's binding makes of it.
+    # Without the package, the driver's library or a counter, NVML's binding raises various errors.
     except Exception:
         return lambda: None
     return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(board) / 1000

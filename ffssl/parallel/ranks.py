@@ -1,10 +1,9 @@
-"""What the processes of a run, its ranks, share.
+"""Communication between the ranks, the processes of a run.
 
-In one process these functions give back what they are given.
+In a single process these functions return their input.
 
-Gradients follow the convention of DistributedDataParallel, which averages them over the ranks:
-where a loss is a mean over its own rank's images, that average is the gradient of the loss of the
-joint batch.
+Gradients follow the convention of DistributedDataParallel, which averages them over the ranks. If a
+loss is the mean over its rank's images, the average is the gradient of the loss of the joint batch.
 """
 
 import contextlib
@@ -19,20 +18,21 @@ from torch.autograd.function import once_differentiable
 
 from ffssl.errors import Stopped, UserError
 
-# More than rank 0 needs to evaluate and to write a checkpoint, and than torch.compile needs
-# anywhere.
+# More than rank 0 takes to evaluate and to write a checkpoint, and more than torch.compile takes.
 TIMEOUT = timedelta(minutes=30)
 
 
 @contextlib.contextmanager
 def process_group(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[None]:
-    """Joins the processes that torchrun has started, over NCCL where `device` is a GPU, else gloo.
+    """Join the processes that torchrun has started, over NCCL on GPUs, else over gloo.
 
-    A process alone joins nothing.
+    A single process joins nothing. All ranks exit the block together, also after Stopped, which all
+    must raise.
 
-    All leave together, after Stopped too, which all must raise. timeout: after which a rank no
-    longer waits for the others. Raises ConnectionError where another rank is lost, and UserError
-    where some ranks have a GPU and others none, and where the environment does not say how to join.
+    timeout: how long a rank waits for the others.
+
+    Raise ConnectionError if another rank is lost. Raise UserError if only some ranks have a GPU,
+    and if the environment does not say how to join.
     """
     if launched() == 1:
         yield
@@ -54,11 +54,11 @@ def process_group(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterato
             yield
         except Stopped as reason:  # on all ranks
             stopped = reason
-        # Rank 0 may be writing still, and a rank that leaves before it makes torchrun end it.
+        # Rank 0 may still be writing, and torchrun ends it if another rank exits before.
         dist.barrier()
         together = True
     except RuntimeError as error:
-        # Whose errors have no class of their own.
+        # gloo's errors have no class of their own.
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         reason = str(error).splitlines()[0]
@@ -67,7 +67,7 @@ def process_group(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterato
             f"rank ({reason})"
         ) from error
     finally:
-        # NCCL would wait for the others, which may be waiting for this rank.
+        # With NCCL this would wait for the others, which may be waiting for this rank.
         if dist.is_initialized() and (together or not on_gpu):
             dist.destroy_process_group()
     if stopped:
@@ -75,12 +75,16 @@ def process_group(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterato
 
 
 def _require_one_kind(store: "dist.Store", number: int, ranks: int, kind: str) -> None:
-    """Before they join: one over NCCL and one over gloo would wait for each other."""
+    """Raise UserError if some ranks have a GPU and others do not.
+
+    Called before they join: a rank on NCCL and one on gloo would wait for each other.
+    """
     store.set(f"device/{number}", kind)
     kinds = [store.get(f"device/{other}").decode() for other in range(ranks)]
     if len(set(kinds)) > 1:
         store.set(f"told/{number}", "")
-        if number == 0:  # which may be the one that holds the store
+        # Rank 0 may hold the store: it must outlive the others' reads.
+        if number == 0:
             store.wait([f"told/{other}" for other in range(ranks)])
         other = next(other for other in range(ranks) if kinds[other] != kinds[0])
         raise UserError(
@@ -90,9 +94,9 @@ def _require_one_kind(store: "dist.Store", number: int, ranks: int, kind: str) -
 
 
 def launched() -> int:
-    """How many processes have been started as this one's ranks.
+    """Return how many processes have been started as ranks of this run.
 
-    Raises UserError where the environment says that in part only.
+    Raise UserError if the environment is incomplete.
     """
     ranks = _variable("WORLD_SIZE", 1, least=1)
     if ranks > 1:
@@ -116,8 +120,9 @@ def launched() -> int:
 
 
 def _variable(name: str, default: int, *, least: int = 0) -> int:
-    """A number that a launcher has set in the environment; one that is empty is as one that is not
-    there. Raises UserError.
+    """Return an integer that a launcher has set in the environment.
+
+    An empty variable counts as missing. Raise UserError if it is no integer of `least` or more.
     """
     text = os.environ.get(name, "").strip()
     try:
@@ -133,11 +138,11 @@ def _variable(name: str, default: int, *, least: int = 0) -> int:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """The GPU of this rank where `device` is a GPU and this process is one of several: that of its
-    number on the machine, 0 if it has none.
+    """Return this rank's device.
 
-    Raises UserError where the machine has no such GPU, where all are told to use the same, and as
-    `launched` does.
+    It is GPU number LOCAL_RANK (default 0) if this process is one of several and `device` is a GPU,
+    else `device` unchanged. Raise UserError if the machine has no such GPU, if all ranks are told
+    to use the same one, and as `launched` does.
     """
     if launched() == 1 or device.type != "cuda":
         return device
@@ -162,24 +167,25 @@ def local_device(device: torch.device) -> torch.device:
 
 
 def ranks_here() -> int:
-    """How many of the ranks are on this machine."""
+    """Return the number of ranks on this machine."""
     return _variable("LOCAL_WORLD_SIZE", 1, least=1)
 
 
 def cores_per_rank() -> int:
-    """This process's share of the cores that it and the others on its machine may use."""
+    """Return this process's share of the machine's usable cores."""
     return max(len(os.sched_getaffinity(0)) // ranks_here(), 1)
 
 
 def can_share(batch_size: int, ranks: int, parts: int) -> bool:
-    """Whether ranks can deal a batch out equally, each in so many parts, of two images or more."""
+    """Return whether a batch divides equally into ranks * parts parts of two images or more."""
     share, rest = divmod(batch_size, ranks * parts)
     return not rest and share >= 2
 
 
 def check_batch(batch_size: int, parts: int) -> None:
-    """Raise UserError where the ranks can't deal a batch out, in so many parts that are computed
-    one after the other.
+    """Raise UserError if a batch does not divide equally among the ranks.
+
+    parts: parts of each rank, computed one after the other.
     """
     if not can_share(batch_size, world_size(), parts):
         each = f"{parts * world_size()} ({world_size()} processes, --training.accumulate={parts})"
@@ -190,8 +196,9 @@ def check_batch(batch_size: int, parts: int) -> None:
 
 @contextlib.contextmanager
 def errors_on_all_ranks() -> Iterator[None]:
-    """A UserError that one rank raises inside, all ranks raise at its end: none goes on to wait for
-    one that has left.
+    """Raise a UserError of one rank on every rank when the block ends.
+
+    So no rank waits for a rank that has gone.
     """
     message = None
     try:
@@ -206,8 +213,9 @@ def errors_on_all_ranks() -> Iterator[None]:
 
 
 def require_same(facts: dict[str, object]) -> None:
-    """Raises UserError on all ranks, naming the first of `facts` that a rank and rank 0 both know,
-    and in which they differ.
+    """Raise UserError on all ranks if a fact differs between a rank and rank 0.
+
+    The message names the fact. Facts that only one of the two has do not count.
     """
     first, *others = gather_objects(facts)
     for other, theirs in enumerate(others, start=1):
@@ -220,7 +228,10 @@ def require_same(facts: dict[str, object]) -> None:
 
 
 def gather_objects(value: object) -> list:
-    """The values of all ranks, by rank. They are pickled: for what is small, and seldom."""
+    """Return the values of all ranks, by rank.
+
+    They are pickled: use it for small values, and rarely.
+    """
     if world_size() == 1:
         return [value]
     values: list = [None] * world_size()
@@ -237,7 +248,7 @@ def rank() -> int:
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """The tensors (n, ...) of all ranks, by rank, as one (world size * n, ...), without gradient."""
+    """Concatenate the ranks' tensors (n, ...), by rank: (world size * n, ...), without gradient."""
     tensor = tensor.detach()
     if world_size() == 1:
         return tensor
@@ -247,14 +258,15 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def gather_with_gradient(tensor: Tensor) -> Tensor:
-    """As `gather`; the gradients of all ranks reach the rank that a row came from, and are summed
-    there.
+    """Concatenate the ranks' tensors as `gather`, with gradient.
+
+    The gradient of a row is summed over all ranks, on the rank that the row came from.
     """
     return tensor if world_size() == 1 else _Gather.apply(tensor)
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:
-    """The mean over the ranks of tensors of one shape, with gradient."""
+    """Return the mean of the ranks' tensors, which have one shape, with gradient."""
     return tensor if world_size() == 1 else _Sum.apply(tensor) / world_size()
 
 
@@ -281,7 +293,7 @@ class _Sum(torch.autograd.Function):
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum of the ranks' tensors of one shape, without gradient."""
+    """Return the sum of the ranks' tensors, which have one shape, without gradient."""
     total = tensor.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total)
     return total

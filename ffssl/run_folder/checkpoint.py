@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, the last few kept, and loaded without running code from the file."""
+"""Checkpoints: complete or absent, the last few kept, loaded without running code from the file."""
 
 import contextlib
 import errno
@@ -24,12 +24,15 @@ class Damaged(UserError):
 
 
 def save(folder: Path, state: dict, name: str = NAME, *, keep: int = 1) -> None:
-    """Write `state` (tensors, numbers, strings, in dicts and lists) as the folder's checkpoint,
-    replacing the one before.
+    """Write `state` as the folder's checkpoint, in place of the one before.
 
-    "written_on", the machine and the versions, is added. keep: how many there are to be at most;
-    those before are called checkpoint.1.pt (the one before), checkpoint.2.pt and so on. A process
-    killed at any moment leaves either the old checkpoint or the new one.
+    state: tensors, numbers and strings, in dicts and lists. "written_on", the machine and the
+        versions, is added.
+    keep: how many checkpoints to keep. Earlier ones are called checkpoint.1.pt (the one before),
+        checkpoint.2.pt and so on.
+
+    A process killed at any moment leaves either the old checkpoint or the new one. Raise UserError
+    if the file can't be written.
     """
     path = folder / name
     try:
@@ -43,7 +46,7 @@ def save(folder: Path, state: dict, name: str = NAME, *, keep: int = 1) -> None:
             old.unlink()
         sync_folder(folder)
     except (OSError, RuntimeError) as error:
-        # After a failed write torch complains of its position.
+        # After a failed write torch raises a RuntimeError about its position in the file.
         failure = error if isinstance(error, OSError) else error.__context__
         if not isinstance(failure, OSError):
             raise
@@ -55,17 +58,19 @@ def save(folder: Path, state: dict, name: str = NAME, *, keep: int = 1) -> None:
 
 @functools.cache
 def _written_on() -> str:
-    return describe_machine(_PACKAGES)  # runs a program, which is not for every epoch
+    return describe_machine(_PACKAGES)  # cached, since it runs a program
 
 
 def load(
     folder: Path, device: torch.device | str = "cpu", name: str = NAME, *, mend: bool = True
 ) -> dict | None:
-    """The folder's latest checkpoint that is whole, or None where there is none.
+    """Load the folder's latest undamaged checkpoint. Return None if there is none.
 
-    Damaged ones that are later are told, and kept beside it as NAME.damaged. Raises UserError where
-    all are damaged, and where one can't be read. mend: whether files may be renamed; if not, a
-    damaged one that is met is raised as Damaged.
+    Newer checkpoints that are damaged are reported on stderr and renamed to NAME.damaged.
+
+    mend: whether files may be renamed. If not, raise Damaged for a damaged checkpoint.
+
+    Raise UserError if all checkpoints are damaged, and if one can't be read.
     """
     latest, damaged = folder / name, []
     for path in [*([latest] if latest.exists() else []), *_earlier(latest)]:
@@ -78,14 +83,11 @@ def load(
             continue
         for bad, error in damaged:
             os.replace(bad, bad.with_name(f"{bad.name}.damaged"))
-            print(
-                (
-                    f"warning: {error}; kept as {bad.name}.damaged, the one before it, "
-                    f"{path.name}, takes its place"
-                ),
-                file=sys.stderr,
-                flush=True,
+            told = (
+                f"warning: {error}; kept as {bad.name}.damaged, the one before it, "
+                f"{path.name}, takes its place"
             )
+            print(told, file=sys.stderr, flush=True)
         if mend:
             os.replace(path, latest)
         return state
@@ -95,10 +97,10 @@ def load(
 
 
 def read(path: Path, device: torch.device | str = "cpu") -> dict:
-    """A checkpoint file.
+    """Load a checkpoint file.
 
-    Code that it may hold is refused, not run. Raises Damaged where a byte has changed, or for
-    another kind of file.
+    Code in the file is refused, not run. Raise Damaged if a byte has changed, or for a file of
+    another kind; UserError if the disk fails.
     """
     try:
         with open(path, "rb") as file:
@@ -107,30 +109,28 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict:
                     raise zipfile.BadZipFile(f"{bad} has changed")
             file.seek(0)
             return torch.load(file, map_location=device, weights_only=True)
-    except Exception as error:  # a damaged archive raises whatever the part hit raises
+    except Exception as error:  # a damaged archive may raise anything
         if isinstance(error, MemoryError) or is_out_of_memory(error):
             raise
-        # Those are of the archive; others of the disk.
+        # An OSError without a number or with EINVAL comes from the archive, others from the disk.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise UserError(f"{path}: the checkpoint can't be read: {error.strerror}") from error
         raise Damaged(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
 
 
 def _make_earlier(path: Path, keep: int) -> None:
-    """Give the checkpoints that are there the names of earlier ones, without taking away that of
-    the latest.
-    """
+    """Rename the existing checkpoints to earlier ones. The latest keeps its name too."""
     for age in range(keep - 2, 0, -1):
         with contextlib.suppress(FileNotFoundError):
             os.replace(_aged(path, age), _aged(path, age + 1))
     if keep > 1 and path.exists():
         try:
             with replacing(_aged(path, 1)) as link:
-                link.unlink(missing_ok=True)  # of a process that was killed here
+                link.unlink(missing_ok=True)  # a process may have been killed here
                 os.link(path, link)
-        # No hard links on this file system: for a moment, which `load` can cope with, only the
-        # earlier name is there.
         except OSError:
+            # This file system has no hard links. For a moment there is only the earlier name,
+            # which `load` copes with.
             os.replace(path, _aged(path, 1))
 
 
@@ -139,7 +139,7 @@ def _aged(path: Path, age: int) -> Path:
 
 
 def _earlier(path: Path) -> list[Path]:
-    """The checkpoints before the one at `path`, latest first."""
+    """Return the checkpoints before the one at `path`, latest first."""
     middle = {
         other: other.name.removeprefix(f"{path.stem}.").removesuffix(path.suffix)
         for other in path.parent.glob(f"{path.stem}.*{path.suffix}")

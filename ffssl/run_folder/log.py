@@ -1,8 +1,10 @@
-"""The log of a run: one JSON line an epoch, and the same numbers live, with those of steps, for
-TensorBoard and Weights & Biases.
+"""The log of a run: one JSON line an epoch.
+
+TensorBoard and Weights & Biases show the same numbers live, and those of steps.
 """
 
 import contextlib
+import io
 import json
 import os
 import uuid
@@ -17,17 +19,19 @@ NAME = "log.jsonl"
 
 
 def read_log(folder: str | Path) -> list[dict]:
-    """The rows of a run's log, oldest first."""
+    """Return the rows of a run's log, oldest first."""
     return _whole_rows(Path(folder) / NAME)
 
 
 class RunLog:
-    """Appends rows to `log.jsonl` in a folder.
+    """Append rows to `log.jsonl` in a folder.
 
-    Rows after `last_epoch`, of a run killed before its checkpoint, are dropped.
+    last_epoch: later rows, of a run killed before its checkpoint, are dropped.
+    tensorboard: also write TensorBoard files to the folder.
+    wandb: also log to this project of Weights & Biases.
+    options: the run's options, to be shown there.
 
-    tensorboard: also write TensorBoard files to the folder. wandb: also log to this project of
-    Weights & Biases, which shows `options`. Raises UserError where it can't be written.
+    Raise UserError if the log can't be written.
     """
 
     def __init__(
@@ -46,7 +50,7 @@ class RunLog:
             )
             kept = [row for row in _whole_rows(folder / NAME) if row["epoch"] <= last_epoch]
             write_text(folder / NAME, "".join(json.dumps(row) + "\n" for row in kept))
-            self._file = open(folder / NAME, "ab", buffering=0)
+            self._file = io.FileIO(folder / NAME, "ab")
             if tensorboard:
                 self._viewers.append(TensorBoardViewer(folder, last_epoch))
 
@@ -62,7 +66,7 @@ class RunLog:
     def write_step(self, step: int, values: dict[str, float]) -> None:
         """Show values at an optimiser step, counted from the start of the run.
 
-        They are not in `log.jsonl`.
+        They do not go to `log.jsonl`.
         """
         with self._named():
             for viewer in self._viewers:
@@ -85,8 +89,10 @@ class RunLog:
 
 
 class TensorBoardViewer:
-    """Epochs in the folder itself, steps in its subfolder `steps`: resuming drops what is beyond an
-    epoch, or a step, of all tags in a folder.
+    """Write epochs to the folder itself, and steps to its subfolder `steps`.
+
+    A resumed run drops everything in a folder beyond an epoch or a step, so the two need a folder
+    each.
     """
 
     def __init__(self, folder: Path, last_epoch: int):
@@ -117,9 +123,9 @@ class TensorBoardViewer:
 
 
 class WandbViewer:
-    """A run of Weights & Biases, called like the folder.
+    """A run of Weights & Biases, named after the folder.
 
-    A file in the folder keeps its id, so that a resumed run goes on in the same one.
+    A file in the folder keeps its id, so that a resumed run continues the same one.
     """
 
     def __init__(self, folder: Path, project: str, options: dict | None, *, resumed: bool):
@@ -161,7 +167,7 @@ class WandbViewer:
 
 
 def require_wandb() -> ModuleType:
-    """The package wandb. Raises UserError where it is not installed."""
+    """Return the package wandb. Raise UserError if it is not installed."""
     try:
         import wandb
     except ImportError as error:
@@ -173,7 +179,7 @@ def require_wandb() -> ModuleType:
 
 
 def _whole_rows(path: Path) -> list[dict]:
-    """The rows of a log whose last line may have been cut short."""
+    """Return the complete rows of a log; its last line may have been cut short."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

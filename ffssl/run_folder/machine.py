@@ -1,5 +1,6 @@
-"""What a figure was measured on."""
+"""Describe the machine that a figure was measured on."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -8,47 +9,41 @@ from collections import Counter
 
 
 def describe_machine(packages: tuple[str, ...]) -> str:
-    """Processor, usable cores, GPUs, Python and the versions of those of `packages` that are
-    installed, on one line.
+    """Describe processor, usable cores, GPUs, Python and installed packages on one line.
+
+    packages: names; those that are not installed are left out.
     """
     versions = []
     for name in packages:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            pass
     hardware = [_processor(), f"{len(os.sched_getaffinity(0))} cores", *_gpus()]
     return f"{', '.join(hardware)}; Python {platform.python_version()}, {', '.join(versions)}"
 
 
 def _gpus() -> list[str]:
-    """The NVIDIA GPUs, as in "2 x NVIDIA A100"; asked of the driver, since to import torch takes
-    seconds.
+    """Return the NVIDIA GPUs, as in "2 x NVIDIA A100".
+
+    The driver is asked, since importing torch takes seconds.
     """
     try:
         words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        names = subprocess.run(
-            words, capture_output=True, text=True, timeout=20, check=True
-        ).stdout.splitlines()
+        told = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
-    return [f"{count} x {name.strip()}" for name, count in Counter(names).items()]
+    names = Counter(told.stdout.splitlines())
+    return [f"{count} x {name.strip()}" for name, count in names.items()]
 
 
 def _processor() -> str:
     try:
         with open("/proc/cpuinfo") as file:
-            lines = dict(
-                line.split(":", 1)
-                for line in file.read().split("\n\n")[0].splitlines()
-                if ":" in line
-            )
+            first = file.read().split("\n\n")[0]
+            lines = dict(line.split(":", 1) for line in first.splitlines() if ":" in line)
     except OSError:
         return platform.processor() or platform.machine()
     fields = {key.strip(): value.strip() for key, value in lines.items()}
     name = fields.get("model name", platform.machine())
-    return (
-        f"{name} (family {fields['cpu family']}, model {fields['model']})"
-        if "cpu family" in fields
-        else name
-    )
+    if "cpu family" not in fields:
+        return name
+    return f"{name} (family {fields['cpu family']}, model {fields['model']})"

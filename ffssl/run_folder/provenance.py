@@ -1,5 +1,6 @@
-"""How a run was started, and on what: `run.json` in its folder, one entry for each time that it was
-started or continued.
+"""How a run was started, and on what machine.
+
+`run.json` in the run's folder has one entry for each start or continuation.
 """
 
 import datetime
@@ -26,9 +27,10 @@ ROOT = Path(__file__).resolve().parents[2]
 def record_start(folder: Path, device: "torch.device") -> None:
     """Add this process's start to the folder's record.
 
-    One that is damaged is told, and kept as NAME.damaged. Raises UserError on a full disk.
+    A damaged record is reported on stderr and renamed to NAME.damaged. Raise UserError on a full
+    disk.
     """
-    import torch  # takes seconds, which those who only read the record are spared
+    import torch  # takes seconds, which programs that only read the record need not spend
 
     from ffssl.parallel.ranks import world_size
 
@@ -56,9 +58,9 @@ def record_start(folder: Path, device: "torch.device") -> None:
 
 
 def read_starts(folder: Path) -> list[dict]:
-    """The starts of a run, oldest first; none of a run of a version that kept no record.
+    """Return the starts of a run, oldest first; empty if an older version kept no record.
 
-    Raises UserError for a damaged record.
+    Raise UserError for a damaged record.
     """
     path = folder / NAME
     try:
@@ -68,27 +70,18 @@ def read_starts(folder: Path) -> list[dict]:
 
 
 def git_revision(root: Path = ROOT) -> str | None:
-    """The commit that `root` is a checkout of, with -dirty after it if files have changed since;
-    None if it is no checkout.
+    """Return the commit that `root` is a checkout of, or None if it is no checkout.
 
-    "unknown" if git can't tell: where there is none, or the checkout is another user's.
+    The commit ends in -dirty if files have changed since. Return "unknown" if git can't tell: it is
+    not installed, or the checkout belongs to another user.
     """
-    # Asked of git, an installed package would be taken for a part of the repository around it.
+    # git would take an installed package for a part of a repository around it.
     if not (root / ".git").exists():
         return None
     try:
-        words = [
-            "git",
-            "-C",
-            str(root),
-            "describe",
-            "--always",
-            "--dirty",
-            "--abbrev=12",
-            "--exclude=*",
-        ]
-        return subprocess.run(
-            words, capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
+        words = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+        words += ["--abbrev=12", "--exclude=*"]
+        told = subprocess.run(words, capture_output=True, text=True, timeout=10, check=True)
+        return told.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"

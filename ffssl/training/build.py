@@ -1,4 +1,4 @@
-"""The method of a run, with random weights, and its compiled code."""
+"""Build a run's method with random weights, and compile it."""
 
 from collections.abc import Iterable
 
@@ -12,21 +12,17 @@ from ffssl.errors import UserError
 from ffssl.methods import Method, build_method
 from ffssl.training.schedule import RunSchedule, input_sides, view_policies
 
-COMPILED_METHODS = (
-    "loss",
-    "project",
-    "targets",
-    "compare",
-)  # of a method: all that computes with networks
-# For how many shapes and states torch.compile makes code before it gives up: resolutions, and each
-# method's own.
+# The methods of a Method that run its networks.
+COMPILED_METHODS = ("loss", "project", "targets", "compare")
+# torch.compile gives up after this many shapes and states of one function: resolutions, and what a
+# method adds to them.
 SHAPES_COMPILED = 64
 
 
 def build(options: Options, device: torch.device) -> Method:
-    """A run's method with random weights, channels_last.
+    """Return a run's method with random weights, in channels_last.
 
-    Raises UserError for options that no run can have.
+    Raise UserError for options that no run can have.
     """
     model, training = options.model, options.training
     backbone = build_backbone(
@@ -40,9 +36,8 @@ def build(options: Options, device: torch.device) -> Method:
             "--hard_augment.across_policies: the views have one policy alone; leave this out, or "
             "take --augment.policy=byol"
         )
-    hard_augment.check(
-        method, RunSchedule(options, steps_per_epoch=1).selection(training.epochs - 1)
-    )
+    schedule = RunSchedule(options, steps_per_epoch=1)
+    hard_augment.check(method, schedule.selection(training.epochs - 1))
     if training.joint_views is not None:
         method.joint_views = training.joint_views
     return method.to(device, memory_format=torch.channels_last)
@@ -51,23 +46,20 @@ def build(options: Options, device: torch.device) -> Method:
 def compile_methods(
     module: nn.Module, passes: Iterable[str], mode: str, device: torch.device, **settings
 ) -> str:
-    """Have torch.compile make code of these methods of a module, once for each shape.
+    """Make torch.compile compile these methods of a module, once for each shape.
 
-    Returns the mode, "off" if it does nothing.
+    passes: names of the methods.
+    mode: a mode of torch.compile, "off", or "auto": "default" on a GPU and "off" on a CPU.
+    settings: further arguments of torch.compile.
 
-    mode: one of torch.compile's, "off", or "auto": "default" on a GPU. settings: others that
-    torch.compile takes.
+    Return the mode that is used: "off" if nothing is compiled.
     """
     if mode == "auto":
         mode = "default" if device.type == "cuda" else "off"
     if mode != "off":
-        torch._dynamo.config.recompile_limit = max(
-            torch._dynamo.config.recompile_limit, SHAPES_COMPILED
-        )
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, SHAPES_COMPILED)
         for name in passes:
-            setattr(
-                module,
-                name,
-                torch.compile(getattr(module, name), dynamic=False, mode=mode, **settings),
-            )
+            compiled = torch.compile(getattr(module, name), dynamic=False, mode=mode, **settings)
+            setattr(module, name, compiled)
     return mode

@@ -1,4 +1,4 @@
-"""An epoch under way: its batches, timed; what its steps add up to; when they are looked at."""
+"""An epoch under way: its batches, the time they take, its totals, and when to look at them."""
 
 import math
 import time
@@ -16,15 +16,16 @@ from ffssl.training.schedule import StepShape
 from ffssl.training.totals import EpochTotals, Meter, StepResult
 from ffssl.training.transfer import RunAheadLimit, to_device
 
-STEPS_BETWEEN_CHECKS = 50  # on a GPU reading the loss waits for the step; so often costs nothing
-# Fewer steps if they take longer: torchrun grants its processes half a minute to save and leave.
+# Reading the loss waits for the GPU; once in so many steps that costs nothing.
+STEPS_BETWEEN_CHECKS = 50
+# Check earlier if steps take long: torchrun gives its processes half a minute to save and exit.
 SECONDS_BETWEEN_CHECKS = 5.0
 
 
 class Epoch:
-    """What is left of an epoch, counted into `run.totals`. A context manager.
+    """The rest of an epoch, counted into `run.totals`. A context manager.
 
-    Iterating gives views (B, m, 3, R, R) on the run's device.
+    Iterating yields uint8 views (B, m, 3, R, R) on the run's device.
     """
 
     def __init__(self, run: Run, loader: ViewLoader):
@@ -55,8 +56,8 @@ class Epoch:
             asked = time.perf_counter()
             views = next(self._batches)
             totals.waited += time.perf_counter() - asked
-            # So that its random numbers (of dropout) do not depend on where a run was resumed, and
-            # each rank has its own.
+            # Dropout's random numbers must not depend on where a run was resumed. Each rank has
+            # its own.
             torch.manual_seed(run.options.run.seed + self.step + (rank() << 32))
             yield views
             self._bar.update(run.options.training.batch_size)
@@ -73,25 +74,25 @@ class Epoch:
         )
 
     def add(self, result: StepResult) -> None:
-        """Count a step, which is not waited for."""
+        """Count a step, without waiting for it."""
         self._lead()
         self.run.totals.add(result)
         self.run.totals.replaced = self._replaced + self.loader.replaced
 
     def check_is_due(self, saving: bool) -> bool:
-        """Whether to look at the steps since the last check.
+        """Return whether to look at the steps since the last check.
 
-        Several ranks agree on what to do at the checks alone: for one, each step would have to wait
-        for the GPU.
+        Several ranks agree on what to do at the checks alone: otherwise each step would have to
+        wait for the GPU.
         """
         steps = self.run.totals.steps
         due = steps in (self._checked + self._steps_to_check, len(self.loader))
         return due or (saving and world_size() == 1)
 
     def check(self, saving: bool) -> tuple[float, bool]:
-        """The mean loss since the last check, and whether any rank is saving.
+        """Return the mean loss since the last check, and whether any rank is saving.
 
-        Waits for the GPU, and for the other ranks. Raises FloatingPointError for a loss that is not
+        Wait for the GPU and for the other ranks. Raise FloatingPointError if the loss is not
         finite.
         """
         totals = self.run.totals
@@ -126,9 +127,9 @@ class Epoch:
 
 
 def end_epoch(run: Run, loader: ViewLoader, flops: dict[StepShape, int]) -> dict[str, float]:
-    """Count an epoch whose steps are done. Returns its row in the log.
+    """Count an epoch whose steps are done. Return its row of the log.
 
-    flops: of a step of all ranks.
+    flops: FLOPs of one step of all ranks, by the step's shape.
     """
     totals, run.totals = run.totals, EpochTotals()
     epoch, run.epoch = run.epoch, run.epoch + 1
@@ -136,7 +137,8 @@ def end_epoch(run: Run, loader: ViewLoader, flops: dict[StepShape, int]) -> dict
     run.spent["flops"] += totals.steps * flops[run.schedule.shape(epoch)]
     if totals.kwh is not None and (epoch == 0 or "kwh" in run.spent):
         run.spent["kwh"] = run.spent.get("kwh", 0.0) + totals.kwh * world_size()
-    else:  # for good: what a part of the run has used would pass for the whole
+    else:
+        # Drop it for good: the energy of a part of the run would pass for that of the whole.
         run.spent.pop("kwh", None)
 
     last_step = run.epoch * run.schedule.steps_per_epoch - 1

@@ -1,4 +1,4 @@
-"""A step that does not fit into the device's memory."""
+"""Advice for a step that does not fit into the device's memory."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -15,25 +15,30 @@ T = TypeVar("T")
 
 
 def with_memory_advice(run: Run, views: Sequence[int], work: Callable[[], T]) -> T:
-    """Return what `work` returns, which takes steps on views (B, m, 3, R, R).
+    """Return what `work` returns; it takes steps on views (B, m, 3, R, R).
 
-    Raises UserError, with what would fit, if it needs more memory than the device has.
+    views: that shape.
+
+    Raise UserError, saying what would fit, if a step needs more memory than the device has.
     """
     with until_out_of_memory():
         return work()
-    # The failed step's tensors are free again here.
+    # The tensors of the failed step are free here, outside the block.
+    step = f"a step with {views[0]} images of {views[1]} views at {views[-1]} px"
     raise UserError(
-        f"--training.batch_size: a step with {views[0]} images of {views[1]} views at {views[-1]} px "
-        f"needs more memory than {run.device} has; {memory_advice(run, views)}"
+        f"--training.batch_size: {step} needs more memory than {run.device} has; "
+        f"{memory_advice(run, views)}"
     )
 
 
 def memory_advice(run: Run, views: Sequence[int]) -> str:
-    """What to do after a step on views (B, m, 3, R, R) has not fitted: found by trying parts of it.
+    """Say what to do after a step on views (B, m, 3, R, R) did not fit.
 
-    They are tried in eager mode, which rarely needs less: torch.compile takes a minute for each.
+    The advice is found by trying smaller parts of the step. They run in eager mode, which rarely
+    needs less memory: torch.compile takes a minute for each.
     """
-    if world_size() > 1:  # trying takes all ranks, of which only this one may lack memory
+    # A trial takes all ranks, and this one alone may be short of memory.
+    if world_size() > 1:
         return "take a larger --training.accumulate, or more GPUs"
     for parts in (parts for parts in range(2, views[0] // 2 + 1) if views[0] % parts == 0):
         images = views[0] // parts

@@ -1,6 +1,4 @@
-"""Optimisers by name: what is decayed and adapted, and the learning rate and momentum that the
-schedules set.
-"""
+"""Optimisers by name: what they decay and adapt, and how the schedules set them."""
 
 import itertools
 
@@ -8,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
-OPTIMIZERS = ("sgd", "lars", "adamw")  # those of training.optimizer
-TRUST = 0.001  # of LARS: the share of a weight's norm that a step of rate 1 moves it by
+OPTIMIZERS = ("sgd", "lars", "adamw")  # values of training.optimizer
+TRUST = 0.001  # of LARS: norm of a step at a learning rate of 1, as a fraction of the weight's norm
 
 
 def build_optimizer(
@@ -20,26 +18,28 @@ def build_optimizer(
     decay_norm_and_bias: bool | None,
     momentum: float,
 ) -> Optimizer:
-    """One of OPTIMIZERS, at a learning rate of 0, over a method's parameter groups
-    (`Method.parameter_groups`).
+    """Return one of OPTIMIZERS, with a learning rate of 0, over a method's parameter groups.
 
-    decay_norm_and_bias: whether `weight_decay` is for the parameters of normalisation and the
-    biases too; None: as the groups have it. momentum: AdamW's beta1, whose beta2 is 0.999. What
-    LARS does not decay it does not adapt either, as in SimCLR and BYOL.
+    groups: see `Method.parameter_groups`.
+    decay_norm_and_bias: whether `weight_decay` also applies to biases and to the parameters of
+        normalisation; None keeps the decay that each group has.
+    momentum: momentum of SGD and LARS; beta1 of AdamW, whose beta2 is 0.999.
+
+    LARS does not adapt what it does not decay, as in SimCLR and BYOL.
     """
-    import torch._dynamo  # the first step would import it, for seconds, in the time of training
+    # Else the first step would import it, for seconds that count as training.
+    import torch._dynamo
 
     if name == "lars" or decay_norm_and_bias is not None:
         groups = [
             part for group in groups for part in _by_kind(group, weight_decay, decay_norm_and_bias)
         ]
-    # On a CPU too it takes a third of the time.
+    # The fused step takes a third of the time, on a CPU too.
     fused = all(p.device.type in ("cuda", "cpu") for group in groups for p in group["params"])
     if name in ("sgd", "lars"):
         optimizer = {"sgd": SGD, "lars": Lars}[name](groups, lr=0.0, momentum=momentum, fused=fused)
-        # From the beginning, to the same effect: the fused step fails where only some parameters
-        # have had a gradient yet, and leaves a buffer without values where the scaler of fp16 skips
-        # the first step.
+        # Create the momentum buffers now. A zero buffer is equivalent, and fused SGD fails if some
+        # parameters have no gradient in the first step, or if fp16's scaler skips it.
         for p in itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups):
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return optimizer
@@ -47,28 +47,27 @@ def build_optimizer(
 
 
 class Lars(SGD):
-    """Layer-wise adaptive rates (You et al. 2017, algorithm 1): a weight's gradient, with its
-    decay, is scaled so that its norm is 0.001 of the weight's; then SGD. Not where a norm is 0,
-    nor in groups without decay, unless they have `always_adapt`.
+    """Layer-wise adaptive rate scaling (You et al. 2017, algorithm 1).
 
-    The last step is SGD's fused one, which passes over what the scaler of fp16 has found to be
-    infinite, without the host's knowing.
+    The gradient of a weight, with its decay, is scaled to a norm of 0.001 times the weight's norm.
+    SGD follows. A gradient is not scaled if one of the norms is 0, nor in a group without decay,
+    unless the group has `always_adapt`.
+
+    The last step is SGD's fused step. It skips gradients that the fp16 scaler has found to be
+    infinite, and the host need not know.
     """
 
     @torch.no_grad()
     def step(self) -> None:
         decays = [group["weight_decay"] for group in self.param_groups]
-        # Of fp16, as the scaler hands it over.
+        # The fp16 scaler hands its scale over in this attribute.
         scale, self.grad_scale = getattr(self, "grad_scale", None), None
         try:
             for group, decay in zip(self.param_groups, decays):
-                _adapt(
-                    [p for p in group["params"] if p.grad is not None],
-                    decay,
-                    scale,
-                    decay != 0 or group.get("always_adapt", False),
-                )
-                group["weight_decay"] = 0.0  # it is in the gradient now
+                params = [p for p in group["params"] if p.grad is not None]
+                adapt = decay != 0 or group.get("always_adapt", False)
+                _adapt(params, decay, scale, adapt)
+                group["weight_decay"] = 0.0  # the gradient contains it now
             super().step()
         finally:
             for group, decay in zip(self.param_groups, decays):
@@ -76,7 +75,7 @@ class Lars(SGD):
 
 
 def _adapt(params: list[Tensor], decay: float, scale: Tensor | None, adapt: bool) -> None:
-    """Turns the gradients, which are `scale` times too large, into those that SGD is to follow."""
+    """Unscale and adapt the gradients in place. They are `scale` times too large."""
     if not params:
         return
     gradients = [p.grad for p in params]
@@ -93,15 +92,16 @@ def _adapt(params: list[Tensor], decay: float, scale: Tensor | None, adapt: bool
 
 
 def _by_kind(group: dict, weight_decay: float, decay_norm_and_bias: bool | None) -> list[dict]:
-    """A group's weights, and its vectors (the parameters of normalisation, biases), with what the
-    optimiser does to each.
+    """Split a group into weights and vectors, each with its decay.
+
+    Vectors are biases and the parameters of normalisation.
     """
     weights = [p for p in group["params"] if p.ndim > 1]
     vectors = [p for p in group["params"] if p.ndim <= 1]
     decay = (
         group["weight_decay"] if decay_norm_and_bias is None else weight_decay * decay_norm_and_bias
     )
-    # LARS takes a decay of 0 for an exclusion; weights are adapted without decay too
+    # LARS does not adapt groups with a decay of 0. Weights are adapted even then.
     parts = [
         {**group, "params": weights, "always_adapt": True},
         {**group, "params": vectors, "weight_decay": decay},
@@ -112,7 +112,7 @@ def _by_kind(group: dict, weight_decay: float, decay_norm_and_bias: bool | None)
 def set_learning_rate_and_momentum(
     optimizer: Optimizer, learning_rate: float, momentum: float, *, peak: float
 ) -> None:
-    """Before a step.
+    """Set both in all groups, before a step.
 
     A group with `constant_lr` stays at the `peak` learning rate. AdamW's momentum is its beta1.
     """

@@ -1,4 +1,4 @@
-"""What rank 0 keeps of a run, its log and checkpoints, and what it tells."""
+"""What rank 0 keeps and prints of a run: its log, its checkpoints and its progress."""
 
 import contextlib
 import sys
@@ -9,30 +9,30 @@ from ffssl.training.run import Run
 
 
 class NoRecord:
-    """Of the other ranks, which keep nothing."""
+    """The record of the other ranks, which keep nothing."""
 
     def due(self) -> bool:
-        """Whether the last checkpoint is old enough for another one."""
+        """Return whether the last checkpoint is old enough for another one."""
         return False
 
     def save(self, run: Run) -> None:
         """Write a checkpoint in the background."""
 
     def step(self, step: int, loss: float, learning_rate: float) -> None:
-        """Show a step, counted from the start of the run, to whoever watches."""
+        """Show a step, counted from the start of the run, in TensorBoard and the like."""
 
     def untrained(self, row: dict[str, float]) -> None:
-        """Keep and tell the accuracy before the first step."""
+        """Log and print the accuracy before the first step."""
 
     def epoch(self, row: dict[str, float], run: Run) -> None:
-        """Keep and tell a finished epoch."""
+        """Log and print a finished epoch."""
 
     def close(self) -> None:
-        """Wait for what is still being written."""
+        """Wait until everything is written."""
 
 
 class Record(NoRecord):
-    """Of rank 0."""
+    """The record of rank 0."""
 
     def __init__(self, log: RunLog, saver: Saver):
         self._log, self._saver = log, saver
@@ -63,7 +63,7 @@ class Record(NoRecord):
 
 
 def summary(row: dict[str, float], epochs: int) -> str:
-    """A finished epoch on one line."""
+    """Describe a finished epoch on one line."""
     knn = f"  kNN {row['knn']:.1%}" if "knn" in row else ""
     return (
         f"epoch {row['epoch']}/{epochs}  {row['resolution']} px  loss {row['loss']:.3f}  "
@@ -73,7 +73,7 @@ def summary(row: dict[str, float], epochs: int) -> str:
 
 
 def upside_down(row: dict[str, float], loss: str | None) -> str:
-    """A warning of an epoch in which the chosen pairs were easier than random ones."""
+    """Return a warning for an epoch in which the chosen pairs were easier than random ones."""
     advice = (
         "compare them by the method's loss, --hard_augment.loss=method"
         if loss == "cosine"

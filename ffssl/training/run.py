@@ -27,30 +27,28 @@ class Run:
     schedule: RunSchedule
     device: torch.device
     method: Method
-    # The method, whose backward pass averages the gradients over the ranks; in one process the
-    # method itself.
+    # The method as `parallelise` returns it; in one process the method itself.
     parallel: nn.Module
     optimizer: torch.optim.Optimizer
     amp: torch.autocast
     scaler: torch.amp.GradScaler
-    joules: Callable[[], float | None]  # that the GPU has used, see `ffssl.parallel.energy`
+    joules: Callable[[], float | None]  # used by the GPU so far, see `ffssl.parallel.energy`
     epoch: int = 0  # epochs finished
-    totals: EpochTotals = field(default_factory=EpochTotals)  # of the one after them
+    totals: EpochTotals = field(default_factory=EpochTotals)  # of the epoch under way
     spent: dict[str, float] = field(default_factory=lambda: {"seconds": 0.0, "flops": 0.0})
-    # What tells the training images from others.
+    # Identifies the training images, see `ffssl.data.convert.conversion.identity`.
     data: dict[str, object] = field(default_factory=dict)
     resumed: bool = False  # from a checkpoint
 
     @property
     def energy_note(self) -> str:
-        """To be added to what is said of the device: of a GPU whose energy nothing counts; of
-        others nothing.
+        """A suffix for the start-up line.
+
+        It is a warning if this GPU has no energy counter, else an empty string.
         """
-        return (
-            "; no energy counter: kWh left out"
-            if self.device.type == "cuda" and self.joules() is None
-            else ""
-        )
+        if self.device.type == "cuda" and self.joules() is None:
+            return "; no energy counter: kWh left out"
+        return ""
 
     def state(self) -> dict:
         return {
@@ -65,29 +63,27 @@ class Run:
         }
 
     def restore(self, state: dict) -> None:
-        """Go on from a state, of any device."""
+        """Continue from a state, saved on any device."""
         self.epoch, self.spent = state["epoch"], state["spent"]
-        self.totals = (
-            EpochTotals.restored(state["totals"], self.device)
-            if "totals" in state
-            else EpochTotals()
-        )
+        self.totals = EpochTotals()
+        if "totals" in state:
+            self.totals = EpochTotals.restored(state["totals"], self.device)
         self.method.load_state_dict(state["method"])
         for group in state["optimizer"]["param_groups"]:
-            group["fused"] = self.optimizer.defaults["fused"]  # as this device has it
+            group["fused"] = self.optimizer.defaults["fused"]  # depends on the device
         self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:  # of a device whose precision needs one
+        if state["scaler"]:  # empty unless the run was in fp16
             self.scaler.load_state_dict(state["scaler"])
 
 
 def start_run(options: Options, method: Method, schedule: RunSchedule, device: torch.device) -> Run:
-    """A run at its beginning.
+    """Return a run at its beginning.
 
-    method: as `build` makes it; with several ranks, its BatchNorm is synchronised from here on.
+    method: as `build` returns it. With several ranks its BatchNorm layers are synchronised from
+        here on.
     """
-    # cuDNN tries its algorithms on each new shape and keeps the quickest: a run has a resolution
-    # for many epochs, so few shapes.
-    torch.backends.cudnn.benchmark = True  # concerns GPUs alone
+    # cuDNN tries its algorithms on each new shape and keeps the quickest. A run has few shapes.
+    torch.backends.cudnn.benchmark = True
     if device.type == "cpu":
         keep_freed_memory()
     t = options.training
@@ -99,28 +95,23 @@ def start_run(options: Options, method: Method, schedule: RunSchedule, device: t
         decay_norm_and_bias=t.decay_norm_and_bias,
         momentum=t.momentum,
     )
-    return Run(
-        options,
-        schedule,
-        device,
-        method,
-        parallel,
-        optimizer,
-        *mixed_precision(t.amp, device),
-        energy_counter(device),
-    )
+    amp, scaler = mixed_precision(t.amp, device)
+    joules = energy_counter(device)
+    return Run(options, schedule, device, method, parallel, optimizer, amp, scaler, joules)
 
 
 def parallelise(method: Method, device: torch.device) -> nn.Module:
-    """The method as ranks that share a batch compute its loss: over BatchNorm statistics of the
-    joint batch, with averaged gradients.
+    """Return a module that computes the method's loss on this rank's part of a joint batch.
+
+    BatchNorm uses the statistics of the joint batch. The backward pass averages gradients over the
+    ranks.
     """
     if world_size() == 1:
         return method
     batch_norm.synchronise(method)
-    # No buffer is broadcast: what BatchNorm, queues and centres hold is computed from the joint
-    # batch, on all ranks alike.
-    option = "forward_sync_buffers"  # broadcast_buffers in versions of torch before it
+    # No need to broadcast buffers: all ranks compute those of BatchNorm, queues and centres from
+    # the joint batch. Older versions of torch call the option broadcast_buffers.
+    option = "forward_sync_buffers"
     if option not in inspect.signature(DistributedDataParallel).parameters:
         option = "broadcast_buffers"
     return DistributedDataParallel(method, gradient_as_bucket_view=True, **{option: False})

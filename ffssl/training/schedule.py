@@ -11,7 +11,11 @@ from ffssl.hard_augment import Selection
 
 
 class StepShape(NamedTuple):
-    """What a step's cost depends on: the side of its views in pixels, and how many of each image."""
+    """What the cost of a step depends on.
+
+    resolution: side of the views in pixels.
+    views: views of each image.
+    """
 
     resolution: int
     views: int
@@ -19,9 +23,10 @@ class StepShape(NamedTuple):
 
 @dataclass(frozen=True)
 class RunSchedule:
-    """What each epoch and each step of a run is to be.
+    """What to do in each epoch and in each step of a run.
 
-    `options`: all sections; see `ffssl.config`.
+    options: all sections, see `ffssl.config`.
+    steps_per_epoch: optimiser steps.
     """
 
     options: Options
@@ -50,18 +55,19 @@ class RunSchedule:
 
     @property
     def selection_start(self) -> int:
-        """The first epoch in which Hard Augment chooses pairs: by default the one after the
-        warm-up.
+        """The first epoch in which Hard Augment chooses pairs.
+
+        By default it is the one after the warm-up.
         """
         start, epochs = self.options.hard_augment.start_epoch, self.options.training.epochs
         return min(round(self.warmup_epochs), epochs - 1) if start is None else start
 
     def views(self, epoch: int) -> int:
-        """Views rendered of each image: two before pairs are chosen."""
+        """Return the number of views rendered of each image: 2 before pairs are chosen."""
         return self.options.augment.views if epoch >= self.selection_start else 2
 
     def selection(self, epoch: int) -> Selection:
-        """How the pair of views that is trained on is chosen."""
+        """Return how the training pair of each image's views is chosen."""
         h, epochs = self.options.hard_augment, self.options.training.epochs
         if h.select == "off" or epoch < self.selection_start:
             return Selection()
@@ -76,23 +82,19 @@ class RunSchedule:
 
     @property
     def stages(self) -> list[tuple[StepShape, int]]:
-        """The consecutive epochs whose steps cost the same: the shape of their steps, and how many
-        they are.
-        """
-        shapes = itertools.groupby(
-            self.shape(epoch) for epoch in range(self.options.training.epochs)
-        )
-        return [(shape, len(list(epochs))) for shape, epochs in shapes]
+        """Runs of consecutive epochs whose steps have one shape: (shape, number of epochs)."""
+        shapes = (self.shape(epoch) for epoch in range(self.options.training.epochs))
+        return [(shape, len(list(epochs))) for shape, epochs in itertools.groupby(shapes)]
 
     @property
     def first_epochs(self) -> dict[StepShape, int]:
-        """The first epoch of each shape of a step, by resolution in ascending order."""
+        """The first epoch of each step shape, by resolution in ascending order."""
         epochs = reversed(range(self.options.training.epochs))
         return dict(sorted((self.shape(epoch), epoch) for epoch in epochs))
 
     @property
     def resolutions(self) -> list[int]:
-        """All of the run, in ascending order."""
+        """All resolutions of the run, in ascending order."""
         return sorted({shape.resolution for shape, _ in self.stages})
 
     def magnitude(self, epoch: int) -> float:
@@ -126,9 +128,9 @@ class RunSchedule:
 
 
 def view_policies(options: Options) -> tuple[ViewPolicy, ...]:
-    """The policies that a run's views are dealt out to in turn.
+    """Return the policies that render a run's views, in turn.
 
-    Raises UserError for an unknown name.
+    Raise UserError for an unknown name.
     """
     augment = options.augment
     return choose_policies(
@@ -140,8 +142,10 @@ def view_policies(options: Options) -> tuple[ViewPolicy, ...]:
 
 
 def input_sides(options: Options) -> dict[int, str]:
-    """Every side in pixels of the images that a run's backbone sees, of views, of Hard Augment's
-    low-resolution pass and of the evaluation, with the option that it comes from.
+    """Map each side in pixels of the images that the backbone sees to the option it comes from.
+
+    The images are the training views, those of Hard Augment's selection pass, and those of the
+    evaluation.
     """
     r, hard_augment = options.resolution, options.hard_augment
     bounds = {r.min: "--resolution.min", r.max: "--resolution.max"}

@@ -1,4 +1,4 @@
-"""Leaving when a signal asks for it: after the step under way, with a checkpoint."""
+"""Exit on a signal: after the step under way, with a checkpoint."""
 
 import contextlib
 import os
@@ -9,17 +9,17 @@ from collections.abc import Iterator
 from ffssl.errors import Stopped
 from ffssl.parallel.ranks import gather_objects
 
-# Ctrl-C, schedulers and Kubernetes, and the warning that Slurm's --signal sends.
+# Of Ctrl-C; of schedulers and Kubernetes; of Slurm's --signal, a warning.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-# Seconds in which signals are one request: a job's processes often get them from the scheduler and
-# from their parent.
+# Signals within so many seconds are one request: a process often gets one from the scheduler and
+# another from its parent.
 ONE_REQUEST = 1.0
 
 
 class StopRequest:
-    """Whether a signal has asked the program to leave; `check` does so.
+    """Record whether a signal has asked the program to exit; `check` raises Stopped if so.
 
-    The same again, after a second, ends the process at once.
+    A second signal, more than a second after the first, ends the process at once.
     """
 
     def __init__(self):
@@ -31,9 +31,9 @@ class StopRequest:
         return self._number is not None
 
     def check(self) -> None:
-        """Raises Stopped after a signal to this process, or to another rank.
+        """Raise Stopped if this process or another rank has received a signal.
 
-        Called by all ranks at one step.
+        Called by all ranks at the same step.
         """
         numbers = [number for number in gather_objects(self._number) if number is not None]
         if numbers:
@@ -45,8 +45,9 @@ class StopRequest:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """A signal raises Stopped in the midst of the block: for what takes long and leaves nothing
-        half done.
+        """Let a signal raise Stopped in the middle of the block.
+
+        For work that takes long and leaves nothing half done.
         """
         self._at_once = True
         try:
@@ -58,14 +59,10 @@ class StopRequest:
     def handle(self, number: int, _frame: object) -> None:
         if self._number is None:
             self._number, self._time = number, time.monotonic()
-            with contextlib.suppress(OSError):  # a closed terminal; print isn't reentrant
-                os.write(
-                    2,
-                    (
-                        f"\n{signal.Signals(number).name}: saving and leaving; once more "
-                        "leaves at once\n"
-                    ).encode(),
-                )
+            name = signal.Signals(number).name
+            told = f"\n{name}: saving and leaving; once more leaves at once\n"
+            with contextlib.suppress(OSError):  # the terminal may be closed
+                os.write(2, told.encode())  # print isn't reentrant
             if self._at_once:
                 self._check_this_process()
         elif time.monotonic() - self._time > ONE_REQUEST:
@@ -75,15 +72,13 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Signals become a request to stop while the block runs.
+    """Turn signals into a request to stop while the block runs.
 
-    One that was ignored, as under nohup, remains so. For the main thread.
+    A signal that was ignored, as under nohup, stays ignored. For the main thread.
     """
     request = StopRequest()
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    changed = {
-        number: handler for number, handler in before.items() if handler is not signal.SIG_IGN
-    }
+    changed = {number: old for number, old in before.items() if old is not signal.SIG_IGN}
     try:
         for number in changed:
             signal.signal(number, request.handle)

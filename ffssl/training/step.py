@@ -1,4 +1,4 @@
-"""One step of the optimiser."""
+"""One optimiser step."""
 
 import contextlib
 from collections.abc import Callable
@@ -20,10 +20,11 @@ from ffssl.training.totals import StepResult
 def train_step(
     run: Run, views: Tensor, step: int, mark: Callable[[str], None] = lambda part: None
 ) -> StepResult:
-    """One step of the optimiser on this rank's uint8 views (B, m, 3, R, R) on the run's device,
-    without waiting for it.
+    """Take one optimiser step on this rank's views, without waiting for the device.
 
-    mark: called with the name of each part when it has been given to the device.
+    views: uint8 (B, m, 3, R, R) on the run's device.
+    step: counted from the start of the run.
+    mark: called with a part's name when the device has been given all work of that part.
     """
     options, progress = run.options, Progress(step, run.schedule.total_steps, run.epoch)
     learning_rate, momentum = run.schedule.learning_rate_and_momentum(step)
@@ -32,11 +33,12 @@ def train_step(
     )
     run.method.before_step(progress)
     run.optimizer.zero_grad(set_to_none=True)
-    # Before the first part alone: the gradients of one must last while the next adds to them.
+    # Once a step, not once a part: the next part adds to the gradients of the one before.
     if run.device.type == "cuda":
         torch.compiler.cudagraph_mark_step_begin()
+
     parts = views.chunk(options.training.accumulate)
-    # No part's pairs are drawn as another's.
+    # Each part of each step draws its own random pairs.
     seeds = [(options.run.seed + step) * len(parts) + part for part in range(len(parts))]
     with local_gradients(run.parallel):
         results = [
@@ -46,27 +48,27 @@ def train_step(
     steps_per_epoch = run.schedule.steps_per_epoch
     measured = gauges.is_due(step % steps_per_epoch, steps_per_epoch)
     results.append(add_gradients(run, parts[-1], seeds[-1], len(parts), mark, measured=measured))
+
     run.method.after_backward(progress)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     mark("optimiser")
     run.method.after_step(progress)
     mark("teacher")
+
     losses, stds, embeddings, readings = zip(*results)
-    return StepResult(
-        torch.stack(losses).mean(), torch.stack(stds).mean(), torch.cat(embeddings), readings[-1]
-    )
+    loss, std = torch.stack(losses).mean(), torch.stack(stds).mean()
+    return StepResult(loss, std, torch.cat(embeddings), readings[-1])
 
 
 def local_gradients(network: nn.Module) -> contextlib.AbstractContextManager:
-    """Backward passes inside add to this rank's gradients; the next one outside averages the sums
-    over the ranks.
+    """Return a context in which backward passes add to this rank's gradients only.
+
+    The next backward pass outside averages the sums over the ranks.
     """
-    return (
-        network.no_sync()
-        if isinstance(network, DistributedDataParallel)
-        else contextlib.nullcontext()
-    )
+    if isinstance(network, DistributedDataParallel):
+        return network.no_sync()
+    return contextlib.nullcontext()
 
 
 def add_gradients(
@@ -77,13 +79,19 @@ def add_gradients(
     mark: Callable[[str], None] = lambda part: None,
     measured: bool = False,
 ) -> StepResult:
-    """Forward and backward pass over one of the equal `parts` of a batch, as `train_step`."""
+    """Run the forward and backward pass over one of `parts` equal parts of a batch.
+
+    views: uint8 (B / parts, m, 3, R, R) on the run's device.
+    seed: seed of random pairs.
+    mark: as in `train_step`.
+    measured: whether to measure the gauges.
+    """
     selection = run.schedule.selection(run.epoch)
     with run.amp:
         chosen = hard_augment.choose_views(run.method, views, selection, seed)
     mark("selection")
-    # Anew: before torch 2.10 autocast keeps the weights that it cast without gradient, and none
-    # would reach the real ones.
+    # Enter autocast again: before torch 2.10 it caches the weights that the selection cast without
+    # gradient, and no gradient would reach the real weights.
     with run.amp:
         loss, embeddings = run.parallel(*chosen)
     mark("forward")
@@ -93,7 +101,7 @@ def add_gradients(
             readings = measure(run.method, views, chosen[:2], selection, seed, embeddings.detach())
     run.scaler.scale(loss / parts).backward()
     mark("backward")
-    # Copies: CUDA graphs write the next results to the same place.
+    # Copy them: CUDA graphs write the next results to the same memory.
     loss, embeddings = loss.detach().clone(), embeddings.detach().clone()
     return StepResult(loss, embedding_std(embeddings), embeddings, readings)
 
@@ -106,7 +114,7 @@ def measure(
     seed: int,
     embeddings: Tensor,
 ) -> Tensor:
-    """The gauges of a step, see `StepResult`: (3,), NaN for what is not measured."""
+    """Return the gauges of a step, (3,) as in `StepResult`: NaN for those that are not measured."""
     readings = embeddings.new_full((3,), float("nan"), dtype=torch.float32)
     if selection.select == "hard" and views.shape[1] > 2:
         readings[:2] = torch.stack(gauges.hardness(method, views, chosen, selection, seed))
@@ -117,8 +125,9 @@ def measure(
 
 
 def embedding_std(embeddings: Tensor) -> Tensor:
-    """Standard deviation of the L2-normalised embeddings (N, d) times sqrt(d): 1 for directions at
-    random, 0 after a collapse.
+    """Return the standard deviation of the L2-normalised embeddings (N, d) times sqrt(d).
+
+    It is 1 for random directions and 0 after a collapse.
     """
     z = F.normalize(embeddings.float(), dim=1)
     return z.std(0).mean() * z.shape[1] ** 0.5

@@ -1,4 +1,4 @@
-"""What an epoch adds up to: how far it has come, for whoever continues it, and its row in the log."""
+"""The totals of an epoch, from which it can be resumed and its row of the log is made."""
 
 import math
 import time
@@ -15,11 +15,13 @@ from ffssl.training.gauges import EMBEDDINGS
 
 
 class StepResult(NamedTuple):
-    """What a step measured on this rank, on the device, without waiting for it.
+    """What a step measured on this rank. The tensors are on the device, perhaps not computed yet.
 
-    loss, embedding_std: scalars. embeddings: (B, d), of the first views. gauges: (3,), the
-    hardness, the variance of its mean and the predictor's cosine, see `ffssl.training.gauges`; NaN
-    for what a run does not have; None in steps that are not measured.
+    loss, embedding_std: scalars.
+    embeddings: (B, d), of the first views.
+    gauges: (3,), the hardness, the variance of its mean and the predictor's cosine, see
+        `ffssl.training.gauges`. NaN for those that a run does not have. None in steps that are not
+        measured.
     """
 
     loss: Tensor
@@ -33,12 +35,14 @@ PER_STEP = ("losses", "embedding_stds", "gauges")
 
 @dataclass
 class EpochTotals:
-    """An epoch under way, on this rank.
+    """The totals of an epoch under way, on this rank.
 
-    losses, embedding_stds: of each step's loss and embeddings, scalars on the device. gauges: of some
-    steps, (3,). embeddings: (n, d) of the last steps. seconds: of training, `waited` of them for
-    data. replaced: images that did not decode. kwh: of this rank's GPU; None where nothing has
-    counted them, or only a part.
+    losses, embedding_stds: one scalar a step, on the device.
+    gauges: (3,), one for each step that was measured.
+    embeddings: (n, d), of the last steps.
+    seconds: training time, including the time `waited` for data.
+    replaced: images that did not decode and were replaced.
+    kwh: energy of this rank's GPU; None if all or a part of it was not counted.
     """
 
     losses: list[Tensor] = field(default_factory=list)
@@ -65,9 +69,10 @@ class EpochTotals:
         self.embeddings = rows[-max(EMBEDDINGS // world_size(), 1) :].clone()
 
     def average_over_ranks(self) -> None:
-        """Make every figure the mean over the ranks, so that the checkpoint of one will do for all.
+        """Make every figure the mean over the ranks, so that the checkpoint of one rank serves all.
 
-        Called by all ranks at one step. `embeddings` stay this rank's: `all_embeddings` has all.
+        Called by all ranks at the same step. `embeddings` stays this rank's own; `all_embeddings`
+        then has those of all ranks.
         """
         if world_size() == 1:
             return
@@ -85,11 +90,11 @@ class EpochTotals:
 
     @property
     def all_embeddings(self) -> Tensor | None:
-        """The embeddings (n, d) of all ranks, which have shared."""
+        """The embeddings (n, d) of all ranks, after `average_over_ranks`."""
         return self.embeddings if world_size() == 1 else self._everyones
 
     def gauge_means(self) -> dict[str, float]:
-        """The means of the gauges that were measured, and the standard error of the hardness."""
+        """Return the means of the measured gauges, and the standard error of the hardness."""
         if not self.gauges:
             return {}
         hardness, variance, cosine = torch.stack(self.gauges).double().mean(0).tolist()
@@ -98,17 +103,16 @@ class EpochTotals:
         return {name: mean for name, mean in means.items() if not math.isnan(mean)}
 
     def state(self) -> dict:
-        """For a checkpoint, of any number of ranks: `replaced` and kwh are of all together.
+        """Return the state for a checkpoint, after `average_over_ranks`.
 
-        Called once they have shared.
+        `replaced` and `kwh` are the sums over the ranks, so that any number of ranks can resume.
         """
         kwh = None if self.kwh is None else self.kwh * world_size()
         rows = torch.empty(0) if self.embeddings is None else self.all_embeddings
-        lists = {
-            name: torch.stack(values) if values else torch.empty(0)
-            for name in PER_STEP
-            for values in [getattr(self, name)]
-        }
+        lists = {}
+        for name in PER_STEP:
+            values = getattr(self, name)
+            lists[name] = torch.stack(values) if values else torch.empty(0)
         return {
             "seconds": self.seconds,
             "waited": self.waited,
@@ -134,10 +138,9 @@ class EpochTotals:
 
 
 class Meter:
-    """Charges the time since the last charge, and the energy where something counts it, to an
-    epoch's totals.
+    """Charge the time and the energy since the last charge to an epoch's totals.
 
-    joules: used so far, or None; see `ffssl.parallel.energy`.
+    joules: returns the joules used so far, or None without a counter, see `ffssl.parallel.energy`.
     """
 
     def __init__(self, totals: EpochTotals, joules: Callable[[], float | None]):
@@ -145,12 +148,12 @@ class Meter:
         self._time, self._joules = time.perf_counter(), joules()
 
     def elapsed(self) -> float:
-        """Seconds since the last charge."""
+        """Return the seconds since the last charge."""
         return time.perf_counter() - self._time
 
     def charge(self) -> None:
         now, joules = time.perf_counter(), self._read_joules()
-        # Now or before; the rest would pass for the whole.
+        # None, now or before: a part of the energy would pass for the whole.
         if joules is None or (self._totals.kwh is None and self._totals.seconds):
             self._totals.kwh = None
         else:

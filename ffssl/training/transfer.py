@@ -1,4 +1,4 @@
-"""Batches on their way to the device."""
+"""Copy batches to the device while it computes."""
 
 import collections
 import itertools
@@ -11,10 +11,11 @@ from ffssl.parallel.device import mark_work
 
 
 def to_device(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """Batches of one shape, of which the last may be shorter, on the `device`.
+    """Yield the batches on `device`.
 
-    Their memory is overwritten by the next. On a GPU a batch is copied while the one before it is
-    computed with; it is overwritten by the next but one.
+    All batches have one shape, but the last may be shorter. The memory of a yielded batch is
+    reused: on a CPU by the next batch; on a GPU by the next but one. A GPU copies a batch while it
+    computes with the one before.
     """
     if device.type != "cuda":
         yield from (batch.to(device) for batch in batches)
@@ -22,14 +23,14 @@ def to_device(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tenso
     computing, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
     batches, buffers, read = iter(batches), [], []
     for turn in itertools.cycle((0, 1)):
-        # On which a loader notes that its last batch has been read.
+        # The loader records on this stream when its last batch has been read.
         with torch.cuda.stream(copying):
             batch = next(batches, None)
         if batch is None:
             return
         if len(buffers) < 2:
             buffers.append(torch.empty_like(batch, device=device))
-            read.append(computing.record_event())  # the memory may have been something else's
+            read.append(computing.record_event())  # work queued earlier may still use the memory
         copying.wait_event(read[turn])
         with torch.cuda.stream(copying):
             on_device = buffers[turn][: len(batch)].copy_(batch, non_blocking=True)
@@ -39,10 +40,10 @@ def to_device(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tenso
 
 
 class RunAheadLimit:
-    """How far the host may be ahead of a GPU: by `steps` steps, so that waiting for the GPU is not
-    taken for waiting for data.
+    """Keep the host at most `steps` steps ahead of a GPU.
 
-    Call after each step; does nothing on a CPU.
+    Otherwise waiting for the GPU would be counted as waiting for data. Call after each step. Does
+    nothing on a CPU.
     """
 
     def __init__(self, device: torch.device, steps: int = 2):

@@ -1,4 +1,4 @@
-"""The views that a run is trained on."""
+"""The training views of a run."""
 
 import warnings
 
@@ -9,9 +9,10 @@ from ffssl.training.schedule import view_policies
 
 
 def open_loader(options: Options) -> ViewLoader:
-    """A run's training views: this rank's part of every batch."""
+    """Open the loader of a run's training views: this rank's part of every batch."""
     data = options.data
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of labels
+    # Warnings about labels do not matter here.
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
         return ViewLoader(
             data.train,
             batch_size=options.training.batch_size // world_size(),
