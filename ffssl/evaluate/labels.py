@@ -4,9 +4,8 @@ classes.
 
 import numpy as np
 
-from ffssl.data.beton.read import Beton, describe_fields
+from ffssl.data.beton.read import UNLABELLED, Beton, describe_fields
 from ffssl.data.convert.conversion import read_description
-from ffssl.data.convert.sources.base import UNLABELLED
 from ffssl.errors import UserError
 
 

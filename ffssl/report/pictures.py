@@ -11,7 +11,7 @@ from html import escape
 import numpy as np
 import torch
 
-from ffssl.data.convert.sources.base import UNLABELLED
+from ffssl.data.beton.read import UNLABELLED
 from ffssl.methods import Method
 from ffssl.plots import COLOURS
 from ffssl.report import samples

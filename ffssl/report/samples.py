@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ffssl.data.beton.read import Beton, read_beton
-from ffssl.data.convert.sources.base import UNLABELLED
+from ffssl.data.beton.read import UNLABELLED, Beton, read_beton
 from ffssl.data.loader import ViewLoader
 from ffssl.evaluate.features import extract_features, open_views
 from ffssl.evaluate.labels import shared_classes
