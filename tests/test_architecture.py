@@ -1,6 +1,7 @@
 """The package's order of dependency: a part imports only parts that come before it."""
 
 import ast
+import symtable
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +53,17 @@ def test_imports_are_found_wherever_they_stand():
     found = list(imported(source))
     assert found == ["ffssl.train", "ffssl.data.beton.read", "ffssl.data.beton.write"]
     assert [part_of(name) for name in found] == ["train", "data.beton", "data.beton"]
+
+
+def test_what_is_imported_is_there():
+    # An import inside a function fails only when that function runs.
+    there = dict(modules())
+    for name, source in there.items():
+        for target in imported(source):
+            if target.startswith("ffssl.") and target not in there:
+                module, _, wanted = target.rpartition(".")
+                symbols = symtable.symtable(there[module], module, "exec").get_symbols()
+                assert wanted in {s.get_name() for s in symbols if s.is_local()}, (name, target)
 
 
 def test_the_order_names_every_part():

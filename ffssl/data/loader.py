@@ -303,7 +303,7 @@ class ViewLoader:
         if 2 * self.workers * 3 * int(sizes[index]) < self.memory_bytes:
             return "lower batch_size, views, batches_ahead or the largest resolution"
         # Not imported for every training: it changes Pillow's limits.
-        from ffssl.data.convert import description_or_empty
+        from ffssl.data.convert.conversion import description_or_empty
 
         width, height = (int(self.beton.images[side][index]) for side in ("width", "height"))
         noted = description_or_empty(self.beton.path).get("largest", {})
