@@ -215,7 +215,7 @@ def test_tables_3_and_6_to_8_and_figure_3(switches, sides, spends, beton, tmp_pa
     spent = [
         b - a for a, b in zip([0, *(row["flops"] for row in rows)], (row["flops"] for row in rows))
     ]
-    plain = {side: flops for side, flops in zip((32, 16), plain_steps(options))}
+    plain = dict(zip((32, 16), plain_steps(options)))
     steps, warmup = 4, round(RunSchedule(options, 4).warmup_epochs)
     for epoch, (side, flops) in enumerate(zip(sides, spent)):
         selects = spends and epoch >= warmup

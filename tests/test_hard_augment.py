@@ -122,7 +122,7 @@ def test_mixed_precision_around_it_does_not_change_the_hardest_pair():
 
 def test_random_pairs_are_uniform_over_all_pairs():
     chosen = random_pair(6000, 4, torch.Generator().manual_seed(0))
-    counts = {pair: 0 for pair in itertools.combinations(range(4), 2)}
+    counts = dict.fromkeys(itertools.combinations(range(4), 2), 0)
     for pair in chosen.tolist():
         counts[tuple(pair)] += 1
     assert all(abs(count - 1000) < 4 * (6000 * 1 / 6 * 5 / 6) ** 0.5 for count in counts.values())

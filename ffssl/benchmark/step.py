@@ -124,8 +124,10 @@ def describe(options: Options, device: torch.device) -> str:
         else ""
     )
     return (
-        f"{where(device)}: {options.method.name}, {options.model.backbone}, {options.training.batch_size} images of {options.augment.views} views{selection}; "
-        f"{describe_precision(options.training.amp, device)}; torch.compile {options.training.compile}"
+        f"{where(device)}: {options.method.name}, {options.model.backbone}, "
+        f"{options.training.batch_size} images of {options.augment.views} views{selection}; "
+        f"{describe_precision(options.training.amp, device)}; torch.compile "
+        f"{options.training.compile}"
     )
 
 

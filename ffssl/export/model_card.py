@@ -75,15 +75,20 @@ def loading_code(model: ModelOptions, backbone: nn.Module, to: str, file: str) -
     name = model.backbone
     if to == "torchvision":
         return (
-            f"import torch, torchvision\n\nbackbone = torchvision.models.{name}()\nbackbone.fc = torch.nn.Identity()\n"
+            f"import torch, torchvision\n\nbackbone = torchvision.models.{name}()\nbackbone.fc = "
+            "torch.nn.Identity()\n"
             f'backbone.load_state_dict(torch.load("{file}", weights_only=True))'
         )
     if isinstance(backbone, TimmModel) or (name in RESNETS and model.stem == "imagenet"):
         sizes = "dynamic_img_size=True, " if isinstance(backbone, ResizableViT) else ""
-        return f'import timm\n\nbackbone = timm.create_model("{name}", num_classes=0, {sizes}checkpoint_path="{file}")'
+        return (
+            f'import timm\n\nbackbone = timm.create_model("{name}", num_classes=0, '
+            f'{sizes}checkpoint_path="{file}")'
+        )
     return (
         "from safetensors.torch import load_file\n\nfrom ffssl.backbones import build_backbone\n\n"
-        f'backbone = build_backbone("{name}", stem="{model.stem}")\nbackbone.load_state_dict(load_file("{file}"))'
+        f'backbone = build_backbone("{name}", '
+        f'stem="{model.stem}")\nbackbone.load_state_dict(load_file("{file}"))'
     )
 
 
@@ -103,8 +108,10 @@ def training(run: LoadedRun) -> list[str]:
         if epoch == epochs
         else f"{epoch} of {epochs} epochs{steps}: the run had not finished",
         f"images: {describe_images(Path(options.data.train))}",
-        f"{options.training.optimizer} by the schedule {options.training.schedule}, views of {resolution}",
-        f"{state['spent']['flops']:.4g} FLOPs (a backward pass counted as two forward passes), {state['spent']['seconds']:.0f} s of training"
+        f"{options.training.optimizer} by the schedule {options.training.schedule}, views of "
+        f"{resolution}",
+        f"{state['spent']['flops']:.4g} FLOPs (a backward pass counted as two forward passes), "
+        f"{state['spent']['seconds']:.0f} s of training"
         + (f", in the {epoch} epochs" if steps else ""),
         f"seed {options.run.seed}",
     ]
@@ -119,7 +126,10 @@ def describe_images(beton: Path) -> str:
     if not description:
         return beton.name
     classes = f" of {len(description['class_names'])} classes" if description["class_names"] else ""
-    return f"{beton.name}, {description['samples']}{classes}, source {description['source']['kind']}, sha256 {description['sha256']}"
+    return (
+        f"{beton.name}, {description['samples']}{classes}, source "
+        f"{description['source']['kind']}, sha256 {description['sha256']}"
+    )
 
 
 def published_options(options: Options) -> str:
@@ -138,7 +148,8 @@ def online_knn(options: Options, folder: Path, epoch: int) -> list[str]:
     """The kNN accuracy that the log has of the epoch, in a line, or nothing."""
     e = options.evaluate
     return [
-        f"Online kNN after epoch {epoch}: {row['knn']:.2%} (k = {e.k}, T = {e.temperature:g}, at most {e.bank_samples} training images; centre "
+        f"Online kNN after epoch {epoch}: {row['knn']:.2%} (k = {e.k}, T = {e.temperature:g}, at "
+        f"most {e.bank_samples} training images; centre "
         f"crops of {options.resolution.max} px of {Path(options.data.validation).name})"
         for row in read_log(folder)
         if row["epoch"] == epoch and "knn" in row

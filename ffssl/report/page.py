@@ -78,11 +78,13 @@ def compose(runs: list[ReportedRun], device: torch.device) -> tuple[str, dict[st
         for anchor, title, body in sections
     )
     page = (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width, initial-scale=1">'
         f"<title>{escape(', '.join(run.name for run in runs))}</title><style>{CSS}</style></head>\n<body><main>"
         f"<h1>{' and '.join(escape(run.name) for run in runs) if len(runs) < 3 else f'{len(runs)} training runs'}</h1>"
         f'<p class="muted">{escape(_subject(runs))}</p><nav>{links}</nav>\n{bodies}\n'
-        f"<footer>Written by python -m ffssl.report on {datetime.date.today().isoformat()}.</footer></main></body></html>\n"
+        "<footer>Written by python -m ffssl.report on "
+        f"{datetime.date.today().isoformat()}.</footer></main></body></html>\n"
     )
     return page, gallery.pngs
 
@@ -121,7 +123,10 @@ def _note(text: str, kind: str = "") -> str:
 
 
 def _run_name(runs: list[ReportedRun], place: int) -> str:
-    return f'<span class="run"><span class="swatch" style="--tone: var(--run{place % len(COLOURS)})"></span>{escape(runs[place].name)}</span>'
+    return (
+        '<span class="run"><span class="swatch" style="--tone: '
+        f'var(--run{place % len(COLOURS)})"></span>{escape(runs[place].name)}</span>'
+    )
 
 
 def _heading(runs: list[ReportedRun], place: int) -> str:
@@ -145,7 +150,8 @@ def _cost(runs: list[ReportedRun], gallery: Gallery) -> str:
     warning = ""
     if len(evaluations) > 1:
         warning = _note(
-            "These accuracies are of different data or measured in different ways, and not to be compared: "
+            "These accuracies are of different data or measured in different ways, and not to be "
+            "compared: "
             + "; ".join(
                 f"{run.name}: {_describe_evaluation(run)}" for run in runs if run.last_evaluation
             )
@@ -173,7 +179,8 @@ def _describe_evaluation(run: ReportedRun) -> str:
     data, evaluate = run.options.data, run.options.evaluate
     digest = f" (digest {run.trained_on['digest']})" if run.trained_on else ""
     return (
-        f"{data.validation} by at most {evaluate.bank_samples} images of {data.train}{digest}, {run.options.resolution.max} px, "
+        f"{data.validation} by at most {evaluate.bank_samples} images of {data.train}{digest}, "
+        f"{run.options.resolution.max} px, "
         f"k = {evaluate.k}, T = {evaluate.temperature:g}"
     )
 
@@ -228,9 +235,12 @@ def _table(runs: list[ReportedRun]) -> str:
         f'<th scope="col"{"" if j < 2 else NUMBER}>{title}</th>' for j, title in enumerate(titles)
     )
     return (
-        f'<div class="card scroll"><table class="summary"><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
-        '<p class="muted">Accuracy of weighted kNN on the frozen features, the last that was measured. FLOPs in the standard count '
-        "(backward = 2 forward); the time is that of training, without the evaluations. Costs are compared where the accuracies are of "
+        '<div class="card scroll"><table '
+        f'class="summary"><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+        '<p class="muted">Accuracy of weighted kNN on the frozen features, the last that was '
+        "measured. FLOPs in the standard count "
+        "(backward = 2 forward); the time is that of training, without the evaluations. Costs are "
+        "compared where the accuracies are of "
         "one evaluation, times and energies where the hardware is the same too.</p>"
     )
 
@@ -253,7 +263,10 @@ def _ratio(first: ReportedRun, run: ReportedRun, key: str) -> str:
         or not own
     ):
         return ""
-    return f"{max(before / own, own / before):.2f}× {'less' if own <= before else 'more'} than {escape(first.name)}"
+    return (
+        f"{max(before / own, own / before):.2f}× {'less' if own <= before else 'more'} than "
+        f"{escape(first.name)}"
+    )
 
 
 def _results(runs: list[ReportedRun]) -> str:
@@ -278,7 +291,8 @@ def _results(runs: list[ReportedRun]) -> str:
         for title, number in {"run": False, **results.COLUMNS}.items()
     )
     return (
-        f'{notes}<div class="card scroll"><table class="summary"><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
+        f'{notes}<div class="card scroll"><table '
+        f'class="summary"><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
         f"{_lead('What python -m ffssl.evaluate has measured of the frozen backbones.')}"
     )
 
@@ -289,7 +303,8 @@ def _schedules(runs: list[ReportedRun], gallery: Gallery) -> str:
     if not charts:
         return _note("The runs' checkpoints, which hold their options, are gone or can't be read.")
     words = (
-        '<div class="words">Momentum moves against the learning rate, which keeps the noise scale of the gradient, '
+        '<div class="words">Momentum moves against the learning rate, which keeps the noise scale '
+        "of the gradient, "
         "ε|D| / (B(1 − β)), in check. Where that noise is large, low resolution does no harm."
         f"{' Dashed: epochs that are still to come.' if any(run.unfinished for run in runs) else ''}</div>"
     )
@@ -301,7 +316,8 @@ def _training(runs: list[ReportedRun], gallery: Gallery) -> str:
     several = len({run.options.method.name for run in runs if run.options}) > 1
     words = "The losses of different methods are not to be compared. " if several else ""
     words += (
-        "Averages over each epoch. The spread is the standard deviation of the normalised embeddings times √d: 1 for directions at "
+        "Averages over each epoch. The spread is the standard deviation of the normalised "
+        "embeddings times √d: 1 for directions at "
         "random, 0 after a collapse."
     )
     return (
@@ -319,18 +335,24 @@ def _config(runs: list[ReportedRun]) -> str:
     differing, same = compare_options(runs)
     heads = "".join(f'<th scope="col">{_run_name(runs, i)}</th>' for i in known)
     lines = "".join(
-        f'<tr class="differs"><th scope="row">{name}</th>{"".join(f"<td>{_value(value)}</td>" for value in values)}</tr>'
+        '<tr class="differs"><th '
+        f'scope="row">{name}</th>{"".join(f"<td>{_value(value)}</td>" for value in values)}</tr>'
         for name, values in differing.items()
     )
     rest = "".join(
         f'<tr><th scope="row">{name}</th><td>{_value(value)}</td></tr>'
         for name, value in same.items()
     )
-    table = f'<div class="card scroll"><table class="config"><thead><tr><th></th>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
+    table = (
+        '<div class="card scroll"><table '
+        f'class="config"><thead><tr><th></th>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
+    )
     return (
-        f"{table if differing else ''}<details{'' if differing else ' open'}><summary>{len(same)} options"
+        f"{table if differing else ''}<details{'' if differing else ' open'}><summary>{len(same)} "
+        "options"
         f"{' that all runs share' if len(known) > 1 else ''}</summary>"
-        f'<div class="card scroll"><table class="config"><tbody>{rest}</tbody></table></div></details>'
+        '<div class="card scroll"><table '
+        f'class="config"><tbody>{rest}</tbody></table></div></details>'
     )
 
 

@@ -24,10 +24,14 @@ from ffssl.report.runs import ReportedRun
 # number of times.
 SHOWN_SIDE = 104
 VIEWS = (
-    "The views of a few images, as the training sees them in a few of its epochs, as large beside each other as they are in pixels. "
+    "The views of a few images, as the training sees them in a few of its epochs, as large beside "
+    "each other as they are in pixels. "
     "Framed: the pair that Hard Augment chooses, with the weights of the checkpoint."
 )
-NEIGHBOURS = "Images, and the training images whose features are nearest to theirs by the cosine, nearest first. Dashed: those of another class."
+NEIGHBOURS = (
+    "Images, and the training images whose features are nearest to theirs by the "
+    "cosine, nearest first. Dashed: those of another class."
+)
 
 
 def show_views(run: ReportedRun, method: Method, place: int, gallery: Gallery) -> str:
@@ -51,8 +55,10 @@ def show_views(run: ReportedRun, method: Method, place: int, gallery: Gallery) -
             cells += f'<div class="views">{images}</div>'
         to_come = "<small>to come</small>" if one.epoch >= run.epoch else ""
         rows.append(
-            f'<div class="epoch"><div><b>epoch {one.epoch + 1}</b><small>{one.resolution} px</small><small>magnitude {one.magnitude:.3g}</small>'
-            f'{to_come}</div><div class="images" style="--share: {one.resolution / largest:.4f}">{cells}</div></div>'
+            f'<div class="epoch"><div><b>epoch {one.epoch + 1}</b><small>{one.resolution} '
+            f"px</small><small>magnitude {one.magnitude:.3g}</small>"
+            f'{to_come}</div><div class="images" style="--share: '
+            f'{one.resolution / largest:.4f}">{cells}</div></div>'
         )
         groups = [
             [*((view, v in pair) for v, view in enumerate(views)), None]
@@ -63,12 +69,14 @@ def show_views(run: ReportedRun, method: Method, place: int, gallery: Gallery) -
     enlarged = f" Enlarged {zoom} times." if zoom > 1 else ""
     select = run.options.hard_augment.select
     words = {
-        "hard": f"{count} views of each image; the pair is chosen at {run.options.hard_augment.resolution} px.",
+        "hard": f"{count} views of each image; the pair is chosen at "
+        f"{run.options.hard_augment.resolution} px.",
         "random": f"{count} views of each image, of which a pair is drawn at random in every step.",
         "off": f"{count} views of each image.",
     }[select]
     return (
-        f'<p class="muted">{words}{enlarged}</p><div class="card epochs{" pixels" if zoom > 1 else ""}" '
+        f'<p class="muted">{words}{enlarged}</p><div class="card '
+        f'epochs{" pixels" if zoom > 1 else ""}" '
         f'style="--side: {zoom * largest}px; --across: {across}">{"".join(rows)}</div>'
     )
 
@@ -89,9 +97,12 @@ def show_choice(run: ReportedRun, method: Method, place: int, gallery: Gallery) 
     colour = COLOURS[place % len(COLOURS)]
     same = choice.selection_resolution == choice.resolution
     words = (
-        f"Of {len(candidates)} pairs, the pass at {choice.selection_resolution} px chooses the one that is the hardest at {choice.resolution} px, "
-        f"where it is trained on, for {ranks[0]:.0%} of the images; at random it would be {1 / len(candidates):.0%}. Mean loss at "
-        f"{choice.resolution} px: {choice.losses['chosen']:.3f} of the chosen pairs, {choice.losses['hardest']:.3f} of the hardest, "
+        f"Of {len(candidates)} pairs, the pass at {choice.selection_resolution} px chooses the "
+        f"one that is the hardest at {choice.resolution} px, "
+        f"where it is trained on, for {ranks[0]:.0%} of the images; at random it would be "
+        f"{1 / len(candidates):.0%}. Mean loss at "
+        f"{choice.resolution} px: {choice.losses['chosen']:.3f} of the chosen pairs, "
+        f"{choice.losses['hardest']:.3f} of the hardest, "
         f"{choice.losses['random']:.3f} of all."
         + (" Both resolutions are the same in this epoch." if same else "")
     )
@@ -118,7 +129,8 @@ def show_choice(run: ReportedRun, method: Method, place: int, gallery: Gallery) 
             title,
         )
     return (
-        f'<div class="charts">{cards}<div class="words">{words}<br><br>{len(choice.ranks)} images with the views of epoch {max(run.epoch, 1)} and '
+        f'<div class="charts">{cards}<div class="words">{words}<br><br>{len(choice.ranks)} images '
+        f"with the views of epoch {max(run.epoch, 1)} and "
         "the weights of the checkpoint. The dashed line is a choice at random.</div></div>"
     )
 
@@ -136,10 +148,14 @@ def show_embedding(run: ReportedRun, method: Method, place: int, gallery: Galler
     of_classes = (
         f" of {len(names)} of {embedding.classes} classes" if len(names) < embedding.classes else ""
     )
-    words = f"Normalised features of {len(labels)} images{of_classes} of {escape(samples.evaluation_path(run))}, in the plane by {by}"
+    words = (
+        f"Normalised features of {len(labels)} images{of_classes} of "
+        f"{escape(samples.evaluation_path(run))}, in the plane by {by}"
+    )
     if embedding.explained is not None:
         words += (
-            f", whose two directions hold {embedding.explained:.0%} of the variance: classes that lie on one another here may be apart in "
+            f", whose two directions hold {embedding.explained:.0%} of the variance: classes that "
+            "lie on one another here may be apart in "
             "others. With umap-learn installed, this is a UMAP"
         )
     return f'{card}<p class="caption">{words}.</p>'
@@ -170,7 +186,10 @@ def _class(near: samples.Neighbours, label: int) -> str:
 
 
 def _thumbnail(image: torch.Tensor, caption: str, attributes: str) -> str:
-    return f'<figure{attributes}><img src="{data_uri(image)}" alt=""><figcaption>{escape(caption)}</figcaption></figure>'
+    return (
+        f'<figure{attributes}><img src="{data_uri(image)}" '
+        f'alt=""><figcaption>{escape(caption)}</figcaption></figure>'
+    )
 
 
 def _file_name(what: str, run: ReportedRun, place: int) -> str:

@@ -312,7 +312,8 @@ def test_available_memory_is_the_least_of_the_machines_and_of_every_control_grou
     parent = {
         "sys__fs__cgroup__jobs__memory.max": "900000\n",
         "sys__fs__cgroup__jobs__memory.current": "400000\n",
-        "sys__fs__cgroup__jobs__memory.stat": "anon 300000\nactive_file 60000\ninactive_file 40000\n",
+        "sys__fs__cgroup__jobs__memory.stat": "anon 300000\nactive_file 60000\ninactive_file "
+        "40000\n",
     }
     assert available_memory(machine(tmp_path, **parent)) == 600_000
 

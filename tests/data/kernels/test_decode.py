@@ -239,7 +239,8 @@ def test_compiled_files_that_lie_elsewhere_are_dropped_too(tmp_path):
         Path(ffssl.data.kernels.__path__[0]), folder, ignore=shutil.ignore_patterns("__pycache__")
     )
     code = (
-        "import importlib.util as u; s = u.spec_from_file_location('jit', 'jit.py'); m = u.module_from_spec(s)\n"
+        "import importlib.util as u; s = u.spec_from_file_location('jit', 'jit.py'); m = "
+        "u.module_from_spec(s)\n"
         "s.loader.exec_module(m)"
     )
 
@@ -261,7 +262,8 @@ def test_compiled_files_that_lie_elsewhere_are_dropped_too(tmp_path):
 
 def test_importing_the_ffcv_decoder_leaves_torchs_and_numbas_threads_alone():
     code = (
-        "import torch, numba; torch.set_num_threads(2); before = torch.get_num_threads(), numba.get_num_threads()\n"
+        "import torch, numba; torch.set_num_threads(2); before = torch.get_num_threads(), "
+        "numba.get_num_threads()\n"
         "import ffssl.data.beton.ffcv_operation\n"
         "assert (torch.get_num_threads(), numba.get_num_threads()) == before"
     )
@@ -302,7 +304,8 @@ def test_where_nothing_can_be_kept_compiled_files_go_under_the_temporary_folder_
 ):
     own = tmp_path / f"ffssl-{os.getuid()}"
     for told in (
-        f"compiled code can be kept neither beside {nowhere} nor in the user's cache: it is kept in {own}; NUMBA_CACHE_DIR",
+        f"compiled code can be kept neither beside {nowhere} nor in the user's cache: it is kept "
+        f"in {own}; NUMBA_CACHE_DIR",
         "",
     ):
         import_compiled(nowhere)
@@ -333,7 +336,11 @@ def test_a_folder_that_somebody_else_may_write_to_is_not_trusted_and_nothing_is_
 
 
 def test_kernels_are_compiled_where_numba_is_told_not_to(beton):
-    code = "import sys\nfrom ffssl.data import ViewLoader\nprint(next(iter(ViewLoader(sys.argv[1], batch_size=4, views=2, resolution=24))).views.sum())"
+    code = (
+        "import sys\nfrom ffssl.data import "
+        "ViewLoader\nprint(next(iter(ViewLoader(sys.argv[1], batch_size=4, views=2, "
+        "resolution=24))).views.sum())"
+    )
     words, environment = (
         [sys.executable, "-c", code, beton],
         os.environ | {"NUMBA_DISABLE_JIT": "1"},
