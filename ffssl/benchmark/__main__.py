@@ -1,4 +1,7 @@
-"""Benchmarks of this machine: python -m ffssl.benchmark NAME --help"""
+"""Benchmarks of this machine.
+
+python -m ffssl.benchmark NAME --help
+"""
 
 import importlib
 import sys

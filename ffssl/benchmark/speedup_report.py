@@ -1,4 +1,4 @@
-"""What the speed-up benchmark found, as a table and as a picture."""
+"""Write what the speed-up benchmark found as a table and as a picture."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from ffssl.printable import printable
 
 
 def table_of(found: dict) -> str:
-    """Markdown: the stages of each config, and the totals.
+    """Return Markdown: the stages of each config, and the totals.
 
     found: as `ffssl.benchmark.speedup` writes it.
     """
@@ -83,8 +83,10 @@ def ratio(base: float, value: float) -> str:
 
 
 def draw(found: dict, path: Path) -> None:
-    """A bar for each config, of its stages in the order of their resolutions' first use; those that
-    wait for the loader are hatched.
+    """Draw a bar for each config, made of its stages.
+
+    Stages are in the order in which their resolutions first occur. Those that wait for the loader
+    are hatched.
     """
     configs = found["configs"]
     longest = max(config["seconds"] for config in configs)

@@ -1,6 +1,4 @@
-"""The labels of two files, one to learn from and one to judge by: whether they mean the same
-classes.
-"""
+"""Check that the labels of a training and a validation file mean the same classes."""
 
 import numpy as np
 
@@ -12,13 +10,13 @@ from ffssl.errors import UserError
 def shared_classes(
     train: Beton, validation: Beton, option: str = "--data.label_field"
 ) -> np.ndarray:
-    """The labels of the training images, each once, ascending: int64 (classes,).
+    """Return the labels of the training images, each once, ascending: int64 (classes,).
 
     They may be any numbers, as ids are.
 
-    Raises UserError where an image has no label, which names the `option` that chooses their field;
-    where the classes of the files differ in their names, or a validation image is of a class that
-    no training image has; and where there is one class only.
+    Raise UserError if an image has no label (the message names `option`, which chooses the field),
+    if the files' class names differ, if a validation image is of a class that no training image
+    has, or if there is only one class.
     """
     for beton in (train, validation):
         if beton.labels is None:

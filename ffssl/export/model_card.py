@@ -1,6 +1,6 @@
 """The model card of an exported backbone: how to load it, how it was trained, what it scored.
 
-Only what the run recorded.
+It holds only what the run recorded.
 """
 
 from pathlib import Path
@@ -21,10 +21,10 @@ from ffssl.run_folder.log import read_log
 def model_card(
     run: LoadedRun, backbone: nn.Module, *, folder: Path, network: str, to: str, file: str
 ) -> str:
-    """Markdown.
+    """Return the card as Markdown.
 
-    folder: where log.jsonl and evaluation.json lie. network: whose `backbone` it is. to, file:
-    format and name of the file.
+    folder: where log.jsonl and evaluation.json lie. network: "student" or "teacher", whose
+    `backbone` it is. to, file: format and name of the file.
     """
     options, epoch = run.options, run.state["epoch"]
     weights = fingerprint(backbone)
@@ -71,7 +71,7 @@ def model_card(
 
 
 def loading_code(model: ModelOptions, backbone: nn.Module, to: str, file: str) -> str:
-    """Python that makes `backbone` of the file. FFSSL's own networks need FFSSL."""
+    """Return Python code that loads the file. FFSSL's own networks need FFSSL."""
     name = model.backbone
     if to == "torchvision":
         return (
@@ -93,7 +93,7 @@ def loading_code(model: ModelOptions, backbone: nn.Module, to: str, file: str) -
 
 
 def training(run: LoadedRun) -> list[str]:
-    """The facts of a run's training, a line each."""
+    """Return the facts of a run's training, a line each."""
     options, state = run.options, run.state
     epochs, epoch = options.training.epochs, state["epoch"]
     sides = options.resolution
@@ -121,7 +121,7 @@ def training(run: LoadedRun) -> list[str]:
 
 
 def describe_images(beton: Path) -> str:
-    """The file's name, and what its converter noted of it."""
+    """Return the file's name, and what its converter noted of it."""
     description = description_or_empty(beton)
     if not description:
         return beton.name
@@ -133,8 +133,9 @@ def describe_images(beton: Path) -> str:
 
 
 def published_options(options: Options) -> str:
-    """The options that decide about the weights, as YAML; no files and folders of the machine that
-    trained them.
+    """Return the options that decide the weights, as YAML.
+
+    Files and folders of the machine that trained them are left out.
     """
     sections = {
         name: {key: value for key, value in values.items() if value is not None}
@@ -145,7 +146,7 @@ def published_options(options: Options) -> str:
 
 
 def online_knn(options: Options, folder: Path, epoch: int) -> list[str]:
-    """The kNN accuracy that the log has of the epoch, in a line, or nothing."""
+    """Return a line with the kNN accuracy that the log has of the epoch, or nothing."""
     e = options.evaluate
     return [
         f"Online kNN after epoch {epoch}: {row['knn']:.2%} (k = {e.k}, T = {e.temperature:g}, at "

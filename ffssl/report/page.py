@@ -26,7 +26,7 @@ from ffssl.slowed import describe_slowed
 
 
 def compose(runs: list[ReportedRun], device: torch.device) -> tuple[str, dict[str, bytes]]:
-    """The page, and PNGs of its pictures by file name.
+    """Return the page, and PNGs of its pictures by file name.
 
     The networks compute on `device`, one after the other.
     """
@@ -92,7 +92,7 @@ def compose(runs: list[ReportedRun], device: torch.device) -> tuple[str, dict[st
 def _shown(
     show: Callable, run: ReportedRun, place: int, gallery: Gallery, device: torch.device
 ) -> str:
-    """The run's part of a section, or why there is none."""
+    """Return the run's part of a section, or why there is none."""
     if isinstance(run.method, UserError):
         return _note(f"Not shown: {run.method}.")
     try:
@@ -104,7 +104,7 @@ def _shown(
 
 
 def _subject(runs: list[ReportedRun]) -> str:
-    """What is trained, in a line."""
+    """Say in a line what is trained."""
     known = [run.options for run in runs if run.options is not None]
     parts = [
         sorted({options.method.name for options in known}),
@@ -145,7 +145,7 @@ def _charts(charts: list[Chart], runs: list[ReportedRun], gallery: Gallery) -> s
 
 
 def _cost(runs: list[ReportedRun], gallery: Gallery) -> str:
-    """The table of the runs, what was measured of their frozen backbones, and Fig. 1."""
+    """Return the table of the runs, the results of their evaluations, and Fig. 1."""
     evaluations = {run.evaluation for run in runs if run.last_evaluation}
     warning = ""
     if len(evaluations) > 1:
@@ -186,7 +186,7 @@ def _describe_evaluation(run: ReportedRun) -> str:
 
 
 def _table(runs: list[ReportedRun]) -> str:
-    """What each run reached and cost, compared with the first."""
+    """Return what each run reached and cost, compared with the first."""
     flops, flop_scale = flop_unit(max(run.rows[-1]["flops"] for run in runs))
     times, time_scale = time_unit(max(run.rows[-1]["seconds"] for run in runs))
     energy = any("kwh" in run.rows[-1] for run in runs)
@@ -249,8 +249,9 @@ NUMBER = ' class="number"'
 
 
 def _ratio(first: ReportedRun, run: ReportedRun, key: str) -> str:
-    """How many times less the run cost than the first, or more; nothing where the two can't be
-    compared in that.
+    """Say how many times less, or more, the run cost than the first.
+
+    Return nothing if the two can't be compared in that cost.
     """
     ended = [each for each in (first, run) if each.last_evaluation and not each.unfinished]
     conditions = [(each.evaluation, "any" if key == "flops" else each.hardware) for each in ended]
@@ -270,7 +271,7 @@ def _ratio(first: ReportedRun, run: ReportedRun, key: str) -> str:
 
 
 def _results(runs: list[ReportedRun]) -> str:
-    """What `ffssl.evaluate` has recorded of the runs; nothing where that is nothing."""
+    """Return what `ffssl.evaluate` has recorded of the runs, or nothing."""
     lines, notes = "", ""
     for i, run in enumerate(runs):
         try:
@@ -328,7 +329,7 @@ def _training(runs: list[ReportedRun], gallery: Gallery) -> str:
 
 
 def _config(runs: list[ReportedRun]) -> str:
-    """The options that differ, then those that do not."""
+    """Return the options that differ, then those that do not."""
     known = [i for i, run in enumerate(runs) if run.options is not None]
     if not known:
         return _note("The runs' checkpoints, which hold their options, are gone or can't be read.")

@@ -1,7 +1,7 @@
-"""What is seen of a run's data: each function gives a run's part of a section, and raises UserError
-where it can't be computed.
+"""Pictures of a run's data.
 
-place: the run's, among the runs. Their pictures go to the gallery too.
+Each function returns a run's part of a section. It raises UserError if that can't be computed.
+`place` is the run's index among the runs. The pictures are added to the gallery too.
 """
 
 import math
@@ -87,7 +87,7 @@ def _view(view: torch.Tensor, *, chosen: bool) -> str:
 
 
 def show_choice(run: ReportedRun, method: Method, place: int, gallery: Gallery) -> str:
-    """How good the cheap choice is, and whether it prefers views by their place."""
+    """Show how good the cheap choice is, and whether it prefers some positions."""
     choice = samples.examine_choice(run, method)
     candidates = choice.candidates.tolist()
     ranks = torch.bincount(choice.ranks, minlength=len(candidates)).numpy() / len(choice.ranks)
@@ -193,5 +193,5 @@ def _thumbnail(image: torch.Tensor, caption: str, attributes: str) -> str:
 
 
 def _file_name(what: str, run: ReportedRun, place: int) -> str:
-    """The place makes it unique."""
+    """Return a name that the run's index makes unique."""
     return f"{what}-{place + 1}-{re.sub(r'[^A-Za-z0-9]+', '-', run.name).strip('-')[:40] or 'run'}"
