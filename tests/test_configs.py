@@ -60,7 +60,9 @@ def beton(tmp_path_factory):
 
 
 def run(config, beton, folder, *more):
-    """The options of a reduced run and the rows of its log; of options given twice the last counts."""
+    """The options of a reduced run and the rows of its log; of options given twice the last
+    counts.
+    """
     given = [f"--config={config}", f"--data.train={beton}", f"--run.folder={folder}"]
     method = read_options(given).method.name
     heads = [f"--method.{name}={value}" for name, value in HEADS[method].items()]

@@ -372,9 +372,9 @@ def test_choosing_views_leaves_no_trace(name, selection):
 
 def test_statistics_are_tracked_again_after_an_error(method):
     untracked = nn.BatchNorm1d(3, track_running_stats=False)
-    with pytest.raises(ZeroDivisionError):
-        with batch_statistics_untracked(nn.ModuleList([method, untracked])):
-            1 / 0
+    both = nn.ModuleList([method, untracked])
+    with pytest.raises(ZeroDivisionError), batch_statistics_untracked(both):
+        1 / 0
     norms = [m for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert norms and all(norm.track_running_stats for norm in norms)
     assert not untracked.track_running_stats

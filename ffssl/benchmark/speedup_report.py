@@ -68,11 +68,10 @@ def table_of(found: dict) -> str:
     lines += [
         "",
         "step: with views at hand; loader: a batch, alone; together: as in training, medians. "
-        "cores needed: CPU cores with which the loader alone "
-        "would keep up with the step. Times are of training, without torch.compile's work (within "
-        "the first step) and evaluations; a prediction "
-        "is compared with its first steps added. FLOPs in the standard count. kWh: of the GPU, "
-        "where it counts them.",
+        "cores needed: CPU cores with which the loader alone would keep up with the step. "
+        "Times are of training, without torch.compile's work (within the first step) and "
+        "evaluations; a prediction is compared with its first steps added. "
+        "FLOPs in the standard count. kWh: of the GPU, where it counts them.",
         "",
     ]
     return "\n".join(lines)

@@ -22,15 +22,13 @@ def shared_classes(
         if beton.labels is None:
             raise UserError(
                 f"{beton.path}: an evaluation needs labels, and it is not clear which field of "
-                "this file holds them, if any: "
-                f"{describe_fields(beton.fields)}; name it with {option}, convert class folders, "
-                "or take another file"
+                f"this file holds them, if any: {describe_fields(beton.fields)}; "
+                f"name it with {option}, convert class folders, or take another file"
             )
         if missing := int((beton.labels == UNLABELLED).sum()):
             raise UserError(
                 f"{beton.path}: an evaluation needs labels, and {missing} of {len(beton)} images "
-                f"have none ({UNLABELLED}); convert class "
-                "folders, or take another file"
+                f"have none ({UNLABELLED}); convert class folders, or take another file"
             )
     differ = f"{validation.path}: its classes are not those of {train.path}"
     names = [
@@ -38,11 +36,8 @@ def shared_classes(
     ]
     if None not in names and names[0] != names[1]:
         alone = sorted(set(names[0]) ^ set(names[1]))
-        raise UserError(
-            f"{differ}: "
-            f"{f'{alone[0]!r} is in one of them only' if alone else 'the order is another'}; "
-            "convert both alike"
-        )
+        how = f"{alone[0]!r} is in one of them only" if alone else "the order is another"
+        raise UserError(f"{differ}: {how}; convert both alike")
     classes = np.unique(train.labels)
     unknown = np.setdiff1d(validation.labels, classes)
     if len(unknown):

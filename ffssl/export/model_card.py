@@ -75,20 +75,23 @@ def loading_code(model: ModelOptions, backbone: nn.Module, to: str, file: str) -
     name = model.backbone
     if to == "torchvision":
         return (
-            f"import torch, torchvision\n\nbackbone = torchvision.models.{name}()\nbackbone.fc = "
-            "torch.nn.Identity()\n"
+            "import torch, torchvision\n\n"
+            f"backbone = torchvision.models.{name}()\n"
+            "backbone.fc = torch.nn.Identity()\n"
             f'backbone.load_state_dict(torch.load("{file}", weights_only=True))'
         )
     if isinstance(backbone, TimmModel) or (name in RESNETS and model.stem == "imagenet"):
         sizes = "dynamic_img_size=True, " if isinstance(backbone, ResizableViT) else ""
         return (
-            f'import timm\n\nbackbone = timm.create_model("{name}", num_classes=0, '
+            "import timm\n\n"
+            f'backbone = timm.create_model("{name}", num_classes=0, '
             f'{sizes}checkpoint_path="{file}")'
         )
     return (
-        "from safetensors.torch import load_file\n\nfrom ffssl.backbones import build_backbone\n\n"
-        f'backbone = build_backbone("{name}", '
-        f'stem="{model.stem}")\nbackbone.load_state_dict(load_file("{file}"))'
+        "from safetensors.torch import load_file\n\n"
+        "from ffssl.backbones import build_backbone\n\n"
+        f'backbone = build_backbone("{name}", stem="{model.stem}")\n'
+        f'backbone.load_state_dict(load_file("{file}"))'
     )
 
 
@@ -108,8 +111,8 @@ def training(run: LoadedRun) -> list[str]:
         if epoch == epochs
         else f"{epoch} of {epochs} epochs{steps}: the run had not finished",
         f"images: {describe_images(Path(options.data.train))}",
-        f"{options.training.optimizer} by the schedule {options.training.schedule}, views of "
-        f"{resolution}",
+        f"{options.training.optimizer} by the schedule {options.training.schedule}, "
+        f"views of {resolution}",
         f"{state['spent']['flops']:.4g} FLOPs (a backward pass counted as two forward passes), "
         f"{state['spent']['seconds']:.0f} s of training"
         + (f", in the {epoch} epochs" if steps else ""),
@@ -127,8 +130,8 @@ def describe_images(beton: Path) -> str:
         return beton.name
     classes = f" of {len(description['class_names'])} classes" if description["class_names"] else ""
     return (
-        f"{beton.name}, {description['samples']}{classes}, source "
-        f"{description['source']['kind']}, sha256 {description['sha256']}"
+        f"{beton.name}, {description['samples']}{classes}, "
+        f"source {description['source']['kind']}, sha256 {description['sha256']}"
     )
 
 
@@ -149,9 +152,9 @@ def online_knn(options: Options, folder: Path, epoch: int) -> list[str]:
     """Return a line with the kNN accuracy that the log has of the epoch, or nothing."""
     e = options.evaluate
     return [
-        f"Online kNN after epoch {epoch}: {row['knn']:.2%} (k = {e.k}, T = {e.temperature:g}, at "
-        f"most {e.bank_samples} training images; centre "
-        f"crops of {options.resolution.max} px of {Path(options.data.validation).name})"
+        f"Online kNN after epoch {epoch}: {row['knn']:.2%} (k = {e.k}, T = {e.temperature:g}, "
+        f"at most {e.bank_samples} training images; "
+        f"centre crops of {options.resolution.max} px of {Path(options.data.validation).name})"
         for row in read_log(folder)
         if row["epoch"] == epoch and "knn" in row
     ]

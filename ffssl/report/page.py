@@ -77,14 +77,16 @@ def compose(runs: list[ReportedRun], device: torch.device) -> tuple[str, dict[st
         f'<section id="{anchor}"><h2>{title}</h2>{body}</section>'
         for anchor, title, body in sections
     )
+    names = [run.name for run in runs]
+    heading = escape(" and ".join(names)) if len(runs) < 3 else f"{len(runs)} training runs"
+    today = datetime.date.today().isoformat()
     page = (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-        'content="width=device-width, initial-scale=1">'
-        f"<title>{escape(', '.join(run.name for run in runs))}</title><style>{CSS}</style></head>\n<body><main>"
-        f"<h1>{' and '.join(escape(run.name) for run in runs) if len(runs) < 3 else f'{len(runs)} training runs'}</h1>"
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(', '.join(names))}</title><style>{CSS}</style></head>\n<body><main>"
+        f"<h1>{heading}</h1>"
         f'<p class="muted">{escape(_subject(runs))}</p><nav>{links}</nav>\n{bodies}\n'
-        "<footer>Written by python -m ffssl.report on "
-        f"{datetime.date.today().isoformat()}.</footer></main></body></html>\n"
+        f"<footer>Written by python -m ffssl.report on {today}.</footer></main></body></html>\n"
     )
     return page, gallery.pngs
 
@@ -123,10 +125,8 @@ def _note(text: str, kind: str = "") -> str:
 
 
 def _run_name(runs: list[ReportedRun], place: int) -> str:
-    return (
-        '<span class="run"><span class="swatch" style="--tone: '
-        f'var(--run{place % len(COLOURS)})"></span>{escape(runs[place].name)}</span>'
-    )
+    swatch = f'<span class="swatch" style="--tone: var(--run{place % len(COLOURS)})"></span>'
+    return f'<span class="run">{swatch}{escape(runs[place].name)}</span>'
 
 
 def _heading(runs: list[ReportedRun], place: int) -> str:
@@ -150,8 +150,8 @@ def _cost(runs: list[ReportedRun], gallery: Gallery) -> str:
     warning = ""
     if len(evaluations) > 1:
         warning = _note(
-            "These accuracies are of different data or measured in different ways, and not to be "
-            "compared: "
+            "These accuracies are of different data or measured in different ways, "
+            "and not to be compared: "
             + "; ".join(
                 f"{run.name}: {_describe_evaluation(run)}" for run in runs if run.last_evaluation
             )
@@ -180,8 +180,7 @@ def _describe_evaluation(run: ReportedRun) -> str:
     digest = f" (digest {run.trained_on['digest']})" if run.trained_on else ""
     return (
         f"{data.validation} by at most {evaluate.bank_samples} images of {data.train}{digest}, "
-        f"{run.options.resolution.max} px, "
-        f"k = {evaluate.k}, T = {evaluate.temperature:g}"
+        f"{run.options.resolution.max} px, k = {evaluate.k}, T = {evaluate.temperature:g}"
     )
 
 
@@ -227,25 +226,31 @@ def _table(runs: list[ReportedRun]) -> str:
         doubt = "unfinished" if run.unfinished else "" if run.options else "options unknown"
         chip = f' <span class="chip">{doubt}</span>' if doubt else ""
         cells = [
-            f'<td data-label="{title}"{"" if j == 0 else NUMBER}>{text}{f"<small>{more}</small>" if more else ""}</td>'
+            f'<td data-label="{title}"{"" if j == 0 else NUMBER}>{text}'
+            f"{f'<small>{more}</small>' if more else ''}</td>"
             for j, (title, (text, more)) in enumerate(zip(titles[1:], cells))
         ]
         lines.append(f'<tr><th scope="row">{_run_name(runs, i)}{chip}</th>{"".join(cells)}</tr>')
     heads = "".join(
         f'<th scope="col"{"" if j < 2 else NUMBER}>{title}</th>' for j, title in enumerate(titles)
     )
-    return (
-        '<div class="card scroll"><table '
-        f'class="summary"><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
-        '<p class="muted">Accuracy of weighted kNN on the frozen features, the last that was '
-        "measured. FLOPs in the standard count "
-        "(backward = 2 forward); the time is that of training, without the evaluations. Costs are "
-        "compared where the accuracies are of "
-        "one evaluation, times and energies where the hardware is the same too.</p>"
+    return _card_table("summary", "".join(lines), heads) + _lead(
+        "Accuracy of weighted kNN on the frozen features, the last that was measured. "
+        "FLOPs in the standard count (backward = 2 forward); "
+        "the time is that of training, without the evaluations. "
+        "Costs are compared where the accuracies are of one evaluation, "
+        "times and energies where the hardware is the same too."
     )
 
 
 NUMBER = ' class="number"'
+
+
+def _card_table(kind: str, rows: str, heads: str = "") -> str:
+    head = f"<thead><tr>{heads}</tr></thead>" if heads else ""
+    return (
+        f'<div class="card scroll"><table class="{kind}">{head}<tbody>{rows}</tbody></table></div>'
+    )
 
 
 def _ratio(first: ReportedRun, run: ReportedRun, key: str) -> str:
@@ -291,11 +296,8 @@ def _results(runs: list[ReportedRun]) -> str:
         f'<th scope="col"{NUMBER if number else ""}>{title}</th>'
         for title, number in {"run": False, **results.COLUMNS}.items()
     )
-    return (
-        f'{notes}<div class="card scroll"><table '
-        f'class="summary"><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
-        f"{_lead('What python -m ffssl.evaluate has measured of the frozen backbones.')}"
-    )
+    lead = _lead("What python -m ffssl.evaluate has measured of the frozen backbones.")
+    return notes + _card_table("summary", lines, heads) + lead
 
 
 def _schedules(runs: list[ReportedRun], gallery: Gallery) -> str:
@@ -303,11 +305,12 @@ def _schedules(runs: list[ReportedRun], gallery: Gallery) -> str:
     charts = schedule_charts(runs)
     if not charts:
         return _note("The runs' checkpoints, which hold their options, are gone or can't be read.")
+    unfinished = any(run.unfinished for run in runs)
     words = (
         '<div class="words">Momentum moves against the learning rate, which keeps the noise scale '
-        "of the gradient, "
-        "ε|D| / (B(1 − β)), in check. Where that noise is large, low resolution does no harm."
-        f"{' Dashed: epochs that are still to come.' if any(run.unfinished for run in runs) else ''}</div>"
+        "of the gradient, ε|D| / (B(1 − β)), in check. "
+        "Where that noise is large, low resolution does no harm."
+        f"{' Dashed: epochs that are still to come.' if unfinished else ''}</div>"
     )
     return f'<div class="charts">{_charts(charts, runs, gallery)}{words}</div>'
 
@@ -318,8 +321,7 @@ def _training(runs: list[ReportedRun], gallery: Gallery) -> str:
     words = "The losses of different methods are not to be compared. " if several else ""
     words += (
         "Averages over each epoch. The spread is the standard deviation of the normalised "
-        "embeddings times √d: 1 for directions at "
-        "random, 0 after a collapse."
+        "embeddings times √d: 1 for directions at random, 0 after a collapse."
     )
     return (
         f'{_lead(words)}<div class="charts">{_charts(charts, runs, gallery)}</div>'
@@ -336,24 +338,19 @@ def _config(runs: list[ReportedRun]) -> str:
     differing, same = compare_options(runs)
     heads = "".join(f'<th scope="col">{_run_name(runs, i)}</th>' for i in known)
     lines = "".join(
-        '<tr class="differs"><th '
-        f'scope="row">{name}</th>{"".join(f"<td>{_value(value)}</td>" for value in values)}</tr>'
+        f'<tr class="differs"><th scope="row">{name}</th>'
+        f"{''.join(f'<td>{_value(value)}</td>' for value in values)}</tr>"
         for name, values in differing.items()
     )
     rest = "".join(
         f'<tr><th scope="row">{name}</th><td>{_value(value)}</td></tr>'
         for name, value in same.items()
     )
-    table = (
-        '<div class="card scroll"><table '
-        f'class="config"><thead><tr><th></th>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
-    )
+    table = _card_table("config", lines, f"<th></th>{heads}") if differing else ""
     return (
-        f"{table if differing else ''}<details{'' if differing else ' open'}><summary>{len(same)} "
-        "options"
-        f"{' that all runs share' if len(known) > 1 else ''}</summary>"
-        '<div class="card scroll"><table '
-        f'class="config"><tbody>{rest}</tbody></table></div></details>'
+        f"{table}<details{'' if differing else ' open'}>"
+        f"<summary>{len(same)} options{' that all runs share' if len(known) > 1 else ''}</summary>"
+        f"{_card_table('config', rest)}</details>"
     )
 
 

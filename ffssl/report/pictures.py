@@ -20,17 +20,16 @@ from ffssl.report.gallery import Gallery
 from ffssl.report.images import contact_sheet, data_uri
 from ffssl.report.runs import ReportedRun
 
-# CSS pixels that the largest views may take; where they are smaller, they are enlarged a whole
-# number of times.
+# CSS pixels that the largest views may take. Smaller ones are enlarged a whole number of times.
 SHOWN_SIDE = 104
 VIEWS = (
-    "The views of a few images, as the training sees them in a few of its epochs, as large beside "
-    "each other as they are in pixels. "
+    "The views of a few images, as the training sees them in a few of its epochs, "
+    "as large beside each other as they are in pixels. "
     "Framed: the pair that Hard Augment chooses, with the weights of the checkpoint."
 )
 NEIGHBOURS = (
-    "Images, and the training images whose features are nearest to theirs by the "
-    "cosine, nearest first. Dashed: those of another class."
+    "Images, and the training images whose features are nearest to theirs by the cosine, "
+    "nearest first. Dashed: those of another class."
 )
 
 
@@ -55,10 +54,11 @@ def show_views(run: ReportedRun, method: Method, place: int, gallery: Gallery) -
             cells += f'<div class="views">{images}</div>'
         to_come = "<small>to come</small>" if one.epoch >= run.epoch else ""
         rows.append(
-            f'<div class="epoch"><div><b>epoch {one.epoch + 1}</b><small>{one.resolution} '
-            f"px</small><small>magnitude {one.magnitude:.3g}</small>"
-            f'{to_come}</div><div class="images" style="--share: '
-            f'{one.resolution / largest:.4f}">{cells}</div></div>'
+            f'<div class="epoch"><div><b>epoch {one.epoch + 1}</b>'
+            f"<small>{one.resolution} px</small><small>magnitude {one.magnitude:.3g}</small>"
+            f"{to_come}</div>"
+            f'<div class="images" style="--share: {one.resolution / largest:.4f}">{cells}</div>'
+            "</div>"
         )
         groups = [
             [*((view, v in pair) for v, view in enumerate(views)), None]
@@ -68,15 +68,15 @@ def show_views(run: ReportedRun, method: Method, place: int, gallery: Gallery) -
     gallery.add(contact_sheet(sheet), _file_name("views", run, place))
     enlarged = f" Enlarged {zoom} times." if zoom > 1 else ""
     select = run.options.hard_augment.select
+    side = run.options.hard_augment.resolution
     words = {
-        "hard": f"{count} views of each image; the pair is chosen at "
-        f"{run.options.hard_augment.resolution} px.",
+        "hard": f"{count} views of each image; the pair is chosen at {side} px.",
         "random": f"{count} views of each image, of which a pair is drawn at random in every step.",
         "off": f"{count} views of each image.",
     }[select]
     return (
-        f'<p class="muted">{words}{enlarged}</p><div class="card '
-        f'epochs{" pixels" if zoom > 1 else ""}" '
+        f'<p class="muted">{words}{enlarged}</p>'
+        f'<div class="card epochs{" pixels" if zoom > 1 else ""}" '
         f'style="--side: {zoom * largest}px; --across: {across}">{"".join(rows)}</div>'
     )
 
@@ -97,11 +97,10 @@ def show_choice(run: ReportedRun, method: Method, place: int, gallery: Gallery) 
     colour = COLOURS[place % len(COLOURS)]
     same = choice.selection_resolution == choice.resolution
     words = (
-        f"Of {len(candidates)} pairs, the pass at {choice.selection_resolution} px chooses the "
-        f"one that is the hardest at {choice.resolution} px, "
-        f"where it is trained on, for {ranks[0]:.0%} of the images; at random it would be "
-        f"{1 / len(candidates):.0%}. Mean loss at "
-        f"{choice.resolution} px: {choice.losses['chosen']:.3f} of the chosen pairs, "
+        f"Of {len(candidates)} pairs, the pass at {choice.selection_resolution} px chooses "
+        f"the one that is the hardest at {choice.resolution} px, where it is trained on, "
+        f"for {ranks[0]:.0%} of the images; at random it would be {1 / len(candidates):.0%}. "
+        f"Mean loss at {choice.resolution} px: {choice.losses['chosen']:.3f} of the chosen pairs, "
         f"{choice.losses['hardest']:.3f} of the hardest, "
         f"{choice.losses['random']:.3f} of all."
         + (" Both resolutions are the same in this epoch." if same else "")
@@ -129,9 +128,9 @@ def show_choice(run: ReportedRun, method: Method, place: int, gallery: Gallery) 
             title,
         )
     return (
-        f'<div class="charts">{cards}<div class="words">{words}<br><br>{len(choice.ranks)} images '
-        f"with the views of epoch {max(run.epoch, 1)} and "
-        "the weights of the checkpoint. The dashed line is a choice at random.</div></div>"
+        f'<div class="charts">{cards}<div class="words">{words}<br><br>'
+        f"{len(choice.ranks)} images with the views of epoch {max(run.epoch, 1)} "
+        "and the weights of the checkpoint. The dashed line is a choice at random.</div></div>"
     )
 
 
@@ -154,9 +153,9 @@ def show_embedding(run: ReportedRun, method: Method, place: int, gallery: Galler
     )
     if embedding.explained is not None:
         words += (
-            f", whose two directions hold {embedding.explained:.0%} of the variance: classes that "
-            "lie on one another here may be apart in "
-            "others. With umap-learn installed, this is a UMAP"
+            f", whose two directions hold {embedding.explained:.0%} of the variance: "
+            "classes that lie on one another here may be apart in others. "
+            "With umap-learn installed, this is a UMAP"
         )
     return f'{card}<p class="caption">{words}.</p>'
 

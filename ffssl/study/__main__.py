@@ -228,19 +228,18 @@ def check_unchanged(
         if not same_samples(before, data.get(split, {})):
             raise UserError(
                 f"{study.path}: {study.data[split]} holds other images than those that the run in "
-                f"{run.folder(study_folder, seed)} is trained "
-                "or evaluated on; put that file back, or choose another --folder"
+                f"{run.folder(study_folder, seed)} is trained or evaluated on; "
+                "put that file back, or choose another --folder"
             )
     now = comparable(read_options(run.command(study_folder, seed)))
     for section, options in record["options"].items() if record else ():
         for name, before in options.items():
             if now.get(section, {}).get(name, before) != before:
                 raise UserError(
-                    f"{study.path}: run {run.name}: {section}.{name} is {now[section][name]}, but "
-                    "its run in "
-                    f"{run.folder(study_folder, seed)} was started with {before}; put it back, "
-                    "give the run another name, choose another "
-                    f"--folder, or delete {study_folder}/seed*/{run.name} to train it anew"
+                    f"{study.path}: run {run.name}: {section}.{name} is {now[section][name]}, "
+                    f"but its run in {run.folder(study_folder, seed)} was started with {before}; "
+                    "put it back, give the run another name, choose another --folder, "
+                    f"or delete {study_folder}/seed*/{run.name} to train it anew"
                 )
 
 

@@ -1,4 +1,6 @@
-"""The conversion: pixels against PIL's, kept bytes against the files, and runs that are cut short."""
+"""The conversion: pixels against PIL's, kept bytes against the files, and runs that are cut
+short.
+"""
 
 import hashlib
 import io

@@ -123,7 +123,9 @@ def test_motifs_have_unit_area_and_are_distances(name):
 
 
 def test_the_motif_is_in_the_image():
-    """A target has three times the outline of a disc of the same area: its images have more edges."""
+    """A target has three times the outline of a disc of the same area: its images have more
+    edges.
+    """
     dataset = EmbeddedDataset("train", 400)
 
     def edges(name):

@@ -1,4 +1,6 @@
-"""Decoding, the two ways to the same views (our loader and stock ffcv's), and what compiles when."""
+"""Decoding, the two ways to the same views (our loader and stock ffcv's), and what compiles
+when.
+"""
 
 import importlib.util
 import io
@@ -29,7 +31,8 @@ IDENTITY = ViewPolicy(crop_scale=(1, 1), crop_ratio=(1, 1), flip=0, jitter=0, gr
 # killed.
 STOCK_LOADER = """
 import sys, numpy as np
-from ffssl.data.beton.ffcv_operation import ViewDecoder  # first: it spares ffcv's import what takes seconds to compile
+# First: it spares ffcv's import what takes seconds to compile.
+from ffssl.data.beton.ffcv_operation import ViewDecoder
 from ffssl.data.policy import POLICIES
 from ffcv.loader import Loader, OrderOption
 from ffcv.transforms import ToTensor
@@ -39,8 +42,16 @@ path, out = sys.argv[1:]
 served = {}
 for os_cache in (True, False):
     decoder = ViewDecoder(views=3, resolution=40, policy=POLICIES["byol"], seed=7)
-    pipelines = {"image": PipelineSpec("image", decoder=decoder, transforms=[ToTensor()]), "label": None}
-    loader = Loader(path, batch_size=8, num_workers=2, order=OrderOption.SEQUENTIAL, os_cache=os_cache, drop_last=False, pipelines=pipelines)
+    image = PipelineSpec("image", decoder=decoder, transforms=[ToTensor()])
+    loader = Loader(
+        path,
+        batch_size=8,
+        num_workers=2,
+        order=OrderOption.SEQUENTIAL,
+        os_cache=os_cache,
+        drop_last=False,
+        pipelines={"image": image, "label": None},
+    )
     for epoch, resolution, magnitude in [(0, 40, 5.0), (3, 24, 6.5)]:
         decoder.set_epoch(epoch, resolution, magnitude)
         served[f"{os_cache} {epoch}"] = np.concatenate([views.numpy().copy() for views, in loader])
