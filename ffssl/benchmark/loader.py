@@ -109,31 +109,25 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="ffssl-benchmark-") as scratch:
         beton, folder = prepare_images(options, Path(scratch))
         workload = Workload(
-            beton,
-            folder,
-            options.views,
-            options.resolution,
-            policy,
-            options.workers,
-            options.batch_size,
+            beton=beton,
+            folder=folder,
+            views=options.views,
+            resolution=options.resolution,
+            policy=policy,
+            workers=options.workers,
+            batch_size=options.batch_size,
         )
         print(describe_machine(PACKAGES))
         print(describe_images(beton, "" if options.data or options.images else stand_ins()))
         print(
-            (
-                f"{options.views} views at {options.resolution}, policy {options.policy}, "
-                f"batches of {options.batch_size}, {options.workers} workers\n"
-            ),
+            f"{options.views} views at {options.resolution}, policy {options.policy}, "
+            f"batches of {options.batch_size}, {options.workers} workers\n",
             flush=True,
         )
         print_rates(measure(workload, options.rounds), options.views)
-        print(
-            "\nmilliseconds on one core   ",
-            "  ".join(
-                f"{stage} {ms:.3f}"
-                for stage, ms in stage_times(beton, policy, options.resolution).items()
-            ),
-        )
+        stages = stage_times(beton, policy, options.resolution)
+        times = "  ".join(f"{stage} {ms:.3f}" for stage, ms in stages.items())
+        print("\nmilliseconds on one core   ", times)
         affine = stage_times(beton, replace(policy, jitter_form="affine"), options.resolution)
         print(
             "decode: per image; the others: per view; colour with affine jitter "
@@ -227,11 +221,10 @@ def cut_photograph(index: int) -> Image.Image:
     generator = np.random.default_rng(index)
     height = int(photograph.height * generator.uniform(0.6, 1))
     width = min(photograph.width, height * 4 // 3)
-    left, top = (
-        generator.integers(0, photograph.width - width + 1),
-        generator.integers(0, photograph.height - height + 1),
-    )
-    return photograph.resize((500, 375), Image.LANCZOS, box=(left, top, left + width, top + height))
+    left = generator.integers(0, photograph.width - width + 1)
+    top = generator.integers(0, photograph.height - height + 1)
+    box = (left, top, left + width, top + height)
+    return photograph.resize((500, 375), Image.LANCZOS, box=box)
 
 
 def describe_images(path: Path, origin: str = "") -> str:

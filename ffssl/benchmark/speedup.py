@@ -205,11 +205,9 @@ def start_trial(
             f"--images: {images} are fewer than {name}'s "
             f"--training.batch_size={options.training.batch_size}"
         )
-    run, loader, flops = (
-        start_run(options, method, schedule, device),
-        stack.enter_context(open_loader(options)),
-        count_flops(schedule, method),
-    )
+    run = start_run(options, method, schedule, device)
+    loader = stack.enter_context(open_loader(options))
+    flops = count_flops(schedule, method)
     compile_methods(method, COMPILED_METHODS, options.training.compile, device)
     epochs = defaultdict(list)
     for epoch in range(options.training.epochs):
@@ -308,11 +306,8 @@ def time_stage(trial: Trial, stage: Stage) -> None:
 
 def summarise(trial: Trial) -> dict:
     """Return a config's stages, and their sums over its schedule."""
-    schedule, batch_size, workers = (
-        trial.run.schedule,
-        trial.loader.batch_size,
-        trial.loader.workers,
-    )
+    schedule = trial.run.schedule
+    batch_size, workers = trial.loader.batch_size, trial.loader.workers
     stages = []
     for stage in trial.stages:
         median = {kind: statistics.median(values) for kind, values in stage.times.items()}

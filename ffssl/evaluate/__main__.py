@@ -27,19 +27,8 @@ def main() -> None:
     from ffssl.evaluate.linear import Recipe, usual_batch_size
     from ffssl.evaluate.results import add_result, markdown_table, require_recordable
 
-    common = {
-        name: arguments.pop(name)
-        for name in (
-            "network",
-            "train",
-            "validation",
-            "label_field",
-            "resolution",
-            "workers",
-            "device",
-            "amp",
-        )
-    }
+    names = "network train validation label_field resolution workers device amp".split()
+    common = {name: arguments.pop(name) for name in names}
     for run in runs:
         # All are checked before the first takes hours.
         require_recordable(freeze(run, **common).checkpoint.parent)

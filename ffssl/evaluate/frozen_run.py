@@ -135,10 +135,8 @@ class FrozenRun:
             )
 
     def record(self, evaluation: str, settings: dict, scores: dict) -> dict:
-        data, label_field = (
-            {"train": self.train, "validation": self.validation},
-            self.options.data.label_field,
-        )
+        data = {"train": self.train, "validation": self.validation}
+        label_field = self.options.data.label_field
         return {
             "evaluation": evaluation,
             "checkpoint": self.checkpoint.name,
@@ -186,10 +184,8 @@ def freeze(
         raise UserError(
             f"{path}: the run had no validation images; name a beton file with --validation"
         )
-    train, validation = (
-        Path(train or options.data.train),
-        Path(validation or options.data.validation),
-    )
+    train = Path(train or options.data.train)
+    validation = Path(validation or options.data.validation)
     changed = {"label_field": label_field, "workers": workers}
     options = options.changed(data={k: v for k, v in changed.items() if v is not None})
     classes = torch.from_numpy(

@@ -58,10 +58,8 @@ def _nearest(
 
     They are in no order. queries: unit vectors (q, d).
     """
-    cosines, labels = (
-        queries.new_empty(len(queries), 0),
-        bank_labels.new_empty(len(queries), 0, device=queries.device),
-    )
+    cosines = queries.new_empty(len(queries), 0)
+    labels = bank_labels.new_empty(len(queries), 0, device=queries.device)
     for vectors, vector_labels in zip(bank.split(block), bank_labels.split(block)):
         found, where = _topk(
             queries @ F.normalize(vectors.to(queries.device, torch.float32), dim=1).T, k

@@ -22,6 +22,7 @@ from ffssl.errors import UserError
 from ffssl.files import write_json
 
 NAME = "evaluation.json"
+# The columns of a table of records, and whether they hold numbers.
 COLUMNS = {
     "network": False,
     "epoch": True,
@@ -30,7 +31,7 @@ COLUMNS = {
     "images": True,
     "top-1": True,
     "top-5": True,
-}  # of a table of records, and whether they hold numbers
+}
 # What tells records apart.
 _SCORED = ("evaluation", "checkpoint", "epoch", "network", "weights", "settings", "data")
 

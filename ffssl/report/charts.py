@@ -19,11 +19,12 @@ from ffssl.plots import COLOURS, MARKERS, any_script, drawable, flop_unit, ink, 
 from ffssl.report.runs import ReportedRun
 
 INK, MUTED, RULE, PAPER = "#1f2328", "#59636e", "#d9dee3", "#ffffff"
+# The colours of the drawings, and the page's names for them.
 VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", PAPER: "--card"} | {
     tone: name
     for i, colour in enumerate(COLOURS)
     for tone, name in ((ink(colour), f"--ink{i}"), (colour, f"--run{i}"))
-}  # the colours of the drawings, and the page's names for them
+}
 LOOK = {
     "font.size": 10,
     "text.color": INK,

@@ -134,10 +134,8 @@ def _heading(runs: list[ReportedRun], place: int) -> str:
 
 
 def _charts(charts: list[Chart], runs: list[ReportedRun], gallery: Gallery) -> str:
-    names, unfinished = (
-        [run.name for run in runs],
-        {i for i, run in enumerate(runs) if run.unfinished},
-    )
+    names = [run.name for run in runs]
+    unfinished = {i for i, run in enumerate(runs) if run.unfinished}
     return "".join(
         gallery.draw(draw_chart(chart, names, unfinished), chart.name, chart.title)
         for chart in charts

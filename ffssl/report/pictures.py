@@ -35,10 +35,8 @@ NEIGHBOURS = (
 
 def show_views(run: ReportedRun, method: Method, place: int, gallery: Gallery) -> str:
     epochs = samples.views_by_epoch(run, method)
-    count, largest = (
-        max(one.views.shape[1] for one in epochs),
-        max(one.resolution for one in epochs),
-    )
+    count = max(one.views.shape[1] for one in epochs)
+    largest = max(one.resolution for one in epochs)
     across = math.ceil(count**0.5)
     zoom = max(1, SHOWN_SIDE // largest)
     rows, sheet = [], []
@@ -90,9 +88,9 @@ def show_choice(run: ReportedRun, method: Method, place: int, gallery: Gallery) 
     """Show how good the cheap choice is, and whether it prefers some positions."""
     choice = samples.examine_choice(run, method)
     candidates = choice.candidates.tolist()
-    ranks = torch.bincount(choice.ranks, minlength=len(candidates)).numpy() / len(choice.ranks)
-    positions = torch.bincount(choice.positions, minlength=len(candidates)).numpy() / len(
-        choice.positions
+    ranks, positions = (
+        torch.bincount(found, minlength=len(candidates)).numpy() / len(found)
+        for found in (choice.ranks, choice.positions)
     )
     colour = COLOURS[place % len(COLOURS)]
     same = choice.selection_resolution == choice.resolution

@@ -86,7 +86,7 @@ def conduct(study: Study, folder: Path) -> int:
 
     Return 1 if a run failed, else 0.
     """
-    # A seed of every run first: they share the machine's moods.
+    # Seed by seed, so that a machine whose speed drifts slows all runs alike.
     todo = [(seed, run) for seed in study.seeds for run in study.runs]
     make_folder(folder, "--folder")
     with exclusive_folder(folder, "study", "--folder") as lock:
@@ -99,15 +99,9 @@ def conduct(study: Study, folder: Path) -> int:
         for split, count in study.embedded.items():
             if not study.data[split].exists():
                 study.data[split].parent.mkdir(exist_ok=True)
-                words = (
-                    "--split",
-                    EMBEDDED_SPLITS[split],
-                    "--size",
-                    str(count),
-                    "--output",
-                    str(study.data[split]),
-                )
-                if status := execute("write_datasets.py", ["embedded", *words], lock):
+                words = ["embedded", "--split", EMBEDDED_SPLITS[split], "--size", str(count)]
+                words += ["--output", str(study.data[split])]
+                if status := execute("write_datasets.py", words, lock):
                     return status
         failed: dict[tuple[str, int], int] = {}
         for number, (seed, run) in enumerate(todo, 1):
@@ -207,9 +201,8 @@ def check_classes(study: Study, folder: Path) -> None:
     This is checked before any run takes hours.
     """
     if all(path.exists() for path in study.data.values()):
-        for field in {
-            read_options(run.command(folder, study.seeds[0])).data.label_field for run in study.runs
-        }:
+        commands = [run.command(folder, study.seeds[0]) for run in study.runs]
+        for field in {read_options(command).data.label_field for command in commands}:
             try:
                 shared_classes(*(read_beton(study.data[split], field) for split in SPLITS))
             except UserError as error:
