@@ -1,10 +1,11 @@
-# `make demo` and `make test` do all the set-up they need: see scripts/setup.sh.
-.PHONY: help setup demo test wheelhouse clean
+# `make demo`, `make lint` and `make test` do all the set-up they need: see scripts/setup.sh.
+.PHONY: help setup demo lint test wheelhouse clean
 
 help:
 	@echo 'make demo        run the main job, small, on this machine'
 	@echo 'make test        run the tests; ARGS="--slow -k loader" are passed on to pytest'
-	@echo 'make setup       only install what those two need, in .venv and, where allowed, with apt-get'
+	@echo 'make lint        look for faults and for lines that are not formatted; ruff format mends those'
+	@echo 'make setup       only install what those three need, in .venv and, where allowed, with apt-get'
 	@echo 'make wheelhouse  wheels of FFSSL and FFCV for a machine without network: make wheelhouse PYTHON=3.12'
 	@echo 'make clean       remove .venv and everything built'
 	@echo 'PYTHON=3.12, or a path, chooses the Python (3.11, 3.12 or 3.13).'
@@ -18,8 +19,12 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses=4 --dist=loadfile $(ARGS)
 
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
 wheelhouse:
 	@bash scripts/wheelhouse.sh
 
 clean:
-	rm -rf .venv .cache build dist wheelhouse *.egg-info .pytest_cache
+	rm -rf .venv .cache build dist wheelhouse *.egg-info .pytest_cache .ruff_cache

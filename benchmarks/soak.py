@@ -1,16 +1,18 @@
-"""Whether memory, threads and file descriptors stay flat over many epochs of the loader.
+"""Check that memory, threads and file descriptors stay flat over many epochs of the loader.
 
-    PYTHONPATH=. python benchmarks/soak.py                                   # 200 epochs of drawn images, about a minute
+    PYTHONPATH=. python benchmarks/soak.py
     PYTHONPATH=. python benchmarks/soak.py --data train.beton --epochs 1000 --batch-size 64
 
-Every epoch has another resolution than the last; two of three are left by `break` after 0 to 3
-batches. After every tenth, an evaluation pass: a second loader of centre crops is opened, served to
-its end and closed, as the kNN of a training run does.
+The first runs 200 epochs of drawn images, about a minute.
 
-Flat is: once a quarter of the epochs have warmed the process up, no epoch ends with more threads or
-descriptors than any other, and the median resident memory (VmRSS) of the last quarter of the epochs
-is at most LIMIT_MB above that of the second. Of the epochs' views a single batch lost every tenth
-epoch would be more. Leaves with status 1 if they are not flat.
+Every epoch has another resolution than the last. Two of three are left by `break` after 0 to 3
+batches. After every tenth comes an evaluation pass: a second loader of centre crops is opened,
+served to its end and closed, as the kNN of a training run does.
+
+The first quarter of the epochs warms the process up. After it, usage is flat if every epoch ends
+with the same number of threads and descriptors, and if the median resident memory (VmRSS) of the
+last quarter is at most LIMIT_MB above that of the second. A single batch lost every tenth epoch
+would exceed that. The exit status is 1 if usage is not flat.
 """
 
 import argparse
@@ -40,8 +42,9 @@ EPOCHS_BETWEEN_EVALUATIONS = 10
 
 @dataclass(frozen=True)
 class Usage:
-    """What this process holds: resident memory in bytes, threads, not only Python's, open file
-    descriptors.
+    """What this process holds.
+
+    memory: resident, in bytes. threads: all, not only Python's. descriptors: open files.
     """
 
     memory: int
@@ -60,13 +63,14 @@ class Usage:
 
 
 def settle() -> None:
-    """Have happen now what else happens once in the course of the epochs, at no fixed one, and
-    looks like growth of 4 to 14 MB.
+    """Provoke now what happens once, at some epoch, and looks like growth of 4 to 14 MB.
 
-    glibc raises the size from which a buffer gets pages of its own as buffers are freed, and its
-    heaps then grow in steps until they hold the largest mix of batches; a thread may get a heap of
-    its own. And Python's table of interned strings, which loses no slot to a string that is gone,
-    is made anew and larger when the strings of the code compiled for each loader have used it up.
+    glibc: as buffers are freed, it raises the size from which a buffer gets pages of its own. Its
+    heaps then grow in steps until they hold the largest mix of batches. A thread may also get a
+    heap of its own.
+
+    Python: its table of interned strings keeps a slot for each string that is gone. The strings in
+    the code compiled for each loader use the table up, and a larger one replaces it.
     """
     mallopt = ctypes.CDLL(None).mallopt
     mallopt(M_MMAP_THRESHOLD, 64 * 1024)  # a size that is set is no longer raised
@@ -76,7 +80,7 @@ def settle() -> None:
 
 
 def soak(path: Path, epochs: int, batch_size: int) -> Iterator[Usage]:
-    """Usage at the end of each epoch."""
+    """Yield the usage at the end of each epoch."""
     with ViewLoader(path, batch_size=batch_size, views=2, resolution=max(RESOLUTIONS)) as loader:
         for epoch in range(epochs):
             loader.set_epoch(
@@ -103,9 +107,9 @@ def soak(path: Path, epochs: int, batch_size: int) -> Iterator[Usage]:
 
 
 def is_flat(usages: list[Usage]) -> bool:
-    """By the criterion above.
+    """Apply the criterion above.
 
-    Raises ValueError for fewer than eight epochs, which have no quarters to compare.
+    Raise ValueError for fewer than eight epochs, which have no quarters to compare.
     """
     if len(usages) < 8:
         raise ValueError(f"{len(usages)} epochs are too few to tell")
@@ -119,7 +123,10 @@ def is_flat(usages: list[Usage]) -> bool:
 
 
 def table(usages: list[Usage]) -> str:
-    """Each eighth of the epochs in a line: median memory, and the range of threads and descriptors."""
+    """Return a line for each eighth of the epochs.
+
+    It has the median memory, and the range of threads and descriptors.
+    """
     lines = [f"{'epochs':>12}{'memory, MB':>14}{'threads':>12}{'descriptors':>14}"]
     bounds = [len(usages) * i // 8 for i in range(9)]
     for first, end in itertools.pairwise(bounds):
@@ -128,7 +135,8 @@ def table(usages: list[Usage]) -> str:
             _span(getattr(usage, name) for usage in part) for name in ("threads", "descriptors")
         )
         lines.append(
-            f"{f'{first + 1} to {end}':>12}{_median_memory(part) / 1e6:>14.1f}{threads:>12}{descriptors:>14}"
+            f"{f'{first + 1} to {end}':>12}{_median_memory(part) / 1e6:>14.1f}"
+            f"{threads:>12}{descriptors:>14}"
         )
     return "\n".join(lines)
 

@@ -1,10 +1,10 @@
-"""Fill in the costs in docs/reproduce.md: the FLOPs of its commands as `ffssl.cost` counts them,
-and the hours that follow.
+"""Fill in the costs in docs/reproduce.md.
 
     python docs/costs.py
 
-A row of the document's tables is about the command whose --run.folder is runs/ and what the row's
-first cell says.
+The costs are the FLOPs of the document's commands, as `ffssl.cost` counts them, and the hours that
+follow. A row of the document's tables is about the command whose --run.folder is runs/ and the
+row's first cell.
 """
 
 import re
@@ -26,8 +26,9 @@ ROW = re.compile(
 
 
 def commands(text: str) -> dict[str, list[str]]:
-    """The arguments of every `python ffssl/train.py` in the document's bash blocks, as bash expands
-    them, by the run's name.
+    """Return the arguments of every `python ffssl/train.py` in the bash blocks, by the run's name.
+
+    They are as bash expands them.
     """
     blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
     stand_in = 'python() { [ "$1" != ffssl/train.py ] || printf "%s\\n" "${*:2}"; }\n'
@@ -41,8 +42,9 @@ def commands(text: str) -> dict[str, list[str]]:
 
 
 def cells(options: Options, costs: RunCosts) -> tuple[str, str, str, str]:
-    """What stands in a row: PFLOP by the standard count and by the paper's, hours on a V100 and on
-    an H200.
+    """Return a row's cells: PFLOP by the standard count and by the paper's, and hours.
+
+    The hours are on a V100 and on an H200.
     """
     stages, images = costs.stages(options), IMAGES[options.data.train.removesuffix("-train.beton")]
     standard, papers = (petaflop(stages, images, count) for count in (STANDARD, PAPERS))

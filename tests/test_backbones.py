@@ -176,9 +176,8 @@ def forward_flops(name, side, **options):
     ],
 )
 def test_views_that_a_backbone_cannot_take_are_named(name, sides, message):
-    with pytest.raises(UserError, match=message) as error:
-        with torch.device("meta"):
-            check_resolutions(name, build_backbone(name), sides)
+    with pytest.raises(UserError, match=message) as error, torch.device("meta"):
+        check_resolutions(name, build_backbone(name), sides)
     assert "\n" not in str(error.value)
 
 

@@ -60,7 +60,9 @@ def beton(tmp_path_factory):
 
 
 def run(config, beton, folder, *more):
-    """The options of a reduced run and the rows of its log; of options given twice the last counts."""
+    """The options of a reduced run and the rows of its log; of options given twice the last
+    counts.
+    """
     given = [f"--config={config}", f"--data.train={beton}", f"--run.folder={folder}"]
     method = read_options(given).method.name
     heads = [f"--method.{name}={value}" for name, value in HEADS[method].items()]
@@ -215,7 +217,7 @@ def test_tables_3_and_6_to_8_and_figure_3(switches, sides, spends, beton, tmp_pa
     spent = [
         b - a for a, b in zip([0, *(row["flops"] for row in rows)], (row["flops"] for row in rows))
     ]
-    plain = {side: flops for side, flops in zip((32, 16), plain_steps(options))}
+    plain = dict(zip((32, 16), plain_steps(options)))
     steps, warmup = 4, round(RunSchedule(options, 4).warmup_epochs)
     for epoch, (side, flops) in enumerate(zip(sides, spent)):
         selects = spends and epoch >= warmup

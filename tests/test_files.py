@@ -48,14 +48,12 @@ def test_what_is_written_is_on_the_disk_before_it_takes_the_place_of_the_old_and
 
 
 def test_a_folder_is_one_processs_at_a_time(tmp_path):
-    with exclusive_folder(tmp_path, "run", "--run.folder"):
-        with (
-            pytest.raises(
-                UserError, match=f"--run.folder: a run is under way in {tmp_path} already"
-            ),
-            exclusive_folder(tmp_path, "run", "--run.folder"),
-        ):
-            pass
+    with (
+        exclusive_folder(tmp_path, "run", "--run.folder"),
+        pytest.raises(UserError, match=f"--run.folder: a run is under way in {tmp_path} already"),
+        exclusive_folder(tmp_path, "run", "--run.folder"),
+    ):
+        pass
     with exclusive_folder(tmp_path, "run", "--run.folder"):
         pass
     with (

@@ -154,7 +154,7 @@ def test_what_the_clock_cuts_is_named_and_what_is_found_so_far_is_in_the_archive
 ):
     out = tmp_path / "out"
     program = slow_python.read_text().replace(
-        "sleep 1", 'case "$*" in *speedup*) sleep 30 ;; esac; cp "$0" %s/from-"$3"' % out
+        "sleep 1", f'case "$*" in *speedup*) sleep 30 ;; esac; cp "$0" {out}/from-"$3"'
     )
     slow_python.write_text(program)
     text = SCRIPT.read_text()

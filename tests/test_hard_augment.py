@@ -122,7 +122,7 @@ def test_mixed_precision_around_it_does_not_change_the_hardest_pair():
 
 def test_random_pairs_are_uniform_over_all_pairs():
     chosen = random_pair(6000, 4, torch.Generator().manual_seed(0))
-    counts = {pair: 0 for pair in itertools.combinations(range(4), 2)}
+    counts = dict.fromkeys(itertools.combinations(range(4), 2), 0)
     for pair in chosen.tolist():
         counts[tuple(pair)] += 1
     assert all(abs(count - 1000) < 4 * (6000 * 1 / 6 * 5 / 6) ** 0.5 for count in counts.values())
@@ -372,9 +372,9 @@ def test_choosing_views_leaves_no_trace(name, selection):
 
 def test_statistics_are_tracked_again_after_an_error(method):
     untracked = nn.BatchNorm1d(3, track_running_stats=False)
-    with pytest.raises(ZeroDivisionError):
-        with batch_statistics_untracked(nn.ModuleList([method, untracked])):
-            1 / 0
+    both = nn.ModuleList([method, untracked])
+    with pytest.raises(ZeroDivisionError), batch_statistics_untracked(both):
+        1 / 0
     norms = [m for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert norms and all(norm.track_running_stats for norm in norms)
     assert not untracked.track_running_stats

@@ -14,7 +14,8 @@ TESTS = """
 import subprocess, sys, time, leftovers
 leftovers.watch()
 hang = [sys.executable, "-c", "import time; print(flush=True); time.sleep(3600)"]
-nested = [sys.executable, "-c", f"import subprocess, time; subprocess.Popen({hang}, start_new_session=True); time.sleep(3600)"]
+outer = f"subprocess.Popen({hang}, start_new_session=True); time.sleep(3600)"
+nested = [sys.executable, "-c", f"import subprocess, time; {outer}"]
 child = subprocess.Popen(nested, stdout=subprocess.PIPE)
 child.stdout.readline()  # of the innermost
 import os

@@ -1,4 +1,6 @@
-"""The set-up: pins, and scripts/setup.sh run against stand-ins of apt-get, sudo, pkg-config and uv."""
+"""The set-up: pins, and scripts/setup.sh run against stand-ins of apt-get, sudo, pkg-config and
+uv.
+"""
 
 import os
 import re
@@ -83,7 +85,9 @@ class Machine:
             "uv",
             """
             case "$1" in
-                venv) mkdir -p .venv/bin && ln -s "$BIN/python" .venv/bin/python && echo venv >>"$LOG" ;;
+                venv)
+                    mkdir -p .venv/bin && ln -s "$BIN/python" .venv/bin/python &&
+                        echo venv >>"$LOG" ;;
                 pip) echo "install ${@: -1}" >>"$LOG" ;;
             esac""",
         )

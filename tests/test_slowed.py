@@ -54,7 +54,10 @@ def test_epochs_slowed_tenfold_are_told_and_no_others():
 
 def test_a_cheaper_epoch_or_one_of_another_resolution_is_not_slow():
     flops = {32: 1_000_000, 48: 3_000_000}
-    side = lambda epoch: 32 if epoch < 5 else 48
+
+    def side(epoch):
+        return 32 if epoch < 5 else 48
+
     # Four times as long for a FLOP at 32 px.
     run = log(8, lambda epoch: 12.0 if epoch < 5 else 9.0, lambda epoch: flops[side(epoch)], side)
     assert (

@@ -47,7 +47,8 @@ def configs(tmp_path):
     paths = tmp_path / "standard.yaml", tmp_path / "quick.yaml"
     paths[0].write_text("training: {epochs: 6}\nresolution: {max: 48, step: 16}\n")
     paths[1].write_text(
-        "training: {epochs: 4, schedule: f1-clr, warmup_epochs: 1}\nresolution: {schedule: spl, max: 48, min: 32, step: 16}\n"
+        "training: {epochs: 4, schedule: f1-clr, warmup_epochs: 1}\nresolution: {schedule: spl, "
+        "max: 48, min: 32, step: 16}\n"
         "augment: {views: 4}\nhard_augment: {select: hard, resolution: 16}\n"
     )
     return paths
@@ -381,8 +382,8 @@ def test_without_data_and_photographs_drawings_are_taken_and_told(
     )
     speedup.main(["--configs", *map(str, configs), f"--output={tmp_path}", "--rounds=1", *SMALL])
     assert (
-        "16 JPEG images drawn, since there is no scikit-image to cut photographs from, median 500x375 and"
-        in capsys.readouterr().out
+        "16 JPEG images drawn, since there is no scikit-image to cut photographs from, median "
+        "500x375 and" in capsys.readouterr().out
     )
 
 

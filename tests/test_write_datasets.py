@@ -2,6 +2,7 @@
 signal.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -282,10 +283,9 @@ def processes_below(pid):
     """Process ids of `pid`'s descendants."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
+        # It may have ended meanwhile.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
-        except (FileNotFoundError, ProcessLookupError):
-            pass  # it has ended meanwhile
     found = [pid]
     for parent in found:  # grows as it is read
         found += [child for child, of in parents.items() if of == parent]

@@ -1,4 +1,7 @@
-"""Benchmarks of this machine: python -m ffssl.benchmark NAME --help"""
+"""Benchmarks of this machine.
+
+python -m ffssl.benchmark NAME --help
+"""
 
 import importlib
 import sys
@@ -10,7 +13,8 @@ from ffssl.parallel.openmp import share_cores
 BENCHMARKS = {
     "loader": "images/s of the loader and of its peers, in one run",
     "step": "a training step: where its time goes, and how near it is to the ceiling",
-    "agreement": "whether the GPU computes what the CPU does: losses and chosen pairs of all methods",
+    "agreement": "whether the GPU computes what the CPU does: losses and chosen pairs of all "
+    "methods",
     "speedup": "how much faster one config trains than another, by timing every stage of both",
 }
 

@@ -1,14 +1,16 @@
-"""Whether this machine's GPU computes what its CPU does: every method's losses and chosen pairs in
-the first steps, from the same weights.
+"""Check that this machine's GPU computes what its CPU does.
 
     python -m ffssl.benchmark agreement
     python -m ffssl.benchmark agreement --methods simsiam simclr
     python -m ffssl.benchmark agreement --describe           # of the machine alone
 
-Four steps of Hard Augment with a small ResNet on drawn images, on the CPU and on the GPU, there in
-float32 (without TF32) and in bf16, or fp16 where the GPU has none. Fails where a loss in float32 is
-off by more than 1 %, or a tenth of the pairs are others; half precision rounds, and is told only.
-On a machine without a GPU the CPU is compared with itself.
+Every method takes four steps of Hard Augment from the same weights, with a small ResNet on drawn
+images. Losses and chosen pairs are compared. The CPU computes in float32. The GPU computes in
+float32 (without TF32) and in bf16, or fp16 if it has no bf16.
+
+The check fails if a float32 loss is off by more than 1 %, or if a tenth of the pairs differ. Half
+precision rounds, so its differences are only shown. On a machine without a GPU the CPU is compared
+with itself.
 """
 
 from types import SimpleNamespace
@@ -69,7 +71,8 @@ def main(arguments: list[str]) -> None:
     torch.backends.cudnn.allow_tf32 = False
     half = "bf16" if device.type == "cpu" or has_bf16(device) else "fp16"
     print(
-        f"\n{'':14}{'loss off by, at most':>28}{'pairs the same':>24}\n{'method':14}{'float32':>14}{half:>14}{'float32':>12}{half:>12}"
+        f"\n{'':14}{'loss off by, at most':>28}{'pairs the same':>24}\n"
+        f"{'method':14}{'float32':>14}{half:>14}{'float32':>12}{half:>12}"
     )
     wrong = []
     for name in given.methods:
@@ -93,8 +96,9 @@ def main(arguments: list[str]) -> None:
 
 
 def first_steps(name: str, device: torch.device, amp: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The losses (STEPS,) and, before each step, the pairs (STEPS, IMAGES, 2) that Hard Augment
-    would choose.
+    """Return the losses (STEPS,), and the pairs that Hard Augment would choose before each step.
+
+    Pairs: (STEPS, IMAGES, 2).
     """
     options = options_of(name, amp)
     torch.manual_seed(0)
@@ -134,7 +138,7 @@ def options_of(name: str, amp: str) -> SimpleNamespace:
 
 
 def drawn_views(step: int) -> torch.Tensor:
-    """uint8 (IMAGES, VIEWS, 3, SIDE, SIDE): crops of drawn images at random places."""
+    """Return crops of drawn images at random places: uint8 (IMAGES, VIEWS, 3, SIDE, SIDE)."""
     dataset, generator = EmbeddedDataset("train", IMAGES), torch.Generator().manual_seed(step)
     views = []
     for i in range(IMAGES):

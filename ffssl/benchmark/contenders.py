@@ -1,9 +1,10 @@
-"""The loaders that the benchmark compares, each a function from `Workload` to a function that
-serves one epoch.
+"""The loaders that the benchmark compares.
 
-Calling the second function goes once through all images and returns how many it served. All serve
-batches of uint8 views. Peers are imported where they are used: one that is not installed raises
-ImportError, and is named and left out.
+Each is a function from `Workload` to a function that serves one epoch. That second function goes
+once through all images, and returns how many it served. All serve batches of uint8 views.
+
+Peers are imported where they are used. One that is not installed raises ImportError; the benchmark
+names it and leaves it out.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,7 @@ Epoch = Callable[[], int]
 class Workload:
     """The same images as a beton file and as a folder of JPEG files, and what to make of each.
 
-    `policy`: the views' policy.
+    policy: the views' policy.
     """
 
     beton: Path
@@ -35,7 +36,7 @@ class Workload:
 
 
 def ours(workload: Workload, jitter_form: str) -> Epoch:
-    """ViewLoader with one of the two forms of colour jitter."""
+    """Return epochs of ViewLoader with one of the two forms of colour jitter."""
     from ffssl.data.loader import ViewLoader
 
     loader = ViewLoader(
@@ -56,7 +57,7 @@ def ours(workload: Workload, jitter_form: str) -> Epoch:
 
 
 def decode_only(workload: Workload) -> Epoch:
-    """The limit: every image decoded once with ffcv's decoder, nothing else."""
+    """Return the limit: epochs that decode every image once with ffcv's decoder, no more."""
     from ffssl.data.beton.read import read_beton
     from ffssl.data.kernels.decode import decode, most_pixels
     from ffssl.data.kernels.jit import compiled_uncached
@@ -88,8 +89,9 @@ def decode_only(workload: Workload) -> Epoch:
 
 
 def stock_ffcv(workload: Workload) -> Epoch:
-    """Ffcv's own loader with its own operations: crop and flip only, which is all that it has
-    compiled; decodes once a view.
+    """Return epochs of ffcv's own loader with its own operations.
+
+    These are crop and flip only, which is all that ffcv has compiled. It decodes once a view.
     """
     from unittest import mock
 
@@ -122,8 +124,9 @@ def stock_ffcv(workload: Workload) -> Epoch:
 
 
 def torchvision_dataloader(workload: Workload) -> Epoch:
-    """Torchvision's transforms on PIL images in worker processes of a DataLoader, the files held in
-    memory.
+    """Return epochs of torchvision's transforms on PIL images, in a DataLoader's workers.
+
+    The files are held in memory.
     """
     import io
 
@@ -180,8 +183,9 @@ def torchvision_dataloader(workload: Workload) -> Epoch:
 
 
 def dali(workload: Workload) -> Epoch:
-    """NVIDIA DALI's CPU backend: one decode, then the same policy for each view (grey as saturation
-    0; DALI's own RandAugment).
+    """Return epochs of NVIDIA DALI's CPU backend: one decode, then the policy for each view.
+
+    Grey is saturation 0, and RandAugment is DALI's own.
     """
     from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali.auto_aug.rand_augment import rand_augment

@@ -1,11 +1,13 @@
 """Images per second of the loader and of its peers, on the same images, in one run.
 
-    python -m ffssl.benchmark loader                                     # scikit-image's photographs, or else drawings
+    python -m ffssl.benchmark loader
     python -m ffssl.benchmark loader --images photos/ --views 6 --resolution 96
     python -m ffssl.benchmark loader --data train.beton --workers 8
 
-Every contender lives in a process of its own and waits there while the others run. They take turns,
-round by round, so that a machine whose speed drifts slows all of them alike: trust the ratios, not
+The first takes scikit-image's photographs, or drawings if it is not installed.
+
+Every contender has a process of its own, and waits there while the others run. They take turns,
+round by round, so that a machine whose speed drifts slows all of them alike. Trust the ratios, not
 the images/s.
 """
 
@@ -107,31 +109,25 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="ffssl-benchmark-") as scratch:
         beton, folder = prepare_images(options, Path(scratch))
         workload = Workload(
-            beton,
-            folder,
-            options.views,
-            options.resolution,
-            policy,
-            options.workers,
-            options.batch_size,
+            beton=beton,
+            folder=folder,
+            views=options.views,
+            resolution=options.resolution,
+            policy=policy,
+            workers=options.workers,
+            batch_size=options.batch_size,
         )
         print(describe_machine(PACKAGES))
         print(describe_images(beton, "" if options.data or options.images else stand_ins()))
         print(
-            (
-                f"{options.views} views at {options.resolution}, policy {options.policy}, "
-                f"batches of {options.batch_size}, {options.workers} workers\n"
-            ),
+            f"{options.views} views at {options.resolution}, policy {options.policy}, "
+            f"batches of {options.batch_size}, {options.workers} workers\n",
             flush=True,
         )
         print_rates(measure(workload, options.rounds), options.views)
-        print(
-            "\nmilliseconds on one core   ",
-            "  ".join(
-                f"{stage} {ms:.3f}"
-                for stage, ms in stage_times(beton, policy, options.resolution).items()
-            ),
-        )
+        stages = stage_times(beton, policy, options.resolution)
+        times = "  ".join(f"{stage} {ms:.3f}" for stage, ms in stages.items())
+        print("\nmilliseconds on one core   ", times)
         affine = stage_times(beton, replace(policy, jitter_form="affine"), options.resolution)
         print(
             "decode: per image; the others: per view; colour with affine jitter "
@@ -140,8 +136,9 @@ def main(arguments: list[str]) -> None:
 
 
 def prepare_images(options: argparse.Namespace, scratch: Path) -> tuple[Path, Path]:
-    """A beton file of `samples` images, which are repeated if there are fewer, and a folder of the
-    same JPEG files.
+    """Write a beton file of `samples` images, and a folder of the same JPEG files.
+
+    Images are repeated if there are fewer.
     """
     files = (
         stored_files(options.data, options.samples)
@@ -158,12 +155,12 @@ def prepare_images(options: argparse.Namespace, scratch: Path) -> tuple[Path, Pa
 
 
 def drawn_at_random(count: int, most: int) -> list[int]:
-    """Which of `count` images to take, the same each time."""
+    """Return which of `count` images to take, the same each time."""
     return np.random.default_rng(0).permutation(count)[:most].tolist()
 
 
 def stored_files(path: Path, most: int) -> list[bytes]:
-    """JPEG files of a beton file."""
+    """Return JPEG files of a beton file."""
     beton = read_beton(path)
     if (beton.images["mode"] != MODE_JPEG).any():
         raise UserError(
@@ -176,8 +173,9 @@ def stored_files(path: Path, most: int) -> list[bytes]:
 
 
 def encoded_photographs(folder: Path | None, most: int) -> list[bytes]:
-    """Images of a folder, or else `stand_ins`, reduced to a longer side of 500 and encoded at
-    quality 90.
+    """Return images of a folder, or else `stand_ins`, as JPEG files of quality 90.
+
+    The longer side is reduced to 500 pixels.
     """
     if folder:
         source = ImageFolder(folder, labels=False)
@@ -201,7 +199,7 @@ def has_photographs() -> bool:
 
 
 def stand_ins() -> str:
-    """What is taken where no images are given."""
+    """Say what is taken if no images are given."""
     return (
         "cut from scikit-image's photographs"
         if has_photographs()
@@ -210,12 +208,12 @@ def stand_ins() -> str:
 
 
 def draw(index: int) -> Image.Image:
-    """A drawn image at the size of `cut_photograph`'s."""
+    """Return a drawn image of the size of `cut_photograph`'s."""
     return Image.fromarray(EmbeddedDataset("train", 64)[index][0]).resize((500, 375), Image.LANCZOS)
 
 
 def cut_photograph(index: int) -> Image.Image:
-    """A random cut, 500x375, of one of the photographs that scikit-image's package carries."""
+    """Return a random cut, 500x375, of one of the photographs in scikit-image's package."""
     import skimage.data
 
     names = ("astronaut", "chelsea", "coffee", "rocket")
@@ -223,11 +221,10 @@ def cut_photograph(index: int) -> Image.Image:
     generator = np.random.default_rng(index)
     height = int(photograph.height * generator.uniform(0.6, 1))
     width = min(photograph.width, height * 4 // 3)
-    left, top = (
-        generator.integers(0, photograph.width - width + 1),
-        generator.integers(0, photograph.height - height + 1),
-    )
-    return photograph.resize((500, 375), Image.LANCZOS, box=(left, top, left + width, top + height))
+    left = generator.integers(0, photograph.width - width + 1)
+    top = generator.integers(0, photograph.height - height + 1)
+    box = (left, top, left + width, top + height)
+    return photograph.resize((500, 375), Image.LANCZOS, box=box)
 
 
 def describe_images(path: Path, origin: str = "") -> str:
@@ -243,7 +240,10 @@ def describe_images(path: Path, origin: str = "") -> str:
 
 
 def measure(workload: Workload, rounds: int) -> dict[str, list[float] | str]:
-    """Images/s of each contender in each round; for one that is not installed or fails, why."""
+    """Return the images/s of each contender in each round.
+
+    For one that is not installed or fails, return why.
+    """
     context = multiprocessing.get_context("spawn")
     running: dict[str, tuple[BaseProcess, Connection]] = {}
     results: dict[str, list[float] | str] = {name: [] for name in CONTENDERS}
@@ -277,7 +277,7 @@ def measure(workload: Workload, rounds: int) -> dict[str, list[float] | str]:
 
 
 def _ask(connection: Connection) -> float | str:
-    """A contender's images/s in one more epoch, or what went wrong."""
+    """Return a contender's images/s in one more epoch, or what went wrong."""
     try:
         connection.send("epoch")
         return connection.recv() if connection.poll(LIMIT_S) else f"no answer within {LIMIT_S} s"
@@ -286,7 +286,7 @@ def _ask(connection: Connection) -> float | str:
 
 
 def _serve(name: str, workload: Workload, connection: Connection) -> None:
-    """One contender's process: an epoch for every message."""
+    """Run one contender's process: an epoch for every message."""
     try:
         epoch = CONTENDERS[name](workload)
         while True:
@@ -305,8 +305,9 @@ def _serve(name: str, workload: Workload, connection: Connection) -> None:
 
 
 def print_rates(results: dict[str, list[float] | str], views: int) -> None:
-    """A line a contender: median rates, and by how much `ffssl` is faster: the median of the
-    rounds' ratios, and their range.
+    """Print a line for each contender: median rates, and by how much `ffssl` is faster.
+
+    The latter is the median of the rounds' ratios, with their range.
     """
     ours = results["ffssl"]
     print(f"{'':<28}{'image/s':>9}{'view/s':>9}{'ffssl is faster by':>22}{'(range)':>16}")

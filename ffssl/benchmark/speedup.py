@@ -1,17 +1,22 @@
-"""How much faster one config trains than another on this machine, in hours, by timing every stage
-of both schedules.
+r"""How much faster one config trains than another on this machine, in hours.
 
-    python -m ffssl.benchmark speedup --configs rn50_configs/baseline.yaml rn50_configs/efficient.yaml
-    python -m ffssl.benchmark speedup --configs A.yaml B.yaml --data train.beton --output runs/speedup --training.batch_size=256
-    python -m ffssl.benchmark speedup --configs A.yaml B.yaml --data train.beton --full      # also trains both, and compares
+    python -m ffssl.benchmark speedup \
+        --configs rn50_configs/baseline.yaml rn50_configs/efficient.yaml
+    python -m ffssl.benchmark speedup --configs A.yaml B.yaml --data train.beton \
+        --output runs/speedup --training.batch_size=256
+    python -m ffssl.benchmark speedup --configs A.yaml B.yaml --data train.beton --full
 
-A stage is what a config trains at one resolution. Each is timed with views at hand, with the loader
-alone, and with both together as in training; the stages take turns, round by round, since a
-machine's speed drifts. What a step takes together, and an epoch's wait for its first batch, are
-then added up over the schedules. torch.compile's work and evaluations are left out. Without --data
-the images are cut from scikit-image's photographs, or drawn where it is not installed, 500x375.
-Writes speedup.json, speedup.md and speedup.png to the output folder. Any option of training can be
-given to both configs, as --section.option=value.
+With --full it also trains both, and compares.
+
+It times every stage of both schedules. A stage is what a config trains at one resolution. Each is
+timed with views at hand, with the loader alone, and with both together as in training. The stages
+take turns, round by round, since a machine's speed drifts. The times of steps together, and an
+epoch's wait for its first batch, are then added up over the schedules. torch.compile's work and
+evaluations are left out.
+
+Without --data the images are cut from scikit-image's photographs, 500x375, or drawn if it is not
+installed. Writes speedup.json, speedup.md and speedup.png to the output folder. Any option of
+training can be given to both configs, as --section.option=value.
 """
 
 import contextlib
@@ -168,7 +173,7 @@ def write(found: dict, output: Path) -> None:
 class Stage:
     """What a config trains in steps of one shape.
 
-    times: by what was timed, seconds a step of each round; see `time_stage`.
+    times: seconds a step in each round, by what was timed; see `time_stage`.
     """
 
     shape: StepShape
@@ -200,11 +205,9 @@ def start_trial(
             f"--images: {images} are fewer than {name}'s "
             f"--training.batch_size={options.training.batch_size}"
         )
-    run, loader, flops = (
-        start_run(options, method, schedule, device),
-        stack.enter_context(open_loader(options)),
-        count_flops(schedule, method),
-    )
+    run = start_run(options, method, schedule, device)
+    loader = stack.enter_context(open_loader(options))
+    flops = count_flops(schedule, method)
     compile_methods(method, COMPILED_METHODS, options.training.compile, device)
     epochs = defaultdict(list)
     for epoch in range(options.training.epochs):
@@ -213,10 +216,10 @@ def start_trial(
 
 
 def measure(trials: list[Trial], rounds: int, seconds: float, caches: Path | None) -> None:
-    """Time all stages in turns, each measurement for about so many seconds.
+    """Time all stages in turns, each measurement for about `seconds`.
 
-    caches: a folder in which torch.compile has empty ones for the first steps of each trial, as if
-    each ran alone; None: those that it has.
+    caches: a folder of empty torch.compile caches for the first steps of each trial, as if each ran
+    alone. None: use the machine's own caches.
     """
     for trial in trials:
         with empty_compile_caches(caches) if caches else contextlib.nullcontext():
@@ -235,8 +238,9 @@ def empty_compile_caches(folder: Path) -> contextlib.AbstractContextManager:
 
 
 def take_first_steps(trial: Trial, seconds: float) -> None:
-    """Compile and time the first step of each stage, and choose how many to measure for about so
-    many seconds.
+    """Compile and time the first step of each stage, and choose how many steps to measure.
+
+    A measurement should last about `seconds`.
     """
     options = trial.run.options
     for stage in trial.stages:
@@ -244,7 +248,7 @@ def take_first_steps(trial: Trial, seconds: float) -> None:
         shape = (options.training.batch_size, stage.shape.views, 3, side, side)
         views = torch.zeros(shape, dtype=torch.uint8, device=trial.run.device)
 
-        def step() -> float:
+        def step(views: torch.Tensor = views) -> float:
             return seconds_of(lambda: train_step(trial.run, views, 0), trial.run.device)
 
         try:
@@ -255,9 +259,10 @@ def take_first_steps(trial: Trial, seconds: float) -> None:
 
 
 def time_stage(trial: Trial, stage: Stage) -> None:
-    """One measurement of seconds: "start" to an epoch's first batch, and of a step with the loader
-    ("together", and the "joules" of it), with the views at hand ("step"), and of the loader
-    alone ("loader").
+    """Take one measurement of a stage, in seconds.
+
+    "start": to an epoch's first batch. The others are of a step: "together" with the loader (and
+    the "joules" of it), "step" with the views at hand, "loader" the loader alone.
     """
     run, loader, steps = trial.run, trial.loader, stage.steps
     run.epoch = stage.epochs[0]
@@ -300,12 +305,9 @@ def time_stage(trial: Trial, stage: Stage) -> None:
 
 
 def summarise(trial: Trial) -> dict:
-    """A config's stages, and their sums over its schedule."""
-    schedule, batch_size, workers = (
-        trial.run.schedule,
-        trial.loader.batch_size,
-        trial.loader.workers,
-    )
+    """Return a config's stages, and their sums over its schedule."""
+    schedule = trial.run.schedule
+    batch_size, workers = trial.loader.batch_size, trial.loader.workers
     stages = []
     for stage in trial.stages:
         median = {kind: statistics.median(values) for kind, values in stage.times.items()}
@@ -344,7 +346,7 @@ def summarise(trial: Trial) -> dict:
 
 
 def free_memory(device: torch.device) -> None:
-    """Leave the GPU to another process, as far as that can be done."""
+    """Leave the GPU's memory to another process, as far as possible."""
     torch.compiler.reset()  # its graphs hold memory
     gc.collect()
     if device.type == "cuda":
@@ -352,7 +354,7 @@ def free_memory(device: torch.device) -> None:
 
 
 def train_in_full(config: Path, data: Path, overrides: list[str]) -> float:
-    """Seconds of training, by its own log, torch.compile's work included."""
+    """Return the seconds of a whole training, by its own log, with torch.compile's work."""
     with tempfile.TemporaryDirectory(prefix="ffssl-speedup-") as folder:
         words = [
             f"--config={config}",

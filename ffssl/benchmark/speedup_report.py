@@ -1,4 +1,4 @@
-"""What the speed-up benchmark found, as a table and as a picture."""
+"""Write what the speed-up benchmark found as a table and as a picture."""
 
 import math
 from pathlib import Path
@@ -15,7 +15,7 @@ from ffssl.printable import printable
 
 
 def table_of(found: dict) -> str:
-    """Markdown: the stages of each config, and the totals.
+    """Return Markdown: the stages of each config, and the totals.
 
     found: as `ffssl.benchmark.speedup` writes it.
     """
@@ -33,8 +33,10 @@ def table_of(found: dict) -> str:
     ]
     for config in configs:
         lines += [
-            f"| {config['name']} | {stage['resolution']} | {stage['views']} | {stage['epochs']} | {stage['step_ms']:.1f} | {stage['loader_ms']:.1f} | {stage['together_ms']:.1f} "
-            f"| {stage['bound']} | {stage['cores_needed']:.2g} | {stage['seconds'] * per_second:.3g} | {stage['first_step_s']:.1f} |"
+            f"| {config['name']} | {stage['resolution']} | {stage['views']} | {stage['epochs']} | "
+            f"{stage['step_ms']:.1f} | {stage['loader_ms']:.1f} | {stage['together_ms']:.1f} "
+            f"| {stage['bound']} | {stage['cores_needed']:.2g} | "
+            f"{stage['seconds'] * per_second:.3g} | {stage['first_step_s']:.1f} |"
             for stage in config["stages"]
         ]
     full = (
@@ -72,9 +74,11 @@ def table_of(found: dict) -> str:
     ]
     lines += [
         "",
-        "step: with views at hand; loader: a batch, alone; together: as in training, medians. cores needed: CPU cores with which the loader alone "
-        "would keep up with the step. Times are of training, without torch.compile's work (within the first step) and evaluations; a prediction "
-        "is compared with its first steps added. FLOPs in the standard count. kWh: of the GPU, where it counts them.",
+        "step: with views at hand; loader: a batch, alone; together: as in training, medians. "
+        "cores needed: CPU cores with which the loader alone would keep up with the step. "
+        "Times are of training, without torch.compile's work (within the first step) and "
+        "evaluations; a prediction is compared with its first steps added. "
+        "FLOPs in the standard count. kWh: of the GPU, where it counts them.",
         "",
     ]
     return "\n".join(lines)
@@ -106,8 +110,10 @@ def ratio(base: float, value: float) -> str:
 
 
 def draw(found: dict, path: Path) -> None:
-    """A bar for each config, of its stages in the order of their resolutions' first use; those that
-    wait for the loader are hatched.
+    """Draw a bar for each config, made of its stages.
+
+    Stages are in the order in which their resolutions first occur. Those that wait for the loader
+    are hatched.
     """
     configs = found["configs"]
     longest = max(config["seconds"] for config in configs)
@@ -133,7 +139,10 @@ def draw(found: dict, path: Path) -> None:
             left += width
         text = f" {left:.3g} {time} "
         if row:
-            text += f"({ratio(configs[0]['seconds'], config['seconds'])} as fast; in FLOPs {ratio(configs[0]['flops'], config['flops'])}) "
+            text += (
+                f"({ratio(configs[0]['seconds'], config['seconds'])} as fast; in FLOPs "
+                f"{ratio(configs[0]['flops'], config['flops'])}) "
+            )
         inside = config["seconds"] > 0.6 * longest
         axis.text(
             left,

@@ -1,4 +1,4 @@
-"""Where the time of a view goes."""
+"""Measure where the time of a view goes."""
 
 import time
 from pathlib import Path
@@ -28,11 +28,11 @@ REPEATS = 5
 
 
 def stage_times(path: Path, policy: ViewPolicy, resolution: int) -> dict[str, float]:
-    """Milliseconds of each stage on one core: decode per image, the others per view, as the policy
-    mixes them.
+    """Return the milliseconds of each stage on one core, as the policy mixes them.
 
-    Colour, blur and RandAugment's operations are what a view takes more with them than without,
-    since the passes are fused; resize is what is left.
+    Decode is per image, the others are per view. The passes are fused, so colour, blur and
+    RandAugment's operations are differences: a view with them less a view without. Resize is the
+    rest.
     """
     beton = read_beton(path)
     file = np.memmap(beton.path, np.uint8, "r")
@@ -92,7 +92,7 @@ def _store_view(planes, view):
 
 
 def _milliseconds(work) -> float:
-    """The least of a few timings: what the machine takes when nothing disturbs it."""
+    """Return the least of a few timings: the time on an undisturbed machine."""
     work()
     times = []
     for _ in range(REPEATS):

@@ -1,17 +1,19 @@
-"""How long a training step takes, where its time goes, and how near it is to the least that it
-could take.
+r"""How long a training step takes, where its time goes, and how near it is to its ceiling.
 
     python -m ffssl.benchmark step --config rn50_configs/efficient.yaml
-    python -m ffssl.benchmark step --config rn50_configs/efficient.yaml --resolutions 96 224 --training.batch_size=256 --json step.json
+    python -m ffssl.benchmark step --config rn50_configs/efficient.yaml \
+        --resolutions 96 224 --training.batch_size=256 --json step.json
 
-At each resolution of the config's schedule it times the step of training, on views that are on the
-device already, in turns with the ceiling: a supervised step of the same backbone, in the same
-precision and compilation, on as many views as are trained on. "x ceiling" is by how much the step
-takes longer than the ceiling and the FLOPs that it has beyond it would at the ceiling's FLOP/s; "x
-eq. 11" is the same for Hard Augment's selection pass beside the rest of the step. Any option of
-training can be given, as --section.option=value.
+The ceiling is a supervised step of the same backbone, in the same precision and compilation, on as
+many views as the run trains on. At each resolution of the config's schedule the two are timed in
+turns, on views that are on the device already.
+
+"x ceiling": the step's time over the time that its FLOPs would take at the ceiling's FLOP/s. "x eq.
+11": the same for Hard Augment's selection pass, beside the rest of the step. Any option of training
+can be given, as --section.option=value.
 """
 
+import functools
 import itertools
 import statistics
 from collections.abc import Callable
@@ -102,7 +104,9 @@ def main(arguments: list[str]) -> None:
         views = (options.training.batch_size, shape.views, 3, shape.resolution, shape.resolution)
         try:
             row = with_memory_advice(
-                run, views, lambda: time_shape(run, shape, flops[shape], given.steps, given.rounds)
+                run,
+                views,
+                functools.partial(time_shape, run, shape, flops[shape], given.steps, given.rounds),
             )
         except UserError as error:
             print(f"{shape.resolution:>4}{shape.views:>6}  {error}", flush=True)
@@ -124,13 +128,18 @@ def describe(options: Options, device: torch.device) -> str:
         else ""
     )
     return (
-        f"{where(device)}: {options.method.name}, {options.model.backbone}, {options.training.batch_size} images of {options.augment.views} views{selection}; "
-        f"{describe_precision(options.training.amp, device)}; torch.compile {options.training.compile}"
+        f"{where(device)}: {options.method.name}, {options.model.backbone}, "
+        f"{options.training.batch_size} images of {options.augment.views} views{selection}; "
+        f"{describe_precision(options.training.amp, device)}; torch.compile "
+        f"{options.training.compile}"
     )
 
 
 def supervised_step(run: Run, side: int) -> Callable[[], None]:
-    """A plain supervised step of a backbone like the run's, on as many views as the run trains on."""
+    """Return a plain supervised step of a backbone like the run's.
+
+    It takes as many views as the run trains on.
+    """
     options, device = run.options, run.device
     t = options.training
     network = classifier(options, device)
@@ -175,7 +184,7 @@ def classifier(options: Options, device: torch.device) -> nn.Module:
 
 
 def supervised_flops(options: Options, side: int) -> float:
-    """Of one supervised step, in the standard count."""
+    """Return the FLOPs of one supervised step, in the standard count."""
     network = classifier(options, torch.device("meta"))
     with FlopCounterMode(display=False) as counter:
         network(torch.empty(2, 3, side, side, device="meta"))
@@ -185,7 +194,10 @@ def supervised_flops(options: Options, side: int) -> float:
 def time_shape(
     run: Run, shape: StepShape, flops: Flops, steps: int, rounds: int
 ) -> dict[str, float | None]:
-    """Times of the training step and of the ceiling, in turns. flops: of the training step."""
+    """Time the training step and the ceiling in turns.
+
+    flops: of the training step.
+    """
     options, device, side = run.options, run.device, shape.resolution
     size = (options.training.batch_size, shape.views, 3, side, side)
     views = torch.randint(0, 256, size, dtype=torch.uint8, device=device)
@@ -234,7 +246,8 @@ def print_header() -> None:
     print(
         f"{'px':>4}{'views':>6}{'ms/step':>9}"
         + "".join(f"{part:>11}" for part in PARTS)
-        + f"{'image/s':>9}{'TFLOP/s':>9}{'share':>7}{'GB':>7}{'ceiling ms':>12}{'x ceiling':>11}{'x eq. 11':>10}{'first s':>9}"
+        + f"{'image/s':>9}{'TFLOP/s':>9}{'share':>7}{'GB':>7}"
+        + f"{'ceiling ms':>12}{'x ceiling':>11}{'x eq. 11':>10}{'first s':>9}"
     )
 
 
@@ -244,7 +257,8 @@ def print_row(row: dict[str, float | None], peak: float) -> None:
     print(
         f"{row['resolution']:>4}{row['views']:>6}{row['step_ms']:>9.1f}"
         + "".join(f"{row[f'{part}_ms']:>11.1f}" for part in PARTS)
-        + f"{row['images_per_second']:>9.0f}{row['flops_per_second'] / 1e12:>9.3g}{row['flops_per_second'] / peak:>7.0%}{memory:>7}"
-        f"{row['ceiling_ms']:>12.1f}{row['over_ceiling']:>11.2f}{selection:>10}{row['first_step_s']:>9.1f}",
+        + f"{row['images_per_second']:>9.0f}{row['flops_per_second'] / 1e12:>9.3g}"
+        + f"{row['flops_per_second'] / peak:>7.0%}{memory:>7}{row['ceiling_ms']:>12.1f}"
+        + f"{row['over_ceiling']:>11.2f}{selection:>10}{row['first_step_s']:>9.1f}",
         flush=True,
     )

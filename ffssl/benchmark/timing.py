@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def where(device: torch.device) -> str:
-    """On what a benchmark runs."""
+    """Say on what a benchmark runs."""
     return (
         "on the CPU, there being no GPU"
         if device.type == "cpu" and not torch.cuda.is_available()
@@ -24,7 +24,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Of one call, from an idle device to an idle device."""
+    """Return the seconds of one call, from an idle device to an idle device."""
     synchronize(device)
     started = time.perf_counter()
     work()
@@ -33,10 +33,10 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 
 
 class Stopwatch:
-    """Times the parts of steps, by the device's own clock: a part lasts from the mark before it to
-    its own.
+    """Times the parts of steps by the device's own clock.
 
-    `mark` is the `mark` of `ffssl.training.step.train_step`; call `start` before each step.
+    A part lasts from the mark before it to its own. `mark` is the `mark` of
+    `ffssl.training.step.train_step`; call `start` before each step.
     """
 
     def __init__(self, device: torch.device):
@@ -57,7 +57,7 @@ class Stopwatch:
         )
 
     def milliseconds(self) -> dict[str, float]:
-        """The median over the steps of each part's time."""
+        """Return each part's time, the median over the steps."""
         times = defaultdict(list)
         for step in self._steps:
             of_step = defaultdict(float)
@@ -69,8 +69,9 @@ class Stopwatch:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the product of two large square matrices in `dtype`: the most that convolutions can
-    hope for.
+    """Return the FLOP/s of the product of two large square matrices in `dtype`.
+
+    No convolution can be expected to reach more.
     """
     side = 8192 if device.type == "cuda" else 1536
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))

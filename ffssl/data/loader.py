@@ -22,8 +22,7 @@ import numpy as np
 import torch
 
 from ffssl.data.beton.mapped import ImageFile
-from ffssl.data.beton.read import FLOAT_FIELD, INT_FIELD, describe_fields, read_beton
-from ffssl.data.convert.sources.base import UNLABELLED
+from ffssl.data.beton.read import FLOAT_FIELD, INT_FIELD, UNLABELLED, describe_fields, read_beton
 from ffssl.data.kernels.decode import render_samples
 from ffssl.data.kernels.own_step import compile_view_kernel
 from ffssl.data.memory import available_memory

@@ -1,8 +1,11 @@
 """Evaluate the frozen backbones of runs, finished or not, and compare them in a table.
 
     python -m ffssl.evaluate knn runs/baseline runs/efficient
-    python -m ffssl.evaluate linear runs/efficient                 # 90 epochs; the same command continues a probe that was interrupted
-    python -m ffssl.evaluate linear runs/efficient --cached        # on features of centre crops, computed once: no augmentation
+    python -m ffssl.evaluate linear runs/efficient             # 90 epochs
+    python -m ffssl.evaluate linear runs/efficient --cached    # on features of centre crops
+
+The same command continues a linear probe that was interrupted. With --cached the features are
+computed once, without augmentation.
 
 A run is its folder, or a checkpoint file. Results are added to evaluation.json beside the
 checkpoint.
@@ -24,19 +27,8 @@ def main() -> None:
     from ffssl.evaluate.linear import Recipe, usual_batch_size
     from ffssl.evaluate.results import add_result, markdown_table, require_recordable
 
-    common = {
-        name: arguments.pop(name)
-        for name in (
-            "network",
-            "train",
-            "validation",
-            "label_field",
-            "resolution",
-            "workers",
-            "device",
-            "amp",
-        )
-    }
+    names = "network train validation label_field resolution workers device amp".split()
+    common = {name: arguments.pop(name) for name in names}
     for run in runs:
         # All are checked before the first takes hours.
         require_recordable(freeze(run, **common).checkpoint.parent)

@@ -1,5 +1,6 @@
-"""Features of a frozen backbone: in evaluation mode (BatchNorm by its running statistics) and
-without gradient.
+"""Features of a frozen backbone.
+
+The backbone is in evaluation mode: BatchNorm uses its running statistics. Nothing has a gradient.
 """
 
 import collections
@@ -24,10 +25,9 @@ IMAGES_AT_ONCE = 256
 
 
 def open_views(path: str | Path, data: DataOptions, resolution: int, **settings) -> ViewLoader:
-    """One view of every image: its centre crop, in the file's order, unless `settings` of the
-    loader say otherwise.
+    """Return a loader of one view of every image: its centre crop, in the file's order.
 
-    data: the options of the section data.
+    `settings` of the loader override this. data: the options of the section data.
     """
     usual = {
         "batch_size": 256,
@@ -42,8 +42,10 @@ def open_views(path: str | Path, data: DataOptions, resolution: int, **settings)
 
 
 def labelled_images(loader: ViewLoader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of each batch the first views, uint8 (B, 3, R, R), on `device` until the next is asked for
-    (see `to_device`), and the labels (B,), in the host's memory.
+    """Yield the first view of each image of a batch, and the labels.
+
+    Views: uint8 (B, 3, R, R), on `device`, valid until the next batch is asked for (see
+    `to_device`). Labels: (B,), in the host's memory.
     """
     labels: collections.deque[Tensor] = collections.deque()
 
@@ -58,9 +60,9 @@ def labelled_images(loader: ViewLoader, device: torch.device) -> Iterator[tuple[
 
 @torch.no_grad()
 def frozen_features(backbone: nn.Module, images: Tensor, amp: torch.autocast) -> Tensor:
-    """Pooled features (B, d), float32, of uint8 images (B, 3, R, R) on the backbone's device.
+    """Return pooled features (B, d), float32, of uint8 images (B, 3, R, R).
 
-    `backbone` must be in evaluation mode.
+    `backbone` must be in evaluation mode, and on the images' device.
     """
     with amp:
         return torch.cat(
@@ -77,12 +79,12 @@ def extract_features(
     store: torch.device | None = None,
     unit_length: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Pooled features (N, d) and labels int64 (N,) of the first views of all images of `loader`.
+    """Return pooled features (N, d) and labels int64 (N,) of the first views of `loader`.
 
-    The backbone's mode is put back.
+    The backbone returns to the mode it was in.
 
-    store: the device that keeps them, by default the one that computes. unit_length: L2-normalised,
-    which lets float16 hold them; otherwise float32.
+    store: the device that keeps the features, by default the one that computes. unit_length:
+    normalise features (L2) and keep them as float16; otherwise they are float32.
     """
     store = store or device
     features = torch.empty(

@@ -1,4 +1,4 @@
-"""What a run's frozen backbone is worth: its kNN accuracy, its linear probe."""
+"""Measure a run's frozen backbone: its kNN accuracy and its linear probe."""
 
 import hashlib
 import json
@@ -36,10 +36,10 @@ PACKAGES = ("ffssl", "torch", "torchvision", "timm", "torchmetrics", "ffcv")
 
 @dataclass(frozen=True)
 class FrozenRun:
-    """A run's backbone, in evaluation mode and without gradient, and the labelled images to judge
-    it by.
+    """A run's frozen backbone, and the labelled images to judge it by.
 
-    classes: int64, the labels that there are, each once, ascending.
+    The backbone is in evaluation mode and has no gradient. classes: int64, the labels that occur,
+    each once, ascending.
     """
 
     checkpoint: Path
@@ -57,12 +57,14 @@ class FrozenRun:
 
     @cached_property
     def images(self) -> int:
-        """In the training file."""
+        """The number of training images."""
         return len(read_beton(self.train))
 
     def knn(self, *, k: int, temperature: float) -> dict:
-        """Accuracy of the weighted kNN vote of all training images: a record, see
-        `ffssl.evaluate.results`. k is cut to their number.
+        """Return the accuracy of the weighted kNN vote of all training images.
+
+        The result is a record, see `ffssl.evaluate.results`. k is cut to the number of training
+        images.
         """
         bank, bank_labels = self.centre_crops(
             self.train, unit_length=True, broken=self.options.data.broken
@@ -75,10 +77,10 @@ class FrozenRun:
         return self.record("knn", {"k": k, "temperature": temperature}, {"top1": accuracy})
 
     def linear(self, recipe: Recipe) -> dict:
-        """Accuracy of a linear probe: a record, see `ffssl.evaluate.results`.
+        """Return the accuracy of a linear probe: a record, see `ffssl.evaluate.results`.
 
-        What is trained so far is kept beside the run's checkpoint, under a name that holds a hash
-        of all that decides the result.
+        The probe's own checkpoint lies beside the run's. Its name holds a hash of all that decides
+        the result.
         """
         record = self.record("linear", asdict(recipe) | {"training": recipe.training}, {})
         decisive = {name: value for name, value in record.items() if name != "machine"}
@@ -114,7 +116,7 @@ class FrozenRun:
         }
 
     def _numbered(self, batches: Batches) -> Batches:
-        """With the labels' places among the classes for labels, which may be any numbers."""
+        """Replace each label, which may be any number, by its index among the classes."""
         return lambda epoch: (
             (features, torch.searchsorted(self.classes, labels))
             for features, labels in batches(epoch)
@@ -123,8 +125,9 @@ class FrozenRun:
     def centre_crops(
         self, path: Path, *, unit_length: bool = False, broken: str = "stop"
     ) -> tuple[Tensor, Tensor]:
-        """Features (N, d) and labels (N,) of a file's centre crops, in the host's memory; see
-        `extract_features`, `ViewLoader` for broken.
+        """Return features (N, d) and labels (N,) of a file's centre crops, in the host's memory.
+
+        See `extract_features`, and `ViewLoader` for `broken`.
         """
         with open_views(path, self.options.data, self.resolution, broken=broken) as loader:
             return extract_features(
@@ -132,10 +135,8 @@ class FrozenRun:
             )
 
     def record(self, evaluation: str, settings: dict, scores: dict) -> dict:
-        data, label_field = (
-            {"train": self.train, "validation": self.validation},
-            self.options.data.label_field,
-        )
+        data = {"train": self.train, "validation": self.validation}
+        label_field = self.options.data.label_field
         return {
             "evaluation": evaluation,
             "checkpoint": self.checkpoint.name,
@@ -167,12 +168,12 @@ def freeze(
     device: str = "auto",
     amp: str = "auto",
 ) -> FrozenRun:
-    """A run, from its folder or a checkpoint, ready to be evaluated.
+    """Load a run, from its folder or a checkpoint, ready to be evaluated.
 
-    What is left out is as the run had it: files, resolution, workers.
+    Arguments left out are as the run had them: files, resolution, workers.
 
-    Raises UserError where the run can't be loaded, or the images have no labels, or not the same
-    classes, see `shared_classes`.
+    Raise UserError if the run can't be loaded, if images have no labels, or if the files have
+    different classes, see `shared_classes`.
     """
     place = choose_device(device, "--device")
     autocast, _ = mixed_precision(amp, place, "--amp")
@@ -183,10 +184,8 @@ def freeze(
         raise UserError(
             f"{path}: the run had no validation images; name a beton file with --validation"
         )
-    train, validation = (
-        Path(train or options.data.train),
-        Path(validation or options.data.validation),
-    )
+    train = Path(train or options.data.train)
+    validation = Path(validation or options.data.validation)
     changed = {"label_field": label_field, "workers": workers}
     options = options.changed(data={k: v for k, v in changed.items() if v is not None})
     classes = torch.from_numpy(
@@ -215,7 +214,7 @@ def freeze(
 
 
 def precision(amp: torch.autocast, device: torch.device) -> str:
-    """The type in which a backbone computes under `amp`."""
+    """Return the name of the type in which a backbone computes under `amp`."""
     with amp:
         return (
             str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
@@ -225,10 +224,11 @@ def precision(amp: torch.autocast, device: torch.device) -> str:
 
 
 def describe(path: Path, label_field: str | None = None) -> dict:
-    """A beton file's name and number of images, and a digest that tells it from others of its name.
+    """Return a beton file's name, its number of images, and a digest.
 
-    The digest is of its labels and its images' sizes, which raw images may share with others, and
-    of the checksum in its description.
+    The digest tells the file from others of its name. It covers the labels, the images' sizes and
+    the checksum in the file's description. Without a description, other raw images of the same
+    sizes have the same digest.
     """
     beton = read_beton(path, label_field)
     checksum = (read_description(path) or {}).get("sha256", "")

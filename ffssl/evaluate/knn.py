@@ -1,5 +1,6 @@
-"""Weighted k-nearest-neighbour classification on frozen features (Wu et al. 2018), in blocks that
-keep to a given memory.
+"""Weighted k-nearest-neighbour classification on frozen features (Wu et al. 2018).
+
+It works in blocks, and keeps to a given amount of memory.
 """
 
 import torch
@@ -20,14 +21,16 @@ def knn_predict(
     memory: int = MEMORY,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Predicted labels, int64 (Q,), where the queries are.
+    """Return the predicted labels, int64 (Q,), on the device of the queries.
 
-    bank: (N, d) features, bank_labels: int64 (N,), any numbers, queries: (Q, d). Features are
-    L2-normalised here, in float32; each of the k nearest votes with weight exp(cosine /
-    temperature); k is cut to N. Of equal votes the smallest label wins. memory: bytes taken at most
-    besides the arguments, the result and what libraries hold. ValueError where even single vectors
-    need more. device: where to compute, by default where the bank is. Bank and queries may be
-    anywhere and of any float type: they go there, and become float32, block by block.
+    Features are L2-normalised here, in float32. Each of the k nearest votes with weight exp(cosine
+    / temperature). Of equal votes the smallest label wins.
+
+    bank: (N, d) features. bank_labels: int64 (N,), any numbers. queries: (Q, d). Bank and queries
+    may be on any devices and of any float type: they are moved and become float32 block by block.
+    k: cut to N. device: where to compute, by default where the bank is. memory: the most bytes to
+    take, besides the arguments, the result and what libraries hold. Raise ValueError if even single
+    vectors need more.
     """
     device = device or bank.device
     # Sorted: a column for each class, whatever its number.
@@ -51,13 +54,12 @@ def knn_predict(
 def _nearest(
     queries: Tensor, bank: Tensor, bank_labels: Tensor, k: int, block: int
 ) -> tuple[Tensor, Tensor]:
-    """Cosines (q, k) of unit vectors (q, d) and the k nearest of the bank, in no order, and the
-    labels (q, k) of these.
+    """Return the cosines (q, k) of the k nearest of the bank, and their labels (q, k).
+
+    They are in no order. queries: unit vectors (q, d).
     """
-    cosines, labels = (
-        queries.new_empty(len(queries), 0),
-        bank_labels.new_empty(len(queries), 0, device=queries.device),
-    )
+    cosines = queries.new_empty(len(queries), 0)
+    labels = bank_labels.new_empty(len(queries), 0, device=queries.device)
     for vectors, vector_labels in zip(bank.split(block), bank_labels.split(block)):
         found, where = _topk(
             queries @ F.normalize(vectors.to(queries.device, torch.float32), dim=1).T, k
@@ -76,9 +78,9 @@ def _topk(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def block_sizes(
     memory: int, *, queries: int, bank: int, width: int, k: int, classes: int
 ) -> tuple[int, int]:
-    """How many queries and how many vectors of the bank to compare at once.
+    """Return how many queries and how many vectors of the bank to compare at once.
 
-    ValueError where `memory` (bytes) is too little for one of each.
+    Raise ValueError if `memory` (bytes) is too little for one of each.
     """
     float32, int64 = 4, 8
     # A vector, as a copy and normalised. A query's k best, twice: with those of a block, joined,
@@ -102,7 +104,7 @@ def block_sizes(
 def knn_accuracy(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, **options
 ) -> float:
-    """Share (0..1) of the queries whose label `knn_predict` finds."""
+    """Return the share (0..1) of the queries that `knn_predict` labels rightly."""
     return (
         (knn_predict(bank, bank_labels, queries, **options) == query_labels).float().mean().item()
     )

@@ -1,36 +1,34 @@
-"""The labels of two files, one to learn from and one to judge by: whether they mean the same
-classes.
-"""
+"""Check that the labels of a training and a validation file mean the same classes."""
 
 import numpy as np
 
-from ffssl.data.beton.read import Beton, describe_fields
+from ffssl.data.beton.read import UNLABELLED, Beton, describe_fields
 from ffssl.data.convert.conversion import read_description
-from ffssl.data.convert.sources.base import UNLABELLED
 from ffssl.errors import UserError
 
 
 def shared_classes(
     train: Beton, validation: Beton, option: str = "--data.label_field"
 ) -> np.ndarray:
-    """The labels of the training images, each once, ascending: int64 (classes,).
+    """Return the labels of the training images, each once, ascending: int64 (classes,).
 
     They may be any numbers, as ids are.
 
-    Raises UserError where an image has no label, which names the `option` that chooses their field;
-    where the classes of the files differ in their names, or a validation image is of a class that
-    no training image has; and where there is one class only.
+    Raise UserError if an image has no label (the message names `option`, which chooses the field),
+    if the files' class names differ, if a validation image is of a class that no training image
+    has, or if there is only one class.
     """
     for beton in (train, validation):
         if beton.labels is None:
             raise UserError(
-                f"{beton.path}: an evaluation needs labels, and it is not clear which field of this file holds them, if any: "
-                f"{describe_fields(beton.fields)}; name it with {option}, convert class folders, or take another file"
+                f"{beton.path}: an evaluation needs labels, and it is not clear which field of "
+                f"this file holds them, if any: {describe_fields(beton.fields)}; "
+                f"name it with {option}, convert class folders, or take another file"
             )
         if missing := int((beton.labels == UNLABELLED).sum()):
             raise UserError(
-                f"{beton.path}: an evaluation needs labels, and {missing} of {len(beton)} images have none ({UNLABELLED}); convert class "
-                "folders, or take another file"
+                f"{beton.path}: an evaluation needs labels, and {missing} of {len(beton)} images "
+                f"have none ({UNLABELLED}); convert class folders, or take another file"
             )
     differ = f"{validation.path}: its classes are not those of {train.path}"
     names = [
@@ -38,9 +36,8 @@ def shared_classes(
     ]
     if None not in names and names[0] != names[1]:
         alone = sorted(set(names[0]) ^ set(names[1]))
-        raise UserError(
-            f"{differ}: {f'{alone[0]!r} is in one of them only' if alone else 'the order is another'}; convert both alike"
-        )
+        how = f"{alone[0]!r} is in one of them only" if alone else "the order is another"
+        raise UserError(f"{differ}: {how}; convert both alike")
     classes = np.unique(train.labels)
     unknown = np.setdiff1d(validation.labels, classes)
     if len(unknown):

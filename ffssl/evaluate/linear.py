@@ -1,4 +1,4 @@
-"""The linear probe: a linear classifier on frozen features, trained as in section B of the paper."""
+"""Linear probe: a linear classifier on frozen features, trained as in the paper's section B."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -30,11 +30,12 @@ Batches = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
 
 @dataclass(frozen=True)
 class Recipe:
-    """LARS with a learning rate of 0.8 that falls by a cosine, without weight decay: section B, and
-    SimSiam's authors where it is silent.
+    """How a probe is trained: LARS, a learning rate of 0.8 that falls by a cosine.
 
-    cached: train on features of centre crops, computed once, instead of those of random crops.
-    seed: of the weights and the order.
+    There is no weight decay. This is section B, and SimSiam's authors where section B is silent.
+
+    cached: train on features of centre crops, computed once, instead of random crops. seed: of the
+    weights and the order.
     """
 
     epochs: int = 90
@@ -45,13 +46,14 @@ class Recipe:
 
     @property
     def training(self) -> str:
-        """What the classifier is trained on, for whoever reads its scores."""
+        """What the classifier is trained on, in words."""
         return "on cached features: no augmentation" if self.cached else "on random crops and flips"
 
 
 def usual_batch_size(images: int) -> int:
-    """Section B's 2048, which is for ImageNet; of a smaller set less, since a classifier needs
-    steps, too: at least 64 an epoch.
+    """Return section B's batch size, 2048, or less for a small training set.
+
+    2048 is for ImageNet. A classifier needs steps too: at least 64 an epoch.
     """
     return max(min(2048, images // 64), 1)
 
@@ -59,7 +61,7 @@ def usual_batch_size(images: int) -> int:
 def augmented_batches(
     backbone: nn.Module, loader: ViewLoader, device: torch.device, amp: torch.autocast
 ) -> Batches:
-    """Features of the loader's views, computed anew in every epoch.
+    """Return features of the loader's views, computed anew in every epoch.
 
     `backbone` must be in evaluation mode.
     """
@@ -73,7 +75,7 @@ def augmented_batches(
 
 
 def cached_batches(features: Tensor, labels: Tensor, recipe: Recipe) -> Batches:
-    """The same features (N, d) in every epoch, in another order. There is no augmentation."""
+    """Return the same features (N, d) in every epoch, in another order, without augmentation."""
 
     def of_epoch(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.from_numpy(epoch_order(len(features), seed=recipe.seed, epoch=epoch)).to(
@@ -96,11 +98,10 @@ def train_probe(
     folder: Path,
     name: str,
 ) -> nn.Linear:
-    """A trained classifier of features of that length, on `device`.
+    """Train a classifier of features on `device`, and return it.
 
-    It goes on from the checkpoint `name` in `folder`, which is replaced after every epoch; the
-    caller sees to it that the name stands for one experiment. Raises UserError if the loss
-    diverges.
+    It continues from the checkpoint `name` in `folder`, which is replaced after every epoch. The
+    caller must give each experiment a name of its own. Raise UserError if the loss diverges.
     """
     classifier = nn.Linear(features, classes)
     nn.init.normal_(
@@ -154,8 +155,9 @@ def train_probe(
 def top_accuracies(
     classifier: nn.Linear, features: Tensor, labels: Tensor, batch_size: int = 2048
 ) -> dict[str, float | None]:
-    """Shares (0..1) of the features (N, d) with the right label first, and among the first five;
-    None where there are no more classes.
+    """Return the top-1 and top-5 accuracy (0..1) of a classifier on features (N, d).
+
+    top-5 is None if there are at most five classes.
     """
     device, classes = classifier.weight.device, classifier.out_features
     metrics = {

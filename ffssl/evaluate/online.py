@@ -13,12 +13,13 @@ from ffssl.evaluate.labels import shared_classes
 
 
 class OnlineKnn:
-    """Classifies the validation images by their neighbours among training images (at most
-    `bank_samples`, drawn at random).
+    """Classify the validation images by their neighbours among training images.
 
-    Views are centre crops at the largest training resolution. `options`: all sections; see the
-    section evaluate. label_field: where the training file has its labels. Raises UserError where
-    the two files' labels can't be compared, see `shared_classes`.
+    At most `bank_samples` training images serve, drawn at random. Views are centre crops at the
+    largest training resolution.
+
+    options: all sections; see the section evaluate. label_field: the training file's field of
+    labels. Raise UserError if the two files' labels can't be compared, see `shared_classes`.
     """
 
     def __init__(self, options: Options, device: torch.device):
@@ -44,7 +45,7 @@ class OnlineKnn:
             self._bank.samples = np.sort(chosen)
 
     def accuracy(self, backbone: nn.Module, amp: torch.autocast) -> float:
-        """Share (0..1) of the validation images classified rightly."""
+        """Return the share (0..1) of validation images that are classified rightly."""
         bank, bank_labels = extract_features(backbone, self._bank, self._device, amp)
         queries, query_labels = extract_features(backbone, self._queries, self._device, amp)
         return knn_accuracy(

@@ -3,9 +3,11 @@
 The file is a list of records. A record holds
 
     evaluation  "knn" or "linear"
-    checkpoint, epoch, steps, network, weights      what was evaluated: after how many epochs, and steps of the next, whose backbone;
+    checkpoint, epoch, steps, network, weights
+                what was evaluated: after how many epochs, and steps of the next, whose backbone;
                 weights is `ffssl.load.fingerprint`
-    settings, data, machine                 how, on which files, on what
+    settings, data, machine
+                how, on which files, on what
     scores      top1, and top5 of a probe: shares in 0..1, or null
 
 and of a probe its checkpoint, "probe".
@@ -20,6 +22,7 @@ from ffssl.errors import UserError
 from ffssl.files import write_json
 
 NAME = "evaluation.json"
+# The columns of a table of records, and whether they hold numbers.
 COLUMNS = {
     "network": False,
     "epoch": True,
@@ -28,15 +31,15 @@ COLUMNS = {
     "images": True,
     "top-1": True,
     "top-5": True,
-}  # of a table of records, and whether they hold numbers
+}
 # What tells records apart.
 _SCORED = ("evaluation", "checkpoint", "epoch", "network", "weights", "settings", "data")
 
 
 def read_results(folder: Path) -> list[dict]:
-    """The records of a folder, oldest first.
+    """Return the records of a folder, oldest first.
 
-    Raises UserError for a file that is damaged or can't be read.
+    Raise UserError if the file is damaged or can't be read.
     """
     path = Path(folder) / NAME
     try:
@@ -46,7 +49,7 @@ def read_results(folder: Path) -> list[dict]:
 
 
 def require_recordable(folder: Path) -> None:
-    """Raises UserError where no result could be added to the folder's."""
+    """Raise UserError if no result could be added to the folder's."""
     read_results(folder)
     try:
         tempfile.TemporaryFile(dir=folder).close()
@@ -69,7 +72,7 @@ def add_result(folder: Path, record: dict) -> None:
 
 
 def describe_settings(record: dict) -> str:
-    """How a record's scores came about, in a line."""
+    """Say in a line how a record was measured."""
     settings = record["settings"]
     if record["evaluation"] == "knn":
         how = f"k = {settings['k']}, T = {settings['temperature']:g}"
@@ -82,7 +85,7 @@ def describe_settings(record: dict) -> str:
 
 
 def describe(record: dict) -> tuple[str, ...]:
-    """A record by COLUMNS."""
+    """Return the cells of a record's row, in the order of COLUMNS."""
     epoch = (
         f"{record['epoch']} + {record['steps']} steps"
         if record.get("steps")
@@ -105,7 +108,7 @@ def describe(record: dict) -> tuple[str, ...]:
 
 
 def markdown_table(results: Iterable[tuple[str, dict]]) -> str:
-    """A table of named records, a row each."""
+    """Return a table of named records, a row each."""
     lines = [
         f"| run | {' | '.join(COLUMNS)} |",
         "|---|" + "".join("--:|" if number else "---|" for number in COLUMNS.values()),

@@ -1,13 +1,15 @@
-"""Write a run's backbone as a file that torchvision, timm or safetensors take, with a model card
-beside it.
+r"""Write a run's backbone as a file for torchvision, timm or safetensors, and a model card.
 
     python -m ffssl.export runs/efficient --to torchvision --output resnet50.pth
-    python -m ffssl.export runs/efficient --to safetensors --output resnet50.safetensors --network teacher
+    python -m ffssl.export runs/efficient --to safetensors --output resnet50.safetensors \
+        --network teacher
 
-The card, FILE.md, says how to load the file, and, as far as the run recorded it, how it was trained
-and what it scored. There is no classifier in the file: torchvision's networks load it once their
-`fc` is an Identity. torchvision takes ResNet-18 to -101, timm these and its own networks; neither
-has the CIFAR stem or resnet-small, which safetensors keeps for FFSSL.
+The card, FILE.md, says how to load the file. It also says how the network was trained and what it
+scored, as far as the run recorded that. The file holds no classifier: torchvision's networks load
+it once their `fc` is an Identity.
+
+torchvision takes ResNet-18 to -101. timm takes these and its own networks. Neither has the CIFAR
+stem or resnet-small: for these choose safetensors, which FFSSL loads.
 """
 
 import io
@@ -50,10 +52,10 @@ def main() -> None:
 
 
 def export(run: Path, to: str, output: Path, network: str = "student") -> None:
-    """Write the weights, and their card. to: one of FORMATS. network: "student" or "teacher".
+    """Write the weights and their card. to: one of FORMATS. network: "student" or "teacher".
 
-    Raises UserError for a run that can't be loaded, a network that does not fit and an output that
-    can't be written.
+    Raise UserError if the run can't be loaded, the format has no such network, or the output can't
+    be written.
     """
     # By which timm tells how to read a file.
     if (to == "safetensors") != (output.suffix == ".safetensors"):
@@ -84,9 +86,9 @@ def export(run: Path, to: str, output: Path, network: str = "student") -> None:
 
 
 def check_fit(model: ModelOptions, to: str) -> None:
-    """Raises UserError where torchvision or timm have no such network.
+    """Raise UserError if torchvision or timm have no such network.
 
-    `model`: the options of the section model.
+    model: the options of the section model.
     """
     name = model.backbone
     if to == "safetensors":
@@ -105,15 +107,16 @@ def check_fit(model: ModelOptions, to: str) -> None:
 
 
 def native_weights(backbone: nn.Module) -> dict[str, Tensor]:
-    """The state of a backbone by the names that its library gives: torchvision's and timm's are the
-    same for ResNets.
+    """Return a backbone's state under the names of its library.
+
+    torchvision and timm use the same names for ResNets.
     """
     network = backbone.network if isinstance(backbone, TimmModel) else backbone
     return {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
 
 
 def serialised(weights: dict[str, Tensor], to: str) -> bytes:
-    """The weights as a file of that format."""
+    """Return the weights as a file of format `to`."""
     if to == "safetensors":
         return safetensors.torch.save(weights, {"format": "pt"})
     file = io.BytesIO()

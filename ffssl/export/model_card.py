@@ -1,6 +1,6 @@
 """The model card of an exported backbone: how to load it, how it was trained, what it scored.
 
-Only what the run recorded.
+It holds only what the run recorded.
 """
 
 from pathlib import Path
@@ -21,10 +21,10 @@ from ffssl.run_folder.log import read_log
 def model_card(
     run: LoadedRun, backbone: nn.Module, *, folder: Path, network: str, to: str, file: str
 ) -> str:
-    """Markdown.
+    """Return the card as Markdown.
 
-    folder: where log.jsonl and evaluation.json lie. network: whose `backbone` it is. to, file:
-    format and name of the file.
+    folder: where log.jsonl and evaluation.json lie. network: "student" or "teacher", whose
+    `backbone` it is. to, file: format and name of the file.
     """
     options, epoch = run.options, run.state["epoch"]
     weights = fingerprint(backbone)
@@ -71,24 +71,32 @@ def model_card(
 
 
 def loading_code(model: ModelOptions, backbone: nn.Module, to: str, file: str) -> str:
-    """Python that makes `backbone` of the file. FFSSL's own networks need FFSSL."""
+    """Return Python code that loads the file. FFSSL's own networks need FFSSL."""
     name = model.backbone
     if to == "torchvision":
         return (
-            f"import torch, torchvision\n\nbackbone = torchvision.models.{name}()\nbackbone.fc = torch.nn.Identity()\n"
+            "import torch, torchvision\n\n"
+            f"backbone = torchvision.models.{name}()\n"
+            "backbone.fc = torch.nn.Identity()\n"
             f'backbone.load_state_dict(torch.load("{file}", weights_only=True))'
         )
     if isinstance(backbone, TimmModel) or (name in RESNETS and model.stem == "imagenet"):
         sizes = "dynamic_img_size=True, " if isinstance(backbone, ResizableViT) else ""
-        return f'import timm\n\nbackbone = timm.create_model("{name}", num_classes=0, {sizes}checkpoint_path="{file}")'
+        return (
+            "import timm\n\n"
+            f'backbone = timm.create_model("{name}", num_classes=0, '
+            f'{sizes}checkpoint_path="{file}")'
+        )
     return (
-        "from safetensors.torch import load_file\n\nfrom ffssl.backbones import build_backbone\n\n"
-        f'backbone = build_backbone("{name}", stem="{model.stem}")\nbackbone.load_state_dict(load_file("{file}"))'
+        "from safetensors.torch import load_file\n\n"
+        "from ffssl.backbones import build_backbone\n\n"
+        f'backbone = build_backbone("{name}", stem="{model.stem}")\n'
+        f'backbone.load_state_dict(load_file("{file}"))'
     )
 
 
 def training(run: LoadedRun) -> list[str]:
-    """The facts of a run's training, a line each."""
+    """Return the facts of a run's training, a line each."""
     options, state = run.options, run.state
     epochs, epoch = options.training.epochs, state["epoch"]
     sides = options.resolution
@@ -103,8 +111,10 @@ def training(run: LoadedRun) -> list[str]:
         if epoch == epochs
         else f"{epoch} of {epochs} epochs{steps}: the run had not finished",
         f"images: {describe_images(Path(options.data.train))}",
-        f"{options.training.optimizer} by the schedule {options.training.schedule}, views of {resolution}",
-        f"{state['spent']['flops']:.4g} FLOPs (a backward pass counted as two forward passes), {state['spent']['seconds']:.0f} s of training"
+        f"{options.training.optimizer} by the schedule {options.training.schedule}, "
+        f"views of {resolution}",
+        f"{state['spent']['flops']:.4g} FLOPs (a backward pass counted as two forward passes), "
+        f"{state['spent']['seconds']:.0f} s of training"
         + (f", in the {epoch} epochs" if steps else ""),
         f"seed {options.run.seed}",
     ]
@@ -114,17 +124,21 @@ def training(run: LoadedRun) -> list[str]:
 
 
 def describe_images(beton: Path) -> str:
-    """The file's name, and what its converter noted of it."""
+    """Return the file's name, and what its converter noted of it."""
     description = description_or_empty(beton)
     if not description:
         return beton.name
     classes = f" of {len(description['class_names'])} classes" if description["class_names"] else ""
-    return f"{beton.name}, {description['samples']}{classes}, source {description['source']['kind']}, sha256 {description['sha256']}"
+    return (
+        f"{beton.name}, {description['samples']}{classes}, "
+        f"source {description['source']['kind']}, sha256 {description['sha256']}"
+    )
 
 
 def published_options(options: Options) -> str:
-    """The options that decide about the weights, as YAML; no files and folders of the machine that
-    trained them.
+    """Return the options that decide the weights, as YAML.
+
+    Files and folders of the machine that trained them are left out.
     """
     sections = {
         name: {key: value for key, value in values.items() if value is not None}
@@ -135,11 +149,12 @@ def published_options(options: Options) -> str:
 
 
 def online_knn(options: Options, folder: Path, epoch: int) -> list[str]:
-    """The kNN accuracy that the log has of the epoch, in a line, or nothing."""
+    """Return a line with the kNN accuracy that the log has of the epoch, or nothing."""
     e = options.evaluate
     return [
-        f"Online kNN after epoch {epoch}: {row['knn']:.2%} (k = {e.k}, T = {e.temperature:g}, at most {e.bank_samples} training images; centre "
-        f"crops of {options.resolution.max} px of {Path(options.data.validation).name})"
+        f"Online kNN after epoch {epoch}: {row['knn']:.2%} (k = {e.k}, T = {e.temperature:g}, "
+        f"at most {e.bank_samples} training images; "
+        f"centre crops of {options.resolution.max} px of {Path(options.data.validation).name})"
         for row in read_log(folder)
         if row["epoch"] == epoch and "knn" in row
     ]

@@ -1,11 +1,10 @@
-"""Write what training runs did, and what it cost, as one HTML page that needs nothing else, with
-PNGs of its pictures beside it.
+"""Write one HTML page about training runs: what they did, and what it cost.
 
     python -m ffssl.report runs/baseline runs/efficient --output report.html
 
-Takes the folders of runs, finished or not. Costs are compared with the first run's. What is drawn
-of a run's data is computed anew, from its checkpoint and its beton files; where they are gone, the
-page says so.
+The page needs nothing else. PNGs of its pictures lie beside it. It takes the folders of runs,
+finished or not, and compares costs with the first run's. Pictures of a run's data are computed
+anew, from its checkpoint and its beton files; if these are gone, the page says so.
 """
 
 import argparse

@@ -1,5 +1,6 @@
-"""The report's curves: what they show, as data, and how they are drawn, as SVG that follows the
-page's colours and as PNG.
+"""The report's curves: their data, and their drawing.
+
+They are drawn as SVG that follows the page's colours, and as PNG.
 """
 
 import io
@@ -18,11 +19,12 @@ from ffssl.plots import COLOURS, MARKERS, any_script, drawable, flop_unit, ink, 
 from ffssl.report.runs import ReportedRun
 
 INK, MUTED, RULE, PAPER = "#1f2328", "#59636e", "#d9dee3", "#ffffff"
+# The colours of the drawings, and the page's names for them.
 VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", PAPER: "--card"} | {
     tone: name
     for i, colour in enumerate(COLOURS)
     for tone, name in ((ink(colour), f"--ink{i}"), (colour, f"--run{i}"))
-}  # the colours of the drawings, and the page's names for them
+}
 LOOK = {
     "font.size": 10,
     "text.color": INK,
@@ -58,7 +60,7 @@ MOST_LABELLED = 6  # runs; the page's list of runs has the colours of the others
 class Curve:
     """A run's line.
 
-    `run`: its place among the runs. `ahead`: the part that is still to come, drawn dashed.
+    run: its index among the runs. ahead: the part that is still to come, drawn dashed.
     """
 
     run: int
@@ -80,7 +82,7 @@ class Chart:
 
 
 def accuracy_charts(runs: list[ReportedRun]) -> list[Chart]:
-    """KNN accuracy over each cost that the logs have (Fig. 1)."""
+    """Return charts of kNN accuracy over each cost that the logs have (Fig. 1)."""
     charts = []
     for key, title, unit_of in (
         ("flops", "FLOPs", flop_unit),
@@ -102,8 +104,9 @@ def accuracy_charts(runs: list[ReportedRun]) -> list[Chart]:
 
 
 def schedule_charts(runs: list[ReportedRun]) -> list[Chart]:
-    """What changes by the step or by the epoch (Figs. 2 and 3): the whole schedule, dashed where it
-    is still to come.
+    """Return charts of what changes by the step or by the epoch (Figs. 2 and 3).
+
+    They show the whole schedule, dashed where it is still to come.
     """
     known = [(i, run) for i, run in enumerate(runs) if run.options is not None]
 
@@ -163,7 +166,7 @@ def schedule_charts(runs: list[ReportedRun]) -> list[Chart]:
 
 
 def training_charts(runs: list[ReportedRun]) -> list[Chart]:
-    """What was measured in each epoch."""
+    """Return charts of what was measured in each epoch."""
     charts = [
         _logged(runs, "loss", "loss", "loss"),
         replace(
@@ -211,7 +214,7 @@ def _logged(
     scale: float = 1,
     x_scale: float = 1,
 ) -> Chart:
-    """A quantity of the log over another."""
+    """Return a chart of one quantity of the log over another."""
     curves = []
     for i, run in enumerate(runs):
         rows = [row for row in run.rows if key in row and x in row]
@@ -227,7 +230,7 @@ def _logged(
 
 
 def _epoch_costs(runs: list[ReportedRun]) -> Chart:
-    """What each epoch cost: its share of the sum that the log states."""
+    """Return a chart of each epoch's cost: the growth of the sum in the log."""
     costs = [
         np.diff([row["flops"] for row in run.rows], prepend=[] if run.rows[0]["epoch"] == 0 else 0)
         for run in runs
@@ -248,7 +251,10 @@ def _split(run: int, x: np.ndarray, y: np.ndarray, done: int) -> Curve:
 
 
 def draw_chart(chart: Chart, names: list[str], unfinished: set[int]) -> Figure:
-    """names: of all runs. unfinished: the places of runs whose last mark is to be hollow."""
+    """Draw a chart.
+
+    names: of all runs. unfinished: the indices of runs whose last mark is to be hollow.
+    """
     with matplotlib.rc_context(LOOK), any_script(*names):
         figure = Figure(chart.size, dpi=144, layout="constrained")
         axis = figure.subplots()
@@ -291,8 +297,9 @@ def _shortened(name: str) -> str:
 
 
 def render(figure: Figure, name: str, title: str) -> tuple[str, bytes]:
-    """A figure as an SVG element for a page that defines VARIABLES, with ids of its own, and as
-    PNG.
+    """Return a figure as an SVG element and as PNG.
+
+    The SVG is for a page that defines VARIABLES. Its ids begin with `name`.
     """
     texts = {text: text.get_text() for text in figure.findobj(Text)}
     with matplotlib.rc_context(LOOK), any_script():
@@ -337,7 +344,7 @@ def _variable(colour: re.Match) -> str:
 def draw_shares(
     shares: np.ndarray, names: list[str], title: str, x_label: str, colour: str
 ) -> Figure:
-    """Bars of shares (0..1), and a line where all would be if they were equal."""
+    """Draw bars of shares (0..1), and a line at the height of equal shares."""
     with matplotlib.rc_context(LOOK):
         figure = Figure((4.6, 3.1), dpi=144, layout="constrained")
         axis = figure.subplots()
@@ -358,8 +365,9 @@ def draw_shares(
 def draw_points(
     points: np.ndarray, labels: np.ndarray, names: dict[int, str], title: str
 ) -> Figure:
-    """Points (n, 2), a colour and a mark a label, each named at its middle; in grey where labels
-    are not among `names`.
+    """Draw points (n, 2), with a colour and a mark for each label, named at its middle.
+
+    Points whose label is not in `names` are grey.
     """
     with (
         matplotlib.rc_context(

@@ -9,15 +9,19 @@ from ffssl.report.charts import render
 
 
 class Gallery:
-    """The pictures of a report, drawn once: as SVG for the page, and in `pngs`, by file name, to
-    lie beside it.
+    """The pictures of a report, each drawn once.
+
+    The page gets them as SVG. `pngs` has them by file name, to lie beside the page.
     """
 
     def __init__(self):
         self.pngs: dict[str, bytes] = {}
 
     def draw(self, figure: Figure, name: str, title: str) -> str:
-        """The figure as a card of the page. name: unique, of letters, digits and hyphens."""
+        """Return the figure as a card of the page.
+
+        name: unique, of letters, digits and hyphens.
+        """
         svg, self.pngs[f"{name}.png"] = render(figure, name, title)
         return f'<div class="card">{svg}</div>'
 

@@ -8,11 +8,11 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-FRAME = (213, 94, 0)  # of figures.COLOURS, the one that stands out most from photographs
+FRAME = (213, 94, 0)  # of plots.COLOURS, the one that stands out most from photographs
 
 
 def data_uri(image: Tensor) -> str:
-    """A uint8 image (3, R, R) as an address that holds it."""
+    """Return a uint8 image (3, R, R) as a data URI."""
     file = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(
         file, "JPEG", quality=90, subsampling=0
@@ -23,8 +23,9 @@ def data_uri(image: Tensor) -> str:
 def contact_sheet(
     rows: Sequence[Sequence[tuple[Tensor, bool] | None]], gap: int = 6
 ) -> Image.Image:
-    """Rows of (image, whether it is framed), uint8 (3, R, R) of any R, on white, each in the middle
-    of a cell; None is an empty cell.
+    """Return rows of images on white, each in the middle of a cell.
+
+    rows: (image, whether it is framed), images uint8 (3, R, R) of any R; None is an empty cell.
     """
     side = max(cell[0].shape[-1] for row in rows for cell in row if cell) + gap
     sheet = np.full((len(rows) * side + gap, max(map(len, rows)) * side + gap, 3), 255, np.uint8)

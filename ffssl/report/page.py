@@ -26,7 +26,7 @@ from ffssl.slowed import describe_slowed
 
 
 def compose(runs: list[ReportedRun], device: torch.device) -> tuple[str, dict[str, bytes]]:
-    """The page, and PNGs of its pictures by file name.
+    """Return the page, and PNGs of its pictures by file name.
 
     The networks compute on `device`, one after the other.
     """
@@ -77,12 +77,16 @@ def compose(runs: list[ReportedRun], device: torch.device) -> tuple[str, dict[st
         f'<section id="{anchor}"><h2>{title}</h2>{body}</section>'
         for anchor, title, body in sections
     )
+    names = [run.name for run in runs]
+    heading = escape(" and ".join(names)) if len(runs) < 3 else f"{len(runs)} training runs"
+    today = datetime.date.today().isoformat()
     page = (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(', '.join(run.name for run in runs))}</title><style>{CSS}</style></head>\n<body><main>"
-        f"<h1>{' and '.join(escape(run.name) for run in runs) if len(runs) < 3 else f'{len(runs)} training runs'}</h1>"
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(', '.join(names))}</title><style>{CSS}</style></head>\n<body><main>"
+        f"<h1>{heading}</h1>"
         f'<p class="muted">{escape(_subject(runs))}</p><nav>{links}</nav>\n{bodies}\n'
-        f"<footer>Written by python -m ffssl.report on {datetime.date.today().isoformat()}.</footer></main></body></html>\n"
+        f"<footer>Written by python -m ffssl.report on {today}.</footer></main></body></html>\n"
     )
     return page, gallery.pngs
 
@@ -90,7 +94,7 @@ def compose(runs: list[ReportedRun], device: torch.device) -> tuple[str, dict[st
 def _shown(
     show: Callable, run: ReportedRun, place: int, gallery: Gallery, device: torch.device
 ) -> str:
-    """The run's part of a section, or why there is none."""
+    """Return the run's part of a section, or why there is none."""
     if isinstance(run.method, UserError):
         return _note(f"Not shown: {run.method}.")
     try:
@@ -102,7 +106,7 @@ def _shown(
 
 
 def _subject(runs: list[ReportedRun]) -> str:
-    """What is trained, in a line."""
+    """Say in a line what is trained."""
     known = [run.options for run in runs if run.options is not None]
     parts = [
         sorted({options.method.name for options in known}),
@@ -121,7 +125,8 @@ def _note(text: str, kind: str = "") -> str:
 
 
 def _run_name(runs: list[ReportedRun], place: int) -> str:
-    return f'<span class="run"><span class="swatch" style="--tone: var(--run{place % len(COLOURS)})"></span>{escape(runs[place].name)}</span>'
+    swatch = f'<span class="swatch" style="--tone: var(--run{place % len(COLOURS)})"></span>'
+    return f'<span class="run">{swatch}{escape(runs[place].name)}</span>'
 
 
 def _heading(runs: list[ReportedRun], place: int) -> str:
@@ -129,10 +134,8 @@ def _heading(runs: list[ReportedRun], place: int) -> str:
 
 
 def _charts(charts: list[Chart], runs: list[ReportedRun], gallery: Gallery) -> str:
-    names, unfinished = (
-        [run.name for run in runs],
-        {i for i, run in enumerate(runs) if run.unfinished},
-    )
+    names = [run.name for run in runs]
+    unfinished = {i for i, run in enumerate(runs) if run.unfinished}
     return "".join(
         gallery.draw(draw_chart(chart, names, unfinished), chart.name, chart.title)
         for chart in charts
@@ -140,12 +143,13 @@ def _charts(charts: list[Chart], runs: list[ReportedRun], gallery: Gallery) -> s
 
 
 def _cost(runs: list[ReportedRun], gallery: Gallery) -> str:
-    """The table of the runs, what was measured of their frozen backbones, and Fig. 1."""
+    """Return the table of the runs, the results of their evaluations, and Fig. 1."""
     evaluations = {run.evaluation for run in runs if run.last_evaluation}
     warning = ""
     if len(evaluations) > 1:
         warning = _note(
-            "These accuracies are of different data or measured in different ways, and not to be compared: "
+            "These accuracies are of different data or measured in different ways, "
+            "and not to be compared: "
             + "; ".join(
                 f"{run.name}: {_describe_evaluation(run)}" for run in runs if run.last_evaluation
             )
@@ -173,13 +177,13 @@ def _describe_evaluation(run: ReportedRun) -> str:
     data, evaluate = run.options.data, run.options.evaluate
     digest = f" (digest {run.trained_on['digest']})" if run.trained_on else ""
     return (
-        f"{data.validation} by at most {evaluate.bank_samples} images of {data.train}{digest}, {run.options.resolution.max} px, "
-        f"k = {evaluate.k}, T = {evaluate.temperature:g}"
+        f"{data.validation} by at most {evaluate.bank_samples} images of {data.train}{digest}, "
+        f"{run.options.resolution.max} px, k = {evaluate.k}, T = {evaluate.temperature:g}"
     )
 
 
 def _table(runs: list[ReportedRun]) -> str:
-    """What each run reached and cost, compared with the first."""
+    """Return what each run reached and cost, compared with the first."""
     flops, flop_scale = flop_unit(max(run.rows[-1]["flops"] for run in runs))
     times, time_scale = time_unit(max(run.rows[-1]["seconds"] for run in runs))
     energy = any("kwh" in run.rows[-1] for run in runs)
@@ -220,27 +224,37 @@ def _table(runs: list[ReportedRun]) -> str:
         doubt = "unfinished" if run.unfinished else "" if run.options else "options unknown"
         chip = f' <span class="chip">{doubt}</span>' if doubt else ""
         cells = [
-            f'<td data-label="{title}"{"" if j == 0 else NUMBER}>{text}{f"<small>{more}</small>" if more else ""}</td>'
+            f'<td data-label="{title}"{"" if j == 0 else NUMBER}>{text}'
+            f"{f'<small>{more}</small>' if more else ''}</td>"
             for j, (title, (text, more)) in enumerate(zip(titles[1:], cells))
         ]
         lines.append(f'<tr><th scope="row">{_run_name(runs, i)}{chip}</th>{"".join(cells)}</tr>')
     heads = "".join(
         f'<th scope="col"{"" if j < 2 else NUMBER}>{title}</th>' for j, title in enumerate(titles)
     )
-    return (
-        f'<div class="card scroll"><table class="summary"><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
-        '<p class="muted">Accuracy of weighted kNN on the frozen features, the last that was measured. FLOPs in the standard count '
-        "(backward = 2 forward); the time is that of training, without the evaluations. Costs are compared where the accuracies are of "
-        "one evaluation, times and energies where the hardware is the same too.</p>"
+    return _card_table("summary", "".join(lines), heads) + _lead(
+        "Accuracy of weighted kNN on the frozen features, the last that was measured. "
+        "FLOPs in the standard count (backward = 2 forward); "
+        "the time is that of training, without the evaluations. "
+        "Costs are compared where the accuracies are of one evaluation, "
+        "times and energies where the hardware is the same too."
     )
 
 
 NUMBER = ' class="number"'
 
 
+def _card_table(kind: str, rows: str, heads: str = "") -> str:
+    head = f"<thead><tr>{heads}</tr></thead>" if heads else ""
+    return (
+        f'<div class="card scroll"><table class="{kind}">{head}<tbody>{rows}</tbody></table></div>'
+    )
+
+
 def _ratio(first: ReportedRun, run: ReportedRun, key: str) -> str:
-    """How many times less the run cost than the first, or more; nothing where the two can't be
-    compared in that.
+    """Say how many times less, or more, the run cost than the first.
+
+    Return nothing if the two can't be compared in that cost.
     """
     ended = [each for each in (first, run) if each.last_evaluation and not each.unfinished]
     conditions = [(each.evaluation, "any" if key == "flops" else each.hardware) for each in ended]
@@ -253,11 +267,14 @@ def _ratio(first: ReportedRun, run: ReportedRun, key: str) -> str:
         or not own
     ):
         return ""
-    return f"{max(before / own, own / before):.2f}× {'less' if own <= before else 'more'} than {escape(first.name)}"
+    return (
+        f"{max(before / own, own / before):.2f}× {'less' if own <= before else 'more'} than "
+        f"{escape(first.name)}"
+    )
 
 
 def _results(runs: list[ReportedRun]) -> str:
-    """What `ffssl.evaluate` has recorded of the runs; nothing where that is nothing."""
+    """Return what `ffssl.evaluate` has recorded of the runs, or nothing."""
     lines, notes = "", ""
     for i, run in enumerate(runs):
         try:
@@ -277,10 +294,8 @@ def _results(runs: list[ReportedRun]) -> str:
         f'<th scope="col"{NUMBER if number else ""}>{title}</th>'
         for title, number in {"run": False, **results.COLUMNS}.items()
     )
-    return (
-        f'{notes}<div class="card scroll"><table class="summary"><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
-        f"{_lead('What python -m ffssl.evaluate has measured of the frozen backbones.')}"
-    )
+    lead = _lead("What python -m ffssl.evaluate has measured of the frozen backbones.")
+    return notes + _card_table("summary", lines, heads) + lead
 
 
 def _schedules(runs: list[ReportedRun], gallery: Gallery) -> str:
@@ -288,10 +303,12 @@ def _schedules(runs: list[ReportedRun], gallery: Gallery) -> str:
     charts = schedule_charts(runs)
     if not charts:
         return _note("The runs' checkpoints, which hold their options, are gone or can't be read.")
+    unfinished = any(run.unfinished for run in runs)
     words = (
-        '<div class="words">Momentum moves against the learning rate, which keeps the noise scale of the gradient, '
-        "ε|D| / (B(1 − β)), in check. Where that noise is large, low resolution does no harm."
-        f"{' Dashed: epochs that are still to come.' if any(run.unfinished for run in runs) else ''}</div>"
+        '<div class="words">Momentum moves against the learning rate, which keeps the noise scale '
+        "of the gradient, ε|D| / (B(1 − β)), in check. "
+        "Where that noise is large, low resolution does no harm."
+        f"{' Dashed: epochs that are still to come.' if unfinished else ''}</div>"
     )
     return f'<div class="charts">{_charts(charts, runs, gallery)}{words}</div>'
 
@@ -301,8 +318,8 @@ def _training(runs: list[ReportedRun], gallery: Gallery) -> str:
     several = len({run.options.method.name for run in runs if run.options}) > 1
     words = "The losses of different methods are not to be compared. " if several else ""
     words += (
-        "Averages over each epoch. The spread is the standard deviation of the normalised embeddings times √d: 1 for directions at "
-        "random, 0 after a collapse."
+        "Averages over each epoch. The spread is the standard deviation of the normalised "
+        "embeddings times √d: 1 for directions at random, 0 after a collapse."
     )
     return (
         f'{_lead(words)}<div class="charts">{_charts(charts, runs, gallery)}</div>'
@@ -312,25 +329,26 @@ def _training(runs: list[ReportedRun], gallery: Gallery) -> str:
 
 
 def _config(runs: list[ReportedRun]) -> str:
-    """The options that differ, then those that do not."""
+    """Return the options that differ, then those that do not."""
     known = [i for i, run in enumerate(runs) if run.options is not None]
     if not known:
         return _note("The runs' checkpoints, which hold their options, are gone or can't be read.")
     differing, same = compare_options(runs)
     heads = "".join(f'<th scope="col">{_run_name(runs, i)}</th>' for i in known)
     lines = "".join(
-        f'<tr class="differs"><th scope="row">{name}</th>{"".join(f"<td>{_value(value)}</td>" for value in values)}</tr>'
+        f'<tr class="differs"><th scope="row">{name}</th>'
+        f"{''.join(f'<td>{_value(value)}</td>' for value in values)}</tr>"
         for name, values in differing.items()
     )
     rest = "".join(
         f'<tr><th scope="row">{name}</th><td>{_value(value)}</td></tr>'
         for name, value in same.items()
     )
-    table = f'<div class="card scroll"><table class="config"><thead><tr><th></th>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
+    table = _card_table("config", lines, f"<th></th>{heads}") if differing else ""
     return (
-        f"{table if differing else ''}<details{'' if differing else ' open'}><summary>{len(same)} options"
-        f"{' that all runs share' if len(known) > 1 else ''}</summary>"
-        f'<div class="card scroll"><table class="config"><tbody>{rest}</tbody></table></div></details>'
+        f"{table}<details{'' if differing else ' open'}>"
+        f"<summary>{len(same)} options{' that all runs share' if len(known) > 1 else ''}</summary>"
+        f"{_card_table('config', rest)}</details>"
     )
 
 

@@ -1,7 +1,7 @@
-"""What is seen of a run's data: each function gives a run's part of a section, and raises UserError
-where it can't be computed.
+"""Pictures of a run's data.
 
-place: the run's, among the runs. Their pictures go to the gallery too.
+Each function returns a run's part of a section. It raises UserError if that can't be computed.
+`place` is the run's index among the runs. The pictures are added to the gallery too.
 """
 
 import math
@@ -11,7 +11,7 @@ from html import escape
 import numpy as np
 import torch
 
-from ffssl.data.convert.sources.base import UNLABELLED
+from ffssl.data.beton.read import UNLABELLED
 from ffssl.methods import Method
 from ffssl.plots import COLOURS
 from ffssl.report import samples
@@ -20,22 +20,23 @@ from ffssl.report.gallery import Gallery
 from ffssl.report.images import contact_sheet, data_uri
 from ffssl.report.runs import ReportedRun
 
-# CSS pixels that the largest views may take; where they are smaller, they are enlarged a whole
-# number of times.
+# CSS pixels that the largest views may take. Smaller ones are enlarged a whole number of times.
 SHOWN_SIDE = 104
 VIEWS = (
-    "The views of a few images, as the training sees them in a few of its epochs, as large beside each other as they are in pixels. "
+    "The views of a few images, as the training sees them in a few of its epochs, "
+    "as large beside each other as they are in pixels. "
     "Framed: the pair that Hard Augment chooses, with the weights of the checkpoint."
 )
-NEIGHBOURS = "Images, and the training images whose features are nearest to theirs by the cosine, nearest first. Dashed: those of another class."
+NEIGHBOURS = (
+    "Images, and the training images whose features are nearest to theirs by the cosine, "
+    "nearest first. Dashed: those of another class."
+)
 
 
 def show_views(run: ReportedRun, method: Method, place: int, gallery: Gallery) -> str:
     epochs = samples.views_by_epoch(run, method)
-    count, largest = (
-        max(one.views.shape[1] for one in epochs),
-        max(one.resolution for one in epochs),
-    )
+    count = max(one.views.shape[1] for one in epochs)
+    largest = max(one.resolution for one in epochs)
     across = math.ceil(count**0.5)
     zoom = max(1, SHOWN_SIDE // largest)
     rows, sheet = [], []
@@ -51,8 +52,11 @@ def show_views(run: ReportedRun, method: Method, place: int, gallery: Gallery) -
             cells += f'<div class="views">{images}</div>'
         to_come = "<small>to come</small>" if one.epoch >= run.epoch else ""
         rows.append(
-            f'<div class="epoch"><div><b>epoch {one.epoch + 1}</b><small>{one.resolution} px</small><small>magnitude {one.magnitude:.3g}</small>'
-            f'{to_come}</div><div class="images" style="--share: {one.resolution / largest:.4f}">{cells}</div></div>'
+            f'<div class="epoch"><div><b>epoch {one.epoch + 1}</b>'
+            f"<small>{one.resolution} px</small><small>magnitude {one.magnitude:.3g}</small>"
+            f"{to_come}</div>"
+            f'<div class="images" style="--share: {one.resolution / largest:.4f}">{cells}</div>'
+            "</div>"
         )
         groups = [
             [*((view, v in pair) for v, view in enumerate(views)), None]
@@ -62,13 +66,15 @@ def show_views(run: ReportedRun, method: Method, place: int, gallery: Gallery) -
     gallery.add(contact_sheet(sheet), _file_name("views", run, place))
     enlarged = f" Enlarged {zoom} times." if zoom > 1 else ""
     select = run.options.hard_augment.select
+    side = run.options.hard_augment.resolution
     words = {
-        "hard": f"{count} views of each image; the pair is chosen at {run.options.hard_augment.resolution} px.",
+        "hard": f"{count} views of each image; the pair is chosen at {side} px.",
         "random": f"{count} views of each image, of which a pair is drawn at random in every step.",
         "off": f"{count} views of each image.",
     }[select]
     return (
-        f'<p class="muted">{words}{enlarged}</p><div class="card epochs{" pixels" if zoom > 1 else ""}" '
+        f'<p class="muted">{words}{enlarged}</p>'
+        f'<div class="card epochs{" pixels" if zoom > 1 else ""}" '
         f'style="--side: {zoom * largest}px; --across: {across}">{"".join(rows)}</div>'
     )
 
@@ -79,19 +85,21 @@ def _view(view: torch.Tensor, *, chosen: bool) -> str:
 
 
 def show_choice(run: ReportedRun, method: Method, place: int, gallery: Gallery) -> str:
-    """How good the cheap choice is, and whether it prefers views by their place."""
+    """Show how good the cheap choice is, and whether it prefers some positions."""
     choice = samples.examine_choice(run, method)
     candidates = choice.candidates.tolist()
-    ranks = torch.bincount(choice.ranks, minlength=len(candidates)).numpy() / len(choice.ranks)
-    positions = torch.bincount(choice.positions, minlength=len(candidates)).numpy() / len(
-        choice.positions
+    ranks, positions = (
+        torch.bincount(found, minlength=len(candidates)).numpy() / len(found)
+        for found in (choice.ranks, choice.positions)
     )
     colour = COLOURS[place % len(COLOURS)]
     same = choice.selection_resolution == choice.resolution
     words = (
-        f"Of {len(candidates)} pairs, the pass at {choice.selection_resolution} px chooses the one that is the hardest at {choice.resolution} px, "
-        f"where it is trained on, for {ranks[0]:.0%} of the images; at random it would be {1 / len(candidates):.0%}. Mean loss at "
-        f"{choice.resolution} px: {choice.losses['chosen']:.3f} of the chosen pairs, {choice.losses['hardest']:.3f} of the hardest, "
+        f"Of {len(candidates)} pairs, the pass at {choice.selection_resolution} px chooses "
+        f"the one that is the hardest at {choice.resolution} px, where it is trained on, "
+        f"for {ranks[0]:.0%} of the images; at random it would be {1 / len(candidates):.0%}. "
+        f"Mean loss at {choice.resolution} px: {choice.losses['chosen']:.3f} of the chosen pairs, "
+        f"{choice.losses['hardest']:.3f} of the hardest, "
         f"{choice.losses['random']:.3f} of all."
         + (" Both resolutions are the same in this epoch." if same else "")
     )
@@ -118,8 +126,9 @@ def show_choice(run: ReportedRun, method: Method, place: int, gallery: Gallery) 
             title,
         )
     return (
-        f'<div class="charts">{cards}<div class="words">{words}<br><br>{len(choice.ranks)} images with the views of epoch {max(run.epoch, 1)} and '
-        "the weights of the checkpoint. The dashed line is a choice at random.</div></div>"
+        f'<div class="charts">{cards}<div class="words">{words}<br><br>'
+        f"{len(choice.ranks)} images with the views of epoch {max(run.epoch, 1)} "
+        "and the weights of the checkpoint. The dashed line is a choice at random.</div></div>"
     )
 
 
@@ -136,11 +145,15 @@ def show_embedding(run: ReportedRun, method: Method, place: int, gallery: Galler
     of_classes = (
         f" of {len(names)} of {embedding.classes} classes" if len(names) < embedding.classes else ""
     )
-    words = f"Normalised features of {len(labels)} images{of_classes} of {escape(samples.evaluation_path(run))}, in the plane by {by}"
+    words = (
+        f"Normalised features of {len(labels)} images{of_classes} of "
+        f"{escape(samples.evaluation_path(run))}, in the plane by {by}"
+    )
     if embedding.explained is not None:
         words += (
-            f", whose two directions hold {embedding.explained:.0%} of the variance: classes that lie on one another here may be apart in "
-            "others. With umap-learn installed, this is a UMAP"
+            f", whose two directions hold {embedding.explained:.0%} of the variance: "
+            "classes that lie on one another here may be apart in others. "
+            "With umap-learn installed, this is a UMAP"
         )
     return f'{card}<p class="caption">{words}.</p>'
 
@@ -170,9 +183,12 @@ def _class(near: samples.Neighbours, label: int) -> str:
 
 
 def _thumbnail(image: torch.Tensor, caption: str, attributes: str) -> str:
-    return f'<figure{attributes}><img src="{data_uri(image)}" alt=""><figcaption>{escape(caption)}</figcaption></figure>'
+    return (
+        f'<figure{attributes}><img src="{data_uri(image)}" '
+        f'alt=""><figcaption>{escape(caption)}</figcaption></figure>'
+    )
 
 
 def _file_name(what: str, run: ReportedRun, place: int) -> str:
-    """The place makes it unique."""
+    """Return a name that the run's index makes unique."""
     return f"{what}-{place + 1}-{re.sub(r'[^A-Za-z0-9]+', '-', run.name).strip('-')[:40] or 'run'}"

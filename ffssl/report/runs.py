@@ -25,9 +25,9 @@ POINTS = 400  # in a schedule's curve, at least
 class ReportedRun:
     """A run as its folder has it.
 
-    rows: its log, never empty. method: with the checkpoint's weights, on the CPU, or why there is
-    none; then options are None. trained_on: what tells its training images from others, as
-    `data.convert.identity`; empty where its checkpoint does not say. starts: see `run_record`.
+    rows: the log, never empty. method: on the CPU with the checkpoint's weights, or the reason why
+    there is none; then options are None. trained_on: the identity of the training images, as
+    `data.convert.identity`; empty if the checkpoint has none. starts: see `run_folder.provenance`.
     """
 
     folder: Path
@@ -40,17 +40,17 @@ class ReportedRun:
 
     @property
     def epoch(self) -> int:
-        """Epochs finished."""
+        """The number of finished epochs."""
         return self.rows[-1]["epoch"]
 
     @property
     def unfinished(self) -> bool:
-        """Whether it is known to have epochs still to come."""
+        """Whether it is known that epochs are still to come."""
         return self.options is not None and self.epoch < self.options.training.epochs
 
     @property
     def schedule(self) -> RunSchedule:
-        """Its schedules, as fine as a curve needs them. For runs with options."""
+        """The run's schedules, as fine as a curve needs them. Only for runs with options."""
         return RunSchedule(
             self.options, steps_per_epoch=-(-POINTS // self.options.training.epochs) + 1
         )
@@ -61,8 +61,9 @@ class ReportedRun:
 
     @cached_property
     def samples(self) -> int | None:
-        """Training images, from the noise scale that the log states, which is proportional to their
-        number; None where it has none.
+        """The number of training images, or None if the log has no noise scale.
+
+        The noise scale is proportional to it.
         """
         for row in self.rows:
             if row.get("learning_rate"):
@@ -77,7 +78,7 @@ class ReportedRun:
 
     @property
     def evaluation(self) -> tuple | None:
-        """What must be equal for two accuracies to be comparable; None where it is not known."""
+        """What must be equal for two accuracies to be comparable, or None if unknown."""
         if self.options is None:
             return None
         data, evaluate = self.options.data, self.options.evaluate
@@ -92,9 +93,9 @@ class ReportedRun:
 
     @cached_property
     def accuracy_doubt(self) -> str | None:
-        """Why its accuracies mean nothing: labels of other classes, which the training now refuses.
+        """Why the accuracies mean nothing, or None if nothing says so.
 
-        None where nothing says so.
+        The reason is that the files' labels are of different classes, which training now refuses.
         """
         if self.options is None or not self.options.data.validation or not self.last_evaluation:
             return None
@@ -111,8 +112,9 @@ class ReportedRun:
 
     @property
     def hardware(self) -> tuple[str, int] | None:
-        """The device that it ran on, and in how many processes; None where these changed, or it
-        kept no record.
+        """The device of the run, and the number of processes.
+
+        None if these changed, or if the run kept no record.
         """
         kinds = {(start["device"], start.get("ranks", 1)) for start in self.starts}
         return kinds.pop() if len(kinds) == 1 else None
@@ -128,7 +130,10 @@ class Data:
 
 
 def describe_data(path: str | None) -> Data:
-    """identity: equal for copies of a file where the description is there, else the path."""
+    """Read a beton file's description.
+
+    identity: equal for copies of a file if the description exists, else the path.
+    """
     description = description_or_empty(Path(path)) if path else {}
     return Data(
         path or "none",
@@ -138,7 +143,7 @@ def describe_data(path: str | None) -> Data:
 
 
 def read_runs(folders: list[Path]) -> list[ReportedRun]:
-    """The runs in these folders. Raises UserError for a folder without a log."""
+    """Read the runs in these folders. Raise UserError for a folder without a log."""
     tails = [folder.resolve().name for folder in folders]
     names = tails if len(set(tails)) == len(tails) else [str(folder) for folder in folders]
     return [_read_run(folder, printable(name)) for folder, name in zip(folders, names)]
@@ -163,10 +168,9 @@ def _read_run(folder: Path, name: str) -> ReportedRun:
 
 
 def compare_options(runs: list[ReportedRun]) -> tuple[dict[str, list], dict[str, object]]:
-    """The options, by dotted name, that differ between the runs, as a list of each run's value, and
-    those that do not.
+    """Return the options that differ between the runs, and those that do not, by dotted name.
 
-    Runs without options are left out.
+    The former are lists of each run's value. Runs without options are left out.
     """
     tables = [
         {

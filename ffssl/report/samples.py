@@ -1,8 +1,7 @@
-"""What the report shows of a run's data: views and the pair that Hard Augment chooses, embeddings,
-nearest neighbours.
+"""What the report shows of a run's data: views, the chosen pairs, embeddings, neighbours.
 
-All of it is computed anew from the run's checkpoint and beton files, and raises UserError where a
-file is gone.
+All of it is computed anew from the run's checkpoint and beton files. UserError is raised if a file
+is gone.
 """
 
 import contextlib
@@ -15,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ffssl.data.beton.read import Beton, read_beton
-from ffssl.data.convert.sources.base import UNLABELLED
+from ffssl.data.beton.read import UNLABELLED, Beton, read_beton
 from ffssl.data.loader import ViewLoader
 from ffssl.evaluate.features import extract_features, open_views
 from ffssl.evaluate.labels import shared_classes
@@ -37,9 +35,10 @@ THUMBNAIL = 112  # pixels at most
 
 @dataclass(frozen=True)
 class EpochViews:
-    """views: uint8 (n, m, 3, R, R).
+    """The views of some images in one epoch.
 
-    chosen: int64 (n, 2), the views trained on; None where the run does not choose by the loss.
+    views: uint8 (n, m, 3, R, R). chosen: int64 (n, 2), the views trained on; None if the run does
+    not choose by the loss.
     """
 
     epoch: int
@@ -51,11 +50,11 @@ class EpochViews:
 
 @dataclass(frozen=True)
 class Choice:
-    """Of each image's pairs, which one the selection pass chose.
+    """Which of an image's pairs the selection pass chose.
 
-    candidates: int64 (pairs, 2). positions: int64 (n,), its place among them. ranks: int64 (n,), at
-    the resolution of the training: 0 where the chosen pair has the largest loss there too. losses:
-    mean loss there, of the chosen, the hardest and a random pair.
+    candidates: int64 (pairs, 2). positions: int64 (n,), the chosen pair's index among the
+    candidates. ranks: int64 (n,), at the resolution of the training: 0 if the chosen pair has the
+    largest loss there too. losses: mean loss there, of the chosen, the hardest and a random pair.
     """
 
     candidates: Tensor
@@ -68,10 +67,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Embedding:
-    """points: float32 (n, 2).
+    """Features in the plane.
 
-    labels: int64 (n,), -1 where there are none. explained: PCA's share of the variance, None for
-    UMAP.
+    points: float32 (n, 2). labels: int64 (n,), -1 for none. explained: PCA's share of the variance,
+    None for UMAP.
     """
 
     points: Tensor
@@ -83,8 +82,9 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Query images and for each, nearest first, training images: uint8 (q, 3, R, R) and (q, k, 3,
-    R, R), labels, and cosines (q, k).
+    """Query images, and the training images nearest to each, nearest first.
+
+    Images: uint8 (q, 3, R, R) and (q, k, 3, R, R), with labels. Cosines: (q, k).
     """
 
     queries: Tensor
@@ -96,7 +96,7 @@ class Neighbours:
 
 
 def spread(total: int, count: int) -> np.ndarray:
-    """At most `count` of `total` places, evenly spread from the first to the last: int64."""
+    """Return at most `count` of `total` indices, evenly spaced from first to last: int64."""
     return np.linspace(0, total - 1, min(total, count)).round().astype(np.int64)
 
 
@@ -106,9 +106,9 @@ def class_name(names: Sequence[str], label: int) -> str:
 
 @contextlib.contextmanager
 def _fixed_views(run: ReportedRun, count: int):
-    """The run's training loader, over `count` images at most, always the same ones.
+    """Return the run's training loader, over at most `count` images, always the same ones.
 
-    Its views are those that the training sees.
+    Its views are those of the training.
     """
     options = run.options
     total = len(read_beton(options.data.train))
@@ -119,9 +119,9 @@ def _fixed_views(run: ReportedRun, count: int):
 
 
 def views_by_epoch(run: ReportedRun, method: Method) -> list[EpochViews]:
-    """The views of a few images in a few epochs, from the first to the last.
+    """Return the views of a few images in a few epochs, from the first to the last.
 
-    The choice is that of the checkpoint's weights.
+    The pairs are chosen with the checkpoint's weights.
     """
     schedule, shown = run.schedule, []
     device = next(method.parameters()).device
@@ -145,8 +145,9 @@ def views_by_epoch(run: ReportedRun, method: Method) -> list[EpochViews]:
 
 
 def examine_choice(run: ReportedRun, method: Method) -> Choice:
-    """How the pair that the cheap pass chooses ranks at the resolution trained on, with the
-    checkpoint's weights and its epoch's views.
+    """Find how the pair that the cheap pass chooses ranks at the resolution trained on.
+
+    The weights are the checkpoint's, and the views are of its epoch.
     """
     schedule = run.schedule
     device = next(method.parameters()).device
@@ -186,23 +187,27 @@ def examine_choice(run: ReportedRun, method: Method) -> Choice:
 
 
 def by_pair(losses: Tensor, policies: int = 1) -> Tensor:
-    """The losses of the candidate pairs, in the order of `hard_augment.pairs`: (B, m, m) to (B,
-    pairs).
+    """Return the losses of the candidate pairs: (B, m, m) to (B, pairs).
+
+    They are in the order of `hard_augment.pairs`.
     """
     candidates = pairs(losses.shape[1], policies=policies)
     return losses[:, candidates[:, 0], candidates[:, 1]]
 
 
 def rank_of(losses: Tensor, chosen: Tensor) -> Tensor:
-    """How many pairs of the image have a larger loss than the chosen: int64 (B,).
+    """Return how many pairs of the image have a larger loss than the chosen one: int64 (B,).
 
-    losses: (B, pairs). chosen: int64 (B,), a place among the pairs.
+    losses: (B, pairs). chosen: int64 (B,), an index into the pairs.
     """
     return (losses > losses.gather(1, chosen[:, None])).sum(1)
 
 
 def _centre_crops(run: ReportedRun, path: str, resolution: int, indices: np.ndarray) -> ViewLoader:
-    """Of images that do not decode, the training images alone are treated as in the training."""
+    """Return a loader of centre crops.
+
+    `data.broken` covers training images that do not decode; others stop the loader.
+    """
     data = run.options.data
     return open_views(
         path,
@@ -216,7 +221,7 @@ def _centre_crops(run: ReportedRun, path: str, resolution: int, indices: np.ndar
 def _features(
     run: ReportedRun, method: Method, path: str, indices: np.ndarray
 ) -> tuple[Tensor, Tensor]:
-    """L2-normalised features (n, d) and labels (n,), on the CPU."""
+    """Return L2-normalised features (n, d) and labels (n,), on the CPU."""
     device = next(method.parameters()).device
     with _centre_crops(run, path, run.options.resolution.max, indices) as loader:
         features, labels = extract_features(
@@ -231,12 +236,15 @@ def _thumbnails(run: ReportedRun, path: str, indices: np.ndarray) -> Tensor:
 
 
 def evaluation_path(run: ReportedRun) -> str:
-    """The validation images, or the training images where there are none."""
+    """Return the validation file, or the training file if there is none."""
     return run.options.data.validation or run.options.data.train
 
 
 def embed(run: ReportedRun, method: Method) -> Embedding:
-    """The features of a few hundred images in the plane; of a few classes, where there are many."""
+    """Return the features of a few hundred images in the plane.
+
+    If there are many classes, the images are of a few of them.
+    """
     path = evaluation_path(run)
     beton = read_beton(path, run.options.data.label_field)
     labels = np.full(len(beton), UNLABELLED) if beton.labels is None else beton.labels
@@ -251,8 +259,9 @@ def embed(run: ReportedRun, method: Method) -> Embedding:
 
 
 def project(features: Tensor) -> tuple[Tensor, float | None]:
-    """Features (n, d) as points (n, 2): by UMAP where umap-learn is installed, else by PCA, with
-    the share of variance that they keep.
+    """Return features (n, d) as points (n, 2), and the share of variance that they keep.
+
+    UMAP is used if umap-learn is installed, else PCA. The share is None for UMAP.
     """
     if importlib.util.find_spec("umap") and len(features) > 15:
         import umap
@@ -271,12 +280,12 @@ def project(features: Tensor) -> tuple[Tensor, float | None]:
 
 
 def _classes(beton: Beton) -> np.ndarray:
-    """The labels that there are, ascending."""
+    """Return the labels that occur, ascending."""
     return np.setdiff1d([] if beton.labels is None else beton.labels, UNLABELLED)
 
 
 def _examples(beton: Beton, count: int) -> np.ndarray:
-    """Images of different classes, where there are labels."""
+    """Return images of different classes, if there are labels."""
     classes = _classes(beton)
     if not len(classes):
         return spread(len(beton), count)
@@ -287,10 +296,11 @@ def _examples(beton: Beton, count: int) -> np.ndarray:
 
 
 def nearest_neighbours(run: ReportedRun, method: Method) -> Neighbours:
-    """The training images, of at most BANK, whose features are closest to those of a few validation
-    images, by the cosine.
+    """Find the training images whose features are closest to those of a few validation images.
 
-    Raises UserError where both files have labels, but not of the same classes.
+    Closest is by the cosine, among at most BANK training images.
+
+    Raise UserError if both files have labels, but of different classes.
     """
     path, bank_path = evaluation_path(run), run.options.data.train
     asked, trained = (read_beton(one, run.options.data.label_field) for one in (path, bank_path))

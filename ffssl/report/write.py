@@ -1,4 +1,4 @@
-"""From runs' folders to files."""
+"""Write the report's files."""
 
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from ffssl.report.runs import read_runs
 def write_report(folders: list[Path], output: Path, device: str = "auto") -> Path:
     """Write the page of the runs in `folders`, and PNGs of its pictures to a folder beside it.
 
-    Returns that folder.
+    Return that folder.
 
-    Raises UserError for a folder that holds no run, and where nothing can be written.
+    Raise UserError if a folder holds no run, or if nothing can be written.
     """
     place = choose_device(device, "--device")
     page, pictures = compose(read_runs(folders), place)

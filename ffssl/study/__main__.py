@@ -1,29 +1,39 @@
-"""Compare recipes and methods over several seeds: one run after another, then one table and one
-picture.
+"""Compare recipes and methods over several seeds, in one table and one picture.
 
     python -m ffssl.study rn50_configs/studies/methods.yaml
-    python -m ffssl.study STUDY.yaml --folder runs/mine --training.epochs=2     # overrides an option in all runs
+    python -m ffssl.study STUDY.yaml --folder runs/mine --training.epochs=2
 
-It runs the commands of ffssl/train.py that a user would run, and prints them. The same call again
-goes on where it stopped: what has finished is kept, an interrupted run is continued, a failed one
-is tried again. `table.md`, `table.json` and `picture.png` in the folder are replaced after every
-run. A study file:
+An option of training, as in the second line, overrides that option in all runs.
+
+The program runs one run after another, by the commands of ffssl/train.py that a user would type,
+and prints them. The same call again continues: finished runs are kept, an interrupted run is
+continued, a failed one is tried again. After every run `table.md`, `table.json` and `picture.png`
+in the folder are replaced. A study file:
 
     title: Warm-up and magnitude
-    data: {train: train.beton, validation: val.beton}     # or drawn on the spot: embedded: {train: 4000, validation: 1000}
+    data: {train: train.beton, validation: val.beton}
+    # or drawn on the spot: embedded: {train: 4000, validation: 1000}
     seeds: [0, 1, 2]
-    config: ../demo_baseline.yaml                          # of the runs that name none, relative to this file; may be left out
-    options: {training: {epochs: 20}}                      # of all runs; may be left out
+    # Of the runs that name none, relative to this file; may be left out.
+    config: ../demo_baseline.yaml
+    # Of all runs; may be left out.
+    options: {training: {epochs: 20}}
     runs:
       baseline:
-      warm-up: {against: baseline, options: {training: {schedule: cosine-warmup, warmup_epochs: 2}}}
+      warm-up:
+        against: baseline
+        options: {training: {schedule: cosine-warmup, warmup_epochs: 2}}
       efficient: {against: baseline, config: ../demo_efficient.yaml}
-    groups:                                                # may be left out; with it, every run is made once for each group
+    # May be left out; with it, every run is made once for each group.
+    groups:
       simclr: {options: {method: {name: simclr}}}
-      simsiam: {options: {method: {name: simsiam}}, runs: {efficient: {training: {learning_rate: 0.1}}}, leave_out: [warm-up]}
+      simsiam:
+        options: {method: {name: simsiam}}
+        runs: {efficient: {training: {learning_rate: 0.1}}}
+        leave_out: [warm-up]
 
-An option is taken from the command line, else from the group's `runs`, the group, the run, the
-study, the config.
+The command line decides an option first, then the group's `runs`, the group, the run, the study,
+and the config last.
 """
 
 import argparse
@@ -72,8 +82,11 @@ def main() -> int:
 
 
 def conduct(study: Study, folder: Path) -> int:
-    """Do what is left of a study in `folder`, and report. Returns 1 if a run failed, else 0."""
-    # A seed of every run first: they share the machine's moods.
+    """Do what is left of a study in `folder`, and report.
+
+    Return 1 if a run failed, else 0.
+    """
+    # Seed by seed, so that a machine whose speed drifts slows all runs alike.
     todo = [(seed, run) for seed in study.seeds for run in study.runs]
     make_folder(folder, "--folder")
     with exclusive_folder(folder, "study", "--folder") as lock:
@@ -86,15 +99,9 @@ def conduct(study: Study, folder: Path) -> int:
         for split, count in study.embedded.items():
             if not study.data[split].exists():
                 study.data[split].parent.mkdir(exist_ok=True)
-                words = (
-                    "--split",
-                    EMBEDDED_SPLITS[split],
-                    "--size",
-                    str(count),
-                    "--output",
-                    str(study.data[split]),
-                )
-                if status := execute("write_datasets.py", ["embedded", *words], lock):
+                words = ["embedded", "--split", EMBEDDED_SPLITS[split], "--size", str(count)]
+                words += ["--output", str(study.data[split])]
+                if status := execute("write_datasets.py", words, lock):
                     return status
         failed: dict[tuple[str, int], int] = {}
         for number, (seed, run) in enumerate(todo, 1):
@@ -114,7 +121,7 @@ def conduct(study: Study, folder: Path) -> int:
 
 
 def train(study: Study, run: Run, seed: int, study_folder: Path, lock: int) -> int:
-    """Train one run to its end, continuing it where it has begun. Returns the exit status."""
+    """Train one run to its end, from where it stands. Return the exit status."""
     folder, arguments = run.folder(study_folder, seed), run.command(study_folder, seed)
     record = {
         "command": shlex.join(["python", "ffssl/train.py", *arguments]),
@@ -131,9 +138,9 @@ def train(study: Study, run: Run, seed: int, study_folder: Path, lock: int) -> i
 
 
 def execute(program: str, arguments: list[str], lock: int) -> int:
-    """Run one of the project's programs, showing its command.
+    """Run one of the project's programs, and show its command.
 
-    Returns its exit status; interrupted, ends it first.
+    Return its exit status. If interrupted, end the program first.
     """
     print(f"$ python {program} {shlex.join(arguments)}", flush=True)
     with subprocess.Popen(
@@ -153,7 +160,7 @@ def execute(program: str, arguments: list[str], lock: int) -> int:
 
 
 def report(study: Study, folder: Path, failed: dict[tuple[str, int], int]) -> str:
-    """Write the table and the picture of what has finished so far. Returns the table."""
+    """Write the table and the picture of what has finished so far. Return the table."""
     # Imports matplotlib, which takes a second.
     from ffssl.study.table_and_picture import write_report
 
@@ -173,7 +180,7 @@ def report(study: Study, folder: Path, failed: dict[tuple[str, int], int]) -> st
 
 
 def finished(folder: Path) -> dict | None:
-    """The record of a run that has finished, else None."""
+    """Return the record of a run that has finished, else None."""
     record = read_record(folder)
     return record if record and "finished" in record else None
 
@@ -189,13 +196,13 @@ def write_record(folder: Path, record: dict) -> None:
 
 
 def check_classes(study: Study, folder: Path) -> None:
-    """Raises UserError where the files are there, and their labels not of the same classes, before
-    any run takes hours.
+    """Raise UserError if the files exist and their labels are of different classes.
+
+    This is checked before any run takes hours.
     """
     if all(path.exists() for path in study.data.values()):
-        for field in {
-            read_options(run.command(folder, study.seeds[0])).data.label_field for run in study.runs
-        }:
+        commands = [run.command(folder, study.seeds[0]) for run in study.runs]
+        for field in {read_options(command).data.label_field for command in commands}:
             try:
                 shared_classes(*(read_beton(study.data[split], field) for split in SPLITS))
             except UserError as error:
@@ -205,26 +212,27 @@ def check_classes(study: Study, folder: Path) -> None:
 def check_unchanged(
     study: Study, run: Run, seed: int, study_folder: Path, data: dict[str, dict]
 ) -> None:
-    """Raises UserError, naming the option or the file, if a run was started with other options or
-    data than the study now gives it.
+    """Raise UserError if a run was started with other options or data than the study now gives.
 
-    data: the identity of each file that is there.
+    The message names the option or the file. data: the identity of each file that exists.
     """
     record = read_record(run.folder(study_folder, seed))
     for split, before in (record or {}).get("data", {}).items():
         if not same_samples(before, data.get(split, {})):
             raise UserError(
-                f"{study.path}: {study.data[split]} holds other images than those that the run in {run.folder(study_folder, seed)} is trained "
-                "or evaluated on; put that file back, or choose another --folder"
+                f"{study.path}: {study.data[split]} holds other images than those that the run in "
+                f"{run.folder(study_folder, seed)} is trained or evaluated on; "
+                "put that file back, or choose another --folder"
             )
     now = comparable(read_options(run.command(study_folder, seed)))
     for section, options in record["options"].items() if record else ():
         for name, before in options.items():
             if now.get(section, {}).get(name, before) != before:
                 raise UserError(
-                    f"{study.path}: run {run.name}: {section}.{name} is {now[section][name]}, but its run in "
-                    f"{run.folder(study_folder, seed)} was started with {before}; put it back, give the run another name, choose another "
-                    f"--folder, or delete {study_folder}/seed*/{run.name} to train it anew"
+                    f"{study.path}: run {run.name}: {section}.{name} is {now[section][name]}, "
+                    f"but its run in {run.folder(study_folder, seed)} was started with {before}; "
+                    "put it back, give the run another name, choose another --folder, "
+                    f"or delete {study_folder}/seed*/{run.name} to train it anew"
                 )
 
 

@@ -1,4 +1,4 @@
-"""Study files: which runs, on which data, with which seeds. The form is in `ffssl.study`."""
+"""Study files: which runs, on which data, with which seeds. `ffssl.study` shows the form."""
 
 import difflib
 import json
@@ -29,7 +29,7 @@ class Run:
         return study_folder / f"seed{seed}" / self.name
 
     def command(self, study_folder: Path, seed: int) -> list[str]:
-        """The arguments of train.py for a seed."""
+        """Return the arguments of train.py for a seed."""
         return [
             *self.arguments,
             f"--run.folder={self.folder(study_folder, seed)}",
@@ -50,10 +50,10 @@ class Study:
 
 
 def read_study(path: Path, folder: Path, overrides: list[str]) -> Study:
-    """A study file, with `overrides` (--section.option=value) for all of its runs.
+    """Read a study file, and apply `overrides` (--section.option=value) to all of its runs.
 
-    Raises UserError, naming file, run and option, for whatever `train.py` would refuse in the
-    options of a run, for a run that is there twice, and for data that is missing.
+    Raise UserError, naming file, run and option, if `train.py` would refuse an option of a run, if
+    a run occurs twice, or if data is missing.
     """
     content = _keys(
         _load(path),
@@ -82,7 +82,10 @@ def read_study(path: Path, folder: Path, overrides: list[str]) -> Study:
 
 
 def comparable(options: Options) -> dict[str, dict]:
-    """The options that make a run what it is: not where it runs, nor how many threads feed it."""
+    """Return the options that decide a run's result.
+
+    Where it runs, and how many threads feed it, are left out.
+    """
     sections = options.of_role(Role.EXPERIMENT, Role.DATA, Role.EVALUATION)
     del sections["run"]
     for split in SPLITS:
@@ -91,8 +94,9 @@ def comparable(options: Options) -> dict[str, dict]:
 
 
 class _Words(yaml.BaseLoader):
-    """Takes every value as it is written, as on a command line, and refuses a key given twice, of
-    which YAML takes the last.
+    """Keep every value as text, as on a command line, and refuse a key given twice.
+
+    YAML would take the last of two equal keys.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -118,8 +122,9 @@ def _load(path: Path) -> object:
 
 
 def _keys(value: object, where: str, known: tuple[str, ...] | None = None) -> dict:
-    """`value` if it is a mapping, of `known` keys where these are given; nothing counts as an empty
-    one.
+    """Return `value` if it is a mapping, whose keys are all in `known` if that is given.
+
+    Nothing counts as an empty mapping.
     """
     value = {} if value in ("", "~", "null", None) else value
     if not isinstance(value, dict):
@@ -136,7 +141,7 @@ def _keys(value: object, where: str, known: tuple[str, ...] | None = None) -> di
 
 
 def _options(sections: object, where: str) -> dict[str, str]:
-    """The options of {section: {option: value}} by dotted name."""
+    """Return the options of {section: {option: value}} by dotted name."""
     options = {}
     for section, values in _keys(sections, where).items():
         for option, value in _keys(values, f"{where}: {section}").items():
@@ -174,7 +179,7 @@ def _overrides(words: list[str]) -> dict[str, str]:
 def _data(
     content: dict, path: Path, folder: Path, given: dict[str, str]
 ) -> tuple[dict[str, Path], dict[str, int]]:
-    """The beton files, and how many images are to be drawn for which.
+    """Return the beton files, and how many images are to be drawn for which.
 
     Takes the data options out of `given`.
     """
@@ -227,7 +232,7 @@ def _seeds(words: object, path: Path) -> list[int]:
 
 
 def _grid(content: dict, path: Path, given: dict[str, str]) -> Iterator[Run]:
-    """Every run of every group; the options `given` come before all others."""
+    """Yield every run of every group. The options `given` override all others."""
     common = _options(content.get("options"), f"{path}: options")
     runs = {
         name: _keys(run, f"{path}: run {name}", ("against", "config", "options"))
@@ -272,7 +277,7 @@ def _grid(content: dict, path: Path, given: dict[str, str]) -> Iterator[Run]:
 
 
 def _kept(runs: list[str], leave_out: object, where: str) -> list[str]:
-    """The runs without those that a group leaves out."""
+    """Return the runs without those that a group leaves out."""
     names = [] if leave_out is None else leave_out
     if not isinstance(names, list) or not all(name in runs for name in names):
         raise UserError(
@@ -282,7 +287,7 @@ def _kept(runs: list[str], leave_out: object, where: str) -> list[str]:
 
 
 def _named(value: object, where: str) -> dict:
-    """A mapping whose keys can name folders."""
+    """Return a mapping, after a check that its keys can name folders."""
     for name in _keys(value, where):
         if not re.fullmatch(r"\w[\w.+-]*", name):
             raise UserError(

@@ -1,4 +1,4 @@
-"""What a study found: a table, the same as JSON, and a picture of accuracy over cost."""
+"""Write what a study found: a table, the same as JSON, and a picture of accuracy over cost."""
 
 import statistics
 from pathlib import Path
@@ -15,11 +15,13 @@ from ffssl.study.recipes import Run, Study
 
 COSTS = ("flops", "seconds")
 NOTES = """
-Means over the seeds, ± the sample standard deviation. kNN accuracy on the validation images after the last epoch, never the best. FLOPs
-in the standard count (backward = 2 forward); seconds of training, without the evaluations, with torch.compile's work where it is on; kWh
-of the GPU. Speed-ups are ratios of mean costs: that of the run that the study compares it with, the baseline, over this run's; and "to
-baseline's accuracy" that of what each had cost at the first evaluation at which its accuracy was the baseline's final one or more (means
-over the seeds; - where a run ends below it).
+Means over the seeds, ± the sample standard deviation. kNN accuracy on the validation images after
+the last epoch, never the best. FLOPs in the standard count (backward = 2 forward); seconds of
+training, without the evaluations, with torch.compile's work where it is on; kWh of the GPU.
+Speed-ups are ratios of mean costs: that of the run that the study compares it with, the baseline,
+over this run's; and "to baseline's accuracy" that of what each had cost at the first evaluation at
+which its accuracy was the baseline's final one or more (means over the seeds; - where a run ends
+below it).
 """
 
 
@@ -33,10 +35,10 @@ def write_report(
 ) -> str:
     """Write table.md, table.json and picture.png to `folder`, each whole or not at all.
 
-    Returns the table.
+    Return the table.
 
-    records: of the runs that finished, by name and seed (`ffssl.study.train`). failed: the exit
-    status of those that did not.
+    records: of the finished runs, by name and seed (`ffssl.study.train`). failed: the exit status
+    of the failed ones.
     """
     runs = {run.name: run for run in study.runs}
     logs = {
@@ -88,11 +90,12 @@ def write_report(
 
 
 def summarise(runs: list[Run], logs: dict[str, dict[int, list[dict]]]) -> list[dict]:
-    """One row a run: means over its seeds, sample standard deviations (None for one seed), and
-    ratios to the run it is compared with.
+    """Return a row for each run: means over its seeds, standard deviations, and ratios.
 
-    logs: by run and seed, of finished runs. knn is a share (0..1). What is not known yet, or was
-    never reached, is None.
+    Standard deviations are of the sample, None for one seed. Ratios are to the run that this one is
+    compared with. What is not known yet, or was never reached, is None.
+
+    logs: of finished runs, by run and seed; knn is a share (0..1).
     """
     finals = {name: [rows[-1] for rows in by_seed.values()] for name, by_seed in logs.items()}
     summary = []
@@ -125,7 +128,7 @@ def summarise(runs: list[Run], logs: dict[str, dict[int, list[dict]]]) -> list[d
 
 
 def mean_curve(by_seed: dict[int, list[dict]]) -> list[dict[str, float]]:
-    """Accuracy and costs at each evaluation after the training's start, averaged over the seeds."""
+    """Return accuracy and costs at each evaluation after the start, as means over the seeds."""
     evaluations = zip(
         *([row for row in rows if "knn" in row and row["epoch"] > 0] for rows in by_seed.values())
     )
@@ -136,12 +139,12 @@ def mean_curve(by_seed: dict[int, list[dict]]) -> list[dict[str, float]]:
 
 
 def first_reached(curve: list[dict[str, float]], accuracy: float) -> dict[str, float] | None:
-    """The first point of a curve with at least this accuracy, else None."""
+    """Return the first point of a curve with at least this accuracy, else None."""
     return next((point for point in curve if point["knn"] >= accuracy), None)
 
 
 def format_table(rows: list[dict], seeds: int) -> str:
-    """The rows of `summarise`, with `failed` (exit status by seed), as a Markdown table."""
+    """Return the rows of `summarise`, with `failed` (exit status by seed), as Markdown."""
     unit, scale = flop_unit(max((row["flops"] or 0 for row in rows), default=0))
     titles = [
         "run",
@@ -204,7 +207,7 @@ def _format_header(header: dict) -> str:
 
 
 def _describe_data(path: Path) -> str:
-    """The file, and what its description beside it says, where there is one."""
+    """Return the file's path, and what its description says, if there is one."""
     description = read_description(path)
     if description is None:
         return str(path)
@@ -223,7 +226,7 @@ def _format_seeds(row: dict, seeds: int) -> str:
 
 
 def _describe_status(status: int) -> str:
-    """An exit status as `subprocess` gives it."""
+    """Put an exit status, as `subprocess` gives it, into words."""
     return f"status {status}" if status >= 0 else f"signal {-status}"
 
 
@@ -242,11 +245,10 @@ def _format_ratio(ratio: float | None) -> str:
 def draw(
     study: Study, rows: list[dict], logs: dict[str, dict[int, list[dict]]], path: Path
 ) -> None:
-    """Write the picture: mean kNN accuracy over FLOPs and over seconds, a curve a run, with a mark
-    and its spread at the end.
+    """Write the picture: mean kNN accuracy over FLOPs and over seconds, a curve a run.
 
-    Runs of a group share a colour, and runs of the same name a mark, which is hollow where they are
-    compared with no other.
+    Each curve ends in a mark with its standard deviation. Runs of a group share a colour, and runs
+    of the same name a mark. The mark is hollow if the run is compared with no other.
     """
     figure, axes = plt.subplots(1, 2, figsize=(15, 7), dpi=110, sharey=True, layout="constrained")
     unit, scale = flop_unit(max((row["flops"] or 0 for row in rows), default=0))
@@ -290,9 +292,9 @@ def draw(
     if shown:
         finals = [100 * row["knn"] for _, row in shown]
         room = max(max(finals) - min(finals), 4)
-        embedding_stds = [row["knn"] - (row["knn_sd"] or 0) for _, row in shown]
+        lowest = [row["knn"] - (row["knn_sd"] or 0) for _, row in shown]
         lowest = 100 * min(
-            [*embedding_stds, *(point["knn"] for curve in curves.values() for point in curve)]
+            [*lowest, *(point["knn"] for curve in curves.values() for point in curve)]
         )
         # The ends, where the runs differ, and of the curves what is as high.
         bottom = max(min(finals) - room, lowest - 0.1 * room, 0)

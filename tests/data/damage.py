@@ -103,7 +103,9 @@ def _repeat_segment(random, data, _):
 
 
 def _change_segment(random, data, _):
-    """A marker, a length or what follows it: tables, sizes, sampling factors, references to tables."""
+    """A marker, a length or what follows it: tables, sizes, sampling factors, references to
+    tables.
+    """
     a, b = _one_of(random, segments(data))
     if b > a:
         place = min(a + 1 + random.integers(min(b - a, 24)), len(data) - 1)
@@ -203,7 +205,9 @@ def damaged_number(
 
 
 class BetonParts:
-    """A beton file with the fields image and label in memory, and its parts, which are views of it."""
+    """A beton file with the fields image and label in memory, and its parts, which are views of
+    it.
+    """
 
     def __init__(self, whole: bytes):
         self.data = np.frombuffer(whole, np.uint8).copy()

@@ -1,8 +1,10 @@
 """Damaged JPEG and beton files by the thousand, through all that reads them; each must be served or
 refused, by name.
 
-    PYTHONPATH=. python tests/data/fuzz.py                              # 20 000 cases, some minutes
-    PYTHONPATH=. python tests/data/fuzz.py --first 1234 --cases 1 --here     # one case again, in this process, for a debugger
+    # 20 000 cases, some minutes
+    PYTHONPATH=. python tests/data/fuzz.py
+    # one case again, in this process, for a debugger
+    PYTHONPATH=. python tests/data/fuzz.py --first 1234 --cases 1 --here
 
 A case follows from its seed alone. Seeds are dealt out in turn to three kinds of case:
 
@@ -23,20 +25,23 @@ whole beton file and the views lie against pages that may not be touched (`damag
 at the end of their memory, then at its beginning. Not guarded is what the compiled kernels and
 libjpeg allocate themselves. Numba can check the kernels' indices, but for those of simd.py:
 
-    NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=/tmp/checked PYTHONPATH=. python tests/data/fuzz.py --kinds decode beton
+    export NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=/tmp/checked PYTHONPATH=.
+    python tests/data/fuzz.py --kinds decode beton
 
 and valgrind every access of all compiled code, simd.py and libjpeg-turbo included; Numba's has to
 be compiled for a CPU that it knows, best by a first run without it:
 
     export NUMBA_CPU_NAME=generic NUMBA_CACHE_DIR=/tmp/generic PYTHONMALLOC=malloc PYTHONPATH=.
     python tests/data/fuzz.py --cases 60
-    valgrind --error-exitcode=1 --undef-value-errors=no --suppressions=tests/data/valgrind.supp python tests/data/fuzz.py --here --cases 1000
+    options="--error-exitcode=1 --undef-value-errors=no --suppressions=tests/data/valgrind.supp"
+    valgrind $options python tests/data/fuzz.py --here --cases 1000
 
 Values that are not initialised can't be looked for in this way: CPython reads some, and
 libjpeg-turbo's vectors read their own padding.
 """
 
 import argparse
+import contextlib
 import faulthandler
 import functools
 import io
@@ -134,10 +139,8 @@ def check_jpeg(random: np.random.Generator) -> str:
         lambda: jpeg.verify_markers(data),
         lambda: jpeg.parse_header(jpeg.to_baseline(data)),
     ):
-        try:
+        with contextlib.suppress(jpeg.JpegError):
             step()
-        except jpeg.JpegError:
-            pass
     try:
         jpeg.verify(data, header)
         if not header.decodes_to_rgb:
@@ -285,7 +288,9 @@ def check_beton(random: np.random.Generator) -> str:
 
 
 def render_guarded(data: bytes, beton, sample: int, settings: dict) -> np.ndarray | None:
-    """The views of one sample, rendered alone between forbidden pages; None if it does not decode."""
+    """The views of one sample, rendered alone between forbidden pages; None if it does not
+    decode.
+    """
     from ffssl.data.kernels.decode import render_samples
     from ffssl.data.policy import ViewSettings
 

@@ -130,7 +130,8 @@ def test_an_epoch_may_serve_the_first_of_the_views_alone(beton):
 @pytest.mark.parametrize("samples, world_size", [(20, 4), (23, 4), (7, 3)])
 def test_ranks_share_an_epoch_equally_without_overlap(samples, world_size):
     shares = [
-        rank_part(epoch_order(samples, seed=1, epoch=5), rank, world_size) for rank in range(world_size)
+        rank_part(epoch_order(samples, seed=1, epoch=5), rank, world_size)
+        for rank in range(world_size)
     ]
     assert {len(own) for own in shares} == {samples // world_size}
     visited = np.concatenate(shares)
@@ -252,11 +253,13 @@ def test_what_replaces_a_broken_image_does_not_depend_on_the_number_of_ranks(
 
 
 def test_a_file_of_broken_images_ends_even_if_they_are_to_be_replaced(beton, tmp_path):
-    with open_loader(
-        break_images(beton, tmp_path / "broken.beton", list(range(23))), broken="replace"
-    ) as loader:
-        with pytest.raises(UserError, match="image .* does not decode"):
-            next(iter(loader))
+    with (
+        open_loader(
+            break_images(beton, tmp_path / "broken.beton", list(range(23))), broken="replace"
+        ) as loader,
+        pytest.raises(UserError, match="image .* does not decode"),
+    ):
+        next(iter(loader))
 
 
 # A kernel of the user's own
@@ -520,7 +523,7 @@ def test_an_exception_in_the_loop_leaves_a_loader_that_works(beton):
     with open_loader(beton) as loader:
         expected = epoch_of(loader, 1)
         with pytest.raises(ZeroDivisionError):
-            for batch in loader:
+            for _batch in loader:
                 1 / 0
         assert_same(epoch_of(loader, 1), expected)
 

@@ -83,8 +83,10 @@ def test_memory_at_its_peak_is_what_was_announced(large_beton):
             for _ in loader:
                 pass
             grown = resident("VmHWM") - before
-            mapped = 3 * 128 * 320 * 320 * 3  # of the file, for as long as its batch is in memory; of photographs it would be a tenth
-            assert 0.9 * loader.buffer_bytes < grown < 1.3 * loader.buffer_bytes + mapped, (grown, loader.buffer_bytes)
+            # Of the file, while its batch is in memory; of photographs it would be a tenth.
+            mapped = 3 * 128 * 320 * 320 * 3
+            most = 1.3 * loader.buffer_bytes + mapped
+            assert 0.9 * loader.buffer_bytes < grown < most, (grown, loader.buffer_bytes)
             del _  # a window on the buffers
         assert resident("VmRSS") - before < 0.2 * grown
         """,
@@ -127,7 +129,8 @@ def test_prefetched_ranges_and_no_others_are_read_from_the_disk(large_beton):
         begins, sizes = beton.images["data_ptr"][chosen], beton.image_sizes[chosen]
         before = bytes_read()
         file.prefetch(begins, sizes)
-        total = sum(int(file.data[b : b + s].any()) for b, s in zip(begins.tolist(), sizes.tolist()))
+        parts = zip(begins.tolist(), sizes.tolist())
+        total = sum(int(file.data[b : b + s].any()) for b, s in parts)
         assert total == 40
         assert bytes_read() - before < 1.2 * sizes.sum()
         """,
@@ -160,7 +163,8 @@ def test_fifty_epochs_left_early_at_changing_resolutions_leave_memory_threads_an
             memory, threads, files = state()
             epochs(loader, 20, 70)
             assert state()[1:] == (threads, files)
-            assert state()[0] - memory < 4e6, state()[0] - memory  # a batch lost an epoch would be 80 MB
+            # A batch lost an epoch would be 80 MB.
+            assert state()[0] - memory < 4e6, state()[0] - memory
         loaders(0, 40)
         memory = state()[0]
         loaders(40, 90)
@@ -312,7 +316,8 @@ def test_available_memory_is_the_least_of_the_machines_and_of_every_control_grou
     parent = {
         "sys__fs__cgroup__jobs__memory.max": "900000\n",
         "sys__fs__cgroup__jobs__memory.current": "400000\n",
-        "sys__fs__cgroup__jobs__memory.stat": "anon 300000\nactive_file 60000\ninactive_file 40000\n",
+        "sys__fs__cgroup__jobs__memory.stat": "anon 300000\nactive_file 60000\ninactive_file "
+        "40000\n",
     }
     assert available_memory(machine(tmp_path, **parent)) == 600_000
 

@@ -92,7 +92,8 @@ def resident(kind):
         return next(1024 * int(line.split()[1]) for line in file if line.startswith(kind + ":"))
 
 torch.manual_seed(0)
-bank, labels, queries = torch.randn(40_000, 64).half(), torch.randint(10, (40_000,)), torch.randn(1500, 64)
+bank, labels = torch.randn(40_000, 64).half(), torch.randint(10, (40_000,))
+queries = torch.randn(1500, 64)
 knn_predict(bank[:500], labels[:500], queries[:100], memory=1 << 22)  # what libraries take once
 before = resident("VmRSS")
 with open("/proc/self/clear_refs", "w") as file:

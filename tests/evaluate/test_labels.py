@@ -130,7 +130,7 @@ def test_that_is_so_wherever_labels_of_two_files_meet(tmp_path):
     with pytest.raises(UserError, match=message):
         raw_pixel_accuracy(options_of(tmp_path))
     (tmp_path / "study.yaml").write_text(
-        "data: {train: %s, validation: %s}\nruns: {one: }" % tuple(paths)
+        "data: {{train: {}, validation: {}}}\nruns: {{one: }}".format(*paths)
     )
     with pytest.raises(UserError, match=f"study.yaml: .*{message}"):
         conduct(read_study(tmp_path / "study.yaml", tmp_path / "study", []), tmp_path / "study")

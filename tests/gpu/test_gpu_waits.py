@@ -95,8 +95,11 @@ with ViewLoader(folder / "train.beton", batch_size=4, views=2, resolution=32, wo
 saver.save({"weights": weights})
 saver.close()
 network = SmallResNet((8,)).to(gpu)
-with ViewLoader(folder / "train.beton", batch_size=16, views=1, resolution=32, workers=2, drop_last=False) as loader:
-    features, labels = extract_features(network, loader, gpu, contextlib.nullcontext(), store=torch.device("cpu"))
+settings = dict(batch_size=16, views=1, resolution=32, workers=2, drop_last=False)
+with ViewLoader(folder / "train.beton", **settings) as loader:
+    features, labels = extract_features(
+        network, loader, gpu, contextlib.nullcontext(), store=torch.device("cpu")
+    )
 assert features.shape == (40, 8) and features.device.type == labels.device.type == "cpu"
 for name, count in made_up.counts().items():
     if name.startswith("wait") or "pageable" in name:

@@ -438,9 +438,12 @@ def test_a_browser_shows_it_without_complaint(folder, page, tmp_path, width):
     # tells what overflows.
     frame = tmp_path / "frame.html"
     frame.write_text(
-        f'<iframe src="file://{folder}/report.html" style="width: {width}px; height: 4000px; border: 0"></iframe>'
-        "<script>onload = () => { const page = document.querySelector('iframe').contentDocument.documentElement;"
-        "document.title = `overflow ${page.scrollWidth - page.clientWidth}, height ${page.scrollHeight}` }</script>"
+        f'<iframe src="file://{folder}/report.html" style="width: {width}px; height: 4000px; '
+        'border: 0"></iframe>'
+        "<script>onload = () => { const page = "
+        "document.querySelector('iframe').contentDocument.documentElement;"
+        "document.title = `overflow ${page.scrollWidth - page.clientWidth}, height "
+        "${page.scrollHeight}` }</script>"
     )
     command = [
         chromium,

@@ -96,11 +96,13 @@ def test_a_checkpoint_is_due_when_the_last_is_old_enough(tmp_path, monkeypatch):
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     every, never = (Saver(tmp_path, CPU, keep=1, minutes=minutes) for minutes in (2, 0))
-    for now, due in ((119.0, False), (120.0, True), (500.0, True)):
+    for seconds, due in ((119.0, False), (120.0, True), (500.0, True)):
+        now = seconds
         assert every.due() == due and not never.due()
     every.save({})
     every.wait()
-    for now, due in ((619.0, False), (620.0, True)):
+    for seconds, due in ((619.0, False), (620.0, True)):
+        now = seconds
         assert every.due() == due
     for saver in (every, never):
         saver.close()

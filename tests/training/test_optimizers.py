@@ -176,7 +176,9 @@ def test_a_fused_step_takes_parameters_whose_first_gradient_comes_later(name):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_with_scaled_gradients_is_the_same_and_none_is_taken_where_they_are_infinite(name):
-    """As in fp16, without a look at the gradients by the host: the scaler hands over what it knows."""
+    """As in fp16, without a look at the gradients by the host: the scaler hands over what it
+    knows.
+    """
     nets = network(), network()
     for net, scale in zip(nets, (1.0, 1024.0)):
         optimizer = build_optimizer(

@@ -43,6 +43,7 @@ FLOAT_FIELD, INT_FIELD, IMAGE_FIELD, BYTES_FIELD, ARRAY_FIELD, JSON_FIELD, TENSO
 # By those numbers, for messages.
 FIELD_KINDS = ("float", "int", "image", "bytes", "array", "JSON", "tensor")
 LABEL = "label"  # what the converter calls its labels
+UNLABELLED = -1  # the label of an image that has none
 _POINTER_AND_SIZE = np.dtype([("ptr", "<u8"), ("size", "<u8")])
 FIELD_METADATA = {
     FLOAT_FIELD: np.dtype("<f8"),

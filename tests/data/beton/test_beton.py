@@ -273,28 +273,31 @@ def test_file_size_limit_is_an_error_that_names_the_file(tmp_path):
 
 
 def test_full_disk_is_an_error_that_names_file_and_space(tmp_path, monkeypatch):
-    with pytest.raises(
-        BetonWriteError, match=r"x\.beton: could not be written after 1 samples.*MB free"
+    with (
+        pytest.raises(
+            BetonWriteError, match=r"x\.beton: could not be written after 1 samples.*MB free"
+        ),
+        BetonWriter(tmp_path / "x.beton", 9) as writer,
     ):
-        with BetonWriter(tmp_path / "x.beton", 9) as writer:
-            writer.add(b"fits", MODE_JPEG, 1, 1, 0)
+        writer.add(b"fits", MODE_JPEG, 1, 1, 0)
 
-            def full(data):
-                raise OSError(errno.ENOSPC, "No space left on device")
+        def full(data):
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-            monkeypatch.setattr(
-                writer,
-                "_file",
-                type("Full", (), {"write": staticmethod(full), "close": lambda self: None})(),
-            )
-            writer.add(b"does not", MODE_JPEG, 1, 1, 0)
+        monkeypatch.setattr(
+            writer,
+            "_file",
+            type("Full", (), {"write": staticmethod(full), "close": lambda self: None})(),
+        )
+        writer.add(b"does not", MODE_JPEG, 1, 1, 0)
     assert os.listdir(tmp_path) == []
 
 
 def test_next_writer_removes_what_a_killed_one_left(tmp_path):
     program = (
         "import sys; from ffssl.data.beton.write import BetonWriter\n"
-        "with BetonWriter(sys.argv[1], 9) as w: w.add(b'x', 0, 1, 1, 0); print(flush=True); sys.stdin.read()"
+        "with BetonWriter(sys.argv[1], 9) as w: w.add(b'x', 0, 1, 1, 0); print(flush=True); "
+        "sys.stdin.read()"
     )
     target = tmp_path / "x.beton"
     with subprocess.Popen(
@@ -400,7 +403,8 @@ def test_labels_are_found_by_name_or_where_they_can_only_be(tmp_path, case):
     [
         (
             "class",
-            "the field of labels, 'class', is not in it; its fields: 'weight' (float), 'label' (int), 'caption' (bytes)",
+            "the field of labels, 'class', is not in it; its fields: 'weight' (float), 'label' "
+            "(int), 'caption' (bytes)",
         ),
         ("weight", "the field of labels, 'weight', holds no whole numbers; its fields: "),
         ("caption", "'caption', holds no whole numbers"),

@@ -1,4 +1,6 @@
-"""The conversion: pixels against PIL's, kept bytes against the files, and runs that are cut short."""
+"""The conversion: pixels against PIL's, kept bytes against the files, and runs that are cut
+short.
+"""
 
 import hashlib
 import io
@@ -453,7 +455,10 @@ def test_reduction_keeps_shape_and_content(size, kind):
 
 def test_lossless_sources_keep_full_chroma():
     image = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
-    layers = lambda data: PIL.Image.open(io.BytesIO(data)).layer[0][1:3]
+
+    def layers(data):
+        return PIL.Image.open(io.BytesIO(data)).layer[0][1:3]
+
     assert layers(encode_image(save(image, "PNG"), Encoding()).data) == (1, 1)
     assert layers(encode_image(np.asarray(image), Encoding()).data) == (1, 1)
     assert layers(encode_image(save(image, "WEBP"), Encoding()).data) == (2, 2)
@@ -647,7 +652,7 @@ def test_another_file_beside_the_description_is_refused(folder):
 
 
 def test_bytes_do_not_depend_on_workers(folder):
-    options = dict(compressed_share=0.5, subset=20, encoding=Encoding(max_side=70))
+    options = {"compressed_share": 0.5, "subset": 20, "encoding": Encoding(max_side=70)}
     runs = [
         convert_folder(folder, workers=workers, overwrite=True, **options)
         for workers in (1, 2, 4, 1)
@@ -844,7 +849,7 @@ class Unpooled:
         self.waiting += len(items)
         self.ahead.append(self.waiting)
         future = Future()
-        future.set_result(([size for size in items], None))
+        future.set_result((list(items), None))
         return future
 
 

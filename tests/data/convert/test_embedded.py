@@ -49,7 +49,8 @@ def test_an_image_depends_on_seed_split_and_index_alone():
 def test_pixels_are_the_same_in_every_process_and_release():
     """Pinned: a change here changes every result on this data set."""
     program = (
-        "import hashlib; from ffssl.data.convert.embedded import EmbeddedDataset; d = EmbeddedDataset('train', 20, seed=5);"
+        "import hashlib; from ffssl.data.convert.embedded import EmbeddedDataset; d = "
+        "EmbeddedDataset('train', 20, seed=5);"
         "print(hashlib.sha256(b''.join(d[i][0].tobytes() for i in range(20))).hexdigest())"
     )
     elsewhere = subprocess.run(
@@ -122,7 +123,9 @@ def test_motifs_have_unit_area_and_are_distances(name):
 
 
 def test_the_motif_is_in_the_image():
-    """A target has three times the outline of a disc of the same area: its images have more edges."""
+    """A target has three times the outline of a disc of the same area: its images have more
+    edges.
+    """
     dataset = EmbeddedDataset("train", 400)
 
     def edges(name):

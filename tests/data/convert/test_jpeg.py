@@ -220,7 +220,7 @@ def version_of_jfif(data, version=b"\0\0"):
 
 
 def scans_without_parameters(data):
-    for place, end in jpeg_scans(data):
+    for _place, end in jpeg_scans(data):
         data = data[: end - 3] + bytes(3) + data[end:]
     return data
 
@@ -382,7 +382,7 @@ def test_damage_is_found_behind_a_mended_header_as_behind_a_sound_one(file, faul
 def test_a_segment_that_has_lost_its_marker_is_no_mere_rubbish():
     data = behind_start(save(picture(), exif=exif(6), keep_rgb=True), segment(0xFE, b"text"))
     assert jpeg.parse_header(data).orientation == 6
-    for begin, end in segments(data)[:-1]:
+    for begin, _end in segments(data)[:-1]:
         lost = data[:begin] + b"\0" + data[begin + 1 :]
         assert jpeg.mended(lost) is lost
         shorter = data[: begin + 2] + b"\0\2" + data[begin + 4 :]

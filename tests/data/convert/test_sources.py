@@ -87,7 +87,7 @@ def test_class_folders_agree_with_torchvision(tmp_path):
     source = ImageFolder(tmp_path)
     assert source.class_names == reference.classes
     assert sorted((name, label) for _, label, name in contents(source)) == sorted(reference.samples)
-    assert all(data == open(name, "rb").read() for data, _, name in contents(source))
+    assert all(data == Path(name).read_bytes() for data, _, name in contents(source))
 
 
 def test_flat_and_unlabelled_folders(tmp_path):

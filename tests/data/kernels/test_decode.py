@@ -1,4 +1,6 @@
-"""Decoding, the two ways to the same views (our loader and stock ffcv's), and what compiles when."""
+"""Decoding, the two ways to the same views (our loader and stock ffcv's), and what compiles
+when.
+"""
 
 import importlib.util
 import io
@@ -29,7 +31,8 @@ IDENTITY = ViewPolicy(crop_scale=(1, 1), crop_ratio=(1, 1), flip=0, jitter=0, gr
 # killed.
 STOCK_LOADER = """
 import sys, numpy as np
-from ffssl.data.beton.ffcv_operation import ViewDecoder  # first: it spares ffcv's import what takes seconds to compile
+# First: it spares ffcv's import what takes seconds to compile.
+from ffssl.data.beton.ffcv_operation import ViewDecoder
 from ffssl.data.policy import POLICIES
 from ffcv.loader import Loader, OrderOption
 from ffcv.transforms import ToTensor
@@ -39,8 +42,16 @@ path, out = sys.argv[1:]
 served = {}
 for os_cache in (True, False):
     decoder = ViewDecoder(views=3, resolution=40, policy=POLICIES["byol"], seed=7)
-    pipelines = {"image": PipelineSpec("image", decoder=decoder, transforms=[ToTensor()]), "label": None}
-    loader = Loader(path, batch_size=8, num_workers=2, order=OrderOption.SEQUENTIAL, os_cache=os_cache, drop_last=False, pipelines=pipelines)
+    image = PipelineSpec("image", decoder=decoder, transforms=[ToTensor()])
+    loader = Loader(
+        path,
+        batch_size=8,
+        num_workers=2,
+        order=OrderOption.SEQUENTIAL,
+        os_cache=os_cache,
+        drop_last=False,
+        pipelines={"image": image, "label": None},
+    )
     for epoch, resolution, magnitude in [(0, 40, 5.0), (3, 24, 6.5)]:
         decoder.set_epoch(epoch, resolution, magnitude)
         served[f"{os_cache} {epoch}"] = np.concatenate([views.numpy().copy() for views, in loader])
@@ -239,7 +250,8 @@ def test_compiled_files_that_lie_elsewhere_are_dropped_too(tmp_path):
         Path(ffssl.data.kernels.__path__[0]), folder, ignore=shutil.ignore_patterns("__pycache__")
     )
     code = (
-        "import importlib.util as u; s = u.spec_from_file_location('jit', 'jit.py'); m = u.module_from_spec(s)\n"
+        "import importlib.util as u; s = u.spec_from_file_location('jit', 'jit.py'); m = "
+        "u.module_from_spec(s)\n"
         "s.loader.exec_module(m)"
     )
 
@@ -261,7 +273,8 @@ def test_compiled_files_that_lie_elsewhere_are_dropped_too(tmp_path):
 
 def test_importing_the_ffcv_decoder_leaves_torchs_and_numbas_threads_alone():
     code = (
-        "import torch, numba; torch.set_num_threads(2); before = torch.get_num_threads(), numba.get_num_threads()\n"
+        "import torch, numba; torch.set_num_threads(2); before = torch.get_num_threads(), "
+        "numba.get_num_threads()\n"
         "import ffssl.data.beton.ffcv_operation\n"
         "assert (torch.get_num_threads(), numba.get_num_threads()) == before"
     )
@@ -302,7 +315,8 @@ def test_where_nothing_can_be_kept_compiled_files_go_under_the_temporary_folder_
 ):
     own = tmp_path / f"ffssl-{os.getuid()}"
     for told in (
-        f"compiled code can be kept neither beside {nowhere} nor in the user's cache: it is kept in {own}; NUMBA_CACHE_DIR",
+        f"compiled code can be kept neither beside {nowhere} nor in the user's cache: it is kept "
+        f"in {own}; NUMBA_CACHE_DIR",
         "",
     ):
         import_compiled(nowhere)
@@ -333,7 +347,11 @@ def test_a_folder_that_somebody_else_may_write_to_is_not_trusted_and_nothing_is_
 
 
 def test_kernels_are_compiled_where_numba_is_told_not_to(beton):
-    code = "import sys\nfrom ffssl.data import ViewLoader\nprint(next(iter(ViewLoader(sys.argv[1], batch_size=4, views=2, resolution=24))).views.sum())"
+    code = (
+        "import sys\nfrom ffssl.data import "
+        "ViewLoader\nprint(next(iter(ViewLoader(sys.argv[1], batch_size=4, views=2, "
+        "resolution=24))).views.sum())"
+    )
     words, environment = (
         [sys.executable, "-c", code, beton],
         os.environ | {"NUMBA_DISABLE_JIT": "1"},

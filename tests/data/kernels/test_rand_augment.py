@@ -1,4 +1,6 @@
-"""RandAugment's operations against torchvision's, on the same uint8 views with the same strengths."""
+"""RandAugment's operations against torchvision's, on the same uint8 views with the same
+strengths.
+"""
 
 import numpy as np
 import pytest

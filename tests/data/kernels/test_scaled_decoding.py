@@ -124,7 +124,9 @@ def test_damaged_jpegs_do_not_decode_at_any_scale():
 @pytest.mark.parametrize("origin", [0, 0.25, 0.5, 0.875])
 @pytest.mark.parametrize("scale", [0.25, 1, 2, 3])
 def test_taps_are_centred_on_the_pixels_of_a_crop_with_a_fractional_origin(origin, scale):
-    """A triangle whose half-width is whole, or that interpolates, keeps a straight line as it is."""
+    """A triangle whose half-width is whole, or that interpolates, keeps a straight line as it
+    is.
+    """
     target = 20
     length = scale * target
     first, count = np.empty(target, np.uint64), np.empty(target, np.int64)
@@ -148,7 +150,9 @@ def displacement(a, b, axis):
 @pytest.mark.parametrize("resolution, denominator", [(320, 2), (160, 4), (80, 8)])
 @pytest.mark.parametrize("policy", [WHOLE, CROPPED])
 def test_scaled_views_are_not_displaced(tmp_path, policy, resolution, denominator):
-    """A shift by half a scaled pixel would be seen as SCALED_PIXELS / 4 of a view's pixel or more."""
+    """A shift by half a scaled pixel would be seen as SCALED_PIXELS / 4 of a view's pixel or
+    more.
+    """
     y, x = np.mgrid[:1501, :2003]
     waves = 128 + 60 * np.sin(2 * np.pi * x / 250) + 60 * np.sin(2 * np.pi * y / 250)
     path = write_beton(
@@ -173,7 +177,9 @@ def test_crops_of_natural_images_are_those_of_the_full_decode(photographs, resol
 
 @pytest.mark.parametrize("policy", ["simsiam", "simclr", "byol"])
 def test_views_of_natural_images_are_those_of_the_full_decode(photographs, policy):
-    """Contrast and saturation stretch a difference, so it is the mean over the views that is held."""
+    """Contrast and saturation stretch a difference, so it is the mean over the views that is
+    held.
+    """
     differences = view_differences(photographs, resolution=96, policy=POLICIES[policy])
     assert differences.mean() < 1.5
     assert differences.any(axis=1).all()  # every image was decoded at a scale

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-UNLABELLED = -1
+from ffssl.data.beton.read import UNLABELLED
+
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .avif .gif .bmp .tif .tiff .jp2 .j2k .jpx "
     ".ppm .pgm .pbm .pnm".split()
