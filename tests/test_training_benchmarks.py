@@ -227,8 +227,8 @@ def test_stages_are_added_up_over_the_schedules(configs, betons, tmp_path, monke
     assert by_side[32]["loader_images_per_second_per_core"] == pytest.approx(16 / 0.064 / 3)
     table = (tmp_path / "speedup.md").read_text()
     assert (
-        "quick: the loader bounds the training at 32 px, where 6 cores would keep up, of which it has 3."
-        in table
+        "quick: the loader bounds the training at 32 px, where 6 cores would keep up, "
+        "of which it has 3." in table
     )
     assert table.count("the loader bounds") == 1
     assert table in capsys.readouterr().out

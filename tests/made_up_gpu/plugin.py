@@ -1,4 +1,7 @@
-"""What pytest needs on the made-up GPU (`-p made_up_gpu.plugin`): convolutions and BatchNorm in place of cuDNN's, and what has been asked of the GPU."""
+"""What pytest needs on the made-up GPU (`-p made_up_gpu.plugin`).
+
+Convolutions and BatchNorm in place of cuDNN's, and what has been asked of the GPU.
+"""
 
 import collections
 import ctypes

@@ -1,9 +1,9 @@
 """Images to beton files. What a program needs is imported on first use.
 
-    from ffssl.data.convert import ConvertOptions, convert
-    from ffssl.data.convert.sources.folder import ImageFolder
+from ffssl.data.convert import ConvertOptions, convert
+from ffssl.data.convert.sources.folder import ImageFolder
 
-    convert(ImageFolder("photos"), "photos.beton", ConvertOptions(workers=4))
+convert(ImageFolder("photos"), "photos.beton", ConvertOptions(workers=4))
 """
 
 import importlib

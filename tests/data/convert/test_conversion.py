@@ -306,7 +306,8 @@ def test_the_white_level_of_16_bit_colours(write):
     assert dark.peak == 4095
     beyond = encode_image(write(TWELVE_BITS), Encoding(white_level=1000), compressed=False)
     clipped = np.minimum(TWELVE_BITS, 1000)
-    np.testing.assert_array_equal(pixels_of(beyond), np.floor(clipped * 255.0 / 1000 + 0.5))  # halves go up
+    expected = np.floor(clipped * 255.0 / 1000 + 0.5)  # halves go up
+    np.testing.assert_array_equal(pixels_of(beyond), expected)
 
 
 @pytest.mark.parametrize("white_level", [65535, 4095])
