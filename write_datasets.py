@@ -1,12 +1,11 @@
-"""Converts images to FFCV's .beton files, from which FFSSL trains: `python write_datasets.py
---help`.
-"""
+"""Convert images to FFCV's .beton files, from which FFSSL trains."""
 
 import argparse
 import difflib
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from ffssl.config.command_line import exit_status
@@ -19,18 +18,21 @@ examples:
   python write_datasets.py folder --input photos/ --output photos.beton --max-side 500
 
   # ImageNet; the validation images may lie flat, with the devkit beside them
-  python write_datasets.py imagenet --input imagenet/ --split train --output train.beton --max-side 500
-  python write_datasets.py imagenet --input imagenet/ --split val --output val.beton --max-side 500
+  python write_datasets.py imagenet --input imagenet/ --split train \\
+      --output train.beton --max-side 500
+  python write_datasets.py imagenet --input imagenet/ --split val \\
+      --output val.beton --max-side 500
 
   # something to try at once, without any download
   python write_datasets.py embedded --split train --size 2000 --output demo.beton
 
-JPEG files that need no change keep their bytes. `python write_datasets.py SOURCE --help` lists a source's options.
+JPEG files that need no change keep their bytes.
+`python write_datasets.py SOURCE --help` lists a source's options.
 """
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors that name the nearest known word."""
+    """An ArgumentParser with one-line errors that name the nearest known word."""
 
     def __init__(self, **options):
         super().__init__(
@@ -42,17 +44,13 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
     def parse_known_args(self, args=None, namespace=None):
-        # Before argparse: it would first complain of the required option whose name was mistyped.
+        # Checked before argparse does, which would first ask for the required option whose name was
+        # mistyped.
+        known = self._option_string_actions
         for word in sys.argv[1:] if args is None else args:
             option = word.split("=")[0]
-            if (
-                self._subparsers is None
-                and option.startswith("--")
-                and option not in self._option_string_actions
-            ):
-                self.error(
-                    f"unknown option {option}{_did_you_mean(option, self._option_string_actions)}"
-                )
+            if self._subparsers is None and option.startswith("--") and option not in known:
+                self.error(f"unknown option {option}{_did_you_mean(option, known)}")
         return super().parse_known_args(args, namespace)
 
     def _check_value(self, action, value):
@@ -70,7 +68,32 @@ def _did_you_mean(word: str, known) -> str:
 
 
 def build_parser() -> Parser:
+    common = _common_options()
+    parser = Parser(prog="write_datasets.py", description=__doc__, epilog=EXAMPLES)
+    sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE", title="sources")
+
+    def add(name: str, summary: str, details: str = "") -> Parser:
+        return sources.add_parser(
+            name, parents=[common], help=summary, description=f"{summary}.\n{details}"
+        )
+
+    _add_folders(add)
+    _add_downloads(add)
+    _add_archives(add)
+
+    embedded = add("embedded", "FFSSL's own small data set, drawn on the spot")
+    _add_split(embedded, "train", "val")
+    embedded.add_argument(
+        "--size", type=int, default=2000, metavar="N", help="number of images (default: 2000)"
+    )
+    embedded.add_argument("--seed", type=int, default=0, help="draw other images (default: 0)")
+    return parser
+
+
+def _common_options() -> argparse.ArgumentParser:
+    """Declare the options of all sources."""
     common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+
     output = common.add_argument_group("output")
     output.add_argument(
         "--output", "-o", required=True, type=Path, metavar="FILE", help="the .beton file to write"
@@ -102,10 +125,10 @@ def build_parser() -> Parser:
         type=float,
         default=1.0,
         metavar="P",
-        help=(
-            "share of images stored as JPEG, the rest as raw pixels, larger and faster (default: 1)"
-        ),
+        help="share of images stored as JPEG, the rest as raw pixels, larger and faster "
+        "(default: 1)",
     )
+
     run = common.add_argument_group("run")
     run.add_argument(
         "--workers",
@@ -118,10 +141,8 @@ def build_parser() -> Parser:
         "--subset",
         type=int,
         metavar="N",
-        help=(
-            "only N images, drawn at random but the same each time; smaller subsets are part "
-            "of larger ones"
-        ),
+        help="only N images, drawn at random but the same each time; "
+        "smaller subsets are part of larger ones",
     )
     run.add_argument(
         "--subset-seed", type=int, default=0, metavar="S", help="draw another subset (default: 0)"
@@ -142,33 +163,31 @@ def build_parser() -> Parser:
         action="store_true",
         help="no progress bar (there is none either when stderr is not a terminal)",
     )
+    return common
 
-    parser = Parser(prog="write_datasets.py", description=__doc__, epilog=EXAMPLES)
-    sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE", title="sources")
 
-    def add(name: str, summary: str, details: str = "") -> Parser:
-        return sources.add_parser(
-            name, parents=[common], help=summary, description=f"{summary}.\n{details}"
-        )
+def _add_input(source: Parser, metavar: str, text: str, **options) -> None:
+    source.add_argument("--input", "-i", required=True, metavar=metavar, help=text, **options)
 
-    def add_input(source: Parser, metavar: str, text: str, **options) -> None:
-        source.add_argument("--input", "-i", required=True, metavar=metavar, help=text, **options)
 
-    def add_split(source: Parser, *names: str) -> None:
-        source.add_argument("--split", choices=names, default=names[0], help=f"default: {names[0]}")
+def _add_split(source: Parser, *names: str) -> None:
+    source.add_argument("--split", choices=names, default=names[0], help=f"default: {names[0]}")
 
-    def add_no_labels(source: Parser) -> None:
-        source.add_argument(
-            "--no-labels", action="store_true", help="all images without labels (label -1)"
-        )
 
+def _add_no_labels(source: Parser) -> None:
+    source.add_argument(
+        "--no-labels", action="store_true", help="all images without labels (label -1)"
+    )
+
+
+def _add_folders(add: Callable[..., Parser]) -> None:
     folder = add(
         "folder",
         "images in a folder, one folder a class",
         "Without class folders the images are unlabelled (label -1). Links are followed; an image\n"
         "is taken once.",
     )
-    add_input(folder, "DIR", "the folder")
+    _add_input(folder, "DIR", "the folder")
     folder.add_argument(
         "--no-labels",
         action="store_true",
@@ -176,8 +195,8 @@ def build_parser() -> Parser:
     )
 
     imagenet = add("imagenet", "ImageNet (ILSVRC 2012), already extracted")
-    add_input(imagenet, "DIR", "holds train/ or val/, or the images themselves")
-    add_split(imagenet, "train", "val")
+    _add_input(imagenet, "DIR", "holds train/ or val/, or the images themselves")
+    _add_split(imagenet, "train", "val")
     imagenet.add_argument(
         "--val-labels",
         metavar="PATH",
@@ -185,9 +204,11 @@ def build_parser() -> Parser:
         ".tar.gz) or LOC_val_solution.csv (default: found beside them)",
     )
 
+
+def _add_downloads(add: Callable[..., Parser]) -> None:
     imagenette = add("imagenette", "Imagenette, downloaded if need be")
-    add_input(imagenette, "DIR", "where it is or shall be put")
-    add_split(imagenette, "train", "val")
+    _add_input(imagenette, "DIR", "where it is or shall be put")
+    _add_split(imagenette, "train", "val")
     imagenette.add_argument(
         "--size", choices=("full", "320px", "160px"), default="full", help="default: full"
     )
@@ -197,23 +218,25 @@ def build_parser() -> Parser:
         "CIFAR-10, downloaded if need be",
         "Pixels: --compressed-share 0 stores them exactly.",
     )
-    add_input(cifar10, "DIR", "where it is or shall be put")
-    add_split(cifar10, "train", "test")
+    _add_input(cifar10, "DIR", "where it is or shall be put")
+    _add_split(cifar10, "train", "test")
 
     stl10 = add(
         "stl10",
         "STL-10, downloaded if need be",
         "Pixels: --compressed-share 0 stores them exactly.",
     )
-    add_input(stl10, "DIR", "where it is or shall be put")
-    add_split(stl10, "train", "test", "unlabeled", "train+unlabeled")
+    _add_input(stl10, "DIR", "where it is or shall be put")
+    _add_split(stl10, "train", "test", "unlabeled", "train+unlabeled")
 
+
+def _add_archives(add: Callable[..., Parser]) -> None:
     huggingface = add(
         "huggingface",
         "Hugging Face data sets in Parquet files",
         "Needs pyarrow: pip install 'ffssl[huggingface]'.",
     )
-    add_input(
+    _add_input(
         huggingface, "PATH", "Parquet files, patterns, or the folder that holds them", nargs="+"
     )
     huggingface.add_argument(
@@ -227,7 +250,7 @@ def build_parser() -> Parser:
         metavar="NAME",
         help="numbers or texts (default: the column with class names, or label)",
     )
-    add_no_labels(huggingface)
+    _add_no_labels(huggingface)
 
     webdataset = add(
         "webdataset",
@@ -235,27 +258,19 @@ def build_parser() -> Parser:
         "A label is the integer in .cls; or what .json has under label, cls, class or target; or,\n"
         "where all .txt are integers, that.",
     )
-    add_input(
+    _add_input(
         webdataset,
         "SHARDS",
         "shards, in quotes: 'train-{000..146}.tar', 'shards/*.tar', or their folder",
         nargs="+",
     )
-    add_no_labels(webdataset)
-
-    embedded = add("embedded", "FFSSL's own small data set, drawn on the spot")
-    add_split(embedded, "train", "val")
-    embedded.add_argument(
-        "--size", type=int, default=2000, metavar="N", help="number of images (default: 2000)"
-    )
-    embedded.add_argument("--seed", type=int, default=0, help="draw other images (default: 0)")
-    return parser
+    _add_no_labels(webdataset)
 
 
 def open_source(options: argparse.Namespace):
-    """The source that the command line names.
+    """Open the source that the command line names.
 
-    Modules are imported here: some need packages that others do not.
+    Modules are imported here, since some need packages that others do not.
     """
     match options.source:
         case "folder":
@@ -320,14 +335,10 @@ def print_summary(summary) -> None:
     if summary.class_names:
         classes = f"{len(summary.class_names)} classes"
     rate = summary.samples / summary.seconds
-    print(
-        f"{summary.path}: {summary.samples} samples, {classes}, {summary.file_bytes / 1e6:.1f} MB"
-    )
-    print(
-        "  "
-        f"{', '.join(f'{count} {how}' for how, count in summary.counts.items() if count)}; "
-        f"{rate:.0f} image/s"
-    )
+    size = f"{summary.file_bytes / 1e6:.1f} MB"
+    print(f"{summary.path}: {summary.samples} samples, {classes}, {size}")
+    counts = ", ".join(f"{count} {how}" for how, count in summary.counts.items() if count)
+    print(f"  {counts}; {rate:.0f} image/s")
     print(f"  sha256 {summary.sha256}")
     if summary.unlabelled and summary.labels:
         print(f"  {summary.unlabelled} samples without a label (-1)")
@@ -346,10 +357,12 @@ def print_summary(summary) -> None:
 
 
 def main() -> int:
-    """Exit status: 0; 1 when the run failed, at a broken image say; 2 for a mistake in the options;
-    130 for Ctrl-C.
+    """Run the command; return its exit status.
+
+    0: done. 1: the run failed, for example at a broken image. 2: a mistake in the options. 130:
+    Ctrl-C.
     """
-    # As an exception, so that the unfinished file is removed.
+    # SIGTERM becomes an exception, so that the unfinished file is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     for stream in (sys.stdout, sys.stderr):  # a terminal that knows only ASCII
         if hasattr(stream, "reconfigure"):

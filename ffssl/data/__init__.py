@@ -1,9 +1,9 @@
 """Images to beton files, beton files to views.
 
-What a training loop needs, imported on first use: the loader brings torch and Numba, which take
-seconds.
-
     from ffssl.data import ViewLoader, ViewPolicy
+
+These names are imported on first use, since the loader imports torch and Numba, which takes
+seconds.
 
 docs/loader.md shows how to use it.
 """

@@ -37,8 +37,11 @@ SAMPLES_PER_TASK = 8
 
 
 class Batch(NamedTuple):
-    """views: uint8 (batch, views, 3, R, R); labels: int64 (batch,), UNLABELLED (-1) for none;
-    indices: int64 (batch,) into the file.
+    """One batch of an epoch.
+
+    views: uint8 (batch, views, 3, R, R).
+    labels: int64 (batch,), UNLABELLED (-1) for a sample without one.
+    indices: int64 (batch,), the samples' indices in the file.
     """
 
     views: torch.Tensor
@@ -46,29 +49,61 @@ class Batch(NamedTuple):
     indices: torch.Tensor
 
 
+class _BatchUnderWay(NamedTuple):
+    """A batch that the threads are rendering.
+
+    views: window on the buffer. planned: the samples of the epoch's order. indices: the samples
+    rendered; the threads put another one in the place of an image that does not decode.
+    """
+
+    views: torch.Tensor
+    planned: np.ndarray
+    indices: np.ndarray
+    tasks: list[Future]
+
+
 class ViewLoader:
     """Iterates over a beton file, an epoch at a time.
 
-    path: a beton file with an image field. label_field: the field whose integers are served as
-    labels, see `read_beton`; a warning says so where it is not clear which it is. batch_size:
-    samples of this rank in a batch. views, resolution, policy, scaled_decoding: see `ViewSettings`.
-    indices: the samples to visit, all by default. shuffle: a new order every epoch, by `seed` and
-    epoch, the same on all ranks. drop_last: leave out the incomplete last batch. workers: threads,
-    0 for one per core. batches_ahead: batches in memory, each at `max_resolution`: the one being
-    consumed and those rendered meanwhile. With 1, none is. kernel: a function (view, key) that
-    Numba compiles, applied in place to every finished view, see `compile_view_kernel`. rank,
-    world_size: this process's share of every epoch. loaders_here: on this machine, each of which
-    takes as much memory. broken: what becomes of an image that does not decode: "stop" names it,
-    "replace" serves another sample of the epoch in its place.
+    Which samples, in which batches:
 
-    A batch's views are a window on a buffer that is reused: they hold until the next batch is asked
-    for (on CUDA, until the work queued by then has read them). A loader serves one loop at a time:
-    an iteration that another has ended raises UserError when it is asked for a batch. In a process
-    forked from the one that made it, as by torch's DataLoader, a loader works on its own, but for
-    an iteration that was under way, which raises UserError. What goes wrong in a thread is raised
-    in the loop; leaving the loop early stops the threads' work. Raises UserError for a file that
-    can't be trained on, for an image that does not decode (where none does, if they are replaced),
-    and for more memory than there is.
+    path: a beton file with an image field.
+    batch_size: samples in a batch of this rank.
+    indices: the samples to visit; all by default.
+    shuffle: draw a new order every epoch, from `seed` and epoch; it is the same on all ranks.
+    drop_last: leave out the incomplete last batch.
+    rank, world_size: this process's part of every epoch.
+    label_field: the field served as labels, see `read_beton`. The loader warns if it is not given
+        and several fields could be meant.
+    broken: "stop" names an image that does not decode; "replace" serves another sample of the
+        epoch in its place.
+
+    Which views:
+
+    views, resolution, policy, seed, scaled_decoding: see `ViewSettings`.
+    kernel: a function (view, key) of the user's own. Numba compiles it, and it changes every
+        finished view in place, see `compile_view_kernel`.
+
+    With which means:
+
+    workers: threads; 0 for one per core.
+    batches_ahead: batches in memory: the one being consumed and those rendered meanwhile. With 1
+        nothing is rendered meanwhile.
+    max_resolution: the largest resolution to expect, for which buffers are sized; `resolution`
+        by default.
+    loaders_here: loaders like this one on the machine, each of which takes as much memory.
+
+    A batch's views are a window on a buffer that is reused. They hold until the next batch is
+    asked for (on CUDA, until the work queued by then has read them).
+
+    A loader serves one loop at a time. An iteration that another one has ended raises UserError
+    when it is asked for a batch. In a forked process, as of torch's DataLoader, the loader works
+    on its own; an iteration that was under way at the fork raises UserError there.
+
+    An error in a thread is raised in the loop. Leaving the loop early stops the threads' work.
+
+    Raises UserError for a file that can't be trained on, for an image that does not decode (with
+    "replace", if no image decodes), and if there is not enough memory.
     """
 
     def __init__(
@@ -100,15 +135,14 @@ class ViewLoader:
         ):
             fields = describe_fields(self.beton.fields)
             warnings.warn(
-                (
-                    f"{path}: no labels are served, since it is not clear which field holds "
-                    f"them; its fields: {fields}"
-                ),
+                f"{path}: no labels are served, since it is not clear which field holds them; "
+                f"its fields: {fields}",
                 stacklevel=2,
             )
         self.samples = (
             np.arange(len(self.beton)) if indices is None else self._checked_indices(indices)
         )
+
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("batches_ahead", batches_ahead, 1),
@@ -126,8 +160,8 @@ class ViewLoader:
             raise UserError(f"{path}: broken is {broken!r}, must be 'stop' or 'replace'")
         if len(self.samples) < world_size:
             raise UserError(
-                f"{path}: {len(self.samples)} samples are fewer than the {world_size} "
-                "processes; start fewer"
+                f"{path}: {len(self.samples)} samples are fewer than the {world_size} processes; "
+                "start fewer"
             )
         if drop_last and len(self.samples) // world_size < batch_size:
             each = f" on each of {world_size} processes" if world_size > 1 else ""
@@ -135,6 +169,7 @@ class ViewLoader:
                 f"{path}: {len(self.samples)} samples are fewer than one batch of "
                 f"{batch_size}{each}; lower batch_size"
             )
+
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.drop_last = drop_last
@@ -146,6 +181,7 @@ class ViewLoader:
         self.replaced = 0  # images in the batches served by the last iteration that did not decode
         self.workers = workers or len(os.sched_getaffinity(0))
         self.batches_ahead = batches_ahead
+
         self._max_resolution = max_resolution or resolution
         self._settings = ViewSettings(views, resolution, policy, seed, scaled_decoding)
         self._kernel = compile_view_kernel(kernel) if kernel is not None else None
@@ -154,16 +190,17 @@ class ViewLoader:
         self._file = ImageFile(self.beton.path)
 
     def _start(self) -> None:
-        """What belongs to a process: a forked one has none of the threads, and of the buffers a
-        copy that the GPU doesn't know.
+        """Set up what belongs to one process.
+
+        A forked process has no threads, and its copy of the buffers is unknown to the GPU.
         """
         self._process = os.getpid()
         self._pins = torch.cuda.is_available() and not torch.cuda._is_in_bad_fork()
         self._buffer: torch.Tensor | None = None
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="ffssl-views")
-        # Weak: a loop left by break then ends its iteration at once.
+        # Weak, so that an iteration ends as soon as its loop is left by break.
         self._running: weakref.ref[_Iteration] | None = None
-        # The consumer's work on the last batch served has read its views.
+        # Reached once the consumer's work has read the views of the last batch served.
         self._consumed: torch.cuda.Event | None = None
 
     def __reduce__(self):
@@ -181,8 +218,9 @@ class ViewLoader:
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes of all view buffers, which are taken when the first epoch starts and held until
-        `close`.
+        """Bytes of all view buffers.
+
+        They are taken when the first epoch starts and held until `close`.
         """
         needed = (
             self.batches_ahead
@@ -196,19 +234,23 @@ class ViewLoader:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes that the loader holds at most: the view buffers, and in each thread the largest
-        image and a view's planes of floats.
+        """Bytes that the loader holds at most.
+
+        These are the view buffers and, in each thread, the largest image and one view's planes of
+        floats.
         """
         images = self.beton.images
         largest = int((images["height"].astype(np.int64) * images["width"]).max())
         return self.buffer_bytes + self.workers * 3 * (largest + 4 * self._max_resolution**2)
 
     def describe_memory(self) -> str:
-        """What the loader will hold, in a line."""
+        """Say in one line how much memory the loader will hold."""
+        batches = f"{self.batches_ahead} batches of {self.batch_size}"
+        views = f"{self._settings.most_views} views at {self._max_resolution} px"
+        scratch = f"{(self.memory_bytes - self.buffer_bytes) / 1e6:.0f} MB"
         return (
-            f"the loader will hold {self.memory_bytes / 1e9:.2f} GB: {self.batches_ahead} batches of {self.batch_size} x "
-            f"{self._settings.most_views} views at {self._max_resolution} px, and {(self.memory_bytes - self.buffer_bytes) / 1e6:.0f} MB for "
-            f"{self.workers} threads"
+            f"the loader will hold {self.memory_bytes / 1e9:.2f} GB: {batches} x {views}, "
+            f"and {scratch} for {self.workers} threads"
         )
 
     def __len__(self) -> int:
@@ -225,15 +267,19 @@ class ViewLoader:
         views: int | None = None,
         first_batch: int = 0,
     ) -> None:
-        """Choose what the next iteration serves. Ends an iteration that is under way.
+        """Choose what the next iteration serves, and end an iteration that is under way.
 
-        resolution, views: by default as before; of the views at most as many as the loader was
-        made for, of which the first are served. first_batch: of the epoch's batches.
+        resolution: in pixels; as before by default.
+        magnitude: strength of the views, see `ViewPolicy`.
+        views: how many of each image's views to serve, the first ones; as before by default, and
+            at most as many as the loader was made for.
+        first_batch: the batch of the epoch to begin with.
         """
         self._stop()
         if not 0 <= first_batch <= len(self):
             raise UserError(
-                f"{self.beton.path}: an epoch of {len(self)} batches can't begin at batch {first_batch}"
+                f"{self.beton.path}: an epoch of {len(self)} batches can't begin at "
+                f"batch {first_batch}"
             )
         resolution = self.resolution if resolution is None else resolution
         self._settings.set_epoch(
@@ -264,7 +310,7 @@ class ViewLoader:
 
     def _stop(self) -> None:
         if self._process != os.getpid():
-            # Kept: to free pinned memory is CUDA's work, which a fork can't ask for.
+            # Kept, since only CUDA can free pinned memory, and a fork can't call CUDA.
             self._of_parent = self._buffer
             self._start()
         running = self._running() if self._running is not None else None
@@ -279,21 +325,27 @@ class ViewLoader:
             )
         if chosen.ndim != 1 or chosen.dtype.kind not in "iu":
             raise UserError(
-                f"{path}: indices must be a list of integers, not of {chosen.dtype}; of a mask, take numpy.flatnonzero"
+                f"{path}: indices must be a list of integers, not of {chosen.dtype}; "
+                "of a mask, take numpy.flatnonzero"
             )
         if not 0 <= chosen.min() <= chosen.max() < total:
             raise UserError(
-                f"{path}: indices from {chosen.min()} to {chosen.max()}, but it holds {total} samples"
+                f"{path}: indices from {chosen.min()} to {chosen.max()}, "
+                f"but it holds {total} samples"
             )
         return chosen.astype(np.int64)
 
     def _require_memory(self, loaders: int = 1) -> None:
-        """For so many like this one, before any of them has taken its own."""
+        """Raise UserError unless there is memory for that many loaders like this one.
+
+        None of them may have taken its buffers yet.
+        """
         available = available_memory()
         if available is not None and loaders * self.memory_bytes > available:
             each = f" on each of {loaders} processes" if loaders > 1 else ""
             raise UserError(
-                f"{self.beton.path}: {self.describe_memory()}{each}; {available / 1e9:.2f} GB are available: "
+                f"{self.beton.path}: {self.describe_memory()}{each}; "
+                f"{available / 1e9:.2f} GB are available: "
                 + self._what_saves_memory(available // loaders)
             )
 
@@ -319,78 +371,84 @@ class ViewLoader:
         )
 
     def _batches(self) -> Iterator[Batch]:
+        """Serve the epoch from a ring of buffers, rendered ahead of the consumer."""
         whole = self.samples[
             epoch_order(len(self.samples), seed=self.seed, epoch=self.epoch, shuffle=self.shuffle)
         ]
         order = rank_part(whole, self.rank, self.world_size)
-        served = order.copy()
+        served = order.copy()  # the threads replace images that do not decode
         process = os.getpid()
         slots = self._take_slots()
         starts = iter(
             range(self.first_batch * self.batch_size, len(self) * self.batch_size, self.batch_size)
         )
-        under_way: deque[tuple[torch.Tensor, np.ndarray, np.ndarray, list[Future]]] = deque()
+        under_way: deque[_BatchUnderWay] = deque()
 
-        def start_batch(slot: torch.Tensor) -> None:
+        def start_next(slot: torch.Tensor) -> None:
             start = next(starts, None)
-            if start is None:
-                return
-            planned, indices = (
-                order[start : start + self.batch_size],
-                served[start : start + self.batch_size],
-            )
-            views = slot[: len(indices)]
-            self._file.release()
-            self._file.prefetch(
-                self.beton.images["data_ptr"][indices], self.beton.image_sizes[indices]
-            )
-            tasks = [
+            if start is not None:
+                under_way.append(self._start_batch(slot, whole, order, served, start))
+
+        try:
+            for slot in slots:
+                start_next(slot)
+
+            for slot in itertools.cycle(slots):
+                if not under_way:
+                    break
+                batch = self._finished(under_way[0])
+                under_way.popleft()
+                try:
+                    yield batch
+                finally:
+                    if torch.cuda.is_initialized():
+                        self._consumed = mark_work()
+                start_next(slot)
+        finally:
+            if process == os.getpid():  # tasks copied by a fork would never end
+                _end_tasks([task for batch in under_way for task in batch.tasks])
+
+    def _start_batch(
+        self,
+        slot: torch.Tensor,
+        whole: np.ndarray,
+        order: np.ndarray,
+        served: np.ndarray,
+        start: int,
+    ) -> _BatchUnderWay:
+        """Start rendering the batch that begins at order[start], into `slot`."""
+        planned = order[start : start + self.batch_size]
+        indices = served[start : start + self.batch_size]
+        views = slot[: len(indices)]
+        self._file.release()
+        self._file.prefetch(self.beton.images["data_ptr"][indices], self.beton.image_sizes[indices])
+
+        tasks = []
+        for i in range(0, len(indices), SAMPLES_PER_TASK):
+            part = slice(i, i + SAMPLES_PER_TASK)
+            tasks.append(
                 self._pool.submit(
                     self._render,
-                    indices[i : i + SAMPLES_PER_TASK],
-                    views.numpy()[i : i + SAMPLES_PER_TASK],
+                    indices[part],
+                    views.numpy()[part],
                     self._consumed,
                     whole,
                     start + i,
                 )
-                for i in range(0, len(indices), SAMPLES_PER_TASK)
-            ]
-            under_way.append((views, planned, indices, tasks))
-
-        try:
-            for slot in slots:
-                start_batch(slot)
-            for slot in itertools.cycle(slots):
-                if not under_way:
-                    break
-                views, planned, indices, tasks = under_way[0]
-                for task in tasks:
-                    task.result()
-                under_way.popleft()
-                self.replaced += int((indices != planned).sum())
-                labels = (
-                    np.full(len(indices), UNLABELLED)
-                    if self.beton.labels is None
-                    else self.beton.labels[indices]
-                )
-                try:
-                    yield Batch(views, torch.from_numpy(labels), torch.from_numpy(indices))
-                finally:
-                    if torch.cuda.is_initialized():
-                        self._consumed = mark_work()
-                start_batch(slot)
-        finally:
-            # A fork's would never end.
-            tasks = (
-                [task for *_, tasks in under_way for task in tasks]
-                if process == os.getpid()
-                else []
             )
-            for task in tasks:
-                task.cancel()
-            for task in tasks:
-                if not task.cancelled():
-                    task.exception()  # waits: nobody may write into the buffers any more
+        return _BatchUnderWay(views, planned, indices, tasks)
+
+    def _finished(self, batch: _BatchUnderWay) -> Batch:
+        """Wait for a batch; raise what went wrong in a thread."""
+        for task in batch.tasks:
+            task.result()
+        indices = batch.indices
+        self.replaced += int((indices != batch.planned).sum())
+        if self.beton.labels is None:
+            labels = np.full(len(indices), UNLABELLED)
+        else:
+            labels = self.beton.labels[indices]
+        return Batch(batch.views, torch.from_numpy(labels), torch.from_numpy(indices))
 
     def _take_slots(self) -> torch.Tensor:
         if self._buffer is None or len(self._buffer) < self.buffer_bytes:
@@ -415,8 +473,11 @@ class ViewLoader:
         whole: np.ndarray,
         start: int,
     ) -> None:
-        """Render the views of the samples at `indices`, from the place `start` of this rank's share
-        of the `whole` epoch on.
+        """Render the views of the samples at `indices` into `views`, in a thread.
+
+        after: the event to wait for before `views` may be written.
+        whole: the order of all ranks, from which a broken image's substitute comes.
+        start: position of the first of `indices` in this rank's part of that order.
         """
         if after is not None:
             wait_in_thread(after)
@@ -444,28 +505,38 @@ class ViewLoader:
                         f"{self.beton.path}: image {broken} does not decode; to leave it out, "
                         "write the file again with --skip-broken and without --quick-check"
                     ) from error
-                done, indices[at] = (
-                    at,
-                    substitute(whole, (start + at) * self.world_size + self.rank, attempts),
-                )
+                place = (start + at) * self.world_size + self.rank
+                indices[at] = substitute(whole, place, attempts)
+                done = at
         if self._kernel is not None:
             self._kernel(self._settings.counters, indices, views)
 
 
 def substitute(order: np.ndarray, place: int, attempt: int) -> int:
-    """The sample to serve instead of order[place], which does not decode: half an epoch away, so
-    that a batch holds none twice.
+    """Return the sample to serve instead of order[place], which does not decode.
 
-    attempt: 1, 2, ... as long as those before do not decode either; after len(order) of them all
-    have been tried.
+    It is half an epoch away, so that no batch holds a sample twice.
+
+    attempt: 1, 2, ... as long as the substitutes do not decode either. After len(order) attempts
+    all samples have been tried.
     """
     return int(order[(place + len(order) // 2 + attempt - 1) % len(order)])
+
+
+def _end_tasks(tasks: Sequence[Future]) -> None:
+    """Cancel tasks and wait for those that run: nobody may write into the buffers any more."""
+    for task in tasks:
+        task.cancel()
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # waits
 
 
 class _Iteration:
     """An epoch under way.
 
-    Once the loader has ended it, it raises: to stop would pass for the end of the epoch.
+    It raises UserError once the loader has ended it. Just stopping would look like the end of the
+    epoch.
     """
 
     def __init__(self, batches: Generator[Batch]):
@@ -479,12 +550,13 @@ class _Iteration:
     def __next__(self) -> Batch:
         if self._process != os.getpid():
             raise UserError(
-                "this iteration of a ViewLoader belongs to the process that this one was forked from; begin another, by iter()"
+                "this iteration of a ViewLoader belongs to the process that this one was forked "
+                "from; begin another, by iter()"
             )
         if self._ended:
             raise UserError(
-                "this iteration of a ViewLoader was ended by another one, by set_epoch or by close; "
-                "a loader serves one loop at a time: open a second loader for a second loop"
+                "this iteration of a ViewLoader was ended by another one, by set_epoch or by "
+                "close; a loader serves one loop at a time: open a second loader for a second loop"
             )
         return next(self._batches)
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-# Of cgroups 2 and 1.
+# Files of cgroups version 2 and version 1.
 _LIMIT_AND_USE = (
     ("memory.max", "memory.current"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -10,25 +10,23 @@ _LIMIT_AND_USE = (
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that can be taken without swapping or meeting a container's or batch job's limit; None
-    where Linux does not say.
+    """Return the bytes that can be taken without swapping or meeting a limit.
+
+    Limits are those of a container or a batch job. Return None if Linux does not tell.
     """
     found = [*_of_the_machine(root), *_of_the_control_groups(root)]
     return max(0, min(found)) if found else None
 
 
 def _of_the_machine(root: Path) -> list[int]:
-    return [
-        kilobytes * 1024
-        for kilobytes in [_fields(root / "proc/meminfo").get("MemAvailable")]
-        if kilobytes is not None
-    ]
+    kilobytes = _fields(root / "proc/meminfo").get("MemAvailable")
+    return [] if kilobytes is None else [kilobytes * 1024]
 
 
 def _of_the_control_groups(root: Path) -> list[int]:
-    """What is left in each control group that holds this process.
+    """Return the bytes left in each control group that holds this process.
 
-    Cached files count as free: they make way.
+    Cached files count as free, since they make way.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -39,8 +37,8 @@ def _of_the_control_groups(root: Path) -> list[int]:
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
-        # Inside a container the path may be the host's and not exist here; the group itself then is
-        # the top of the tree.
+        # Inside a container the path may be the host's and not exist here. Then the group itself
+        # is the top of the tree.
         top = root / "sys/fs/cgroup" / controllers
         group = top / path.lstrip("/")
         for folder in (group, *group.parents[: len(group.parts) - len(top.parts)]):
@@ -59,7 +57,7 @@ def _of_the_control_groups(root: Path) -> list[int]:
 
 
 def _fields(path: Path) -> dict[str, int]:
-    """The numbers of a file of lines of a name and a number."""
+    """Read a file whose lines are a name and a number; return no fields if it can't be read."""
     try:
         return {
             name.rstrip(":"): int(value)

@@ -17,17 +17,24 @@ JITTER_FORMS = ("torchvision", "affine")
 
 @dataclass(frozen=True)
 class ViewPolicy:
-    """The distribution of one view: torchvision's RandomResizedCrop, flip, ColorJitter, grey,
-    GaussianBlur, solarise and RandAugment.
+    """The distribution of one view.
 
-    They come in this order. The defaults are SimSiam's and MoCo v2's. `brightness`, `contrast`,
-    `saturation` and `hue` are torchvision's ranges at the standard magnitude 5 and scale linearly
-    with the magnitude. `jitter_form` is "torchvision" (its four steps in random order, clipped
-    after each) or "affine" (one colour matrix a view, cheaper; `operations.colour_matrix` says what
-    differs). `blur_sigma` is in pixels of the rendered view. `rand_augment` is the number of
-    RandAugment's operations, whose magnitude is the run's, 0..30 and clipped there. With
-    `centre_crop` > 0 nothing is random: the largest centred square is taken, and of it that
-    fraction of the side.
+    Torchvision's operations are applied in this order: RandomResizedCrop, flip, ColorJitter, grey,
+    GaussianBlur, solarise, RandAugment. The defaults are SimSiam's and MoCo v2's.
+
+    centre_crop: if above 0, the crop is not random: the largest centred square, reduced to this
+        fraction of its side.
+    crop_scale, crop_ratio: ranges of the crop's share of the image's area, and of width / height.
+    flip, jitter, grey, blur, solarise: probabilities.
+    brightness, contrast, saturation, hue: torchvision's ranges at the standard magnitude, 5. They
+        scale linearly with the magnitude.
+    blur_sigma: range, in pixels of the rendered view.
+    jitter_form: "torchvision" (its four steps in random order, clipped after each) or "affine" (one
+        colour matrix a view, cheaper; `operations.colour_matrix` says what differs).
+    rand_augment: number of RandAugment's operations. Their magnitude is the run's, clipped to
+        0..30.
+
+    Raises UserError for values out of range.
     """
 
     centre_crop: float = 0.0
@@ -50,12 +57,8 @@ class ViewPolicy:
         for name in ("flip", "jitter", "grey", "blur", "solarise", "centre_crop"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"view policy: {name} is {getattr(self, name)}, must lie in 0..1")
-        for name, most in (
-            ("brightness", math.inf),
-            ("contrast", math.inf),
-            ("saturation", math.inf),
-            ("hue", 0.5),
-        ):
+        for name in ("brightness", "contrast", "saturation", "hue"):
+            most = 0.5 if name == "hue" else math.inf
             if not 0 <= getattr(self, name) <= most:
                 raise UserError(
                     f"view policy: {name} is {getattr(self, name)}, must lie in 0..{most:g}"
@@ -64,8 +67,8 @@ class ViewPolicy:
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise UserError(
-                    f"view policy: {name} is ({low}, {high}), must be two positive "
-                    "numbers, the smaller first"
+                    f"view policy: {name} is ({low}, {high}), must be two positive numbers, "
+                    "the smaller first"
                 )
         if self.crop_scale[1] > 1:
             raise UserError(
@@ -78,12 +81,12 @@ class ViewPolicy:
             )
         if self.rand_augment not in range(MOST_OPERATIONS + 1):
             raise UserError(
-                f"view policy: rand_augment is {self.rand_augment}, must be a whole number "
-                f"of operations, 0..{MOST_OPERATIONS}"
+                f"view policy: rand_augment is {self.rand_augment}, "
+                f"must be a whole number of operations, 0..{MOST_OPERATIONS}"
             )
 
     def row(self, magnitude: float = STANDARD_MAGNITUDE) -> np.ndarray:
-        """This policy at a magnitude, as the compiled code reads it: float64 (POLICY_COLUMNS,)."""
+        """Return the policy at a magnitude as kernels read it: float64 (POLICY_COLUMNS,)."""
         strength = magnitude / STANDARD_MAGNITUDE
         return np.array(
             [
@@ -112,7 +115,7 @@ EVALUATION = ViewPolicy(centre_crop=224 / 256, flip=0, jitter=0, grey=0, blur=0)
 _SIMSIAM = ViewPolicy()
 _BYOL = replace(_SIMSIAM, crop_scale=(0.08, 1.0), saturation=0.2)
 
-# One policy a view; they are dealt out in turn where there are more views than policies.
+# One policy a view. If there are more views than policies, the views take them in turn.
 POLICIES = {
     "simsiam": (_SIMSIAM,),
     "simclr": (
@@ -129,7 +132,10 @@ POLICIES = {
 def choose_policies(
     name: str, *, crop_scale_min: float | None = None, **changes
 ) -> tuple[ViewPolicy, ...]:
-    """The policies called `name`, with those fields changed whose new value is not None.
+    """Return the policies called `name`, with some fields changed.
+
+    crop_scale_min: the smallest crop scale; the largest becomes 1.
+    changes: new values of fields; None leaves a field as it is.
 
     Raises UserError for an unknown name.
     """
@@ -142,14 +148,20 @@ def choose_policies(
 
 
 class ViewSettings:
-    """What to render of each image: `views` views of `resolution` pixels by `policy` (one, or one a
-    view, dealt out in turn).
+    """What to render of each image.
 
-    With `scaled_decoding` a JPEG that is large beside its views is decoded at 1/2, 1/4 or 1/8 of
-    its size, see `choose_denominator`. Epoch, resolution, magnitude and the number of views,
-    `views` at most, change by `set_epoch`, without recompiling: the compiled code reads `counters`
-    (int64: seed, epoch) and `policy_rows` (float64, (policies, POLICY_COLUMNS)), whose addresses
-    never change.
+    views: views of each image, at most.
+    resolution: side of a view, in pixels.
+    policy: one for all views, or several, which the views take in turn.
+    seed: all random numbers follow from it, the epoch, the sample and the view.
+    scaled_decoding: decode a JPEG that is large beside its views at 1/2, 1/4 or 1/8 of its size,
+        see `choose_denominator`.
+
+    `set_epoch` changes epoch, resolution, magnitude and number of views without recompiling. The
+    compiled code reads them from two arrays whose addresses never change: `counters` (int64: seed,
+    epoch) and `policy_rows` (float64 (policies, POLICY_COLUMNS)).
+
+    Raises UserError for values out of range.
     """
 
     def __init__(

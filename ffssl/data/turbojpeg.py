@@ -1,22 +1,19 @@
-"""libjpeg-turbo, the one that ffcv links to: for the conversion and for the kernels."""
+"""libjpeg-turbo, the library that ffcv links to, for the conversion and the kernels."""
 
 import ctypes
 import functools
 import importlib.util
 from pathlib import Path
 
-# Of Huffman-coded files: of some component each 8 x 8 pixels are a block, and a block takes a bit
-# or more.
+# In Huffman-coded files: a block of 8 x 8 pixels of at least one component takes a bit or more.
 MOST_PIXELS_PER_BYTE = 512
 
 
 def _ffcv_library() -> Path:
-    """Ffcv's extension module, found without importing ffcv.
+    """Find ffcv's extension module without importing ffcv.
 
-    Raises ImportError where there is none.
-
-    Looking a name up in it also finds those of the libraries that it was linked to, libjpeg-turbo
-    among them.
+    A symbol looked up in it is also found in the libraries that it is linked to, libjpeg-turbo
+    among them. Raises ImportError if there is no such module.
     """
     spec = importlib.util.find_spec("ffcv")
     folder = Path(spec.submodule_search_locations[0]) if spec else None
@@ -28,8 +25,9 @@ def _ffcv_library() -> Path:
 
 @functools.cache
 def turbojpeg() -> ctypes.CDLL:
-    """libjpeg-turbo by way of ffcv's library, which is linked to it, without importing the package,
-    which takes seconds.
+    """Load libjpeg-turbo through ffcv's library, which is linked to it.
+
+    The package itself is not imported, since that takes seconds.
     """
     library = ctypes.CDLL(str(_ffcv_library()))
     size, integer, handle = ctypes.c_ulong, ctypes.c_int, ctypes.c_void_p

@@ -1,10 +1,11 @@
-"""The same views from a stock ffcv loader, for a pipeline that has one already:
+"""The same views from a stock ffcv loader, for a pipeline that already uses one.
 
     decoder = ViewDecoder(views=2, resolution=224)
-    loader = ffcv.loader.Loader(path, ..., pipelines={"image": PipelineSpec("image", decoder=decoder, transforms=[ToTensor()])})
+    image = PipelineSpec("image", decoder=decoder, transforms=[ToTensor()])
+    loader = ffcv.loader.Loader(path, ..., pipelines={"image": image})
     decoder.set_epoch(epoch, resolution=160)     # before an epoch
 
-`ffssl.data.ViewLoader` gives bit-identical views, and besides stops when an image does not decode:
+`ffssl.data.ViewLoader` gives bit-identical views. It also stops when an image does not decode;
 ffcv's loader prints the error and waits for ever.
 """
 
@@ -19,8 +20,11 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-# ffcv compiles one numba.typed.Dict at import, which takes seconds; it only ever looks two strings
-# up in it. And its import sets torch and Numba to one thread.
+from ffssl.data.kernels.decode import most_pixels, render_sample
+from ffssl.data.policy import STANDARD_MAGNITUDE, ViewPolicy, ViewSettings
+
+# At import ffcv compiles a numba.typed.Dict, which takes seconds, only to look up two strings in
+# it; a plain dict does. Its import also sets torch and Numba to one thread.
 _torch_threads, _numba_threads = torch.get_num_threads(), numba.get_num_threads()
 with mock.patch.object(numba.typed, "Dict", dict):
     from ffcv.pipeline.allocation_query import AllocationQuery
@@ -29,13 +33,10 @@ with mock.patch.object(numba.typed, "Dict", dict):
 torch.set_num_threads(_torch_threads)
 numba.set_num_threads(_numba_threads)
 
-from ffssl.data.kernels.decode import most_pixels, render_sample
-from ffssl.data.policy import STANDARD_MAGNITUDE, ViewPolicy, ViewSettings
-
 
 @intrinsic
 def _pointer_at(typing_context, address):
-    """The memory address in an int64, as a pointer."""
+    """Return the memory address in an int64 as a pointer."""
 
     def generate(context, builder, signature, arguments):
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
@@ -46,9 +47,8 @@ def _pointer_at(typing_context, address):
 class ViewDecoder(Operation):
     """FFCV decoder: JPEG or raw image to uint8 (batch, views, 3, resolution, resolution).
 
-    Arguments: see `ViewSettings`.
-
-    Raises ValueError with the sample's index where an image does not decode.
+    Arguments: see `ViewSettings`. Raises ValueError with the sample's index if an image does not
+    decode.
     """
 
     def __init__(
@@ -69,16 +69,13 @@ class ViewDecoder(Operation):
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
         shape = (self.settings.views, 3, self.settings.resolution, self.settings.resolution)
         dtype = np.dtype("u1")
-        return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), AllocationQuery(
-            shape, dtype
-        )
+        state = replace(previous_state, jit_mode=True, shape=shape, dtype=dtype)
+        return state, AllocationQuery(shape, dtype)
 
     def generate_code(self):
         # Numba freezes the arrays of a closure, so the settings come in by their addresses.
-        counters_at, policies_at = (
-            self.settings.counters.ctypes.data,
-            self.settings.policy_rows.ctypes.data,
-        )
+        counters_at = self.settings.counters.ctypes.data
+        policies_at = self.settings.policy_rows.ctypes.data
         policies_shape = self.settings.policy_rows.shape
         scaled_decoding = self.settings.scaled_decoding
         read_file = self.memory_read

@@ -1,5 +1,6 @@
-"""The images' bytes, read at the disk's speed in any order, without holding more memory than is
-being read.
+"""Read the images' bytes in any order, at the disk's speed.
+
+No more memory is held than is being read.
 """
 
 import contextlib
@@ -12,11 +13,13 @@ from ffssl.errors import UserError
 
 
 class ImageFile:
-    """A file mapped for reading in random order. data: uint8, the whole file.
+    """A file mapped for reading in random order.
 
-    Left alone, the kernel answers every miss in the page cache with its whole read-ahead, up to
-    megabytes around an image of 50 kB. So it is told to read nothing beyond what is asked for, and,
-    by `prefetch`, what will be asked for.
+    data: uint8, the whole file.
+
+    By default Linux answers every miss in the page cache with its whole read-ahead, up to megabytes
+    around an image of 50 kB. So we tell it to read only what is asked for, and `prefetch` tells it
+    what will be asked for.
     """
 
     def __init__(self, path: Path):
@@ -27,10 +30,12 @@ class ImageFile:
         self.data = np.frombuffer(self._map, np.uint8)
 
     def prefetch(self, begins: np.ndarray, sizes: np.ndarray) -> None:
-        """Start reading these ranges (uint64) into the page cache, without waiting for them.
+        """Start reading ranges of bytes into the page cache, without waiting for them.
 
-        Raises UserError if the file has been cut short since: to read what is gone would end the
-        process by SIGBUS, which this prevents but for reads that are under way.
+        begins, sizes: uint64 (n,).
+
+        Raises UserError if the file has been cut short since it was opened. Reading past its new
+        end would kill the process by SIGBUS. Only reads that are under way can still do so.
         """
         if self._map.size() < len(self._map):
             raise UserError(
@@ -42,17 +47,16 @@ class ImageFile:
             self._map.madvise(mmap.MADV_WILLNEED, page, length)
 
     def release(self) -> None:
-        """Take what has been read out of this process's memory.
+        """Unmap from this process what has been read of the whole file.
 
-        It stays in the page cache, and comes back from there when read again.
-
-        All at once: every such call interrupts the other cores, which for each image by itself cost
-        5 % of the views.
+        The bytes stay in the page cache, and come back from there when they are read again. One
+        call serves the whole file, since every call interrupts the other cores: a call for each
+        image cost 5 % of the views.
         """
         self._map.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
         self.data = np.empty(0, np.uint8)
-        # Somebody, a traceback say, still holds the data, and the file is closed with that.
+        # BufferError: somebody, a traceback say, still holds the data. The file closes with it.
         with contextlib.suppress(BufferError):
             self._map.close()

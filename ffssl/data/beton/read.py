@@ -1,13 +1,18 @@
-"""The beton file: FFCV's format (version 2), read with every claim checked, written in one
-deterministic pass.
+"""Read beton files, FFCV's format (version 2), and check all that they claim.
 
-Layout: header, one descriptor a field, one metadata row a sample, the images' bytes, and an
-allocation table (sample, pointer, size) that runs to the end of the file. FFCV reads the data in
-pages of `page_size` bytes counted from the start of the file, so no sample may cross a page
-boundary.
+Layout of a file:
 
-The types are those of ffcv/types.py and ffcv/fields, declared again because importing ffcv takes
-seconds.
+    header             version, number of fields, page size, number of samples, table's place
+    field descriptors  one a field: type and name
+    metadata rows      one a sample: of an image its mode, width, height and place
+    images' bytes      JPEG files or raw pixels
+    allocation table   (sample, pointer, size) of each stored piece, up to the end of the file
+
+FFCV reads the data in pages of `page_size` bytes, counted from the start of the file. So no sample
+may cross a page boundary.
+
+The types are those of ffcv/types.py and ffcv/fields. They are declared again here because importing
+ffcv takes seconds.
 """
 
 import hashlib
@@ -40,7 +45,7 @@ LABEL_TYPE = np.dtype("<i8")
 MODE_JPEG, MODE_RAW = 0, 1
 
 FLOAT_FIELD, INT_FIELD, IMAGE_FIELD, BYTES_FIELD, ARRAY_FIELD, JSON_FIELD, TENSOR_FIELD = range(7)
-# By those numbers, for messages.
+# Their names in messages, in the same order.
 FIELD_KINDS = ("float", "int", "image", "bytes", "array", "JSON", "tensor")
 LABEL = "label"  # what the converter calls its labels
 UNLABELLED = -1  # the label of an image that has none
@@ -59,8 +64,9 @@ MAX_PAGE_SIZE = 1 << 31  # the header holds it in 32 bits
 
 
 def metadata_type(field_types: list[int]) -> np.dtype:
-    """The dtype of one sample's metadata row: fields f0, f1, ... in order, aligned as ffcv aligns
-    them.
+    """Return the dtype of one sample's metadata row.
+
+    Its fields are f0, f1, ... in order, aligned as ffcv aligns them.
     """
     return np.dtype(
         [(f"f{i}", FIELD_METADATA[type_id]) for i, type_id in enumerate(field_types)], align=True
@@ -69,13 +75,19 @@ def metadata_type(field_types: list[int]) -> np.dtype:
 
 @dataclass(frozen=True, eq=False)
 class Beton:
-    """What a beton file holds, apart from the images' bytes. All arrays are read-only.
+    """The tables of a beton file: all that it holds but the images' bytes.
 
-    images: IMAGE_TYPE (n,): mode (MODE_JPEG or MODE_RAW), width, height, data_ptr. image_sizes:
-    uint64 (n,), the bytes of each image. labels: int64 (n,), or None where no field holds any, or
-    none that can only be meant; label_field: which it is. pointers, sizes: uint64, the allocation
-    table sorted by pointer; other fields' data included. fields: name and type of each.
-    named_labels: of the int field "label", whichever field was asked for, or None.
+    All arrays are read-only.
+
+    images: IMAGE_TYPE (n,): mode (MODE_JPEG or MODE_RAW), width, height, data_ptr.
+    image_sizes: uint64 (n,), the bytes of each image.
+    labels: int64 (n,). None if no field holds labels, or if several could be meant.
+    pointers, sizes: uint64, the allocation table sorted by pointer, other fields' data included.
+    page_size: in bytes.
+    fields: name and type of each field.
+    label_field: the field that holds `labels`, or None.
+    named_labels: int64 (n,), the values of the int field "label", whichever field was asked for;
+        None if there is no such field.
     """
 
     path: Path
@@ -93,8 +105,9 @@ class Beton:
         return len(self.images)
 
     def digest(self) -> str:
-        """16 hexadecimal digits of what is here, which tell these samples from others without a
-        look at their bytes.
+        """Return 16 hexadecimal digits that tell these samples from others.
+
+        They are computed from the tables, without reading the images' bytes.
         """
         digest = hashlib.sha256()
         for array in (self.images, self.named_labels, self.pointers, self.sizes):
@@ -103,12 +116,14 @@ class Beton:
 
 
 def read_beton(path: str | os.PathLike, label_field: str | None = None) -> Beton:
-    """Read the tables of a beton file and check them against each other and against the file's
-    size.
+    """Read the tables of a beton file; check them against each other and the file's size.
 
-    label_field: the field that holds the labels, of integers or of floats that are whole numbers.
-    By default it is "label", or where no field is called so, the only such field. The images' bytes
-    are not read. Raises UserError naming the file, what is wrong and what to do.
+    The images' bytes are not read.
+
+    label_field: the field that holds the labels: integers, or floats that are whole numbers. By
+        default it is "label" or, if no field has that name, the only such field.
+
+    Raises UserError, which names the file, what is wrong and what to do.
     """
     path = Path(path)
     try:
@@ -205,15 +220,9 @@ def _read_fields(path: Path, file, file_size: int, num_fields: int) -> list[tupl
         raise _damaged(path, f"it claims {num_fields} fields")
     fields = []
     for descriptor in np.fromfile(file, FIELD_TYPE, num_fields):
-        # Fit for a message.
-        name = (
-            descriptor["name"]
-            .tobytes()
-            .split(b"\0")[0]
-            .decode("latin-1")
-            .encode("unicode_escape")
-            .decode("ascii")
-        )
+        name_bytes = descriptor["name"].tobytes().split(b"\0")[0]
+        # Escaped, so that it can be printed in a message.
+        name = name_bytes.decode("latin-1").encode("unicode_escape").decode("ascii")
         type_id = int(descriptor["type_id"])
         if type_id not in FIELD_METADATA:
             raise UserError(
@@ -243,7 +252,7 @@ def _image_column(path: Path, fields: list[tuple[str, int]]) -> str:
 
 
 def describe_fields(fields: list[tuple[str, int]]) -> str:
-    """The fields besides the image, for a message."""
+    """Describe the fields besides the image, for a message."""
     others = [
         f"'{name}' ({FIELD_KINDS[type_id]})" for name, type_id in fields if type_id != IMAGE_FIELD
     ]
@@ -253,8 +262,9 @@ def describe_fields(fields: list[tuple[str, int]]) -> str:
 def _labels(
     path: Path, fields: list[tuple[str, int]], rows: np.ndarray, wanted: str | None
 ) -> tuple[str | None, np.ndarray | None]:
-    """The name of the field that holds the labels, and these, int64 (n,); None twice where none
-    does, or it is not clear which.
+    """Return the name of the field that holds the labels, and the labels, int64 (n,).
+
+    Return None twice if no field does, or if it is not clear which.
     """
     if wanted is not None:
         columns = [i for i, (name, _) in enumerate(fields) if name == wanted]
@@ -275,7 +285,7 @@ def _labels(
 def _whole_numbers(
     fields: list[tuple[str, int]], rows: np.ndarray, column: int
 ) -> np.ndarray | None:
-    """A field as int64, or None where it is of another kind."""
+    """Return a field as int64 (n,), or None if it holds no whole numbers."""
     kind, values = fields[column][1], rows[f"f{column}"]
     if kind == INT_FIELD:
         return np.ascontiguousarray(values)
@@ -290,8 +300,8 @@ def _whole_numbers(
 def _sorted_allocations(
     path: Path, table: np.ndarray, start: int, end: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    # ffcv allocates nothing for an empty BytesField, at the address of its successor: such entries
-    # would shadow it.
+    # ffcv gives an empty BytesField an entry of no bytes, at the address of the next piece. It
+    # would hide that piece's entry.
     table = table[table["size"] > 0]
     pointers, sizes = table["ptr"].copy(), table["size"].copy()
     if np.any(pointers[1:] < pointers[:-1]):
@@ -308,7 +318,7 @@ def _sorted_allocations(
 def _check_images(
     path: Path, images: np.ndarray, pointers: np.ndarray, sizes: np.ndarray, page_size: int
 ) -> np.ndarray:
-    """The byte size of each image, once all metadata is found consistent with the allocation table."""
+    """Check all metadata against the allocation table; return each image's size in bytes."""
 
     def refuse_any(bad: np.ndarray, what: str) -> None:
         if bad.any():
@@ -331,7 +341,7 @@ def _check_images(
         (images["mode"] == MODE_RAW) & (image_sizes != 3 * pixels),
         "is raw but not of 3 x width x height bytes",
     )
-    # Else a damaged size would be taken for real when memory is reserved for the largest image.
+    # Unless checked, a damaged size would make the loader reserve memory for an image of that size.
     refuse_any(
         (images["mode"] == MODE_JPEG) & (pixels > MOST_PIXELS_PER_BYTE * image_sizes),
         "claims more pixels than its bytes can hold",

@@ -1,5 +1,6 @@
-"""Writes beton files with the fields `image` and `label`: one pass, same bytes for same samples,
-all or nothing.
+"""Write beton files with the fields `image` and `label`.
+
+A file is written in one pass, whole or not at all. The same samples give the same bytes.
 """
 
 import errno
@@ -39,16 +40,17 @@ class BetonWriteError(UserError):
 
 
 class BetonWriter:
-    """Writes samples in the order of `add` to a hidden file next to `path`, which takes its name on
-    a clean exit.
+    """Writes samples, in the order of `add`, to a beton file.
 
         with BetonWriter("train.beton", max_samples=1000) as writer:
             writer.add(jpeg_bytes, MODE_JPEG, width, height, label)
 
-    Room for the metadata of `max_samples` is reserved before the data, so fewer may be added. Pages
-    are of `page_size` bytes, a power of two, and grow to hold a sample that is larger. If the block
-    raises anything, KeyboardInterrupt included, the hidden file is removed and `path` stays as it
-    was. What a killed writer left behind is removed by the next one for the same path.
+    path: the file to write. A hidden file beside it takes this name on a clean exit. If the block
+        raises anything, KeyboardInterrupt included, the hidden file is removed and `path` stays as
+        it was. The hidden file of a killed writer is removed by the next writer of that path.
+    max_samples: room for the metadata of so many samples is reserved before the data. Fewer may be
+        added.
+    page_size: bytes, a power of two. Pages grow to hold a larger sample.
 
     Raises UserError for a path that cannot be written and BetonWriteError when writing fails.
     """
@@ -116,7 +118,7 @@ class BetonWriter:
         pointer = self._allocate(len(image))
         with self._reporting_failures():
             if pointer != self._position:
-                self._file.seek(pointer)  # what is skipped reads as zeros
+                self._file.seek(pointer)  # skipped bytes read as zeros
             self._file.write(image)
         self._position = pointer + len(image)
         self._rows[self._count] = ((mode, width, height, pointer), label)
@@ -124,13 +126,13 @@ class BetonWriter:
         self._count += 1
 
     def _allocate(self, size: int) -> int:
-        """The next address at which `size` bytes lie within one page."""
+        """Return the next address at which `size` bytes lie within one page."""
         if size > MAX_PAGE_SIZE:
             raise ValueError(
                 f"sample {self._count}: {size} bytes do not fit the largest page, {MAX_PAGE_SIZE}"
             )
-        # Samples within a page of one size are within a page of any larger power of two, so pages
-        # may grow midway.
+        # Pages may grow midway: a sample within one page also lies within one page of any larger
+        # power of two.
         while size > self.page_size:
             self.page_size *= 2
         room = self.page_size - self._position % self.page_size
@@ -139,14 +141,12 @@ class BetonWriter:
     def finish(self) -> str:
         """Complete the hidden file and return its sha256, in hexadecimal.
 
-        Nothing can be added any more.
-
-        Leaving the block does this as well; called before, all that is left for then is the
-        renaming.
+        Nothing can be added after that. Leaving the block calls this too. If it was called before,
+        only the renaming is left.
         """
         if self._sha256 is None:
             self._write_tables()
-            # Neither the disk nor the hash need wait for the other.
+            # The disk writes while the hash is computed.
             with (
                 self._reporting_failures(),
                 open(self._partial, "rb") as file,

@@ -1,14 +1,16 @@
-"""Converts a source of images to a beton file, in parallel, with the same bytes whatever the number
-of workers.
+"""Convert a source of images to a beton file, in parallel.
+
+The bytes are the same whatever the number of workers.
 
     from ffssl.data.convert.conversion import ConvertOptions, Encoding, convert
     from ffssl.data.convert.sources.folder import ImageFolder
 
     if __name__ == "__main__":  # worker processes import the main module
-        summary = convert(ImageFolder("photos"), "photos.beton", ConvertOptions(Encoding(max_side=500)))
+        options = ConvertOptions(Encoding(max_side=500))
+        summary = convert(ImageFolder("photos"), "photos.beton", options)
 
-Beside the file goes `photos.beton.json`: class names, options, counts, what was left out, and the
-file's checksum.
+A description, `photos.beton.json`, is written beside the file: class names, options, counts, what
+was left out, and the file's checksum.
 """
 
 import json
@@ -40,7 +42,7 @@ from ffssl.data.convert.workers import WorkerDied, WorkersNotStarted, leave_if_w
 from ffssl.errors import UserError
 from ffssl.files import write_json
 
-_LARGE = 100 * 10**6  # pixels; 16 threads of the loader then take 5 GB for such an image
+_LARGE = 100 * 10**6  # pixels; 16 threads of the loader take 5 GB for such an image
 
 
 class ConversionError(UserError):
@@ -49,13 +51,20 @@ class ConversionError(UserError):
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """How to convert; raises UserError for values out of range.
+    """How to convert.
 
-    encoding: size limit and JPEG quality. compressed_share: share of samples stored as JPEG, the
-    rest as raw pixels; which, a hash of the sample's index decides. workers: processes that encode;
-    with 1 the caller's own does. subset: that many samples, those whose hash of (subset_seed,
-    index) is least, in the source's order: random, repeatable, and a smaller subset is part of a
-    larger one. skip_broken: leave broken images out instead of stopping.
+    encoding: size limit, JPEG quality and more.
+    compressed_share: fraction of the samples stored as JPEG; the rest is stored as raw pixels. A
+        hash of a sample's index decides which.
+    workers: processes that encode; with 1 the caller's own process encodes.
+    subset: number of samples to take, in the source's order; all by default. They are those with
+        the least hash of (subset_seed, index): random, repeatable, and a smaller subset is part of
+        a larger one.
+    skip_broken: leave broken images out instead of stopping.
+    overwrite: replace a file that exists.
+    progress: show a progress bar on a terminal.
+
+    Raises UserError for values out of range.
     """
 
     encoding: Encoding = field(default_factory=Encoding)
@@ -80,14 +89,17 @@ class ConvertOptions:
 
 @dataclass(frozen=True)
 class Summary:
-    """What was written.
+    r"""What was written.
 
-    counts: samples by `How`. skipped: (name, reason) of each broken image that was left out.
+    labels: number of different labels.
+    unlabelled: number of samples without a label.
+    counts: samples by `How`.
+    skipped: (name, reason) of each broken image that was left out.
     passed_over: (kind, count, first name) of the files that the source does not take for images.
-    labels: how many different ones. unlabelled: how many samples without.
-    Names are text that can be printed: a byte that is no UTF-8 is written as \\xe9.
-    largest: (name, width, height) of the stored image with most pixels. notes: what to know of the
-    images, in sentences.
+    largest: (name, width, height) of the stored image with most pixels.
+    notes: sentences on what is special about the images.
+
+    Names are text that can be printed: a byte that is not UTF-8 is written as \xe9.
     """
 
     path: Path
@@ -108,12 +120,13 @@ class Summary:
 def convert(
     source: Source, path: str | os.PathLike, options: ConvertOptions = ConvertOptions()
 ) -> Summary:
-    """Write the images and labels of `source` to a beton file at `path`, and a description to
-    `path`.json.
+    """Write the images and labels of `source` to a beton file.
 
-    The file appears under its name when it is whole; a failed or interrupted run leaves what was
-    there before. Raises UserError for options that do not fit and for a program that workers can't
-    import, ConversionError for a broken image, a failing source or a worker that was killed,
+    The file gets its name, `path`, when it is whole. A failed or interrupted run leaves what was
+    there before. A description is written to `path`.json.
+
+    Raises UserError for options that do not fit and for a program that workers can't import;
+    ConversionError for a broken image, a failing source or a worker that was killed;
     BetonWriteError when writing fails.
     """
     leave_if_worker()
@@ -125,7 +138,9 @@ def convert(
     labels: Counter[int] = Counter()
     skipped: list[tuple[str, str]] = []
     largest, peaks = ("", 0, 0), []
-    # Closed explicitly: an exception's traceback would keep the generator, and its workers, alive.
+
+    # Closed explicitly, since an exception's traceback would keep the generator and its workers
+    # alive.
     with (
         BetonWriter(path, max_samples=len(indices)) as writer,
         closing(_encoded(source, indices, options)) as results,
@@ -152,21 +167,23 @@ def convert(
                 f"{': '.join(skipped[0])}"
             )
         sha256 = writer.finish()
-        # A description must never lie beside a file it does not describe, even if this process is
-        # killed here.
+
+        # A description must never lie beside a file that it does not describe, even if this process
+        # is killed here.
         try:
             description_path(path).unlink(missing_ok=True)
         except OSError as error:
             raise ConversionError(
-                f"{description_path(path)}: cannot be replaced: {error.strerror}; {path} "
-                "was not written"
+                f"{description_path(path)}: cannot be replaced: {error.strerror}; "
+                f"{path} was not written"
             ) from error
+    class_names = source.class_names
+    if class_names is not None:
+        class_names = [_as_text(name) for name in class_names]
     summary = Summary(
         path=path,
         samples=sum(counts.values()),
-        class_names=None
-        if source.class_names is None
-        else [_as_text(name) for name in source.class_names],
+        class_names=class_names,
         labels=len(labels.keys() - {UNLABELLED}),
         unlabelled=labels[UNLABELLED],
         file_bytes=path.stat().st_size,
@@ -185,7 +202,7 @@ def convert(
 
 
 def _as_text(name: str) -> str:
-    """A name that can be printed: bytes that are no UTF-8, and control characters, as \\xe9."""
+    r"""Make a name printable: write bytes that are not UTF-8, and control characters, as \xe9."""
 
     def escape(found: re.Match) -> str:
         code = ord(found[0])
@@ -201,8 +218,8 @@ def check_output(path: Path, overwrite: bool) -> None:
     description = description_path(path)
     if description.exists() and not description.is_file():
         raise UserError(
-            f"{description}: is not a file, and the description of {path.name} belongs "
-            "there; choose another name, or move it away"
+            f"{description}: is not a file, and the description of {path.name} belongs there; "
+            "choose another name, or move it away"
         )
     if path.exists() and not overwrite:
         raise UserError(f"{path}: exists already; pass --overwrite to replace it")
@@ -213,22 +230,22 @@ def description_path(path: Path) -> Path:
 
 
 def read_description(beton: Path) -> dict | None:
-    """What the converter noted beside a beton file, or None where it did not.
+    """Read the converter's description of a beton file; return None if there is none.
 
-    Raises UserError for one that can't be read.
+    Raises UserError for a description that can't be read.
     """
     path = description_path(beton)
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path}: not a readable description ({error}); convert {beton.name} again, or "
-            "delete it"
+            f"{path}: not a readable description ({error}); "
+            f"convert {beton.name} again, or delete it"
         ) from error
 
 
 def description_or_empty(beton: Path) -> dict:
-    """`read_description` for whoever can do without: empty where there is none that can be read."""
+    """Read the converter's description; return an empty one if it is missing or damaged."""
     try:
         return read_description(beton) or {}
     except UserError:
@@ -236,10 +253,10 @@ def description_or_empty(beton: Path) -> dict:
 
 
 def identity(beton: Beton) -> dict[str, object]:
-    """What tells a beton file's samples from others: their number, a digest of the tables and,
-    where it is described, the file's sha256.
+    """Return what tells a beton file's samples from others.
 
-    Raises UserError where the description beside the file is of other samples.
+    That is their number, a digest of the tables and, if the file has a description, its sha256.
+    Raises UserError if the description beside the file is of other samples.
     """
     found = {"samples": len(beton), "digest": beton.digest()}
     description = read_description(beton.path) or {}
@@ -252,14 +269,14 @@ def identity(beton: Beton) -> dict[str, object]:
 
 
 def same_samples(one: dict[str, object], other: dict[str, object]) -> bool:
-    """Whether two identities are of the same samples, by what both of them say."""
+    """Return whether two identities agree in all that both of them state."""
     return all(one[name] == other[name] for name in one.keys() & other.keys())
 
 
 def select_subset(count: int, subset: int | None, seed: int) -> np.ndarray:
-    """Indices into `count` samples, ascending.
+    """Return the indices of a subset of `count` samples: int64 (subset,), ascending.
 
-    Raises UserError if there are fewer than `subset`.
+    Raises UserError if there are fewer than `subset` samples.
     """
     if subset is None:
         return np.arange(count)
@@ -269,16 +286,19 @@ def select_subset(count: int, subset: int | None, seed: int) -> np.ndarray:
 
 
 def is_compressed(indices: np.ndarray, share: float) -> np.ndarray:
-    """Which samples are stored as JPEG: a `share` of them, by a hash of their index. bool, like
-    `indices`.
+    """Return which samples are stored as JPEG: bool, of the shape of `indices`.
+
+    They are a `share` of all samples, chosen by a hash of their index.
     """
     # The upper 53 bits make an exact float64 in [0, 1), so shares of 0 and 1 are exact as well.
     return (_hash(indices, seed=0x6A706567) >> np.uint64(11)) * 2.0**-53 < share
 
 
 def _hash(indices: np.ndarray, seed: int) -> np.ndarray:
-    """SplitMix64's output function (Steele et al. 2014) of a counter that starts at a hash of
-    `seed`. uint64.
+    """Hash indices: return uint64, of the shape of `indices`.
+
+    The hash is SplitMix64's output function (Steele et al. 2014) of a counter that starts at a hash
+    of `seed`.
     """
 
     def mix(z: np.ndarray) -> np.ndarray:
@@ -347,8 +367,8 @@ def _encoded(source: Source, indices: np.ndarray, options: ConvertOptions) -> It
     except WorkerDied as error:
         first = source.name(int(indices[error.position]))
         raise ConversionError(
-            f"a worker process was killed near {first}, perhaps for lack of memory; pass "
-            "fewer --workers"
+            f"a worker process was killed near {first}, perhaps for lack of memory; "
+            "pass fewer --workers"
         ) from error
     finally:
         bar.close()
@@ -370,8 +390,9 @@ def _size_notes(name: str, width: int, height: int) -> list[str]:
 
 
 def _write_description(summary: Summary, source: Source, options: ConvertOptions) -> None:
-    """Only what the input determines: neither times nor the number of workers, so equal runs give
-    equal files.
+    """Write the description: only what the input determines, so that equal runs give equal files.
+
+    Neither times nor the number of workers are in it.
     """
     description = {
         "ffssl": ffssl.__version__,

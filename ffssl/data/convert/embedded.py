@@ -1,15 +1,16 @@
-"""A data set that needs no download: eight classes of drawn motifs, for the demo, the tests and
-first experiments.
+"""A data set that needs no download: eight classes of drawn motifs.
+
+It serves the demo, the tests and first experiments.
 
     images = EmbeddedDataset("train", 4000)
     image, label = images[0]
 
 Every image scatters copies of one motif, so that any crop of a fifth of its area shows the class.
-All else says nothing about the class and varies inside an image as much as between images, so that
-it does not tell images apart either: the size, rotation, colour and polarity of each copy, the
-clouds and strokes behind it, the light, the grain. All motifs have the same area.
+All else says nothing about the class: the size, rotation, colour and polarity of each copy, the
+clouds and strokes behind it, the light, the grain. It varies inside an image as much as between
+images, so that it does not tell images apart either. All motifs have the same area.
 
-The pixels come from a counter-based bit generator and element-wise IEEE arithmetic alone: they
+The pixels come from a counter-based bit generator and element-wise IEEE arithmetic alone. They
 depend neither on numpy's version nor on the order in which images are asked for.
 """
 
@@ -85,12 +86,13 @@ def _stroke(x: Field, y: Field) -> Field:
 
 
 class EmbeddedDataset:
-    """`dataset[i]` is (image, label): uint8 RGB (H, W, 3) with sides of 64 to 160 pixels, and an
-    int in 0 .. 7.
+    """The images and their labels, by index.
 
-    Image i depends on (`seed`, `split`, i) alone, so a smaller data set is the beginning of a
-    larger one. Labels take turns: the label of image i is i mod 8. Raises ValueError for an unknown
-    split, a size below 1 or a seed that does not fit in 64 bits.
+    dataset[i] is (image, label): uint8 RGB (H, W, 3) with sides of 64 to 160 pixels, and an int in
+    0 .. 7. Image i depends on (`seed`, `split`, i) alone, so a smaller data set is the beginning of
+    a larger one. The label of image i is i mod 8.
+
+    Raises ValueError for an unknown split, a size below 1 or a seed that does not fit in 64 bits.
     """
 
     class_names: list[str] = list(MOTIFS)
@@ -119,8 +121,9 @@ class EmbeddedDataset:
 
 
 class Uniforms:
-    """float32 uniform numbers from raw bits: numpy promises the stream of a bit generator, not that
-    of `Generator`.
+    """Uniform float32 numbers from raw bits.
+
+    Numpy keeps the stream of a bit generator from version to version, but not that of `Generator`.
     """
 
     def __init__(self, bits: np.random.BitGenerator):
@@ -134,7 +137,7 @@ class Uniforms:
         return self(low, high, 1).item()
 
     def grain(self, *shape: int) -> Field:
-        """Cheap noise in [-1, 1): a byte a number."""
+        """Return cheap noise in [-1, 1), from one byte a number."""
         count = math.prod(shape)
         octets = self.bits.random_raw(math.ceil(count / 8)).view(np.uint8)[:count]
         return (octets.astype(np.float32) / 128 - 1).reshape(shape)
@@ -156,15 +159,16 @@ def _draw(motif: Shape, uniform: Uniforms) -> np.ndarray:
 
 
 def _clouds(channels: int, height: int, width: int, uniform: Uniforms, cells: int = 6) -> Field:
-    """(channels, height, width) in [0.25, 0.75]: random values on a coarse grid, smoothly
-    interpolated.
+    """Draw clouds: (channels, height, width) in [0.25, 0.75].
+
+    They are random values on a coarse grid, smoothly interpolated.
     """
     grid = uniform(0.25, 0.75, channels, cells + 1, cells + 1)
     return _interpolate(_interpolate(grid, height).swapaxes(1, 2), width)
 
 
 def _interpolate(grid: Field, count: int) -> Field:
-    """`count` values along the last axis, smoothly between the knots of `grid`."""
+    """Return `count` values along the last axis, smooth between the knots of `grid`."""
     knots = grid.shape[-1]
     at = np.arange(count, dtype=np.float32) * ((knots - 1) / count)
     knot = at.astype(np.intp)
@@ -182,14 +186,13 @@ def _scatter(
     sizes: tuple[float, float],
     opacity: float,
 ) -> None:
-    """Paint one copy of `shape` into each cell of a jittered grid, light and dark in turns; a copy
-    has area size**2.
+    """Paint one copy of `shape` into each cell of a jittered grid, light and dark in turns.
 
-    In turns, because a random share of light copies would be a cue by which two views of one image
-    find each other.
+    A copy has area size**2. Light and dark take turns because two views of an image could be
+    matched by a random share of light copies.
     """
     height, width = canvas.shape[1:]
-    # How far the grid sticks out.
+    # How far the grid begins outside the canvas.
     above, before = uniform.between(0, cell), uniform.between(0, cell)
     rows, columns = math.ceil((height + above) / cell), math.ceil((width + before) / cell)
     count = rows * columns
@@ -197,9 +200,8 @@ def _scatter(
     y = (row + 0.5 + uniform(-0.15, 0.15, count)) * cell - above
     x = (column + 0.5 + uniform(-0.15, 0.15, count)) * cell - before
     is_light = ((row + column) % 2 == 0)[:, None]
-    colours = np.where(is_light, uniform(0.75, 1, count, 3), uniform(0, 0.25, count, 3))[
-        :, :, None, None
-    ]
+    light, dark = uniform(0.75, 1, count, 3), uniform(0, 0.25, count, 3)
+    colours = np.where(is_light, light, dark)[:, :, None, None]
     scale = uniform(*sizes, count)
     angles = uniform(0, 2 * math.pi, count)
     for k in range(count):
@@ -216,8 +218,9 @@ def _scatter(
 
 
 def _span(centre: float, reach: float, side: int) -> tuple[int, Field]:
-    """The pixels of 0 .. side - 1 within `reach` of `centre`: the first, and the offset of each
-    from the centre.
+    """Find the pixels of 0 .. side - 1 within `reach` of `centre`.
+
+    Return the first one, and the offset of each from the centre.
     """
     first, end = (min(max(math.floor(centre + r), 0), side) for r in (-reach, reach + 1))
     return first, np.arange(first, end, dtype=np.float32) + (0.5 - centre)

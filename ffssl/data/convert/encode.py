@@ -1,19 +1,20 @@
-"""One image as it goes into a beton file: kept as it is where possible, otherwise decoded upright,
-reduced and encoded.
+"""Encode one image for a beton file, or keep its bytes where possible.
 
-- A JPEG that libjpeg-turbo decodes to RGB, stands upright and is not too large keeps its bytes;
-greyscale ones too. Its data is decoded once to see that it is sound: ffcv ignores decoding errors
-and would train on what is left. Where libjpeg warns of the markers alone, these are mended before.
-- A progressive one is re-coded as baseline, which decodes faster, from the same coefficients: the
-same pixels. - Everything else is decoded: orientation applied, transparency put on white, 16 bits
-rounded to 8, the first frame of an animation taken. It is reduced, never enlarged, with a Lanczos
-filter, and stored as raw pixels or as JPEG: at 4:2:0 when it came lossily compressed, for then its
-chroma has been halved before, and at 4:4:4 otherwise.
+- A JPEG keeps its bytes if libjpeg-turbo decodes it to RGB (or from grey), it stands upright and it
+  is not too large. Its data is decoded once to see that it is sound, since ffcv ignores decoding
+  errors and would train on what is left. If libjpeg warns of the markers alone, these are mended
+  first.
+- A progressive JPEG is re-coded as baseline, which decodes faster. The coefficients stay the same,
+  and so do the pixels.
+- Everything else is decoded: the orientation is applied, transparency is put on white, 16 bits are
+  rounded to 8, and of an animation the first frame is taken. The image is reduced (never enlarged)
+  with a Lanczos filter, and stored as raw pixels or as JPEG. The JPEG's chroma is 4:2:0 if the
+  image came lossily compressed, since it was halved before then, and 4:4:4 otherwise.
 
-Orientation is that of Exif (of TIFF and AVIF: the file's own). XMP's is not read in any format:
-programs that turn an image leave it behind as it was, and OpenCV and torchvision pass over it.
-Damaged metadata costs no image. Colour profiles are not applied, as nobody's training pipeline
-does.
+The orientation is that of Exif (for TIFF and AVIF the file's own). XMP's is not read in any format:
+programs that turn an image leave it as it was, and OpenCV and torchvision ignore it. Damaged
+metadata never makes an image broken. Colour profiles are not applied; no training pipeline applies
+them.
 """
 
 import io
@@ -43,8 +44,8 @@ _DARK = 1 << 14  # below a quarter of full brightness
 _SUBSAMPLING_444, _SUBSAMPLING_420 = 0, 2
 _LOSSY_FORMATS = {"JPEG", "MPO", "WEBP", "GIF", "AVIF"}
 _MAY_HAVE_16_BITS = {"PNG", "TIFF", "PPM"}
-# The entry of AVIF's Exif in the list of items (ISO/IEC 14496-12, ItemInfoEntry). Pillow refuses a
-# file whose Exif is damaged; its orientation doesn't count, that of the file itself does.
+# The entry of AVIF's Exif in the list of items (ISO/IEC 14496-12, ItemInfoEntry). It is blanked
+# out, since Pillow refuses a file whose Exif is damaged. The file's own orientation counts anyway.
 _AVIF_EXIF = re.compile(rb"(infe[\2\3].{7,9})Exif", re.DOTALL)
 _UPRIGHT = {
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
@@ -58,7 +59,7 @@ _UPRIGHT = {
 
 
 class BrokenImage(ValueError):
-    """An image that cannot be used. The message says why, and reads on after the image's name."""
+    """An image can't be used. The message says why; it is to follow the image's name."""
 
 
 class How(StrEnum):
@@ -73,10 +74,11 @@ class How(StrEnum):
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """data: a JPEG file (MODE_JPEG), or pixels uint8 (height, width, 3) (MODE_RAW).
+    """An image as it is stored.
 
-    peak: largest value of an image with 16 bits a channel whose white nothing states; None of any
-    other.
+    data: a JPEG file (MODE_JPEG), or pixels, uint8 (height, width, 3) (MODE_RAW).
+    peak: the largest value, if the image has 16 bits a channel and does not state its white; else
+        None.
     """
 
     data: bytes
@@ -91,10 +93,14 @@ class EncodedImage:
 class Encoding:
     """How images are stored.
 
-    max_side: longest side in pixels, None for no limit. jpeg_quality: 0 to 100. quick_check: of a
-    JPEG that keeps its bytes, check the markers only, not that all of its data decodes.
-    white_level: the value that is white in images with 16 bits a channel, 4095 for data of 12 bits,
-    say; those that state their own range go by that.
+    max_side: longest side in pixels; None for no limit.
+    jpeg_quality: 0 to 100.
+    quick_check: check only the markers of a JPEG that keeps its bytes, not that all of its data
+        decodes.
+    white_level: the value of white in images with 16 bits a channel, for example 4095 for data of
+        12 bits. Images that state their own range are not affected.
+
+    Raises UserError for values out of range.
     """
 
     max_side: int | None = None
@@ -136,7 +142,7 @@ def encode_image(image: Image, encoding: Encoding, compressed: bool = True) -> E
 
 
 class _Decoded(NamedTuple):
-    """An image upright and RGB; peak: see EncodedImage."""
+    """An image, upright and RGB. peak: see EncodedImage."""
 
     pixels: PIL.Image.Image
     lossless: bool
@@ -192,19 +198,16 @@ def _decode_jpeg(data: bytes, header: jpeg.JpegHeader, max_side: int | None) -> 
             "reduce it first"
         )
     if not header.decodes_to_rgb:
-        # CMYK, arithmetic coding and the like: PIL's libjpeg knows more, but keeps quiet about
-        # damaged data.
+        # CMYK, arithmetic coding and the like. PIL's libjpeg can decode more kinds, but says
+        # nothing of damaged data.
         if header.precision == 8 and header.components == 4:
             jpeg.verify(data, header)
         return _decode_with_pil(data, orientation=header.orientation).pixels
     denominator = 1
-    # libjpeg averages 2x2 pixels and more for next to nothing; twice the final size is left to the
-    # better filter.
-    while (
-        max_side
-        and denominator < 8
-        and max(header.width, header.height) >= 4 * denominator * max_side
-    ):
+    longest = max(header.width, header.height)
+    # libjpeg averages 2x2 pixels and more for next to nothing. It stops at twice the final size;
+    # the better filter does the rest.
+    while max_side and denominator < 8 and longest >= 4 * denominator * max_side:
         denominator *= 2
     if header.width * header.height > MOST_PIXELS * denominator**2:
         smaller = "a smaller --max-side" if max_side else "--max-side"
@@ -225,7 +228,7 @@ def _turned(image: PIL.Image.Image, orientation: int) -> PIL.Image.Image:
 def _decode_with_pil(
     data: bytes, white_level: int = FULL_WHITE, orientation: int | None = None
 ) -> _Decoded:
-    """The first frame. orientation: where it is known already."""
+    """Decode the first frame. orientation: if it is known already."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on odd metadata; what matters is raised
@@ -256,9 +259,8 @@ def _decode_with_pil(
 
 
 def _has_16_bits(image: PIL.Image.Image) -> bool:
-    """Whether an image, not yet loaded, holds 16-bit channels or 32-bit integers as in its file."""
-    # A PGM of another range than 16 bits, and JPEG 2000, are scaled to 16 bits by Pillow: they
-    # state their white.
+    """Return whether an image, not yet loaded, has 16-bit channels or 32-bit integers as stored."""
+    # Pillow scales JPEG 2000, and PGM of a range below 16 bits, to 16 bits: they state their white.
     return image.format in _MAY_HAVE_16_BITS and any(
         bits in str(image.tile[:1]) for bits in (";16", ";32")
     )
@@ -267,7 +269,11 @@ def _has_16_bits(image: PIL.Image.Image) -> bool:
 def _to_rgb(
     image: PIL.Image.Image, deep: bool, white_level: int, data: bytes
 ) -> tuple[PIL.Image.Image, int | None]:
-    """A loaded image, and its peak, see EncodedImage. deep: see _has_16_bits. data: its file."""
+    """Convert a loaded image to RGB; return it and its peak, see EncodedImage.
+
+    deep: see _has_16_bits.
+    data: the image's file.
+    """
     if image.mode.startswith("I"):
         values = _16_bit_values(image)
         grey = PIL.Image.fromarray(
@@ -298,8 +304,10 @@ def _16_bit_values(image: PIL.Image.Image) -> np.ndarray:
 
 
 def _to_8_bits(values: np.ndarray, white_level: int, transparent: int | None = None) -> np.ndarray:
-    """uint16 to uint8 of the same shape, rounded; what is beyond the white level is white, and so
-    is what is transparent."""
+    """Round uint16 to uint8 of the same shape.
+
+    Values beyond the white level become white, and so does the value `transparent`.
+    """
     levels = np.minimum(
         (np.arange(FULL_WHITE + 1) * 255 + white_level // 2) // white_level, 255
     ).astype(np.uint8)
@@ -309,8 +317,10 @@ def _to_8_bits(values: np.ndarray, white_level: int, transparent: int | None = N
 
 
 def _deep_colours(data: bytes, white_level: int) -> tuple[PIL.Image.Image, int]:
-    """RGB or RGBA, and the largest value of a colour. Pillow keeps the upper 8 of 16 bits alone,
-    too few for data of 12."""
+    """Decode an image of 16-bit colours; return it as RGB or RGBA, and its largest colour value.
+
+    Pillow keeps only the upper 8 of 16 bits, which is too few for data of 12 bits.
+    """
     import cv2  # ffcv needs it too
 
     decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
@@ -329,10 +339,14 @@ def _deep_colours(data: bytes, white_level: int) -> tuple[PIL.Image.Image, int]:
 
 
 def depth_notes(peaks: Sequence[int], white_level: int) -> list[str]:
-    """What to tell of images with 16 bits a channel, from the largest value of each and the level
-    that was taken for white."""
+    """Return sentences on the images with 16 bits a channel.
+
+    peaks: the largest value of each such image.
+    white_level: the value that was taken for white.
+    """
     notes = []
-    beyond, dark = [p for p in peaks if p > white_level], [p for p in peaks if 0 < p < _DARK]
+    beyond = [peak for peak in peaks if peak > white_level]
+    dark = [peak for peak in peaks if 0 < peak < _DARK]
     if beyond:
         notes.append(
             f"{len(beyond)} images of 16 bits hold values beyond --white-level {white_level}, "
@@ -350,8 +364,8 @@ def depth_notes(peaks: Sequence[int], white_level: int) -> list[str]:
 def _checked_pixels(pixels: np.ndarray) -> np.ndarray:
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
         raise BrokenImage(
-            f"is an array of {pixels.dtype} {pixels.shape} where uint8 (height, width, 3) "
-            "is expected"
+            f"is an array of {pixels.dtype} {pixels.shape} "
+            "where uint8 (height, width, 3) is expected"
         )
     return np.ascontiguousarray(pixels)
 

@@ -1,8 +1,8 @@
-"""The orientation that Exif asks for: of JPEG, PNG, WebP and AVIF alike. That of XMP is not read.
+"""Read the orientation from Exif, as JPEG, PNG, WebP and AVIF hold it. XMP's is not read.
 
 An Exif block is a small TIFF file (Exif 2.3, section 4.5; TIFF 6.0, section 2). Some writers spread
-it over several segments, repeat its prefix, or store the orientation as another kind of integer:
-what other readers accept is read here.
+it over several segments, repeat its prefix, or store the orientation as another kind of integer.
+Other readers accept that, and so do we.
 """
 
 import struct
@@ -10,21 +10,17 @@ from collections.abc import Sequence
 
 PREFIX = b"Exif\0\0"
 _ORIENTATION = 0x0112
-_INTEGERS = {
-    1: "B",
-    3: "H",
-    4: "I",
-    6: "b",
-    8: "h",
-    9: "i",
-}  # TIFF's types: BYTE, SHORT, LONG and their signed likes
+# TIFF's types BYTE, SHORT, LONG and their signed forms, as struct formats.
+_INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}
 
 
 def orientation(blocks: Sequence[bytes]) -> int:
-    """1 to 8, by the first block that says so; 1, upright, where none does, or all are damaged.
+    """Return the orientation, 1 to 8, that the first block with one states.
 
-    blocks: as they stand in the file, with PREFIX or without. A block may go on in those that
-    follow it.
+    Return 1, upright, if none states any or all are damaged.
+
+    blocks: as they stand in the file, with PREFIX or without. A block may go on in the blocks that
+        follow it.
     """
     blocks = [_without_prefix(block) for block in blocks]
     whole, begin = memoryview(b"".join(blocks)), 0

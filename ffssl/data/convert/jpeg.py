@@ -1,13 +1,15 @@
-"""JPEG files at the level of their bytes: headers, whether the data decodes, lossless progressive
-to baseline.
+"""JPEG files at the level of their bytes.
 
-libjpeg's warnings count as damage: ffcv's decoder and ours stop at them. Some are of headers alone,
-which cameras and editors write: `mended` sets these right, byte for byte, so that the strict check
-that follows still sees all of the data.
+Read headers, check that the data decodes, re-code progressive files as baseline without loss.
 
-The decoder is the libjpeg-turbo that ffcv links to, so that what passes here decodes there; it is
-called through ctypes, without importing ffcv. Marker codes and layouts: ITU-T T.81, annex B; Exif
-2.3, section 4.6.
+libjpeg's warnings count as damage, since ffcv's decoder and ours stop at them. Some warnings are
+about headers alone, as cameras and editors write them. `mended` corrects such headers byte for
+byte, so that the strict check that follows still sees all of the data.
+
+The decoder is the libjpeg-turbo that ffcv links to: a file that passes here decodes there. It is
+called through ctypes, without importing ffcv.
+
+Marker codes and layouts: ITU-T T.81, annex B; Exif 2.3, section 4.6.
 """
 
 import contextlib
@@ -25,13 +27,13 @@ from ffssl.data.turbojpeg import MOST_PIXELS_PER_BYTE, turbojpeg
 
 BASELINE, EXTENDED, PROGRESSIVE = 0xC0, 0xC1, 0xC2
 _FRAME_MARKERS = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # without DHT, JPG, DAC
-_WITHOUT_LENGTH = {0x00, 0x01, *range(0xD0, 0xDA)}  # the first is none: a stuffed byte
-# By libjpeg: comments, and the segments of applications without those of JFIF and Adobe.
+_WITHOUT_LENGTH = {0x00, 0x01, *range(0xD0, 0xDA)}  # 0x00 is no marker but a stuffed byte
+# libjpeg ignores comments and applications' segments, except those of JFIF and Adobe.
 _IGNORED = {0xFE, *range(0xE1, 0xF0)} - {0xEE}
 _START_OF_SCAN, _END_OF_IMAGE, _APP0, _APP1, _APP14 = 0xDA, 0xD9, 0xE0, 0xE1, 0xEE
-# Any but those that occur within a scan: stuffed zeros, restarts, fill bytes.
+# Any marker but those that occur within a scan: stuffed zeros, restarts, fill bytes.
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)
-_JFIF, _JFIF_LENGTH = b"JFIF\0", 14  # libjpeg looks at no shorter ones
+_JFIF, _JFIF_LENGTH = b"JFIF\0", 14  # libjpeg ignores shorter segments
 _ADOBE, _ADOBE_LENGTH = b"Adobe", 12
 _ADOBE_YCBCR, _ADOBE_YCCK = 1, 2
 _LAST_COEFFICIENT = 63
@@ -43,14 +45,17 @@ class JpegError(ValueError):
 
 
 class UnsupportedJpeg(JpegError):
-    """A sound file, of a kind that turbojpeg does not transform."""
+    """The file is sound, but turbojpeg can't transform its kind."""
 
 
 @dataclass(frozen=True)
 class JpegHeader:
     """What the markers before the first scan say.
 
-    `process` is the frame marker: BASELINE, EXTENDED, PROGRESSIVE...
+    width, height: in pixels, as stored.
+    precision: bits a channel.
+    process: the frame marker: BASELINE, EXTENDED, PROGRESSIVE...
+    orientation: of Exif, 1 to 8.
     """
 
     width: int
@@ -62,8 +67,9 @@ class JpegHeader:
 
     @property
     def decodes_to_rgb(self) -> bool:
-        """Whether libjpeg-turbo decodes it to 8-bit RGB by itself: YCbCr, RGB or grey,
-        Huffman-coded.
+        """Whether libjpeg-turbo by itself decodes the file to 8-bit RGB.
+
+        It does so for YCbCr, RGB or grey, Huffman-coded.
         """
         return (
             self.precision == 8
@@ -79,10 +85,23 @@ def is_jpeg(data: bytes) -> bool:
 def parse_header(data: bytes) -> JpegHeader:
     """Read the markers up to the first scan.
 
-    Raises JpegError when they are cut short or make no sense, a size beyond the data's included.
+    Raises JpegError when they are cut short or make no sense, for example when they claim more
+    pixels than the data can hold.
     """
     if not is_jpeg(data):
         raise JpegError("does not begin like a JPEG file")
+    (process, precision, height, width, components), exif_blocks = _frame_and_exif(data)
+    if width == 0 or height == 0:
+        raise JpegError("has no width or no height")
+    is_huffman_coded = process in (BASELINE, EXTENDED, PROGRESSIVE)
+    if is_huffman_coded and width * height > MOST_PIXELS_PER_BYTE * len(data):
+        raise JpegError(f"claims {width} x {height} pixels, more than {len(data)} bytes can hold")
+    orientation = exif.orientation(exif_blocks) if exif_blocks else 1
+    return JpegHeader(width, height, components, precision, process, orientation)
+
+
+def _frame_and_exif(data: bytes) -> tuple[tuple[int, int, int, int, int], list[bytes]]:
+    """Return (process, precision, height, width, components) and the Exif blocks."""
     frame, exif_blocks = None, []
     for begin, marker, end in _segments(data):
         if marker in _FRAME_MARKERS:
@@ -97,22 +116,14 @@ def parse_header(data: bytes) -> JpegHeader:
             break
     if frame is None:
         raise JpegError("has a scan before its frame header")
-    process, precision, height, width, components = frame
-    if width == 0 or height == 0:
-        raise JpegError("has no width or no height")
-    if process in (BASELINE, EXTENDED, PROGRESSIVE) and width * height > MOST_PIXELS_PER_BYTE * len(
-        data
-    ):
-        raise JpegError(f"claims {width} x {height} pixels, more than {len(data)} bytes can hold")
-    orientation = exif.orientation(exif_blocks) if exif_blocks else 1
-    return JpegHeader(width, height, components, precision, process, orientation)
+    return frame, exif_blocks
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """Yield (begin, marker, end) of each marker segment, up to the end of the image.
 
-    What lies between them is passed over. data[begin] is 0xff, data[begin + 4 : end] what the
-    segment says. Raises JpegError where the next one can't be found.
+    data[begin] is 0xff, data[begin + 4 : end] the segment's content. Bytes between segments are
+    passed over. Raises JpegError if the next segment can't be found.
     """
     position, size = 2, len(data)
     while True:
@@ -148,48 +159,81 @@ def _readable_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def mended(data: bytes) -> bytes:
-    """The file without what libjpeg warns of in its markers, though the picture is whole.
+    """Correct the markers of a whole picture that libjpeg warns of.
 
-    It is `data` itself where there is none of that. Bytes between segments are taken out. An
-    unknown version of JFIF becomes 1.01; an unknown colour transform of Adobe's the one that
-    decoders assume; the last coefficient of a sequential scan, which decoders ignore, the only one
-    it can be. Coded data stay as they are, and so does what may be damage: a segment whose marker
-    or length is lost, colours that the components' names contradict, other parameters of a scan,
-    and all that follows where a marker can't be found.
+    Return `data` itself if there is nothing to correct.
+
+    - Bytes between segments are taken out.
+    - An unknown version of JFIF becomes 1.01.
+    - An unknown colour transform of Adobe's becomes the one that decoders assume.
+    - The last coefficient of a sequential scan, which decoders ignore, becomes the only one that is
+      possible.
+
+    Coded data stay as they are. So does all that may be damage: a segment whose marker or length is
+    lost, colours that the components' names contradict, other parameters of a scan, and everything
+    behind a place where no marker can be found.
     """
-    file, gaps = bytearray(data), []
-    process, names, jfif, adobe, scanned, last = None, b"", False, None, 0, 2
-    for begin, marker, end in _readable_segments(data):
-        gap, said = data[last:begin], data[begin + 4 : end]
-        # Behind a scan it would be data left over, or a scan that has lost its marker.
-        if scanned == 0 and gap.strip(b"\xff"):
-            if _is_a_lost_segment(gap):
-                return data
-            gaps.append((last, begin))
-        last = end
-        if marker in _FRAME_MARKERS and len(said) > 5:
-            process, names = marker, said[6::3][: said[5]]
-        elif marker == _APP0 and said.startswith(_JFIF) and len(said) >= _JFIF_LENGTH:
+    segments = list(_readable_segments(data))
+    file = bytearray(data)
+    process, names, jfif, adobe = None, b"", False, None
+    for begin, marker, end in segments:
+        content = data[begin + 4 : end]
+        if marker in _FRAME_MARKERS and len(content) > 5:
+            process, names = marker, content[6::3][: content[5]]
+        elif marker == _APP0 and content.startswith(_JFIF) and len(content) >= _JFIF_LENGTH:
             jfif = True
-            if said[5] != 1:
+            if content[5] != 1:
                 file[begin + 9 : begin + 11] = b"\1\1"
-        elif marker == _APP14 and said.startswith(_ADOBE) and len(said) >= _ADOBE_LENGTH:
+        elif marker == _APP14 and content.startswith(_ADOBE) and len(content) >= _ADOBE_LENGTH:
             adobe = begin + 15
-        elif marker == _START_OF_SCAN and len(said) > 3:
-            scanned += said[0]
-            first, _, approximation = said[-3:]
-            if process in (BASELINE, EXTENDED) and first == approximation == 0:
-                file[end - 2] = _LAST_COEFFICIENT
-    if gaps and scanned < len(names):  # the first scan may lie in a gap
-        return data
+        elif marker == _START_OF_SCAN and len(content) > 3:
+            file[end - 2] = _last_coefficient(process, content)
     if adobe is not None:
-        if len(names) == 3 and not jfif and data[adobe] > _ADOBE_YCBCR and names != b"RGB":
-            file[adobe] = _ADOBE_YCBCR
-        elif len(names) == 4 and data[adobe] not in (0, _ADOBE_YCCK) and names != b"CMYK":
-            file[adobe] = _ADOBE_YCCK
+        file[adobe] = _known_transform(data[adobe], names, jfif)
+
+    gaps = _removable_gaps(data, segments, len(names))
+    if gaps is None:
+        return data
     for begin, end in reversed(gaps):
         del file[begin:end]
     return data if file == data else bytes(file)
+
+
+def _last_coefficient(process: int | None, scan_header: bytes) -> int:
+    first, last, approximation = scan_header[-3:]
+    is_sequential = process in (BASELINE, EXTENDED) and first == approximation == 0
+    return _LAST_COEFFICIENT if is_sequential else last
+
+
+def _known_transform(transform: int, names: bytes, jfif: bool) -> int:
+    """Return Adobe's colour transform, or what decoders assume for an unknown one.
+
+    names: of the components, a byte each.
+    """
+    if len(names) == 3 and not jfif and transform > _ADOBE_YCBCR and names != b"RGB":
+        return _ADOBE_YCBCR
+    if len(names) == 4 and transform not in (0, _ADOBE_YCCK) and names != b"CMYK":
+        return _ADOBE_YCCK
+    return transform
+
+
+def _removable_gaps(
+    data: bytes, segments: list[tuple[int, int, int]], components: int
+) -> list[tuple[int, int]] | None:
+    """Return (begin, end) of the bytes between segments, or None if a segment may be among them."""
+    gaps, scanned, last = [], 0, 2
+    for begin, marker, end in segments:
+        gap, content = data[last:begin], data[begin + 4 : end]
+        # Behind a scan they may be the scan's own data, or a scan that has lost its marker.
+        if scanned == 0 and gap.strip(b"\xff"):
+            if _is_a_lost_segment(gap):
+                return None
+            gaps.append((last, begin))
+        last = end
+        if marker == _START_OF_SCAN and len(content) > 3:
+            scanned += content[0]
+    # With components that no scan holds, the first scan may lie in a gap.
+    return None if gaps and scanned < components else gaps
 
 
 def _is_a_lost_segment(gap: bytes) -> bool:
@@ -198,23 +242,24 @@ def _is_a_lost_segment(gap: bytes) -> bool:
 
 
 def verify(data: bytes, header: JpegHeader) -> None:
-    """Decode all of the entropy-coded data, at 1/8 scale and in grey, which costs little more than
-    the Huffman codes.
+    """Decode all of the entropy-coded data.
 
-    Raises JpegError for any error or warning: cut off, corrupt, or with data left over.
+    At 1/8 scale and in grey this costs little more than the Huffman codes. Raises JpegError for any
+    error or warning: a file that is cut off or corrupt, or has data left over.
     """
     _decompress(data, header, _TJPF_CMYK if header.components == 4 else _TJPF_GRAY, 8)
 
 
 def verify_markers(data: bytes) -> None:
-    """Follow the markers to the end of the image, and see what libjpeg makes of them.
+    """Follow the markers to the end of the image, and let libjpeg check them.
 
-    It costs a fraction of `verify`. Raises JpegError for a file that is cut off or overwritten with
-    something else, and for markers that no decoder takes; flipped bits in the coded data go
-    unnoticed.
+    It costs a fraction of `verify`. Flipped bits in the coded data go unnoticed. Raises JpegError
+    for a file that is cut off or overwritten with something else, and for markers that no decoder
+    takes.
     """
-    # The markers alone are a file whose data is missing, which libjpeg says unless something about
-    # them comes first. Of one pixel, and without metadata, it is the same file for many images.
+    # The markers alone are a file whose data is missing. libjpeg complains of that, unless it finds
+    # fault with the markers first. With one pixel and no metadata many images give the same file,
+    # whose result is cached.
     markers, last = bytearray(data[:2]), 2
     for begin, marker, end in _segments(data):
         if last is not None:
@@ -237,21 +282,19 @@ def _verify_without_data(markers: bytes) -> None:
 
 
 def decode(data: bytes, header: JpegHeader, denominator: int = 1) -> np.ndarray:
-    """Decode at scale 1/denominator (1, 2, 4 or 8) to uint8 (ceil(height / denominator), ceil(width
-    / ...), 3), RGB.
+    """Decode a file to RGB at the scale 1/denominator (1, 2, 4 or 8).
 
-    The Exif orientation is not applied. Raises JpegError as `verify` does; `header.decodes_to_rgb`
-    must hold.
+    Return uint8 (ceil(height / denominator), ceil(width / denominator), 3). The Exif orientation is
+    not applied. `header.decodes_to_rgb` must hold. Raises JpegError as `verify` does.
     """
     return _decompress(data, header, _TJPF_RGB, denominator)
 
 
 def to_baseline(data: bytes) -> bytes:
-    """Re-code a progressive JPEG as baseline with the same coefficients, hence the same pixels;
-    metadata is dropped.
+    """Re-code a progressive JPEG as baseline, with the same coefficients, hence the same pixels.
 
-    Raises UnsupportedJpeg when its subsampling is one that turbojpeg has no name for, JpegError
-    when it is damaged.
+    Metadata is dropped. Raises UnsupportedJpeg if turbojpeg has no name for its subsampling, and
+    JpegError if it is damaged.
     """
     library = turbojpeg()
     output, output_size = ctypes.c_void_p(), ctypes.c_ulong()
@@ -292,8 +335,9 @@ class _Transform(ctypes.Structure):
 
 @contextlib.contextmanager
 def _instance(create: Callable[[], int]) -> Iterator[int]:
-    """A new instance of turbojpeg for each file: an old one would lend a file that has lost its
-    tables those of the file before.
+    """Create an instance of turbojpeg for one file, and destroy it after the block.
+
+    An instance used before would lend a file without tables those of the file before.
     """
     handle = create()
     try:

@@ -1,5 +1,4 @@
-"""PNG files at the level of their chunks: what says something about the picture, apart from the
-picture itself.
+"""PNG files at the level of their chunks: find and drop the metadata.
 
 Chunk layouts: PNG specification, third edition, section 11.
 """
@@ -9,12 +8,12 @@ import zlib
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PIXELS, _TEXT, _COMPRESSED_TEXT, _EXIF = b"IDAT", b"tEXt", b"zTXt", b"eXIf"
-# Chunks that no pixel depends on. Unknown ones stay, for one may be a damaged name, which its
-# checksum then shows.
+# Chunks that no pixel depends on. Unknown chunks stay: the name of one may be damaged, and its
+# checksum shows that.
 _METADATA = frozenset(
     b"tEXt zTXt iTXt eXIf iCCP gAMA cHRM sRGB cICP mDCV cLLI sBIT bKGD hIST pHYs sPLT tIME".split()
 )
-# Where ImageMagick put Exif before there was eXIf.
+# Keywords under which ImageMagick stored Exif before there was eXIf.
 _PROFILES = (b"Raw profile type exif", b"Raw profile type APP1")
 _MOST_PROFILE = 1 << 20  # bytes of text; the digits of 64 kB of Exif take an eighth
 
@@ -28,11 +27,13 @@ def is_png(data: bytes) -> bool:
 
 
 def without_metadata(data: bytes) -> tuple[bytes, list[bytes]]:
-    """The file without its metadata, and its Exif blocks, see `exif.orientation`.
+    """Return the file without its metadata, and its Exif blocks, see `exif.orientation`.
 
-    A file that is cut off keeps what is left of it. Pillow is strict with metadata: text of a
-    megabyte, or a wrong checksum of it, would cost the image. With pixels it is not, so their
-    checksums are looked at here. Raises PngError for a wrong one.
+    Pillow is strict with metadata: it refuses an image for a text of a megabyte or for a wrong
+    checksum. It does not check the pixels, so their checksums are checked here. A file that is cut
+    off keeps what is left of it.
+
+    Raises PngError for pixels with a wrong checksum.
     """
     kept, exif, profiles, start, position = [], [], [], 0, len(SIGNATURE)
     while position + 12 <= len(data):
@@ -56,13 +57,13 @@ def without_metadata(data: bytes) -> tuple[bytes, list[bytes]]:
 
 
 def _exif_profile(kind: bytes, payload: bytes) -> list[bytes]:
-    """What Exif there is in hexadecimal digits, after three lines of other things."""
+    """Read Exif that a text chunk holds as hexadecimal digits, after three lines of other text."""
     keyword, _, text = payload.partition(b"\0")
     if keyword not in _PROFILES:
         return []
     try:
         if kind == _COMPRESSED_TEXT:
-            # After a byte for the method.
+            # The first byte names the method.
             text = zlib.decompressobj().decompress(text[1:], _MOST_PROFILE)
         return [bytes.fromhex(b"".join(text.split(b"\n")[3:]).decode("ascii"))]
     except (ValueError, zlib.error):

@@ -1,4 +1,7 @@
-"""A parallel map that keeps the order, bounds its memory, notices killed workers and stops at once."""
+"""A parallel map over processes.
+
+It keeps the order, bounds its memory, notices killed workers and stops at once.
+"""
 
 import multiprocessing
 import os
@@ -17,9 +20,9 @@ IN_FLIGHT_BYTES = 256 << 20
 
 
 class WorkerDied(RuntimeError):
-    """A worker process ended by itself or was killed.
+    """A worker process ended early or was killed.
 
-    position: of the first item whose result is missing.
+    position: index of the first item whose result is missing.
     """
 
     def __init__(self, position: int):
@@ -28,15 +31,16 @@ class WorkerDied(RuntimeError):
 
 
 class WorkersNotStarted(RuntimeError):
-    """A worker process ended before it began: it imports the main module first, and that failed."""
+    """A worker process ended before it began, since it failed to import the main module."""
 
 
 def leave_if_worker() -> None:
-    """End a process that is just starting as a worker, and is here since it imports the program.
+    """End this process if it is just starting as a worker.
 
-    It would start workers of its own, and each of them others. Its parent raises WorkersNotStarted.
+    Such a process gets here because it imports the program. It would start workers of its own, and
+    each of them others. Its parent raises WorkersNotStarted.
     """
-    # By this, multiprocessing tells it too, but it prints a traceback.
+    # Multiprocessing itself uses this flag to refuse, but with a traceback.
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise SystemExit(1)
 
@@ -47,19 +51,21 @@ def map_in_order(
     workers: int,
     size_of: Callable[[Result], int],
 ) -> Iterator[Result]:
-    """Yield function(item) for each item, in order, computed by `workers` processes, or in this one
-    if there is 1.
+    """Yield function(item) for each item, in order, computed by `workers` processes.
 
-    Results computed ahead of the consumer are held to about IN_FLIGHT_BYTES, judged by `size_of`
-    the largest so far. `function` is pickled once a worker. What it raises is raised here,
-    WorkerDied when a worker is killed, and WorkersNotStarted when none could be started. Closing
-    the iterator ends the workers at once.
+    function: pickled once a worker.
+    workers: with 1, this process computes.
+    size_of: the bytes of a result. Results computed ahead of the consumer are limited to about
+        IN_FLIGHT_BYTES, judged by the largest result so far.
+
+    Closing the iterator ends the workers at once. What `function` raises is raised here. Raises
+    WorkerDied when a worker is killed, and WorkersNotStarted when none could be started.
     """
     if workers == 1 or len(items) <= 1:
         yield from map(function, items)
         return
-    # Forking a process with threads may deadlock, and ours may hold torch's and ffcv's; the fork
-    # server has none.
+    # Forking a process with threads may deadlock, and ours may have torch's and ffcv's threads. The
+    # fork server has none.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__class__.__module__])
     pool = ProcessPoolExecutor(workers, context, _start_worker, (function,))
@@ -69,7 +75,7 @@ def map_in_order(
     except WorkerDied as error:
         processes = list((pool._processes or {}).values())
         pool.shutdown()  # waits for them to end
-        # What ends with an exception, and not by a signal, ends with 1.
+        # Exit code 1: the process ended by an exception, not by a signal.
         if error.position == 0 and any(process.exitcode == 1 for process in processes):
             raise WorkersNotStarted from None
         raise
@@ -84,13 +90,13 @@ def _in_chunks(
     submitted, done, largest = 0, 0, 0
     try:
         while done < len(items):
-            # Two at least, so that there is work while a result is consumed.
+            # At least two chunks, so that there is work while a result is consumed.
             while submitted < len(items) and (
                 len(pending) < 2
                 or len(pending) < max_pending
                 and (len(pending) + 1) * largest <= IN_FLIGHT_BYTES
             ):
-                # One item each until sizes are known.
+                # One item a chunk until sizes are known.
                 chunk = min(MAX_CHUNK, IN_FLIGHT_BYTES // (largest * max_pending)) if largest else 1
                 pending.append(
                     pool.submit(_run_chunk, items[submitted : submitted + max(1, chunk)])
@@ -126,7 +132,10 @@ def _exit_with_parent() -> None:
 
 
 def _run_chunk(items: Sequence) -> tuple[list, Exception | None]:
-    """The results up to the first exception, and that: what came before it is still wanted."""
+    """Return the results up to the first exception, and that exception.
+
+    The results before it are still wanted.
+    """
     results = []
     for item in items:
         try:
@@ -140,6 +149,6 @@ def _stop(pool: ProcessPoolExecutor) -> None:
     # Before Python 3.14 there is no public way to end workers in the middle of a task.
     for process in list((pool._processes or {}).values()):
         process.terminate()
-    # Waits for the pool's thread, which ends with its workers: at the interpreter's exit the
-    # executor wakes that thread without a lock, through a pipe that it may just be closing.
+    # Waits for the pool's thread, which ends with its workers. Else, at the interpreter's exit, the
+    # executor would wake that thread without a lock, through a pipe that it may just be closing.
     pool.shutdown(cancel_futures=True)

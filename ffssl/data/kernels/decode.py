@@ -1,5 +1,6 @@
-"""Stored images to views: each image is decoded once, and all its views are rendered while the
-pixels are in cache.
+"""From stored images to views.
+
+Each image is decoded once, and all its views are rendered while its pixels are in cache.
 """
 
 import ctypes
@@ -23,20 +24,21 @@ from ffssl.data.kernels.jit import compiled
 from ffssl.data.kernels.render import render
 from ffssl.data.turbojpeg import turbojpeg
 
-# Side of a crop in scaled pixels over that of its view, at least. With 1.5 the views of photographs
-# differ from those of the full decode by 0.3 to 1 of 255 levels in the mean, a few by more than 2;
-# with 1 by twice as much.
+# A crop's side in scaled pixels is at least this times its view's side. With 1.5 the views of
+# photographs differ from those of the full decode by 0.3 to 1 of 255 levels in the mean, a few by
+# more than 2; with 1 by twice as much.
 SCALED_PIXELS = 1.5
 
 _pointer, _integer = types.voidptr, types.int32
 
 
 def _external(name: str, signature: types.Type) -> types.ExternalFunction:
-    """A function of libjpeg-turbo as an external symbol: unlike ctypes pointers, these let Numba
-    cache the functions that call them.
+    """Make a function of libjpeg-turbo callable from kernels, as an external symbol.
 
-    llvmlite is told its address. Would it load the library itself, it would do so for all of the
-    process: OpenCV's BLAS, the reference one, would then compute torch's products, 30 times slower.
+    Numba caches functions that call external symbols, but not those that call ctypes pointers.
+
+    We give llvmlite the address. If llvmlite loaded the library itself, it would do so globally,
+    and torch's matrix products would go through OpenCV's reference BLAS, 30 times slower.
     """
     llvmlite.binding.add_symbol(name, ctypes.cast(turbojpeg()[name], ctypes.c_void_p).value)
     return types.ExternalFunction(name, signature)
@@ -54,64 +56,67 @@ _decompress = _external(
     ),
 )
 _free_decompressor = _external("tjDestroy", _integer(_pointer))
-_TJPF_RGB, _TJFLAG_FASTDCT = 0, 2048  # the format and the transform that ffcv decodes with
+_TJPF_RGB, _TJFLAG_FASTDCT = 0, 2048  # the pixel format and the DCT that ffcv decodes with
 
 
 @compiled
 def decode(data, mode, height, width, pixels, denominator=1):
-    """Decode one stored image of `height` x `width` into `pixels` (uint8, 3 * height * width or
-    longer).
+    """Decode one stored image; return whether it decoded cleanly, to its claimed size.
 
-    A JPEG is decoded at the scale 1/denominator (1, 2, 4 or 8), each side rounded up: of an 8 x 8
-    block only the lowest frequencies are transformed. Returns whether it decoded cleanly, to that
-    size.
+    data: uint8, a JPEG file or raw pixels, as `mode` says.
+    height, width: of the image, in pixels.
+    pixels: uint8 (3 * height * width or more,), written: RGB, row by row.
+    denominator: 1, 2, 4 or 8. A JPEG is decoded at the scale 1/denominator, each side rounded up.
+        Only the lowest frequencies of each 8 x 8 block are transformed then.
     """
     if mode == MODE_RAW:
         if data.shape[0] != height * width * 3:
             return False
         pixels[: data.shape[0]] = data
         return True
-    # A new decompressor for each image (0.4 us): an old one would lend a file that has lost its
-    # tables those of the image before.
-    decompressor, said = _new_decompressor(), np.zeros(4, np.int32)
-    # That its size is not the one asked for has to be seen here: turbojpeg then takes the nearest
-    # scale below, and fills `pixels` in part. What the call returns is of no use: it fails for rare
-    # subsamplings, which do decode.
+
+    # A new decompressor for each image (0.4 us). An old one would lend a file without tables those
+    # of the image before.
+    decompressor = _new_decompressor()
+
+    # Check the size ourselves: for a different size turbojpeg silently uses the next smaller scale
+    # and fills only part of `pixels`. Its return code is useless: it reports failure for rare
+    # subsamplings that decode fine.
+    header = np.zeros(4, np.int32)  # width, height, subsampling, colour space
     _read_header(
         decompressor,
         data.ctypes,
         data.shape[0],
-        said.ctypes,
-        said[1:].ctypes,
-        said[2:].ctypes,
-        said[3:].ctypes,
+        header.ctypes,
+        header[1:].ctypes,
+        header[2:].ctypes,
+        header[3:].ctypes,
     )
-    decoded = (
-        said[0] == width
-        and said[1] == height
-        and _decompress(
+    decoded = False
+    if header[0] == width and header[1] == height:
+        status = _decompress(
             decompressor,
             data.ctypes,
             data.shape[0],
             pixels.ctypes,
             -(-width // denominator),
-            0,
+            0,  # bytes from row to row: turbojpeg's default, no gaps
             -(-height // denominator),
             _TJPF_RGB,
             _TJFLAG_FASTDCT,
         )
-        == 0
-    )
+        decoded = status == 0
     _free_decompressor(decompressor)
     return decoded
 
 
 @compiled
 def choose_denominator(drawn, resolution):
-    """The strongest reduction (8, 4, 2 or 1) after which no crop of `drawn` is smaller than
-    SCALED_PIXELS * `resolution`.
+    """Return the strongest reduction (8, 4, 2 or 1) that leaves every crop large enough.
 
-    drawn: float64 (views, PARAMETER_COLUMNS), in full pixels.
+    A crop's sides must keep SCALED_PIXELS * `resolution` pixels.
+
+    drawn: float64 (views, PARAMETER_COLUMNS), crops in full pixels.
     """
     smallest = min(drawn[:, P_HEIGHT].min(), drawn[:, P_WIDTH].min())
     # Turbojpeg infers the scale from the scaled size, which is ambiguous for a few pixels.
@@ -129,9 +134,13 @@ def render_sample(
 ):
     """Draw the views of one stored image, decode it as finely as they need, and render them.
 
-    Returns whether it decoded cleanly.
+    Return whether it decoded cleanly.
 
-    pixels: scratch, see `decode`. views: uint8 (views, 3, R, R), written.
+    data, mode, height, width: the stored image, see `decode`.
+    counters, policy_rows, scaled_decoding: see `policy.ViewSettings`.
+    sample: the image's index in the file.
+    pixels: scratch, see `decode`.
+    views: uint8 (views, 3, R, R), written.
     """
     drawn = np.empty((views.shape[0], PARAMETER_COLUMNS))
     for v in range(views.shape[0]):
@@ -142,11 +151,13 @@ def render_sample(
             policy_rows[v % policy_rows.shape[0]],
             drawn[v],
         )
+
     denominator = 1
     if scaled_decoding and mode != MODE_RAW:
         denominator = choose_denominator(drawn, views.shape[2])
     if not decode(data, mode, height, width, pixels, denominator):
         return False
+
     height, width = -(-height // denominator), -(-width // denominator)
     image = pixels[: height * width * 3].reshape((height, width, 3))
     for v in range(views.shape[0]):
@@ -158,7 +169,7 @@ def render_sample(
 
 @compiled
 def most_pixels(images, indices):
-    """Pixels of the largest of the images at `indices`."""
+    """Return the number of pixels of the largest image at `indices`."""
     largest = 0
     for i in indices:
         largest = max(largest, np.int64(images[i]["height"]) * np.int64(images[i]["width"]))
@@ -169,11 +180,15 @@ def most_pixels(images, indices):
 def render_samples(
     file, pointers, sizes, images, indices, counters, policy_rows, scaled_decoding, views
 ):
-    """Decode the images at `indices` and render their views: uint8 (len(indices), views, 3, R, R).
+    """Decode the images at `indices` and render their views.
 
-    file: the mapped beton file, uint8. pointers, sizes: where stored fields begin, sorted, and
-    their bytes. images: the image field's metadata. Raises ValueError with the index of an image
-    that does not decode.
+    file: uint8, the mapped beton file.
+    pointers, sizes: where stored fields begin, sorted, and their bytes.
+    images: the image field's metadata.
+    counters, policy_rows, scaled_decoding: see `policy.ViewSettings`.
+    views: uint8 (len(indices), views, 3, R, R), written.
+
+    Raises ValueError with the index of an image that does not decode.
     """
     pixels = np.empty(3 * most_pixels(images, indices), np.uint8)
     for b in range(len(indices)):

@@ -1,8 +1,8 @@
 """The random parameters of a view.
 
 Random numbers are counted, not drawn from a stream: draw k of a view is a hash of (seed, epoch,
-sample, view, k). So a view is the same whatever the number of workers, ranks or restarts, and
-changing one option of a policy leaves the other draws alone.
+sample, view, k). So a view does not depend on the number of workers, ranks or restarts. Changing
+one option of a policy leaves the other draws alone.
 """
 
 import math
@@ -12,7 +12,7 @@ import numpy as np
 from ffssl.data.kernels.jit import compiled
 from ffssl.data.kernels.rand_augment import IDENTITY, OPERATIONS, operation_strength
 
-# Columns of a policy row (float64): what the compiled code reads of a policy, magnitude already
+# Columns of a policy row (float64): a policy as the compiled code reads it, magnitude already
 # applied.
 (
     CENTRE_CROP,
@@ -63,7 +63,7 @@ PARAMETER_COLUMNS = P_OPERATION + 2 * MOST_OPERATIONS
 
 @compiled
 def _mix(x):
-    """The output function of SplitMix64 (Steele, Lea & Flood 2014)."""
+    """Apply the output function of SplitMix64 (Steele, Lea & Flood 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -71,7 +71,7 @@ def _mix(x):
 
 @compiled
 def view_key(seed, epoch, sample, view):
-    """The 64-bit key of a view, from which all its random numbers follow."""
+    """Return the 64-bit key of a view, from which all its random numbers follow."""
     key = np.uint64(0)
     for part in (np.uint64(seed), np.uint64(epoch), np.uint64(sample), np.uint64(view)):
         key = _mix((key ^ part) + np.uint64(0x9E3779B97F4A7C15))
@@ -80,7 +80,7 @@ def view_key(seed, epoch, sample, view):
 
 @compiled
 def uniform(key, k):
-    """Draw k of a view: uniform in [0, 1)."""
+    """Return random number k of a view: float64, uniform in [0, 1)."""
     bits = _mix(key + np.uint64(k + 1) * np.uint64(0x9E3779B97F4A7C15))
     return np.float64(bits >> np.uint64(11)) * (1.0 / 9007199254740992.0)
 
@@ -92,8 +92,9 @@ def _between(key, k, low, high):
 
 @compiled
 def _draw_crop(key, height, width, policy, out):
-    """Torchvision's RandomResizedCrop.get_params: ten tries, then the largest centred crop of an
-    admissible ratio.
+    """Draw a crop as torchvision's RandomResizedCrop.get_params does.
+
+    After ten tries take the largest centred crop of an admissible ratio.
     """
     for attempt in range(10):
         area = (
@@ -108,6 +109,7 @@ def _draw_crop(key, height, width, policy, out):
             out[P_LEFT] = math.floor(_between(key, 103 + 4 * attempt, 0, width - w + 1))
             out[P_HEIGHT], out[P_WIDTH] = h, w
             return
+
     low, high = math.exp(policy[LOG_RATIO_LOW]), math.exp(policy[LOG_RATIO_HIGH])
     w, h = float(width), float(height)
     if width < low * height:
@@ -132,13 +134,17 @@ def _factor(key, k, strength):
 
 @compiled
 def draw(key, height, width, policy, out):
-    """Draw the parameters of a view of a `height` x `width` image into `out` (float64,
-    (PARAMETER_COLUMNS,)).
+    """Draw the parameters of a view of a `height` x `width` image.
+
+    key: see `view_key`.
+    policy: float64 (POLICY_COLUMNS,), see `ViewPolicy.row`.
+    out: float64 (PARAMETER_COLUMNS,), written.
     """
     if policy[CENTRE_CROP] > 0:
         _centre_crop(height, width, policy[CENTRE_CROP], out)
     else:
         _draw_crop(key, height, width, policy, out)
+
     out[P_FLIP] = uniform(key, 0) < policy[FLIP]
     out[P_JITTER] = uniform(key, 1) < policy[JITTER]
     out[P_BRIGHTNESS] = _factor(key, 2, policy[BRIGHTNESS])
@@ -153,6 +159,7 @@ def draw(key, height, width, policy, out):
         else 0.0
     )
     out[P_SOLARISE] = uniform(key, 10) < policy[SOLARISE]
+
     for i in range(MOST_OPERATIONS):
         operation = (
             int(_between(key, 200 + 2 * i, 0, OPERATIONS)) if i < policy[RAND_AUGMENT] else IDENTITY

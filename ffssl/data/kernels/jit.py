@@ -1,4 +1,4 @@
-"""How the kernels are compiled: by Numba, without the GIL, cached on disk."""
+"""Compile the kernels: by Numba, without the GIL, cached on disk."""
 
 import hashlib
 import os
@@ -11,14 +11,15 @@ import numba
 
 _OPTIONS = {"nogil": True, "fastmath": True, "error_model": "numpy"}
 
-# Also where NUMBA_DISABLE_JIT asks for Python instead: the kernels call functions of C, and would
-# take hours.
+# Even if NUMBA_DISABLE_JIT asks for plain Python: the kernels call C functions, and would take
+# hours.
 numba.config.DISABLE_JIT = 0
 
 
 def _cache_folder() -> Path | None:
-    """Where Numba keeps what it compiles of this package: in NUMBA_CACHE_DIR, beside the sources,
-    or in the user's cache. None if it can't.
+    """Return the folder in which Numba caches this package's code, or None if there is none.
+
+    It is NUMBA_CACHE_DIR, a folder beside the sources, or one in the user's cache.
     """
     try:
         return Path(numba.njit(cache=True)(lambda: None).stats.cache_path)
@@ -27,8 +28,9 @@ def _cache_folder() -> Path | None:
 
 
 def _choose_cache_folder() -> Path | None:
-    """The same, or where that can't be written to, a folder of the user's own under the temporary
-    one, which is told when it is made.
+    """Return Numba's own cache folder, or a temporary one if that can't be written to.
+
+    The temporary folder belongs to the user. A message on stderr names it when it is made.
     """
     if folder := _cache_folder():
         return folder
@@ -37,31 +39,26 @@ def _choose_cache_folder() -> Path | None:
     )
     try:
         own, made = _own_temporary_folder()
-        # For the processes that this one starts, too.
+        # In the environment as well, for the processes that this one starts.
         numba.config.CACHE_DIR = os.environ["NUMBA_CACHE_DIR"] = str(own)
         folder, told = _cache_folder(), f"it is kept in {own}"
     except OSError as error:
-        made, told = (
-            True,
-            (
-                f"nor under a temporary folder ({error.strerror}); each process compiles anew, "
-                "for a minute"
-            ),
+        made = True
+        told = (
+            f"nor under a temporary folder ({error.strerror}); each process compiles anew, "
+            "for a minute"
         )
     if made or not folder:
-        print(
-            f"{can_not}: {told}; NUMBA_CACHE_DIR chooses another folder",
-            file=sys.stderr,
-            flush=True,
-        )
+        message = f"{can_not}: {told}; NUMBA_CACHE_DIR chooses another folder"
+        print(message, file=sys.stderr, flush=True)
     return folder
 
 
 def _own_temporary_folder() -> tuple[Path, bool]:
-    """The folder, and whether it had to be made.
+    """Return the user's folder under the temporary one, and whether it had to be made.
 
-    Raises OSError where it can't be, and where it is or may be changed by somebody else: to load
-    compiled code is to run it.
+    Raises OSError if it can't be made, or if somebody else owns it or may write to it: loading
+    compiled code means running it.
     """
     folder = Path(tempfile.gettempdir()) / f"ffssl-{os.getuid()}"
     try:
@@ -77,9 +74,9 @@ def _own_temporary_folder() -> tuple[Path, bool]:
 def _drop_stale_cache(cache: Path) -> None:
     """Delete the compiled files if any kernel module has changed.
 
-    Numba looks only at the file of the function that it loads, so a kernel that another module has
-    inlined would live on there in its old form. Caches that a concurrent process loses this way are
-    compiled again.
+    Numba looks only at the file of the function that it loads. So a kernel that another module has
+    inlined would live on there in its old form. If a concurrent process loses its cache this way,
+    it compiles again.
     """
     folder = Path(__file__).parent
     sources = sorted(folder.glob("*.py"))
@@ -94,7 +91,7 @@ def _drop_stale_cache(cache: Path) -> None:
         cache.mkdir(parents=True, exist_ok=True)
         stamp.write_text(digest)
     except OSError:
-        pass  # the caches are another user's, who drops them
+        pass  # the cache is another user's, whose own processes drop it
 
 
 _cache = _choose_cache_folder()
@@ -102,5 +99,5 @@ if _cache:
     _drop_stale_cache(_cache)
 
 compiled = numba.njit(cache=_cache is not None, **_OPTIONS)
-# For functions of other modules that call kernels: _drop_stale_cache knows only these modules'.
+# For functions of other modules that call kernels: _drop_stale_cache knows only this folder.
 compiled_uncached = numba.njit(**_OPTIONS)

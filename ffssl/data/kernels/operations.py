@@ -1,11 +1,43 @@
 """Pixel kernels of one view, compiled by Numba.
 
-A view in the making is three contiguous float32 planes of values in 0..255. Colour kernels take
-contiguous 1-D slices (a row or a whole plane a channel) and change them in place: LLVM vectorises
-such loops, and does not vectorise the same loops written as element-wise indexing into a 2-D array.
-Resizing and blurring stand on the vector sums of `lanes`. Indices that do not come from a `range`
-are unsigned, since Numba checks signed ones for negative values. Each kernel follows torchvision's
-definition on float tensors; the tests hold the two side by side.
+A view in the making is three contiguous float32 planes of values in 0..255. Each kernel follows
+torchvision's definition on float tensors; the tests compare the two.
+
+Three rules make the kernels fast:
+
+- Colour kernels take contiguous 1-D slices (of each channel a row or the whole plane) and change
+  them in place. LLVM vectorises such loops. It does not vectorise loops that index into a 2-D
+  array element by element.
+- Resizing and blurring use the vector sums of `simd`.
+- An index that does not come from a `range` is unsigned, since Numba checks a signed one for
+  negative values.
+
+How a crop is resized (`render.resized_crop`, `shrink_rows`), BLOCK = 16 output rows at a time:
+
+    image    uint8, rows of interleaved pixels:       R G B R G B R G B ...
+      |
+      |  vertical sums: each row is a weighted sum of a few image rows
+      v
+    rows     float32, 16 rows, one after the other; a row holds n values, filled up to a multiple
+             of 8:
+               row 0    R0 G0 B0 R1 G1 B1 ...
+               row 1    R0 G0 B0 R1 G1 B1 ...
+               ...
+               row 15   R0 G0 B0 R1 G1 B1 ...
+      |
+      |  transposed, in squares of 8 x 8 values
+      v
+    columns  float32, value i of all 16 rows side by side; a pixel is 3 * 16 = 48 values:
+               R0 of rows 0..15 | G0 of rows 0..15 | B0 of rows 0..15 | R1 of rows 0..15 | ...
+      |
+      |  horizontal sums: each output pixel is a weighted sum of a few columns, 48 values at once
+      v
+    shrunk   float32, the same layout, of as many pixels as the view is wide
+      |
+      |  transposed back, and the channels taken apart
+      v
+    planes   float32 (3, R, R), rows y .. y + 15 of each plane:
+               R R R R ...    G G G G ...    B B B B ...
 """
 
 import math
@@ -25,13 +57,17 @@ RED, GREEN, BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)
 
 @compiled
 def triangle_weights(origin, length, target, first, count, weights):
-    """Taps of the antialiased triangle filter (Pillow's and torchvision's "bilinear") from `length`
-    source pixels to `target`.
+    """Compute the taps of the antialiased triangle filter from `length` pixels to `target`.
 
-    The source extends from `origin` (in 0..1) to origin + length, which may both be fractions; a
-    pixel cut by an edge counts whole. Writes for each output pixel its `first` source pixel and the
-    `count` of its taps (both uint64), and its row of `weights` (float32, (target,
-    `most_taps(length, target)` or more)), which sums to one.
+    It is the filter that Pillow and torchvision call "bilinear".
+
+    The source extends from `origin` (in 0..1) to origin + length. Both may be fractions; a pixel
+    cut by an edge counts whole.
+
+    Written for each output pixel:
+    first: uint64 (target,), the first source pixel of its sum.
+    count: uint64 (target,), the number of its taps.
+    weights: float32 (target, `most_taps(length, target)` or more); a row's taps sum to one.
     """
     scale = length / target
     support = max(scale, 1.0)
@@ -59,53 +95,39 @@ def most_taps(length, target):
 
 @compiled
 def shrink_rows(rows, n, first, count, weights, flip, columns, shrunk, planes, y):
-    """Horizontal pass over BLOCK interleaved RGB rows into rows y, y + 1, ... of the planes,
-    mirrored if `flip`.
+    """Shrink BLOCK rows horizontally into rows y, y + 1, ... of the planes; mirror them if `flip`.
 
-    rows: float32 (BLOCK * n,), n a multiple of LANES and at least 3 values for each source pixel.
-    first, count, weights: see `triangle_weights`. columns: scratch of BLOCK * n float32. shrunk:
-    scratch of 3 * BLOCK * R. planes: float32 (3, R, R).
+    The module's docstring draws the layouts. The sums run over pixels whose BLOCK rows lie side by
+    side, so the block is transposed before and after.
 
-    The sums run over pixels whose BLOCK rows lie side by side, so the block is transposed before
-    and after.
+    rows: float32 (BLOCK * n,), interleaved RGB. n is a multiple of LANES, and at least 3 values
+        for each source pixel.
+    first, count, weights: see `triangle_weights`.
+    columns: scratch, float32 (BLOCK * n,).
+    shrunk: scratch, float32 (3 * BLOCK * R,).
+    planes: float32 (3, R, R), written.
     """
-    block, pixel = np.uint64(BLOCK), np.uint64(3 * BLOCK)
+    block, pixel, row = np.uint64(BLOCK), np.uint64(3 * BLOCK), np.uint64(n)
     for i in range(0, n, LANES):
         for part in range(0, BLOCK, LANES):
-            transpose(
-                rows,
-                np.uint64(part * n + i),
-                np.uint64(n),
-                columns,
-                np.uint64(i) * block + np.uint64(part),
-                block,
-            )
+            start, at = np.uint64(part * n + i), np.uint64(i) * block + np.uint64(part)
+            transpose(rows, start, row, columns, at, block)
+
     resolution, taps, all_weights = count.shape[0], np.uint64(weights.shape[1]), weights.reshape(-1)
     for x in range(resolution):
-        to = np.uint64(resolution - 1 - x if flip else x)
-        sum_pixel(
-            columns,
-            pixel * first[x],
-            pixel,
-            all_weights,
-            taps * np.uint64(x),
-            count[x],
-            shrunk,
-            pixel * to,
-        )
+        start, at = pixel * first[x], pixel * np.uint64(resolution - 1 - x if flip else x)
+        taps_of_x = taps * np.uint64(x)
+        sum_pixel(columns, start, pixel, all_weights, taps_of_x, count[x], shrunk, at)
+
+    # Whole squares are transposed; the rest goes value by value.
     whole = resolution // LANES * LANES if y + BLOCK <= resolution else 0
-    out = planes.reshape(-1)
+    out, side = planes.reshape(-1), np.uint64(resolution)
     for c in range(3):
         for part in range(0, BLOCK, LANES):
             for x in range(0, whole, LANES):
-                transpose(
-                    shrunk,
-                    pixel * np.uint64(x) + np.uint64(c * BLOCK + part),
-                    pixel,
-                    out,
-                    np.uint64((c * resolution + y + part) * resolution + x),
-                    np.uint64(resolution),
-                )
+                start = pixel * np.uint64(x) + np.uint64(c * BLOCK + part)
+                at = np.uint64((c * resolution + y + part) * resolution + x)
+                transpose(shrunk, start, pixel, out, at, side)
         for i in range(min(BLOCK, resolution - y)):
             for x in range(whole, resolution):
                 planes[c, y + i, x] = shrunk[(3 * x + c) * BLOCK + i]
@@ -128,7 +150,7 @@ def adjust_brightness(red, green, blue, factor):
 
 @compiled
 def grey_sum(red, green, blue):
-    """Sum of the luma over the slice; its mean over the view is what contrast blends towards."""
+    """Return the sum of the slice's luma. Contrast blends towards its mean over the view."""
     total = _ZERO
     for i in range(red.shape[0]):
         total += RED * red[i] + GREEN * green[i] + BLUE * blue[i]
@@ -162,8 +184,9 @@ def _from_hue(hue, offset, value, chroma):
 
 @compiled
 def adjust_hue(red, green, blue, shift):
-    """Hue rotation in HSV by `shift` turns (-0.5..0.5), without a branch: value and chroma stay,
-    hue moves.
+    """Rotate the hue in HSV by `shift` turns (-0.5..0.5), without a branch.
+
+    Value and chroma stay.
     """
     turn = np.float32(6) * shift
     for i in range(red.shape[0]):
@@ -182,18 +205,18 @@ def adjust_hue(red, green, blue, shift):
 
 @compiled
 def colour_matrix(brightness, contrast, saturation, hue, matrix):
-    """The 3x4 affine colour map of DALI's kind: hue as a rotation by `hue` turns in YIQ,
-    saturation, contrast about mid-grey, brightness.
+    """Compute a 3x4 affine colour map (float32 (3, 4), written), like DALI's.
 
-    Differs from the torchvision form in that contrast pivots on 128 instead of the view's mean,
-    nothing is clipped between the steps, and the linear hue keeps luma instead of HSV's value (mean
-    absolute difference of hue alone about 9/255 at 0.1 turns).
+    The steps are hue (a rotation by `hue` turns in YIQ), saturation, contrast about mid-grey and
+    brightness.
+
+    It differs from the torchvision form in three ways. Contrast pivots on 128 instead of the view's
+    mean. Nothing is clipped between the steps. The linear hue keeps luma instead of HSV's value
+    (hue alone differs by about 9/255 in the mean at 0.1 turns).
     """
-    # Red to green, as HSV.
-    cosine, sine = (
-        saturation * math.cos(2 * math.pi * hue),
-        -saturation * math.sin(2 * math.pi * hue),
-    )
+    # The sign makes a positive hue turn red towards green, as in HSV.
+    cosine = saturation * math.cos(2 * math.pi * hue)
+    sine = -saturation * math.sin(2 * math.pi * hue)
     to_yiq = (
         (0.299, 0.587, 0.114),
         (0.595716, -0.274453, -0.321263),
@@ -214,14 +237,15 @@ def colour_matrix(brightness, contrast, saturation, hue, matrix):
 
 @compiled
 def apply_colour_matrix(red, green, blue, matrix):
-    a, b, c, d = matrix[0, 0], matrix[0, 1], matrix[0, 2], matrix[0, 3]
-    e, f, g, h = matrix[1, 0], matrix[1, 1], matrix[1, 2], matrix[1, 3]
-    i, j, k, l = matrix[2, 0], matrix[2, 1], matrix[2, 2], matrix[2, 3]
-    for x in range(red.shape[0]):
-        r, g_, b_ = red[x], green[x], blue[x]
-        red[x] = _clip(a * r + b * g_ + c * b_ + d)
-        green[x] = _clip(e * r + f * g_ + g * b_ + h)
-        blue[x] = _clip(i * r + j * g_ + k * b_ + l)
+    # In local variables, which LLVM keeps in registers. rg: to red, from green; r1: the offset.
+    rr, rg, rb, r1 = matrix[0, 0], matrix[0, 1], matrix[0, 2], matrix[0, 3]
+    gr, gg, gb, g1 = matrix[1, 0], matrix[1, 1], matrix[1, 2], matrix[1, 3]
+    br, bg, bb, b1 = matrix[2, 0], matrix[2, 1], matrix[2, 2], matrix[2, 3]
+    for i in range(red.shape[0]):
+        r, g, b = red[i], green[i], blue[i]
+        red[i] = _clip(rr * r + rg * g + rb * b + r1)
+        green[i] = _clip(gr * r + gg * g + gb * b + g1)
+        blue[i] = _clip(br * r + bg * g + bb * b + b1)
 
 
 @compiled
@@ -245,14 +269,15 @@ def solarise(channel, threshold):
 
 @compiled
 def blur_radius(sigma):
-    """Radius at which the Gaussian is cut: three sigma, rounded up."""
+    """Return the radius at which the Gaussian is cut: three sigma, rounded up."""
     return int(math.ceil(3 * sigma))
 
 
 @compiled
 def gaussian_taps(sigma, radius, taps):
-    """Taps (float32, (2 * radius + 1,)): the weights of the pixels at distances -radius..radius,
-    which sum to one.
+    """Compute the weights of the pixels at distances -radius..radius, which sum to one.
+
+    taps: float32 (2 * radius + 1,), written.
     """
     total = 0.0
     for k in range(-radius, radius + 1):
@@ -263,8 +288,9 @@ def gaussian_taps(sigma, radius, taps):
 
 @compiled
 def _mirror(i, n):
-    """Index of pixel i of a row of n that is continued by reflection without repeating the border
-    pixel.
+    """Return the index, in a row of n pixels, of pixel i of the row continued by reflection.
+
+    The border pixel is not repeated.
     """
     if n == 1:
         return 0
@@ -275,12 +301,20 @@ def _mirror(i, n):
 
 @compiled
 def blur_rows(plane, n, taps, padded, blurred):
-    """Horizontal pass over `plane` (float32, (n * n,)) into `blurred` ((n + 2 * radius) * n,),
-    continued above and below by reflection.
+    """Blur the rows of a plane, and continue the result above and below by reflection.
 
-    taps: see `gaussian_taps`. padded: scratch of n + 2 * radius.
+    plane: float32 (n * n,).
+    taps: see `gaussian_taps`.
+    padded: scratch, float32 (n + 2 * radius,).
+    blurred: float32 ((n + 2 * radius) * n,), written.
+
+        padded, one row at a time           blurred, a row of n values a line
+                                              radius rows, reflected
+        radius | a row: n | radius    ->      n rows, blurred horizontally
+        reflected     reflected               radius rows, reflected
     """
     side, radius = np.uint64(n), taps.shape[0] // 2
+    zero, one, count = np.uint64(0), np.uint64(1), np.uint64(taps.shape[0])
     for y in range(n):
         row = np.uint64(y) * side
         for x in range(n):
@@ -288,17 +322,9 @@ def blur_rows(plane, n, taps, padded, blurred):
         for k in range(1, radius + 1):
             padded[radius - k] = plane[row + np.uint64(_mirror(-k, n))]
             padded[radius + n - 1 + k] = plane[row + np.uint64(_mirror(n - 1 + k, n))]
-        weighted_sum(
-            padded,
-            np.uint64(0),
-            np.uint64(1),
-            taps,
-            np.uint64(0),
-            np.uint64(taps.shape[0]),
-            blurred,
-            np.uint64(radius + y) * side,
-            side,
-        )
+        at = np.uint64(radius + y) * side
+        weighted_sum(padded, zero, one, taps, zero, count, blurred, at, side)
+
     rows = blurred.reshape(n + 2 * radius, n)
     for k in range(1, radius + 1):
         rows[radius - k] = rows[radius + _mirror(-k, n)]

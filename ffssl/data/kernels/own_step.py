@@ -1,4 +1,4 @@
-"""A step of the user's own, applied to every view that the policy has rendered."""
+"""A step of the user's own, applied to every rendered view."""
 
 from collections.abc import Callable
 
@@ -13,11 +13,16 @@ _VIEW_AND_KEY = (types.Array(types.uint8, 3, "C"), types.uint64)
 
 
 def compile_view_kernel(kernel: Callable) -> Callable:
-    """Compile `kernel(view, key)` into a function of (counters, indices, views) that applies it to
-    every view of a batch.
+    """Compile `kernel(view, key)` into a function that applies it to every view of a batch.
 
-    view: uint8 (3, R, R), to be changed in place. key: uint64, from which `draw.uniform(key, k)`
-    gives random number k = 0, 1, ... of this view; none of them is a number that the policy draws.
+    The kernel gets:
+    view: uint8 (3, R, R), to be changed in place.
+    key: uint64. `draw.uniform(key, k)` gives random number k = 0, 1, ... of this view; the policy
+        draws none of these numbers.
+
+    The function returned takes (counters, indices, views): see `policy.ViewSettings` for counters;
+    indices: int64 (batch,); views: uint8 (batch, views, 3, R, R), changed in place.
+
     Raises UserError if Numba does not compile the kernel.
     """
     name = getattr(kernel, "__name__", repr(kernel))
@@ -43,7 +48,7 @@ def compile_view_kernel(kernel: Callable) -> Callable:
 
 
 def _reason(error: Exception) -> str:
-    """The line of Numba's message that says what is wrong; the rest is in the traceback."""
+    """Return the line of Numba's message that says what is wrong."""
     return next(
         line.strip()
         for line in str(error).splitlines()

@@ -1,9 +1,8 @@
-"""RandAugment (Cubuk et al. 2019) with torchvision's operations and magnitudes, on one rendered
-view, compiled by Numba.
+"""RandAugment (Cubuk et al. 2019) on one rendered view, compiled by Numba.
 
-A view is uint8 (3, R, R) and is changed in place; every operation rounds to uint8 as torchvision's
-do on uint8 tensors, to which the tests hold them. Warps take the nearest pixel, and black outside.
-The row kernels keep to the rules of `kernels`.
+Operations and magnitudes are torchvision's. A view is uint8 (3, R, R) and is changed in place.
+Every operation rounds to uint8 as torchvision's do on uint8 tensors; the tests compare the two.
+Warps take the nearest pixel, and black outside. The row kernels follow the rules of `operations`.
 """
 
 import math
@@ -35,21 +34,20 @@ MOST_MAGNITUDE = 30.0
 # Strength of each operation at magnitude 0 and at 30, and whether its sign is drawn.
 _STRENGTHS = np.array(
     [
-        (0, 0, 0),
-        (0, 0.3, 1),
-        (0, 0.3, 1),  # shears: pixels a pixel
-        (0, 150 / 331, 1),
-        (0, 150 / 331, 1),  # translations: share of the side
-        (0, 30, 1),  # rotation: degrees counterclockwise
-        # Brightness, colour, contrast, sharpness: factor minus one.
-        (0, 0.9, 1),
-        (0, 0.9, 1),
-        (0, 0.9, 1),
-        (0, 0.9, 1),
+        (0, 0, 0),  # identity
+        (0, 0.3, 1),  # shear x: pixels a pixel
+        (0, 0.3, 1),  # shear y
+        (0, 150 / 331, 1),  # translate x: share of the side
+        (0, 150 / 331, 1),  # translate y
+        (0, 30, 1),  # rotate: degrees counterclockwise
+        (0, 0.9, 1),  # brightness: factor minus one
+        (0, 0.9, 1),  # colour: the same
+        (0, 0.9, 1),  # contrast: the same
+        (0, 0.9, 1),  # sharpness: the same
         (8, 4, 0),  # posterise: bits left
         (255, 0, 0),  # solarise: threshold
-        (0, 0, 0),
-        (0, 0, 0),
+        (0, 0, 0),  # autocontrast
+        (0, 0, 0),  # equalise
     ]
 )
 
@@ -58,8 +56,9 @@ _WHITE, _HALF = np.float32(255), np.float32(0.5)
 
 @compiled
 def operation_strength(operation, magnitude, negative):
-    """Torchvision's magnitude number `magnitude` (0..30; linear between its 31 bins) of an
-    operation, negated where it has a sign.
+    """Return torchvision's strength of an operation, negated if asked for and if it has a sign.
+
+    magnitude: 0..30; linear between torchvision's 31 bins.
     """
     weakest, strongest = _STRENGTHS[operation, 0], _STRENGTHS[operation, 1]
     value = weakest + (strongest - weakest) * (magnitude / MOST_MAGNITUDE)
@@ -73,8 +72,9 @@ def operation_strength(operation, magnitude, negative):
 
 @compiled
 def inverse_map(operation, strength, side):
-    """(xx, xy, x0, yx, yy, y0): output pixel (x, y) shows the source at (xx x + xy y + x0, yx x +
-    yy y + y0), in pixel indices.
+    """Return (xx, xy, x0, yx, yy, y0), which map output pixels to source pixels.
+
+    Output pixel (x, y) shows the source at (xx x + xy y + x0, yx x + yy y + y0), in pixel indices.
     """
     if operation == SHEAR_X:
         return 1.0, strength, strength / 2, 0.0, 1.0, 0.0
@@ -84,25 +84,17 @@ def inverse_map(operation, strength, side):
         return 1.0, 0.0, -float(int(strength * side)), 0.0, 1.0, 0.0
     if operation == TRANSLATE_Y:
         return 1.0, 0.0, 0.0, 0.0, 1.0, -float(int(strength * side))
-    cosine, sine, centre = (
-        math.cos(math.radians(strength)),
-        math.sin(math.radians(strength)),
-        (side - 1) / 2,
-    )
-    return (
-        cosine,
-        -sine,
-        centre - (cosine - sine) * centre,
-        sine,
-        cosine,
-        centre - (sine + cosine) * centre,
-    )
+    angle, centre = math.radians(strength), (side - 1) / 2
+    cosine, sine = math.cos(angle), math.sin(angle)
+    x0, y0 = centre - (cosine - sine) * centre, centre - (sine + cosine) * centre
+    return cosine, -sine, x0, sine, cosine, y0
 
 
 @compiled
 def nearest_pixels(x0, dx, y0, dy, side, places):
-    """places[i] (int32) = where in a plane the pixel nearest to (x0 + i dx, y0 + i dy) lies; side *
-    side where that is outside.
+    """Write the place in a plane of the pixel nearest to (x0 + i dx, y0 + i dy), for each i.
+
+    places: int32 (side,), written; side * side stands for a pixel outside.
     """
     last = np.float32(side - 1)
     for i in range(side):
@@ -125,7 +117,7 @@ def _copy(row, out):
 
 @compiled
 def _warp(channels, side, operation, strength):
-    # The last value of each channel is what lies outside.
+    # The last value of each channel stands for all pixels outside.
     source = np.zeros((3, side * side + 1), np.uint8)
     for c in range(3):
         _copy(channels[c], source[c])
@@ -149,7 +141,7 @@ def _warp(channels, side, operation, strength):
 
 @compiled
 def _level(value):
-    """A value to a level, rounded down as torchvision's conversion to uint8 does."""
+    """Round a value down to a level, as torchvision's conversion to uint8 does."""
     return np.uint8(min(max(value, np.float32(0)), _WHITE))
 
 
@@ -207,9 +199,9 @@ def _add_rows(above, row, below, out):
 
 @compiled
 def _sharpen_row(left, middle, right, factor, row):
-    """`row` away from its smoothed self: eight neighbours and five times itself.
+    """Move `row` away from its smoothed self: eight neighbours and five times itself.
 
-    `left` to `right`: sums of the columns of three.
+    left, middle, right: sums over three rows of the columns beside and at each pixel.
     """
     rest = np.float32(1) - factor
     for i in range(row.shape[0]):
@@ -222,8 +214,9 @@ def _sharpen_row(left, middle, right, factor, row):
 
 @compiled
 def adjust_sharpness(plane, factor):
-    """Blend a plane (uint8, (height, width)) with its smoothed self, but for the pixels on its
-    border, in place.
+    """Blend a plane (uint8 (height, width)) with its smoothed self, in place.
+
+    The pixels on its border stay.
     """
     height, width = plane.shape
     if height < 3 or width < 3:
@@ -239,22 +232,24 @@ def adjust_sharpness(plane, factor):
 
 @compiled
 def autocontrast(channel):
-    """Stretch the levels in use to 0..255, rounded down exactly; torchvision's float32 quotient
-    often falls just short of an integer.
+    """Stretch the levels in use to 0..255, rounded down exactly.
+
+    (Torchvision's float32 quotient often falls just short of an integer.)
     """
     low = high = channel[0]
     for i in range(channel.shape[0]):
         low, high = min(low, channel[i]), max(high, channel[i])
     if low < high:
         width = np.float32(high) - np.float32(low)
-        # The half keeps integers clear of rounding down.
+        # The half keeps integers from being rounded down.
         scale(channel, _WHITE / width, (_HALF - _WHITE * np.float32(low)) / width)
 
 
 @compiled
 def histograms(red, green, blue, counts):
-    """Add the levels of three channels to `counts` (int64, (3, 256)), side by side, as equal
-    neighbours wait for each other's count.
+    """Add the levels of three channels to `counts` (int64 (3, 256)).
+
+    The channels take turns, since counting equal neighbours one after the other makes the CPU wait.
     """
     for i in range(red.shape[0]):
         counts[0, np.uint64(red[i])] += 1
@@ -264,8 +259,10 @@ def histograms(red, green, blue, counts):
 
 @compiled
 def equalise_table(counts, table):
-    """Pillow's table (uint8, (256,)) that makes all levels about as frequent; `counts`: int64
-    (256,).
+    """Compute Pillow's table that makes all levels about as frequent.
+
+    counts: int64 (256,).
+    table: uint8 (256,), written.
     """
     pixels = last = 0
     for level in range(256):
@@ -295,8 +292,10 @@ def _equalise(red, green, blue):
 
 @compiled
 def augment(view, operation, strength):
-    """Apply one operation to a view (uint8 (3, R, R), contiguous), in place; `strength`: see
-    `operation_strength`.
+    """Apply one operation to a view, in place.
+
+    view: uint8 (3, R, R), contiguous.
+    strength: see `operation_strength`.
     """
     channels = view.reshape(3, view.shape[1] * view.shape[2])
     red, green, blue = channels[0], channels[1], channels[2]
@@ -310,7 +309,7 @@ def augment(view, operation, strength):
     elif operation != IDENTITY:
         mean = luma_sum(red, green, blue) / red.shape[0] if operation == CONTRAST else 0.0
         for c in range(3):
-            if operation == BRIGHTNESS or operation == CONTRAST:
+            if operation in (BRIGHTNESS, CONTRAST):
                 scale(channels[c], factor, np.float32(-strength * mean))
             elif operation == SHARPNESS:
                 adjust_sharpness(view[c], factor)

@@ -1,8 +1,8 @@
 """One view of a decoded image: the kernels in the order of a policy.
 
-Between the stages a view is float32 planes, which fit into a core's second-level cache; the steps
-of the colour jitter are done to a chunk of them while it is in the first. The last stage rounds to
-uint8, on which RandAugment's operations work.
+Between the stages a view is float32 planes, which fit into a core's second-level cache. The colour
+jitter does all its steps to a chunk of them while the chunk is in the first-level cache. The last
+stage rounds to uint8; RandAugment's operations work on that. `operations` draws the memory layouts.
 """
 
 import math
@@ -36,13 +36,14 @@ from ffssl.data.kernels.simd import BLOCK, LANES, weighted_sum
 SOLARISE_THRESHOLD = np.float32(128)
 _IDENTITY_SIGMA = 0.2  # a narrower Gaussian leaves every pixel within 0.001/255
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
-CHUNK = 2048  # pixels; of three channels 24 kB
+CHUNK = 2048  # pixels; their three channels take 24 kB
 
 
 @compiled
 def colour_order(number, order):
-    """Permutation `number` (0..23) of the four colour steps into `order` (int64, (4,)), by its
-    factorial digits.
+    """Write permutation `number` (0..23) of the four colour steps into `order` (int64 (4,)).
+
+    Its factorial digits choose from the steps that are left.
     """
     left = np.arange(4)
     for i in range(4):
@@ -57,17 +58,19 @@ def colour_order(number, order):
 def render(image, drawn, affine, out):
     """Render one view.
 
-    image: uint8 (height, width, 3). drawn: the view's parameters, see `draw.draw`; the crop in
-    pixels of `image`, of which it may have fractions. affine: which form of colour jitter. out:
-    uint8 (3, R, R), written. Allocates about 4 R^2 floats of scratch.
+    image: uint8 (height, width, 3).
+    drawn: the view's parameters, see `draw.draw`. The crop is in pixels of `image`, perhaps in
+        fractions of them.
+    affine: jitter by a colour matrix instead of torchvision's steps.
+    out: uint8 (3, R, R), written.
+
+    Allocates about 4 R^2 floats of scratch.
     """
     resolution = out.shape[1]
     square = np.empty((3, resolution, resolution), np.float32)
     resized_crop(image, drawn, square)
-    planes, stored = (
-        square.reshape(3, resolution * resolution),
-        out.reshape(3, resolution * resolution),
-    )
+
+    planes = square.reshape(3, resolution * resolution)
     if drawn[P_JITTER] != 0:
         if affine:
             jitter_by_matrix(planes, drawn)
@@ -77,6 +80,8 @@ def render(image, drawn, affine, out):
     if drawn[P_GREY] != 0:
         operations.to_grey(planes[0], planes[1], planes[2])
         channels = 1  # they are equal from here on
+
+    stored = out.reshape(3, resolution * resolution)
     for c in range(channels):
         if drawn[P_SIGMA] > _IDENTITY_SIGMA:
             blur(planes[c], resolution, drawn[P_SIGMA])
@@ -85,14 +90,18 @@ def render(image, drawn, affine, out):
         operations.store(planes[c], stored[c])
     for c in range(channels, 3):
         stored[c] = stored[0]
+
     for i in range(MOST_OPERATIONS):
         augment(out, int(drawn[P_OPERATION + 2 * i]), drawn[P_STRENGTH + 2 * i])
 
 
 @compiled
 def resized_crop(image, drawn, planes):
-    """The crop of `image`, resized with antialiasing, mirrored if drawn so, into `planes` (float32,
-    (3, R, R)).
+    """Resize the crop of `image` with antialiasing, mirrored if drawn so.
+
+    image: uint8 (height, width, 3).
+    drawn: see `render`.
+    planes: float32 (3, R, R), written. `operations` draws the layouts on the way there.
     """
     resolution = planes.shape[1]
     top, left, height, width = drawn[P_TOP], drawn[P_LEFT], drawn[P_HEIGHT], drawn[P_WIDTH]
@@ -104,40 +113,23 @@ def resized_crop(image, drawn, planes):
     weights_x = np.empty((resolution, operations.most_taps(width, resolution)), np.float32)
     operations.triangle_weights(top % 1, height, resolution, first_y, count_y, weights_y)
     operations.triangle_weights(left % 1, width, resolution, first_x, count_x, weights_x)
-    pixels, step = image.reshape(-1), np.uint64(3 * image.shape[1])
-    # What fills a row up is transposed with it, and in no sum.
+
+    # A row is filled up to whole vectors. The filling is transposed too, but is in no sum.
     row_stride = (row_length + LANES - 1) // LANES * LANES
-    rows, columns = (
-        np.empty(BLOCK * row_stride, np.float32),
-        np.empty(BLOCK * row_stride, np.float32),
-    )
+    rows = np.empty(BLOCK * row_stride, np.float32)
+    columns = np.empty(BLOCK * row_stride, np.float32)
     shrunk = np.empty(3 * BLOCK * resolution, np.float32)
-    all_weights_y, taps = weights_y.reshape(-1), np.uint64(weights_y.shape[1])
+
+    pixels, step, length = image.reshape(-1), np.uint64(3 * image.shape[1]), np.uint64(row_length)
+    all_weights, taps = weights_y.reshape(-1), np.uint64(weights_y.shape[1])
+    flip = drawn[P_FLIP] != 0
     for y in range(0, resolution, BLOCK):
         for i in range(min(BLOCK, resolution - y)):
             start = (first_row + first_y[y + i]) * step + np.uint64(3) * first_column
-            weighted_sum(
-                pixels,
-                start,
-                step,
-                all_weights_y,
-                taps * np.uint64(y + i),
-                count_y[y + i],
-                rows,
-                np.uint64(i * row_stride),
-                np.uint64(row_length),
-            )
+            first, count, at = taps * np.uint64(y + i), count_y[y + i], np.uint64(i * row_stride)
+            weighted_sum(pixels, start, step, all_weights, first, count, rows, at, length)
         operations.shrink_rows(
-            rows,
-            row_stride,
-            first_x,
-            count_x,
-            weights_x,
-            drawn[P_FLIP] != 0,
-            columns,
-            shrunk,
-            planes,
-            y,
+            rows, row_stride, first_x, count_x, weights_x, flip, columns, shrunk, planes, y
         )
 
 
@@ -152,8 +144,10 @@ def jitter_by_matrix(planes, drawn):
 
 @compiled
 def jitter_by_steps(planes, drawn):
-    """Torchvision's four steps in the drawn order: up to contrast, which needs the mean of the
-    view, and from there.
+    """Apply torchvision's four colour steps in the drawn order.
+
+    Contrast needs the mean of the whole view. So one pass does the steps before it and sums the
+    luma, and a second pass does contrast and the steps after it.
     """
     order = np.empty(4, np.int64)
     colour_order(np.int64(drawn[P_ORDER]), order)
@@ -162,23 +156,15 @@ def jitter_by_steps(planes, drawn):
         pivot += 1
     total, n = 0.0, planes.shape[1]
     for i in range(0, n, CHUNK):
-        red, green, blue = (
-            planes[0, i : i + CHUNK],
-            planes[1, i : i + CHUNK],
-            planes[2, i : i + CHUNK],
-        )
+        end = i + CHUNK
+        red, green, blue = planes[0, i:end], planes[1, i:end], planes[2, i:end]
         _steps(order[:pivot], red, green, blue, drawn, np.float32(0))
         total += operations.grey_sum(red, green, blue)
     mean = np.float32(total / n)
     for i in range(0, n, CHUNK):
-        _steps(
-            order[pivot:],
-            planes[0, i : i + CHUNK],
-            planes[1, i : i + CHUNK],
-            planes[2, i : i + CHUNK],
-            drawn,
-            mean,
-        )
+        end = i + CHUNK
+        red, green, blue = planes[0, i:end], planes[1, i:end], planes[2, i:end]
+        _steps(order[pivot:], red, green, blue, drawn, mean)
 
 
 @compiled
@@ -197,14 +183,13 @@ def _steps(steps, red, green, blue, drawn, mean):
 
 @compiled
 def blur(plane, n, sigma):
-    """Blur `plane` (float32, (n * n,)) in place."""
+    """Blur `plane` (float32 (n * n,)) in place: first along the rows, then along the columns."""
     radius, side = operations.blur_radius(sigma), np.uint64(n)
     taps, padded = np.empty(2 * radius + 1, np.float32), np.empty(n + 2 * radius, np.float32)
     blurred = np.empty((n + 2 * radius) * n, np.float32)
     operations.gaussian_taps(sigma, radius, taps)
     operations.blur_rows(plane, n, taps, padded, blurred)
+    zero, count = np.uint64(0), np.uint64(taps.shape[0])
     for y in range(n):
         row = np.uint64(y) * side
-        weighted_sum(
-            blurred, row, side, taps, np.uint64(0), np.uint64(taps.shape[0]), plane, row, side
-        )
+        weighted_sum(blurred, row, side, taps, zero, count, plane, row, side)

@@ -1,8 +1,8 @@
-"""Weighted sums and transposes, eight float32 lanes at a time.
+"""Weighted sums and transposes of float32 vectors of eight lanes (SIMD).
 
-These loops are written as LLVM vector instructions, since LLVM's vectoriser gives up on them: it
-keeps the sum in memory where the number of terms is not known, and takes a transpose element by
-element. The vectors are portable; a CPU with narrower or wider registers splits or joins them.
+These loops are written as LLVM vector instructions, since LLVM's vectoriser gives up on them. It
+keeps a sum in memory if the number of terms is unknown, and it transposes element by element. The
+vectors are portable: on a CPU with narrower or wider registers LLVM splits or joins them.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 
 from ffssl.data.kernels.jit import compiled
 
-LANES = 8
+LANES = 8  # values in a vector
 BLOCK = 16  # rows that are resized together
 _INDEX, _VECTOR = ir.IntType(64), ir.VectorType(ir.FloatType(), LANES)
 _MASK = ir.VectorType(ir.IntType(32), LANES)
@@ -21,12 +21,17 @@ _MASK = ir.VectorType(ir.IntType(32), LANES)
 
 @compiled
 def weighted_sum(source, start, step, weights, first, taps, out, at, length):
-    """out[at + i] = the sum over k < taps of weights[first + k] * source[start + k * step + i], for
+    """Write `length` weighted sums, each over `taps` rows of the source.
+
+    out[at + i] = sum over k < taps of weights[first + k] * source[start + k * step + i], for
     i < length.
 
-    source: uint8 or float32, out and weights: float32, all contiguous and 1-D, out another array
-    than source; the numbers are uint64. Takes whole arrays and positions because a slice costs
-    Numba two atomic operations.
+    source: uint8 or float32.
+    weights, out: float32; `out` must be another array than `source`.
+    start, step, first, taps, at, length: uint64.
+
+    All arrays are contiguous and 1-D. They come whole, with positions, because a slice costs Numba
+    two atomic operations.
     """
     i = np.uint64(0)
     while i + np.uint64(4 * LANES) <= length:
@@ -35,18 +40,10 @@ def weighted_sum(source, start, step, weights, first, taps, out, at, length):
     while i + np.uint64(LANES) <= length:
         _sum_8(source, start + i, step, weights, first, taps, out, at + i)
         i += np.uint64(LANES)
-    # The last lanes once more, some of them for the second time.
+    # The last vector ends with the last value, and so repeats some values.
     if i < length and np.uint64(LANES) <= length:
-        _sum_8(
-            source,
-            start + length - np.uint64(LANES),
-            step,
-            weights,
-            first,
-            taps,
-            out,
-            at + length - np.uint64(LANES),
-        )
+        last = length - np.uint64(LANES)
+        _sum_8(source, start + last, step, weights, first, taps, out, at + last)
         return
     while i < length:
         total = np.float32(0)
@@ -57,7 +54,7 @@ def weighted_sum(source, start, step, weights, first, taps, out, at, length):
 
 
 def _fixed_weighted_sum(width: int):
-    """An intrinsic like `weighted_sum` for the length `width`, a multiple of LANES."""
+    """Return an intrinsic like `weighted_sum` for a fixed length, `width`, a multiple of LANES."""
 
     def build(typing_context, source, start, step, weights, first, taps, out, at):
         def generate(context, builder, signature, arguments):
@@ -96,9 +93,9 @@ _sum_8, _sum_32, sum_pixel = (_fixed_weighted_sum(width) for width in (LANES, 4 
 
 @intrinsic
 def transpose(typing_context, source, start, step, out, at, out_step):
-    """Transpose 8 rows of 8: out[at + j * out_step + i] = source[start + i * step + j].
+    """Transpose 8 rows of 8 values: out[at + j * out_step + i] = source[start + i * step + j].
 
-    Both float32, contiguous and 1-D.
+    source, out: float32, contiguous and 1-D.
     """
 
     def generate(context, builder, signature, arguments):
@@ -144,7 +141,7 @@ def _broadcast(builder, value):
 
 
 def _load(builder, array, position):
-    """LANES elements from `position` on, as float32."""
+    """Load LANES elements from `position` on, as float32."""
     pointer = builder.gep(array, [position])
     kind = ir.VectorType(pointer.type.pointee, LANES)
     vector = builder.load(builder.bitcast(pointer, kind.as_pointer()), align=1)

@@ -1,5 +1,6 @@
-"""Where images come from: one module a kind of source, each imported when used, so that starting
-stays quick.
+"""Sources of images, one module a kind.
+
+Each module is imported when it is used, so that starting stays quick.
 """
 
 from ffssl.data.convert.sources.base import UNLABELLED, Source

@@ -1,6 +1,4 @@
-"""What the converter reads from: an indexed collection of labelled images that can be sent to
-worker processes.
-"""
+"""The interface of a source: indexed, labelled images that can be sent to worker processes."""
 
 import os
 import re
@@ -19,16 +17,16 @@ Image = bytes | np.ndarray
 
 
 class PassedOver:
-    """What a source leaves out, by kind: how many files, and the first of each kind by name.
+    """Count the files that a source leaves out, by kind, and keep the first name of each kind.
 
-    Its text is for a message: "2 .avif, 1 .heic, 3 without suffix".
+    str() gives text for a message: "2 .avif, 1 .heic, 3 without suffix".
     """
 
     def __init__(self):
         self._kinds: dict[str, tuple[int, str]] = {}
 
     def add(self, kind: str, name: str, count: int = 1) -> None:
-        """Count files of a kind; `name` is the first of them, or any of which there is but one."""
+        """Count files of a kind. name: of the file, or of the first of several."""
         before, first = self._kinds.get(kind, (0, name))
         self._kinds[kind] = before + count, min(first, name)
 
@@ -37,7 +35,7 @@ class PassedOver:
             self.add(kind, first, count)
 
     def __iter__(self) -> Iterator[tuple[str, int, str]]:
-        """(kind, count, first name), by kind."""
+        """Yield (kind, count, first name), sorted by kind."""
         return ((kind, *self._kinds[kind]) for kind in sorted(self._kinds))
 
     @property
@@ -48,30 +46,31 @@ class PassedOver:
         return ", ".join(f"{count} {kind}" for kind, count, _ in self)
 
     def only(self) -> str:
-        """For a message about what is not there: what is."""
+        """Return text for a message on missing files, that only these files are there."""
         return f", only {self}" if self._kinds else ""
 
 
 def kind_of_name(name: str) -> str:
-    """What a file left out is counted as: its suffix, where it has one that can be meant."""
+    """Return the kind that a file left out is counted as: its suffix, if it has a real one."""
     if name.startswith("."):
         return "hidden"
     suffix = os.path.splitext(name)[1].lower()
     if not suffix:
         return "without suffix"
-    # Addresses and version numbers would make a kind of nearly every file.
-    return (
-        suffix if re.fullmatch(r"\.(?=.*[a-z])\w{1,8}", suffix, re.ASCII) else "with other suffixes"
-    )
+    # Addresses and version numbers would otherwise make nearly every file a kind of its own.
+    is_real = re.fullmatch(r"\.(?=.*[a-z])\w{1,8}", suffix, re.ASCII)
+    return suffix if is_real else "with other suffixes"
 
 
 class Source(ABC):
     """Indexed images.
 
-    Picklable: index what is large once, open files lazily, drop what is open on pickling.
+    A source must be picklable: index what is large once, open files lazily, drop open files on
+    pickling.
 
-    class_names: name of each label, or None where they are unknown. origin: where the images come
-    from, for the record. passed_over: the files that were found, and are not among the images.
+    origin: where the images come from, for the record.
+    class_names: name of each label, or None if the names are unknown.
+    passed_over: the files that were found but are not among the images.
     """
 
     origin: str
@@ -83,20 +82,20 @@ class Source(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What to call sample `index` in a message: its path where it has one."""
+        """Return the name of sample `index` in messages: its path if it has one."""
 
     @abstractmethod
     def load(self, index: int) -> tuple[Image, int]:
-        """The image, as a file's bytes or uint8 pixels (height, width, 3), and its label.
+        """Return the image, as a file's bytes or uint8 pixels (height, width, 3), and its label.
 
-        A label is any int64, or UNLABELLED. Raises OSError when the storage fails.
+        A label is any int64, or UNLABELLED (-1). Raises OSError when the storage fails.
         """
 
 
 class PackedStrings(Sequence):
     """A list of strings in two arrays.
 
-    A million file names pickle in milliseconds rather than seconds a worker.
+    A million file names are pickled in milliseconds a worker, rather than seconds.
     """
 
     def __init__(self, strings: Iterable[str]):
@@ -115,7 +114,7 @@ class PackedStrings(Sequence):
 
 
 def natural_order(text: str) -> list[tuple[bool, int, str]]:
-    """Sort key by which shard-9 comes before shard-10."""
+    """Return a sort key by which shard-9 comes before shard-10."""
     return [
         (part.isdecimal(), int(part) if part.isdecimal() else 0, part)
         for part in re.split(r"(\d+)", text)
@@ -123,7 +122,7 @@ def natural_order(text: str) -> list[tuple[bool, int, str]]:
 
 
 def number_classes(names: Iterable[str | None]) -> tuple[list[str], np.ndarray]:
-    """The different names, sorted, and the rank of each: int64, UNLABELLED for None."""
+    """Return the different names, sorted, and each name's rank: int64, UNLABELLED for None."""
     names = list(names)
     class_names = sorted({name for name in names if name is not None})
     rank = {name: label for label, name in enumerate(class_names)} | {None: UNLABELLED}
@@ -131,7 +130,7 @@ def number_classes(names: Iterable[str | None]) -> tuple[list[str], np.ndarray]:
 
 
 def as_label(text: str) -> int | None:
-    """The whole number of at most 64 bits that a text is, or None."""
+    """Return the text as a whole number of at most 64 bits, or None if it is none."""
     if not re.fullmatch(r"[+-]?[0-9]{1,19}", text.strip()) or not -(2**63) <= int(text) < 2**63:
         return None
     return int(text)

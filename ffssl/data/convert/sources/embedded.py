@@ -7,7 +7,7 @@ from ffssl.errors import UserError
 
 
 class Embedded(Source):
-    """`ffssl.data.convert.embedded.EmbeddedDataset` as a source of uint8 pixels (height, width, 3)."""
+    """`EmbeddedDataset` as a source of uint8 pixels (height, width, 3)."""
 
     def __init__(self, split: str, size: int, seed: int = 0):
         from ffssl.data.convert.embedded import EmbeddedDataset

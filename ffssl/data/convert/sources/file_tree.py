@@ -1,4 +1,4 @@
-"""The files below a folder, each once. Links are followed, and what they reach again is told."""
+"""List the files below a folder, each once, and follow links."""
 
 import functools
 import os
@@ -17,11 +17,13 @@ _FolderId = tuple[int, int]  # device and inode
 
 @dataclass
 class FileTree:
-    """What lies below `root`; all paths are relative to it.
+    """The files below `root`. All paths are relative to it.
 
-    paths: the files with one of `suffixes` (lower case). again: (link, what it leads to) for each
-    link to a folder or a file that `paths` holds already; a folder's path ends in a slash, and
-    `root` is "". passed_over: all else; a hidden folder counts as one.
+    suffixes: of the files to take, in lower case.
+    paths: the files with one of these suffixes.
+    again: (link, target) for each link to a folder or a file that `paths` holds already. A folder's
+        path ends in a slash; `root` is "".
+    passed_over: all other files; a hidden folder counts as one.
 
     Raises UserError for a folder that can't be listed, a link that leads nowhere, and a link to a
     folder above `root`.
@@ -36,8 +38,8 @@ class FileTree:
     def __post_init__(self):
         self._folders: dict[_FolderId, str] = {}
         self._above = {_id_of(folder) for folder in self.root.resolve().parents}
-        # Links wait until all real folders are known, so that a file goes by its real path where it
-        # has one.
+        # Links wait until all real folders are known, so that a file is listed by its real path if
+        # it has one below `root`.
         links, file_links = self._walk(""), []
         while links:
             inner = []
@@ -99,7 +101,7 @@ class FileTree:
         id_of = functools.cache(_id_of)  # of a few folders, to which there may be a million links
         for link in links:
             path, suffix = os.path.join(self.root, link), _suffix(link)
-            # One that leads nowhere may be an image that is missing, or a whole class.
+            # A link that leads nowhere may stand for a missing image or a whole class.
             if not os.path.exists(path) and (not suffix or suffix in self.suffixes):
                 raise UserError(
                     f"{path}: a link to {os.readlink(path)}, which can't be reached; "
@@ -121,7 +123,7 @@ class FileTree:
                     self.paths.append(link)
 
     def _is_taken(self, name: str) -> bool:
-        """Whether a file of that name, in a folder that was walked, is among `paths`."""
+        """Return whether a file of that name, in a folder that was walked, is in `paths`."""
         return not name.startswith(".") and _suffix(name) in self.suffixes
 
 

@@ -15,13 +15,16 @@ from ffssl.errors import UserError
 class ImageFolder(Source):
     """Images under `root`.
 
-    With class folders, the label is the folder's rank by name, as in torchvision's ImageFolder.
+    With class folders, an image's label is the folder's rank by name, as in torchvision's
+    ImageFolder. There may be folders inside a class folder. Without class folders, or with
+    labels=False, the images are unlabelled.
 
-    Class folders may be nested inside. Without any, or with labels=False, the images are
-    unlabelled. Links are followed, and an image that is reached twice is taken once. Hidden files
-    and folders are passed over, and what is no image by its suffix. Raises UserError for a missing
-    or empty folder, a class without images, images beside class folders, class folders that are the
-    splits of a data set, and a link that puts images of one class into another.
+    Links are followed, and an image that is reached twice is taken once. Hidden files and folders
+    are passed over, and so are files whose suffix is not an image's.
+
+    Raises UserError for a missing or empty folder, a class without images, images beside class
+    folders, class folders that are the splits of a data set, and a link that puts images of one
+    class into another.
     """
 
     def __init__(self, root: str | os.PathLike, labels: bool = True):
@@ -59,7 +62,7 @@ class ImageFolder(Source):
 
 
 def require_folder(path: str | os.PathLike) -> Path:
-    """`path` as a Path. Raises UserError unless it is a folder."""
+    """Return `path` as a Path. Raises UserError unless it is a folder."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such folder; check --input")
@@ -73,7 +76,7 @@ def has_subfolders(folder: Path) -> bool:
 
 
 def class_of(path: str) -> str:
-    """The first folder of a path, which is its class where there are class folders."""
+    """Return the first folder of a path. With class folders it is the class."""
     return path.split(os.sep, 1)[0]
 
 
@@ -94,32 +97,31 @@ def _class_folders(root: Path, paths: list[str]) -> list[str]:
     empty = sorted(set(class_names) - filled)
     if empty:
         raise UserError(
-            f"{root / empty[0]}: class folder without images, which would shift the labels against other splits; "
-            "remove it, or pass --no-labels"
+            f"{root / empty[0]}: class folder without images, which would shift the labels "
+            "against other splits; remove it, or pass --no-labels"
         )
     return class_names
 
 
 def _require_no_splits(root: Path, folders: set[str], nested: bool) -> None:
-    """Refuse a data set's root: what would be classes there are its splits."""
+    """Raise UserError for a data set's root, whose folders are splits and not classes."""
     of_split = {SPLITS[name.lower()]: name for name in sorted(folders) if name.lower() in SPLITS}
     if "train" in of_split and (len(of_split) > 1 or nested and len(folders) == 1):
         names = ", ".join(sorted(of_split.values()))
         raise UserError(
-            f"{root}: looks like the root of a data set, whose folders ({names}) are splits, not "
-            "classes; "
-            f"name one, such as {root / of_split['train']}, or pass --no-labels to take all"
+            f"{root}: looks like the root of a data set, whose folders ({names}) are splits, "
+            f"not classes; name one, such as {root / of_split['train']}, "
+            "or pass --no-labels to take all"
         )
 
 
 def _require_one_class_each(tree: FileTree) -> None:
-    """Refuse links by which an image would be in two classes."""
+    """Raise UserError for a link that puts an image into two classes."""
     for link, target in tree.again:
         place = bisect.bisect_left(tree.paths, target)
         holds_images = place < len(tree.paths) and tree.paths[place].startswith(target)
         if holds_images and class_of(link) != class_of(target):
             raise UserError(
                 f"{tree.root / link}: leads to {tree.root / target}, which would put its images "
-                "into two classes; "
-                "remove the link, or pass --no-labels"
+                "into two classes; remove the link, or pass --no-labels"
             )

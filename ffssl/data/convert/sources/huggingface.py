@@ -32,15 +32,18 @@ _USUAL_LABELS = ("label", "labels", "fine_label")
 
 
 class HuggingFace(Source):
-    """Rows of Parquet files with a column of images, {bytes, path} or bytes, and perhaps of labels.
+    """Rows of Parquet files with a column of images and perhaps one of labels.
 
-    paths: Parquet files, wildcards, or folders that hold them, of which only the files of `split`
-    are taken when it is given. image_column, label_column: found by the schema and by the usual
-    names when None. labels=False leaves all images unlabelled.
+    paths: Parquet files, wildcards, or folders that hold them.
+    split: take only the files of this split, if given.
+    image_column: holds {bytes, path} or bytes. By default it is found by the schema and by the
+        usual names.
+    label_column: found likewise by default.
+    labels: with False all images are unlabelled.
 
-    Labels are class numbers, whose names stand in the schema's metadata where `datasets` has
-    written it, or texts, which are numbered as class folders are. Classes that a file lists in
-    another order are brought into the first file's.
+    Labels are class numbers or texts. The names of class numbers are read from the schema's
+    metadata, if `datasets` has written them there. Texts are numbered as class folders are. If a
+    file lists the classes in another order than the first file, its numbers are translated.
 
     Raises UserError for missing or foreign files and columns, a folder of several splits or without
     all its shards, files with other classes, and when pyarrow is not installed.
@@ -54,7 +57,7 @@ class HuggingFace(Source):
         label_column: str | None = None,
         labels: bool = True,
     ):
-        _import_parquet()  # its absence is worth its own message, before any file is looked for
+        _import_parquet()  # if it is missing, say so before looking for any file
         self.passed_over = PassedOver()
         self.files = [
             file for path in paths for file in _expand(str(path), split, self.passed_over)
@@ -166,7 +169,7 @@ def _expand(path: str, split: str | None, passed_over: PassedOver) -> list[str]:
 
 
 def _is_of(file: str, split: str) -> bool:
-    """Whether a Parquet file is of that split, by its own name or that of its folder."""
+    """Return whether a Parquet file is of that split, by its own name or its folder's."""
     named = split_of(file)
     if named:
         return named in (split, SPLITS.get(split))
@@ -177,13 +180,13 @@ def _is_of(file: str, split: str) -> bool:
 
 
 def _features(path: str, schema) -> dict[str, dict]:
-    """What `datasets` has written into the schema's metadata of each column."""
+    """Return what `datasets` has written about each column into the schema's metadata."""
     metadata = (schema.metadata or {}).get(b"huggingface")
     try:
         content = (json.loads(metadata) if metadata else None) or {}
         features = (content.get("info") or {}).get("features") or {}
         for column, feature in features.items():
-            # What is no dictionary describes a nested column, which is no label.
+            # Anything but a dictionary describes a nested column, which holds no labels.
             names = feature.get("names") if isinstance(feature, dict) else None
             if not all(isinstance(name, str) for name in names or []):
                 raise ValueError(f"names of '{column}'")
@@ -239,7 +242,7 @@ def _guess_label_column(
 def _read_labels(
     paths: list[str], features: list[dict[str, dict]], column: str
 ) -> tuple[list[str] | None, np.ndarray]:
-    """Class names, where there are any, and int64 labels of all rows."""
+    """Return class names, if there are any, and the labels of all rows: int64 (n,)."""
     import pyarrow as pa
 
     read = []
@@ -284,7 +287,7 @@ def _number_texts(texts: list[str | None]) -> tuple[list[str] | None, np.ndarray
 def _in_order_of(
     names: list[str] | None, own: list[str] | None, column, what: str, first: str
 ) -> np.ndarray:
-    """Numbers of the classes `own`, as numbers of the same classes in the order of `names`."""
+    """Translate class numbers from the order of `own` into the order of `names`."""
     labels = column.fill_null(UNLABELLED).to_numpy()
     if own and (labels.min(initial=0) < UNLABELLED or labels.max(initial=0) >= len(own)):
         odd = labels[(labels < UNLABELLED) | (labels >= len(own))][0]

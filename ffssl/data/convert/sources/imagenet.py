@@ -1,8 +1,8 @@
-"""ImageNet (ILSVRC 2012): a folder a class, or the validation images in one folder with their
-labels in the devkit.
+"""ImageNet (ILSVRC 2012), extracted.
 
-Labels are ranks of the sorted WordNet ids in every case, the order that torchvision and published
-weights use.
+There is a folder a class, or the validation images lie in one folder and the devkit has their
+labels. In both cases labels are ranks of the sorted WordNet ids, the order that torchvision and
+published weights use.
 """
 
 import codecs
@@ -31,14 +31,15 @@ _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 
 class ImageNet(ImageFolder):
-    """ImageNet's `split`, "train" or "val", under `root`, or `root` itself where it holds the
-    images.
+    """One split of ImageNet.
 
-    val_labels: where the labels of validation images are that do not all lie in class folders;
-    looked for beside them when None. Either the devkit (its folder or .tar.gz; reading its meta.mat
-    needs scipy), or a text file with a file name and a WordNet id a line, separated by a space or a
-    comma, such as Kaggle's LOC_val_solution.csv. All images named there are found, wherever they
-    lie below the split's folder.
+    root: the folder that holds the split's folder, or the images themselves.
+    split: "train" or "val".
+    val_labels: labels of validation images that do not all lie in class folders; looked for beside
+        them when None. Either the devkit (its folder or .tar.gz; reading its meta.mat needs scipy),
+        or a text file such as Kaggle's LOC_val_solution.csv: in each line a file name and a WordNet
+        id, separated by a space or a comma. All images named there are found, wherever they lie
+        below the split's folder.
 
     Raises UserError when images or labels are missing or do not match.
     """
@@ -56,8 +57,8 @@ class ImageNet(ImageFolder):
             return
         if split == "train":
             raise UserError(
-                f"{folder}: no class folders in it; extract ILSVRC2012_img_train.tar, one "
-                "folder a class"
+                f"{folder}: no class folders in it; extract ILSVRC2012_img_train.tar, "
+                "one folder a class"
             )
         super().__init__(folder, labels=False)
         labels = _find_labels(val_labels, [folder, folder.parent, root, root.parent])
@@ -65,14 +66,14 @@ class ImageNet(ImageFolder):
         self._label_by_name(labels, wnid_of)
 
     def _label_by_name(self, labels: Path, wnid_of: dict[str, str]) -> None:
-        """Label images that may partly lie in class folders, as an interrupted move leaves them."""
+        """Label images by name. Some may lie in class folders, as after an interrupted move."""
         path_of: dict[str, str] = {}
         unknown = []
         for path in self._paths:
             stem, folder = _stem(path), class_of(path)
             in_class = os.sep in path and bool(_CLASS_ID.fullmatch(folder))
             if stem not in wnid_of:
-                # Those of another split lie below `root` where it holds the images itself.
+                # If `root` itself holds the images, those of another split may lie below it.
                 if os.sep in path and not in_class:
                     self.passed_over.add("not of the validation images", path)
                 else:
@@ -89,8 +90,8 @@ class ImageNet(ImageFolder):
             path_of[stem] = path
         if unknown:
             raise UserError(
-                f"{self.root / unknown[0]}: no label for it in {labels} ({len(unknown)} "
-                "such images)"
+                f"{self.root / unknown[0]}: no label for it in {labels} "
+                f"({len(unknown)} such images)"
             )
         missing = sorted(wnid_of.keys() - path_of.keys())
         if missing:
@@ -107,7 +108,7 @@ class ImageNet(ImageFolder):
 
 
 def _require_class_ids(folder: Path, split: str) -> None:
-    # Where the split's folder is missing, those of other splits would count as classes.
+    # If the split's folder is missing, those of other splits would count as classes.
     names = sorted(
         entry.name
         for entry in os.scandir(folder)
@@ -141,25 +142,22 @@ def _find_labels(given: str | os.PathLike | None, places: list[Path]) -> Path:
             return candidate
     where = given or f"{_DEVKITS[0]} or {_DEVKITS[-1]} beside {places[0]}"
     raise UserError(
-        f"{where}: not found, and without it the validation images have no labels; name "
-        "it: --val-labels"
+        f"{where}: not found, and without it the validation images have no labels; "
+        "name it: --val-labels"
     )
 
 
 def _read_label_file(path: Path) -> dict[str, str]:
-    """WordNet id of each file name without its suffix."""
+    """Return the WordNet id of each file name without its suffix."""
     data = path.read_bytes()
     # Spreadsheets write a byte-order mark, quotes, and semicolons for commas.
-    text = data.decode(
-        "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig",
-        "replace",
-    )
+    is_utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = data.decode("utf-16" if is_utf_16 else "utf-8-sig", "replace")
     wnid_of: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), start=1):
         columns = re.sub("[,;\"']", " ", line).split()
-        if not columns or (
-            number == 1 and columns[0].lower() == "imageid"
-        ):  # Kaggle's file has a title line
+        # Kaggle's file has a title line.
+        if not columns or (number == 1 and columns[0].lower() == "imageid"):
             continue
         if len(columns) < 2 or not _CLASS_ID.fullmatch(columns[1]):
             raise UserError(
@@ -168,15 +166,16 @@ def _read_label_file(path: Path) -> dict[str, str]:
         stem = re.sub(r"\.jpe?g$", "", os.path.basename(columns[0]), flags=re.IGNORECASE)
         if wnid_of.setdefault(stem, columns[1]) != columns[1]:
             raise UserError(
-                f"{path}, line {number}: another class for {stem} than before; remove one of the "
-                "lines"
+                f"{path}, line {number}: another class for {stem} than before; "
+                "remove one of the lines"
             )
     return wnid_of
 
 
 def _read_devkit(path: Path) -> dict[str, str]:
-    """The same from the devkit: line k of the ground truth is the ILSVRC2012_ID of validation image
-    k.
+    """Return the WordNet id of each file name without its suffix, from the devkit.
+
+    Line k of its ground truth is the ILSVRC2012_ID of validation image k.
     """
     try:
         truth, meta = _devkit_file(path, _GROUND_TRUTH), _devkit_file(path, "meta.mat")
@@ -217,5 +216,5 @@ def _read_meta(path: Path, meta: bytes) -> dict[int, str]:
     # Scipy's parser raises nearly anything, its own MatReadError among it.
     except Exception as error:
         raise ValueError(f"meta.mat: {error}") from error
-    # Inner nodes of the WordNet tree are listed as well; classes are the leaves.
+    # Inner nodes of the WordNet tree are listed as well. The classes are its leaves.
     return {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets if int(s["num_children"]) == 0}

@@ -1,4 +1,4 @@
-"""What the names of a data set's files say: of which split they are, and whether all are there."""
+"""Read from the names of a data set's files their split, and whether all files are there."""
 
 import os
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ffssl.errors import UserError
 
-# The words by which Hugging Face's `datasets` knows splits, and what each stands for.
+# The words that Hugging Face's `datasets` knows for splits, and the split of each.
 SPLITS = {
     word: split
     for split, words in {
@@ -21,10 +21,10 @@ _NUMBERED = re.compile(r"(.*?)[-_.]?(\d+)-of-(\d+)")
 
 
 def split_of(path: str) -> str | None:
-    """The split that a path below the data set's folder names, or None: by the rules of `datasets`.
+    """Return the split that a path below the data set's folder names, or None.
 
-    NAME-00000-of-00002 is of split NAME; else the folders are asked for a known word, the nearest
-    first, then the file.
+    The rules are those of `datasets`: NAME-00000-of-00002 is of split NAME. Else a known word is
+    looked for in the folders, the nearest first, then in the file's name.
     """
     folder, name = os.path.split(path)
     numbered = _NUMBERED.match(name)
@@ -38,13 +38,13 @@ def split_of(path: str) -> str | None:
 
 
 def below_common_folder(paths: list[str]) -> tuple[str, list[str]]:
-    """The folder that all paths lie below, and the paths relative to it."""
+    """Return the folder that all paths lie below, and the paths relative to it."""
     root = os.path.commonpath([os.path.dirname(path) for path in paths])
     return root, [os.path.relpath(path, root or ".") for path in paths]
 
 
 def require_one_split(root: str, paths: list[str], what_to_do: str) -> None:
-    """Raise UserError where the paths, relative to `root`, are of several splits."""
+    """Raise UserError if the paths, relative to `root`, are of several splits."""
     of_split = {split_of(path) or "": path for path in reversed(paths)}
     if len(of_split) > 1:
         splits = ", ".join(
@@ -54,9 +54,9 @@ def require_one_split(root: str, paths: list[str], what_to_do: str) -> None:
 
 
 def require_all_shards(root: str, paths: list[str]) -> None:
-    """Raise UserError where names such as train-00000-of-00002 tell of a file that is missing.
+    """Raise UserError if names such as train-00000-of-00002 show that a file is missing.
 
-    So too where they tell of two sets, of which each may be whole.
+    Raise it also if the names are of two sets, even if each set is whole.
     """
     sets: dict[str, dict[tuple[int, int], str]] = defaultdict(dict)
     for path in paths:
@@ -84,7 +84,7 @@ def require_all_shards(root: str, paths: list[str]) -> None:
 
 
 def require_distinct(paths: list[str]) -> None:
-    """Raise UserError where two paths lead to one file, whose samples would be taken twice."""
+    """Raise UserError if two paths lead to one file, whose samples would be taken twice."""
     known: dict[str, str] = {}
     for path in paths:
         other = known.setdefault(os.path.realpath(path), path)
@@ -94,7 +94,7 @@ def require_distinct(paths: list[str]) -> None:
 
 
 def require_file(path: str) -> str:
-    """`path`, which exists. Raises UserError for what has no end, or no order, such as a pipe."""
+    """Return `path`, which exists. Raises UserError unless it is a regular file."""
     if not os.path.isfile(path):
         raise UserError(
             f"{path}: is a folder, a pipe or a device, where a file is needed; name files"

@@ -1,6 +1,6 @@
-"""One shard of a WebDataset: which members of the tar are the image and the label of a sample.
+"""Find the image and the label of each sample in one shard of a WebDataset.
 
-The key of a sample is its files' name up to the first dot, after which the suffix begins.
+All files of a sample have one key: their name up to the first dot. The suffix begins there.
 """
 
 import json
@@ -17,13 +17,13 @@ INSTEAD = "repair the shard, or pass --no-labels"
 _LABEL_SUFFIXES = (".cls", ".json", ".txt")
 _LABEL_KEYS = ("label", "cls", "class", "target")
 _MENTIONS_LABEL = re.compile('"({})"'.format("|".join(_LABEL_KEYS)).encode())
-_METADATA = re.compile(r"__[^/]*__($|/)")  # which the webdataset library passes over as well
-_MOST_LINKS = 40  # one to the other, as in Linux
+_METADATA = re.compile(r"__[^/]*__($|/)")  # the webdataset library passes it over as well
+_MOST_LINKS = 40  # that are followed one after the other, as in Linux
 
 
 @dataclass(frozen=True)
 class Caption:
-    """A sample's .txt, which is its label only if those of all samples are numbers."""
+    """A sample's .txt. It is the label only if all samples' .txt are numbers."""
 
     number: int | None
 
@@ -33,7 +33,7 @@ Label = int | str | Caption | None
 
 @dataclass(frozen=True)
 class ShardImage:
-    """An image of `size` bytes, which begin at `offset` in the shard."""
+    """An image: `size` bytes, from `offset` on in the shard."""
 
     key: str
     offset: int
@@ -45,7 +45,10 @@ _Files = dict[str, tarfile.TarInfo]  # by suffix, or by name
 
 
 def scan(path: str, labels: bool, passed_over: PassedOver) -> list[ShardImage]:
-    """The images of a shard, in its order. What is neither an image nor a label is counted.
+    """Return the images of a shard, in its order.
+
+    labels: read the labels too.
+    passed_over: counts the files that are neither an image nor a label.
 
     Raises UserError for a broken shard, and for samples whose image or label is not certain.
     """
@@ -77,7 +80,7 @@ class _Shard:
         ]
 
     def _samples(self, key: str, files: _Files) -> list[tuple[str, str, _Files]]:
-        """(key, suffix of the image, files) of each sample in the files of one key."""
+        """Return (key, suffix of the image, files) of each sample in the files of one key."""
         suffix = self._image_suffix(key, files)
         return [(key, suffix, files)] if suffix else self._split_at_last_dots(key, files)
 
@@ -90,10 +93,11 @@ class _Shard:
         return images[0] if images else None
 
     def _grouped(self, members: list[tarfile.TarInfo]) -> list[tuple[str, _Files]]:
-        """The files of each key, though others may lie between them.
+        """Return the files of each key, which may have other files between them.
 
-        A key that comes again with the same files is another sample, as for the webdataset library,
-        unless files of the key are scattered: which belong together would be a guess.
+        A key that comes again with the same suffixes is another sample, as for the webdataset
+        library. If files of the key are scattered too, it would be a guess which belong together:
+        UserError.
         """
         by_name = {os.path.normpath(member.name): member for member in members}
         groups: list[tuple[str, _Files]] = []
@@ -122,7 +126,7 @@ class _Shard:
     def _content(
         self, name: str, member: tarfile.TarInfo, by_name: _Files
     ) -> tarfile.TarInfo | None:
-        """The member that holds a file, once links are followed; None if it is of no sample."""
+        """Follow links to the member that holds a file; return None if it is of no sample."""
         base = os.path.basename(name)
         kind = kind_of_name(base)
         if base.startswith(".") or _METADATA.match(name):
@@ -144,7 +148,10 @@ class _Shard:
         return None
 
     def _split_at_last_dots(self, key: str, files: _Files) -> list[tuple[str, str, _Files]]:
-        """As `_samples`, where no image has just the key: a.1.jpg and a.1.cls are the sample a.1."""
+        """Return what `_samples` does, if no image has just the key.
+
+        The keys then have dots: a.1.jpg and a.1.cls are the sample a.1.
+        """
         inner: dict[str, _Files] = {}
         for suffix, member in files.items():
             stem, last = os.path.splitext(suffix)
@@ -165,7 +172,7 @@ class _Shard:
     def _require_keys_with_dots(
         self, key: str, samples: list[tuple[str, str, _Files]], left: list[str]
     ) -> None:
-        """Raise UserError where the dots may as well divide the files of one sample."""
+        """Raise UserError if the dots may as well divide the files of one sample."""
         what_to_do = "a key ends at the first dot of a name; rename what has dots in it"
         lost = next((suffix for suffix in left if suffix.endswith(_LABEL_SUFFIXES)), None)
         if lost:
@@ -197,7 +204,7 @@ class _Shard:
         return ShardImage(key, image.offset_data, image.size, label)
 
     def _label(self, key: str, files: _Files) -> tuple[Label, str | None]:
-        """The label, and the suffix of the file it is from."""
+        """Return the label, and the suffix of the file that it comes from."""
         if ".cls" in files:
             text = self._read(files[".cls"]).decode("ascii", "replace")
             return self._number_in(f"{key}.cls", text), ".cls"
@@ -242,7 +249,7 @@ class _Shard:
 
 
 def _follow(member: tarfile.TarInfo, by_name: _Files) -> tarfile.TarInfo | None:
-    """The file that a link leads to inside the shard, or None."""
+    """Return the file that a link leads to inside the shard, or None."""
     for _ in range(_MOST_LINKS):
         folder = os.path.dirname(member.name) if member.issym() else ""
         member = by_name.get(os.path.normpath(os.path.join(folder, member.linkname)))
@@ -252,9 +259,9 @@ def _follow(member: tarfile.TarInfo, by_name: _Files) -> tarfile.TarInfo | None:
 
 
 def _require_end(archive: tarfile.TarFile, shard: str) -> None:
-    """Raise UserError unless nothing but zeros, a block or more, follows the last member.
+    """Raise UserError unless only zeros, a block or more, follow the last member.
 
-    tarfile takes what it can't read for the end.
+    Needed since tarfile takes whatever it can't read for the end.
     """
     archive.fileobj.seek(archive.offset)
     end = archive.fileobj.read(tarfile.BLOCKSIZE)
@@ -266,7 +273,7 @@ def _require_end(archive: tarfile.TarFile, shard: str) -> None:
 
 
 def _split_name(name: str) -> tuple[str, str]:
-    """Key and suffix, in small letters: a.seg.png is not an image of a."""
+    """Return key and suffix, the suffix in lower case. So a.seg.png is not an image of a."""
     folder, base = os.path.split(name)
     stem, dot, suffix = base.partition(".")
     return os.path.join(folder, stem), (dot + suffix).lower()

@@ -1,7 +1,7 @@
-"""Imagenette, CIFAR-10 and STL-10, downloaded by torchvision where they are not there yet.
+"""Imagenette, CIFAR-10 and STL-10, downloaded by torchvision if they are missing.
 
-Read without torchvision: importing it would cost every worker seconds, and its STL-10 holds 2.7 GB
-in memory.
+They are read without torchvision. Importing it would cost every worker seconds, and its STL-10
+holds 2.7 GB in memory.
 """
 
 import contextlib
@@ -27,15 +27,16 @@ _IMAGENETTE_FOLDERS = {
 
 
 class Imagenette(ImageFolder):
-    """Imagenette's `split` ("train", "val") in `size` ("full", "320px", "160px"); class names are
-    WordNet ids.
+    """Imagenette's `split` ("train", "val") in one `size` ("full", "320px", "160px").
+
+    Class names are WordNet ids.
     """
 
     def __init__(self, root: str | os.PathLike, split: str, size: str = "full"):
         folder = Path(root) / _IMAGENETTE_FOLDERS[size]
         if not folder.is_dir():
-            # torchvision extracts in place, and takes what an interruption leaves of it for the
-            # whole.
+            # torchvision extracts in place. After an interruption it would take the part that is
+            # there for the whole.
             with (
                 _downloading(root, "Imagenette", folder) as datasets,
                 TemporaryDirectory(dir=root, prefix=f".{folder.name}-") as partial,
@@ -70,17 +71,15 @@ class Cifar10(Source):
         return f"{self.folder}, sample {index}"
 
     def load(self, index: int) -> tuple[np.ndarray, int]:
-        return _cifar_pixels(self.folder, tuple(self._batches))[index].transpose(1, 2, 0), int(
-            self._labels[index]
-        )
+        pixels = _cifar_pixels(self.folder, tuple(self._batches))[index]
+        return pixels.transpose(1, 2, 0), int(self._labels[index])
 
 
 @functools.lru_cache(maxsize=1)
 def _cifar_pixels(folder: Path, batches: tuple[str, ...]) -> np.ndarray:
-    """uint8 (n, 3, 32, 32), read once a process."""
-    return np.concatenate([_unpickled(folder / name)["data"] for name in batches]).reshape(
-        -1, 3, 32, 32
-    )
+    """Read the pixels, once a process: uint8 (n, 3, 32, 32)."""
+    pixels = np.concatenate([_unpickled(folder / name)["data"] for name in batches])
+    return pixels.reshape(-1, 3, 32, 32)
 
 
 def _unpickled(path: Path) -> dict:
@@ -115,8 +114,8 @@ class Stl10(Source):
             parts = [self._read_part(name) for name in self._FILES[split]]
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{self.folder}: not a sound STL-10 folder ({error}); remove it to "
-                "download it again"
+                f"{self.folder}: not a sound STL-10 folder ({error}); "
+                "remove it to download it again"
             ) from error
         self._labels = np.concatenate([labels for _, labels in parts])
         self._places = [path for path, labels in parts for _ in labels]
@@ -131,7 +130,7 @@ class Stl10(Source):
             raise ValueError(f"{path.name} is cut short")
         if name == "unlabeled":
             return str(path), np.full(count, UNLABELLED, np.int64)
-        # 1 to 10 in the file.
+        # The file counts from 1 to 10.
         labels = np.fromfile(self.folder / f"{name}_y.bin", np.uint8).astype(np.int64) - 1
         if len(labels) != count:
             raise ValueError(f"{len(labels)} labels for {count} images of {path.name}")
@@ -153,9 +152,9 @@ class Stl10(Source):
 
 @contextlib.contextmanager
 def _downloading(root: str | os.PathLike, dataset: str, folder: Path) -> Iterator[ModuleType]:
-    """torchvision.datasets, with which the block downloads what belongs in `folder`.
+    """Yield torchvision.datasets, with which the block downloads what belongs in `folder`.
 
-    Raises UserError where that fails.
+    Raises UserError if the download fails.
     """
     if not Path(root).is_dir():
         raise UserError(f"{root}: no such folder; create it, and {dataset} is downloaded into it")
@@ -165,6 +164,6 @@ def _downloading(root: str | os.PathLike, dataset: str, folder: Path) -> Iterato
         yield datasets
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"{folder}: not there, and downloading {dataset} failed ({error}); put it "
-            "there yourself"
+            f"{folder}: not there, and downloading {dataset} failed ({error}); "
+            "put it there yourself"
         ) from error

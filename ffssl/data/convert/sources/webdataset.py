@@ -1,6 +1,6 @@
 """WebDataset shards: tar files in which the files of a sample share their name up to the first dot.
 
-Each shard is scanned once for where its files begin; samples are then read from there.
+Each shard is scanned once to find where its files begin. Samples are then read from there.
 """
 
 import functools
@@ -36,16 +36,22 @@ _COMPRESSED = re.compile(
 
 
 class WebDataset(Source):
-    """The images (.jpg, .png, .webp, ...) of tar shards, and their labels, where they have any.
+    """The images (.jpg, .png, .webp, ...) of tar shards, and their labels if there are any.
 
     patterns: paths with braces ("train-{000..146}.tar", "{a,b}.tar"), wildcards, or folders of tar
-    files. labels=False leaves all images unlabelled.
+        files.
+    labels: with False all images are unlabelled.
 
-    A label is the integer of a sample's .cls; else what its .json has under "label", "cls", "class"
-    or "target", an integer, or a text, which is numbered as class folders are; else, where every
-    .txt is an integer, that. Files of a sample need not follow each other. Links inside the tar are
-    followed. A sample without an image by its key up to the first dot may have keys with dots: it
-    is split at the last ones, where that leaves no label without its image.
+    A sample's label is the first of these that exists:
+
+    - the integer in .cls;
+    - in .json the value of "label", "cls", "class" or "target", an integer or a text; texts are
+      numbered as class folders are;
+    - the integer in .txt, if every .txt is an integer.
+
+    Files of a sample need not follow each other. Links inside the tar are followed. If no image has
+    a key that ends at the first dot, the keys may have dots: names are then split at their last
+    dots, if no label loses its image that way.
 
     Raises UserError for missing, compressed or broken shards, a folder of several splits or without
     all its shards, links that lead out of their shard, and samples with two images or an odd label.
@@ -72,7 +78,7 @@ class WebDataset(Source):
         self.class_names, self._labels = self._number(found)
 
     def _number(self, found: list[Label]) -> tuple[list[str] | None, np.ndarray]:
-        """Class names, where the labels are texts, and labels: int64."""
+        """Return class names, if the labels are texts, and the labels: int64 (n,)."""
         captions = [at for at, label in enumerate(found) if isinstance(label, Caption)]
         are_numbers = all(found[at].number is not None for at in captions)
         if not are_numbers:
@@ -115,8 +121,9 @@ def _descriptor(path: str) -> int:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Every combination of a pattern's {first..last} ranges, zero-padded as written, and {a,b}
-    lists, in order.
+    """Return a pattern with its braces expanded, in every combination, in order.
+
+    Braces are {first..last} ranges, zero-padded as written, and {a,b} lists.
     """
     parts = re.split(r"\{([^{}]*)\}", pattern)
     choices = [[part] if i % 2 == 0 else _brace_choices(part) for i, part in enumerate(parts)]
@@ -143,8 +150,8 @@ def _expand(pattern: str, passed_over: PassedOver) -> list[str]:
             found = sorted(glob.glob(path), key=natural_order)
         if not found:
             raise UserError(
-                f"{path}: no such shard; check --input (quote patterns so that the shell "
-                "leaves them alone)"
+                f"{path}: no such shard; check --input "
+                "(quote patterns so that the shell leaves them alone)"
             )
         if found != [path]:
             _, names = below_common_folder(found)
