@@ -100,8 +100,9 @@ def what_the_loader_lacks(config: dict) -> str:
     cores = math.ceil(max(stage["cores_needed"] for stage in stages))
     return (
         f"{config['name']}: the loader bounds the training at {sides}, where {cores} cores would "
-        f"keep up, of which it has {config['workers']}. What helps: more cores (data.workers), fewer views "
-        "(augment.views), augment.jitter_form=affine, a file of smaller images (--max-side)."
+        f"keep up, of which it has {config['workers']}. What helps: more cores (data.workers), "
+        "fewer views (augment.views), augment.jitter_form=affine, a file of smaller images "
+        "(--max-side)."
     )
 
 
