@@ -146,8 +146,8 @@ class HardAugmentOptions:
         None,
         Choice("method", "cosine"),
         "what pairs are compared by; method: the loss that is trained; cosine: the negative cosine "
-        "of the projections; default: method, or cosine where it ranks pairs alike (simclr, "
-        "mocov2plus) or the loss is none of single images (barlow_twins)",
+        "of the projections; default: method; cosine for simclr and mocov2plus, which "
+        "train on projections, and for barlow_twins, whose loss is none of single images",
     )
     start_epoch: int | None = option(
         None,

@@ -27,7 +27,8 @@ class MoCoV2Plus(TeacherMethod):
     """
 
     name = "mocov2plus"
-    pair_loss = "cosine"  # InfoNCE ranks an image's pairs alike, and its keys cost a teacher's pass
+    # The loss itself would cost a teacher's pass. The cosine's pairs are nearly as hard for it.
+    pair_loss = "cosine"
     direction_weight = 1.0  # the authors' symmetric code adds the two directions
 
     def __init__(

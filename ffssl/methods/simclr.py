@@ -19,7 +19,8 @@ class SimCLR(Method):
     """
 
     name = "simclr"
-    pair_loss = "cosine"  # NT-Xent ranks an image's pairs alike: its negatives differ little
+    # The negatives of an image's views differ little: the cosine ranks its pairs as NT-Xent does.
+    pair_loss = "cosine"
     policy = "simclr"
     joint_views = True  # the authors pass both views at once
     decay_all = False  # the authors exclude biases and BatchNorm parameters from weight decay

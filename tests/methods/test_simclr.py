@@ -12,7 +12,9 @@ from small import (
     views,
 )
 
+from ffssl.hard_augment import pairs
 from ffssl.methods import build_method
+from ffssl.methods.base import cosines
 from ffssl.methods.simclr import nt_xent, nt_xent_of_pairs
 
 
@@ -94,3 +96,18 @@ def test_the_projector_computes_what_lightlys_does():
     )
     theirs.layers.load_state_dict(ours.state_dict())
     torch.testing.assert_close(ours(randoms(4, 2048)), theirs(randoms(4, 2048)))
+
+
+def test_the_cosine_ranks_the_pairs_of_an_image_as_the_loss_does():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(64, 1, 32, generator=generator)
+    z = images + 0.8 * torch.randn(64, 6, 32, generator=generator)
+    candidates = pairs(6)
+    by_loss, by_cosine = (
+        losses[:, candidates[:, 0], candidates[:, 1]]
+        for losses in (nt_xent_of_pairs(z, 0.2), -cosines(z, z))
+    )
+    chosen = by_cosine.argmax(1)
+    assert (chosen == by_loss.argmax(1)).float().mean() > 0.8
+    mean, hardest = by_loss.mean(), by_loss.max(1).values.mean()
+    assert by_loss.gather(1, chosen[:, None]).mean() - mean > 0.98 * (hardest - mean)
