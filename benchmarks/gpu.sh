@@ -142,7 +142,7 @@ if [[ $wheels ]]; then
     section 60 Wheels "$python" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$output/site" "$wheels"/*.whl
 fi
 section 45 Machine "$python" -m ffssl.benchmark agreement --describe
-section 100 'Tests' "$python" -m pytest -p no:cacheprovider -m gpu --durations=3 tests/gpu tests/test_step.py tests/test_saver.py tests/test_distributed.py
+section 100 'Tests' "$python" -m pytest -p no:cacheprovider -m gpu --durations=3 tests/gpu tests/test_step.py tests/run_folder/test_background_writer.py tests/test_distributed.py
 section 75 'GPU against CPU' "$python" -m ffssl.benchmark agreement ${toy:+--methods simsiam simclr}
 section 140 'Speed-up: ResNet-50' "$python" -m ffssl.benchmark speedup --configs rn50_configs/baseline.yaml $efficient "${resnet50[@]}" \
     --training.compile=off --seconds=1 --rounds=2 "${measured[@]}" "${images[@]}" --output "$output/speedup-resnet50"

@@ -131,6 +131,8 @@ def test_the_most_telling_comes_first_and_every_section_has_its_networks_options
     for title, text in sections.items():
         assert ("--model.backbone=resnet18" in text) == ("ResNet-18" in title)
         assert f"--training.compile={title.split()[-1]}" in text or "torch.compile" not in title
+    tested = [word for word in sections["Tests"].split() if word.startswith("tests/")]
+    assert tested and all((ROOT / path).exists() for path in tested)
 
 
 def test_chosen_sections_are_added_to_the_report(tmp_path):

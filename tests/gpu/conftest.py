@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
-import ffssl.training.step
+import ffssl.training.build
 from ffssl.backbones import SmallResNet
 
 
@@ -27,7 +27,7 @@ def made_up(request):
 @pytest.fixture(autouse=True)
 def tiny_backbone(monkeypatch):
     monkeypatch.setattr(
-        ffssl.training.step, "build_backbone", lambda *_, **__: SmallResNet((8, 16))
+        ffssl.training.build, "build_backbone", lambda *_, **__: SmallResNet((8, 16))
     )
 
 
