@@ -69,7 +69,7 @@ def test_cuda_graphs_are_recorded_without_a_skip(made_up, name):
     assert made_up.counts()["graph launched"] >= 3, made_up.counts()
 
 
-def test_a_memory_that_does_not_suffice_while_code_is_made_is_known_and_advice_makes_none(made_up):
+def test_a_memory_that_does_not_suffice_is_known_and_advice_makes_no_code(made_up):
     run = compiled("simsiam", "default")
     batch = (256, 4, 3, 96, 96)
     images = torch.zeros(batch, dtype=torch.uint8, device=GPU)
