@@ -47,7 +47,6 @@ HA = ("--hard_augment.select=hard", "--hard_augment.loss=cosine", "--hard_augmen
 BASELINE, EFFICIENT = ("imagenette_baseline",), ("imagenette_efficient",)
 WITH_HA = (*EFFICIENT, *HA)
 F1_CLR = (*EFFICIENT, *NO_SPL, *NO_HA)
-HEADS = "the paper leaves out the heads, whose cost in the selection does not shrink with the views"
 NO_LENGTH = (
     "ours at 480 epochs, as the efficient runs; the paper states no length, and 1.8x would take 411"
 )

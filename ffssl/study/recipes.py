@@ -1,6 +1,5 @@
 """Study files: which runs, on which data, with which seeds. `ffssl.study` shows the form."""
 
-import difflib
 import json
 import re
 from collections.abc import Iterator
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from ffssl.config import Options, Role, read_options
+from ffssl.config import Options, Role, did_you_mean, read_options
 from ffssl.errors import UserError
 
 SPLITS = ("train", "validation")
@@ -131,12 +130,8 @@ def _keys(value: object, where: str, known: tuple[str, ...] | None = None) -> di
         raise UserError(f"{where}: expected names with values, as in name: value; got {value!r}")
     for key in value:
         if known and key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1)
-            raise UserError(
-                f"{where}: unknown key "
-                f"{key!r}{f'; did you mean {nearest[0]}?' if nearest else ''}; known are "
-                f"{', '.join(known)}"
-            )
+            hint = did_you_mean(key, list(known))
+            raise UserError(f"{where}: unknown key {key!r}{hint}; known are {', '.join(known)}")
     return value
 
 
