@@ -5,9 +5,10 @@ Self-Supervised Learning via Efficient Training Strategies".
 """
 
 import math
+from collections.abc import Sequence
 
 LEARNING_RATE_SCHEDULES = ("f1-clr", "1-clr", "cosine", "cosine-warmup")
-RESOLUTION_SCHEDULES = ("spl", "progressive", "constant")
+RESOLUTION_SCHEDULES = ("spl", "progressive", "stages", "constant")
 
 
 def f1_clr(step: int, *, total: int, warmup: int, peak: float) -> float:
@@ -91,6 +92,20 @@ def resolution(
     start = warmup if schedule == "spl" else 0
     stages = (high - low) // step + 1
     return low + step * ((epoch - start) * stages // (epochs - start))
+
+
+def staged_resolution(epoch: int, *, epochs: int, stages: Sequence[tuple[int, float]]) -> int:
+    """Side of the views in pixels, by free stages.
+
+    stages: side and share of the epochs of each stage, in order; the shares sum to 1. FastDINOv2
+        (Zhang et al., NeurIPS 2025) trains three quarters of its epochs at half resolution.
+    """
+    share_done = 0.0
+    for side, share in stages:
+        share_done += share
+        if epoch < round(share_done * epochs):
+            return side
+    raise ValueError(f"epoch {epoch} lies behind the stages of {epochs} epochs")
 
 
 def magnitude(epoch: int, *, epochs: int, low: float, high: float) -> float:

@@ -9,6 +9,7 @@ from ffssl.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 REQUIRED = ["--data.train=train.beton", "--run.folder=runs"]
+STAGES = ["--resolution.schedule=stages"]
 
 
 def options(*arguments):
@@ -220,6 +221,14 @@ HARD = ["--hard_augment.select=hard", "--augment.views=3"]
         (["--resolution.max=100"], r"resolution\.max: 100 .*resolution\.step=32"),
         (["--resolution.schedule=spl", "--resolution.min=100"], r"resolution\.min: 100"),
         (["--resolution.schedule=spl", "--resolution.min=256"], r"resolution\.min: 256 is larger"),
+        (["--resolution.schedule=stages"], r"resolution\.stages: they go with"),
+        (["--resolution.stages=224:1"], r"resolution\.stages: they go with"),
+        ([*STAGES, "--resolution.stages=112:0.75,224:0.25"], "112 is no multiple of .*step=32"),
+        ([*STAGES, "--resolution.stages=96:0.5,256:0.5"], r"256 is larger than .*max=224"),
+        ([*STAGES, "--resolution.stages=96:0.999,224:0.001"], "0.001 of 200 epochs .* none at 224"),
+        ([*STAGES, "--resolution.stages=96:0.75,224:0.75"], r"resolution\.stages: .*sum to 1"),
+        ([*STAGES, "--resolution.stages=96:1.5,224:-0.5"], r"resolution\.stages: .*sum to 1"),
+        ([*STAGES, "--resolution.stages=96,224"], r"resolution\.stages: .*sum to 1"),
         (["--training.epochs=5", "--training.warmup_epochs=5"], r"training\.warmup_epochs: 5 of 5"),
         (
             ["--training.schedule=1-clr", "--training.warmup_share=1"],

@@ -126,6 +126,18 @@ def test_other_schedules_of_the_resolution():
     assert resolutions(10, warmup=9, low=224) == [224] * 10
 
 
+def test_free_stages_have_their_shares_of_the_epochs():
+    stages = [(96, 0.3), (224, 0.2), (160, 0.1), (224, 0.4)]  # 0.3 + 0.2 + 0.1 is not quite 0.6
+    sides = [schedules.staged_resolution(e, epochs=10, stages=stages) for e in range(10)]
+    assert sides == [96] * 3 + [224] * 2 + [160] + [224] * 4
+
+
+def test_half_resolution_for_three_quarters_saves_what_fastdinov2_states():
+    stages = [(112, 0.75), (224, 0.25)]
+    sides = [schedules.staged_resolution(e, epochs=200, stages=stages) for e in range(200)]
+    assert 200 / sum((side / 224) ** 2 for side in sides) == pytest.approx(2.29, abs=5e-3)
+
+
 @pytest.mark.parametrize("low, speed_up", [(128, 1.424), (96, 1.598), (64, 1.784)])
 def test_spl_alone_saves_what_the_design_states(low, speed_up):
     cost = sum((side / 224) ** 2 for side in resolutions(480, low=low))

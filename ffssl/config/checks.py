@@ -55,6 +55,25 @@ class Choice(Checker):
         return f"one of {', '.join(self.words)}"
 
 
+class Stages(Checker):
+    """Sides in pixels and their shares of the epochs: 112:0.75, 224:0.25."""
+
+    def check(self, value):
+        sides, shares = zip(*read_stages(str(value)), strict=True)
+        if min(sides) < 1 or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
+            raise ValueError
+        return str(value)
+
+    def help(self):
+        return "sides and shares that sum to 1, as 112:0.75, 224:0.25"
+
+
+def read_stages(text: str) -> list[tuple[int, float]]:
+    """Return the side in pixels and the share of the epochs of each stage, in order."""
+    stages = (stage.split(":") for stage in text.split(","))
+    return [(int(side), float(share)) for side, share in stages]
+
+
 class Text(Checker):
     """Any text."""
 

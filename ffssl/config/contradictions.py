@@ -1,5 +1,6 @@
 """Contradictions between options."""
 
+from ffssl.config.checks import read_stages
 from ffssl.config.options import (
     HardAugmentOptions,
     Options,
@@ -12,22 +13,49 @@ from ffssl.errors import UserError
 def check_together(options: Options) -> None:
     """Raise UserError if options contradict each other."""
     _check_resolution(options.resolution)
+    _check_stages(options.resolution, options.training.epochs)
     _check_training(options.training)
     _check_views(options.augment.views, options.hard_augment.select)
     _check_hard_augment(options.hard_augment, options.training.epochs)
 
 
 def _check_resolution(resolution: ResolutionOptions) -> None:
-    for name in ("max", "min") if resolution.schedule != "constant" else ("max",):
+    grows = resolution.schedule in ("spl", "progressive")
+    for name in ("max", "min") if grows else ("max",):
         if getattr(resolution, name) % resolution.step:
             raise UserError(
                 f"--resolution.{name}: {getattr(resolution, name)} is no multiple of "
                 f"--resolution.step={resolution.step}"
             )
-    if resolution.schedule != "constant" and resolution.min > resolution.max:
+    if grows and resolution.min > resolution.max:
         raise UserError(
             f"--resolution.min: {resolution.min} is larger than --resolution.max={resolution.max}"
         )
+
+
+def _check_stages(resolution: ResolutionOptions, epochs: int) -> None:
+    if (resolution.schedule == "stages") != (resolution.stages is not None):
+        raise UserError(
+            "--resolution.stages: they go with --resolution.schedule=stages; give both, or neither"
+        )
+    if resolution.stages is None:
+        return
+    done = 0.0
+    for side, share in read_stages(resolution.stages):
+        if side % resolution.step:
+            raise UserError(
+                f"--resolution.stages: {side} is no multiple of "
+                f"--resolution.step={resolution.step}"
+            )
+        if side > resolution.max:
+            raise UserError(
+                f"--resolution.stages: {side} is larger than --resolution.max={resolution.max}"
+            )
+        if round((done + share) * epochs) == round(done * epochs):
+            raise UserError(
+                f"--resolution.stages: {share:g} of {epochs} epochs leave none at {side}"
+            )
+        done += share
 
 
 def _check_training(training: TrainingOptions) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastargs.validation import Checker
 
-from ffssl.config.checks import Choice, Switch, Text, integer, number
+from ffssl.config.checks import Choice, Stages, Switch, Text, integer, number
 from ffssl.config.method_options import MethodOption, method_options
 from ffssl.schedules import LEARNING_RATE_SCHEDULES, RESOLUTION_SCHEDULES
 
@@ -125,11 +125,15 @@ class ResolutionOptions:
     schedule: str = option(
         "constant",
         Choice(*RESOLUTION_SCHEDULES),
-        "spl: max during warm-up, then min to max; progressive: min to max; constant: max",
+        "spl: max during warm-up, then min to max; progressive: min to max; stages: those of "
+        "resolution.stages; constant: max",
     )
     max: int = option(224, integer(1), "largest side in pixels")
     min: int = option(96, integer(1), "smallest side in pixels")
     step: int = option(32, integer(1), "sides are multiples of this; the backbone's stride")
+    stages: str | None = option(
+        None, Stages(), "sides in pixels, and the share of the epochs of each, in order"
+    )
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from ffssl import methods, schedules
 from ffssl.config import Options
+from ffssl.config.checks import read_stages
 from ffssl.data.policy import ViewPolicy, choose_policies
 from ffssl.hard_augment import Selection
 
@@ -43,6 +44,8 @@ class RunSchedule:
 
     def resolution(self, epoch: int) -> int:
         r, epochs = self.options.resolution, self.options.training.epochs
+        if r.stages is not None:
+            return schedules.staged_resolution(epoch, epochs=epochs, stages=read_stages(r.stages))
         return schedules.resolution(
             epoch,
             schedule=r.schedule,
@@ -148,9 +151,12 @@ def input_sides(options: Options) -> dict[int, str]:
     evaluation.
     """
     r, hard_augment = options.resolution, options.hard_augment
-    bounds = {r.min: "--resolution.min", r.max: "--resolution.max"}
+    bounds = {r.max: "--resolution.max"}
+    if r.stages is None:
+        bounds[r.min] = "--resolution.min"
+    others = "--resolution.step" if r.stages is None else "--resolution.stages"
     sides = {
-        side: bounds.get(side, "--resolution.step")
+        side: bounds.get(side, others)
         for side in RunSchedule(options, steps_per_epoch=1).resolutions
     }
     if hard_augment.select == "hard" or hard_augment.extra_targets:
