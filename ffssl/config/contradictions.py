@@ -44,8 +44,7 @@ def _check_stages(resolution: ResolutionOptions, epochs: int) -> None:
     for side, share in read_stages(resolution.stages):
         if side % resolution.step:
             raise UserError(
-                f"--resolution.stages: {side} is no multiple of "
-                f"--resolution.step={resolution.step}"
+                f"--resolution.stages: {side} is no multiple of --resolution.step={resolution.step}"
             )
         if side > resolution.max:
             raise UserError(
