@@ -144,10 +144,11 @@ class HardAugmentOptions:
     resolution: int = option(64, integer(1), "side in pixels of the views in the selection pass")
     loss: str | None = option(
         None,
-        Choice("method", "cosine"),
-        "what pairs are compared by; method: the loss that is trained; cosine: the negative cosine "
-        "of the projections; default: method; cosine for simclr and mocov2plus, which "
-        "train on projections, and for barlow_twins, whose loss is none of single images",
+        Choice("method", "student", "cosine"),
+        "what pairs are compared by; method: the loss that is trained; student: the same with the "
+        "student in its teacher's place; cosine: the negative cosine of the projections; default: "
+        "method; student for methods with a teacher; cosine for simclr, which trains on "
+        "projections, and for barlow_twins, whose loss is none of single images",
     )
     start_epoch: int | None = option(
         None,

@@ -94,10 +94,10 @@ class Method(nn.Module):
 
     @property
     def pair_loss(self) -> str:
-        """How Hard Augment compares pairs by default: "method" or "cosine".
+        """How Hard Augment compares pairs by default: "method", "student" or "cosine".
 
         By default it is the method's own loss, if the method has a loss of single images, else
-        "cosine". A subclass may set "cosine" if that ranks pairs alike at a lower cost.
+        "cosine". A subclass may set another that ranks pairs alike at a lower cost.
         """
         return "method" if self.has_pair_losses else "cosine"
 

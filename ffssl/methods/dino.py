@@ -90,6 +90,9 @@ class DINO(TeacherMethod):
     def predict(self, projections: Tensor) -> Tensor:
         return self.last_layer(projections)
 
+    def student_targets(self, projections: Tensor, predictions: Tensor) -> Tensor:
+        return predictions
+
     def distances(self, predictions: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy between the teacher's assignment and the student's (eq. 1).
 
