@@ -147,8 +147,8 @@ class HardAugmentOptions:
         Choice("method", "student", "cosine"),
         "what pairs are compared by; method: the loss that is trained; student: the same with the "
         "student in its teacher's place; cosine: the negative cosine of the projections; default: "
-        "method; student for methods with a teacher; cosine for simclr, which trains on "
-        "projections, and for barlow_twins, whose loss is none of single images",
+        "method; student for byol and mocov2plus; cosine for simclr, which trains on projections, "
+        "and for barlow_twins, whose loss is none of single images",
     )
     start_epoch: int | None = option(
         None,
