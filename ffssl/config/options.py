@@ -156,11 +156,11 @@ class HardAugmentOptions:
         "first epoch in which pairs are chosen, counted from 0; before it two views are rendered; "
         "default: after the warm-up",
     )
-    share_min: float = option(
-        1.0,
+    share_min: float | None = option(
+        None,
         number(0, 1),
         "share of the images that get their hardest pair, when that starts; the others get a "
-        "random one",
+        "random one; default: 1; 0 for simsiam",
     )
     share_max: float = option(
         1.0, number(0, 1), "share of the images that get their hardest pair in the last epoch"

@@ -30,6 +30,8 @@ class Method(nn.Module):
     # Pass both views through a network as one batch, which BatchNorm normalises together. If not,
     # pass one after the other.
     joint_views = False
+    # Share of the images that get their hardest pair when Hard Augment begins; it rises from there.
+    hard_share = 1.0
     decay_all = True  # weight decay on biases and normalisation parameters too
 
     def __init__(self, backbone: nn.Module):
