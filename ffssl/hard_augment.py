@@ -19,6 +19,7 @@ from ffssl.data.normalise import to_input
 from ffssl.errors import UserError
 from ffssl.methods.base import Method, cosines, full_precision
 from ffssl.methods.prediction import PredictionMethod
+from ffssl.methods.teacher import TeacherMethod
 from ffssl.parallel.device import autocast_dtype
 from ffssl.parallel.ranks import rank, world_size
 
@@ -29,9 +30,9 @@ class Selection:
 
     select: "off" (the first two views), "hard" (the pair with the largest loss), or "random".
     resolution: side in pixels of the selection pass and of the extra targets.
-    loss: how pairs are compared: by "method" (the training loss), by "cosine" (the negative cosine
-        of the projections: the comment of the paper's Algorithm 1), or by None, the method's
-        `pair_loss`.
+    loss: how pairs are compared: by "method" (the training loss), by "student" (the same with the
+        student in its teacher's place), by "cosine" (the negative cosine of the projections: the
+        comment of the paper's Algorithm 1), or by None, the method's `pair_loss`.
     extra_targets: use the views not chosen as further targets.
     share: fraction of the images that get their hardest pair; the others get a random one.
     policies: number of view policies, to which views are assigned in turn. With more than one, the
@@ -52,6 +53,11 @@ def check(method: Method, selection: Selection) -> None:
         raise UserError(
             f"--hard_augment.loss: {method.name} has no loss of single images; "
             "use --hard_augment.loss=cosine, or leave it out"
+        )
+    if selection.loss == "student" and not isinstance(method, TeacherMethod):
+        raise UserError(
+            f"--hard_augment.loss: {method.name} has no teacher; use --hard_augment.loss=method, "
+            "or leave it out"
         )
     if selection.extra_targets and not isinstance(method, PredictionMethod):
         raise UserError(
@@ -205,13 +211,16 @@ def _compare_small(
 def compare(
     method: Method, images: Tensor, batch: tuple[int, int], loss: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Compare all pairs of views by the loss "method" or "cosine".
+    """Compare all pairs of views by the loss "method", "student" or "cosine".
 
-    Arguments and results are those of `Method.compare`. "cosine" computes no targets: None.
+    Arguments and results are those of `Method.compare`. Only "method" computes targets; the others
+    return None in their place.
     """
     if loss == "method":
         return method.compare(images, batch)
     projections = method.project(images).unflatten(0, batch)
+    if loss == "student":
+        return method.student_losses(projections), projections, None
     return -cosines(projections, projections), projections, None
 
 

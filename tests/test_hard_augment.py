@@ -37,6 +37,7 @@ OPTIONS = {
     "vicreg": WIDTHS,
 }
 WITH_PAIR_LOSSES = ["simsiam", "byol", "simclr", "mocov2plus", "dino", "vicreg"]
+WITH_A_TEACHER = ["byol", "mocov2plus", "dino"]
 PREDICTING = ["simsiam", "byol", "mocov2plus", "dino"]
 
 
@@ -153,11 +154,26 @@ def test_a_share_of_the_images_gets_its_hardest_pair_and_the_others_random_ones(
         assert torch.equal(chosen, again)
 
 
+@pytest.mark.parametrize("name", WITH_A_TEACHER)
+def test_a_student_in_its_teachers_place_has_the_teachers_losses_once_it_is_its_equal(name):
+    method = without_dropout(build(name)).eval()
+    views = uint8_views(6, 4, 3, 32, 32)
+    by_student, by_method = (Selection("hard", 16, loss) for loss in ("student", "method"))
+    losses = losses_of_pairs(method, views, by_student)
+    assert not torch.allclose(losses, losses_of_pairs(method, views, by_method), atol=1e-3)
+    method.teacher.layers.load_state_dict(nn.Sequential(*method.student()).state_dict())
+    torch.testing.assert_close(losses, losses_of_pairs(method, views, by_method))
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_by_default_a_method_says_what_its_pairs_are_compared_by(name):
     method = without_dropout(build(name))
     views = uint8_views(6, 4, 3, 32, 32)
-    loss = "cosine" if name in ("simclr", "mocov2plus", "barlow_twins") else "method"
+    loss = "method"
+    if name in ("byol", "mocov2plus"):
+        loss = "student"
+    elif name in ("simclr", "barlow_twins"):
+        loss = "cosine"
     default = losses_of_pairs(method, views, Selection("hard", 16))
     assert torch.equal(default, losses_of_pairs(method, views, Selection("hard", 16, loss)))
 
@@ -233,13 +249,15 @@ def test_selection_by_the_methods_loss_is_that_of_a_loop_over_images_and_pairs(n
 
 
 @pytest.mark.parametrize("name", PREDICTING)
-@pytest.mark.parametrize("loss", ["cosine", "method"])
+@pytest.mark.parametrize("loss", ["cosine", "student", "method"])
 def test_extra_targets_are_the_targets_of_the_views_not_chosen_at_the_selections_resolution(
     name, loss
 ):
     method = without_dropout(build(name)).eval()
     views = uint8_views(5, 4, 3, 32, 32)
     images = by_torchvision(views)
+    if loss == "student" and name not in WITH_A_TEACHER:
+        pytest.skip("has no teacher")
     selection = Selection("hard", 16, loss, extra_targets=True)
     chosen, extra = select_hardest(method, views, selection)
     assert (
@@ -300,6 +318,7 @@ def test_what_a_method_has_not_is_refused(name):
     check(method, Selection("hard"))
     for selection, allowed in (
         (Selection("hard", loss="method"), name in WITH_PAIR_LOSSES),
+        (Selection("hard", loss="student"), name in WITH_A_TEACHER),
         (Selection("hard", loss="cosine", extra_targets=True), name in PREDICTING),
     ):
         if allowed:
@@ -324,7 +343,7 @@ def test_selection_sees_antialiased_views_and_never_enlarges_them():
 
 SELECTIONS = [
     Selection("hard", 32, loss, extra, share)
-    for loss in ("cosine", "method")
+    for loss in ("cosine", "student", "method")
     for extra in (False, True)
     for share in (1, 0.5)
 ] + [Selection("random", 32, extra_targets=True)]

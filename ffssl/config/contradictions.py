@@ -110,14 +110,17 @@ def _check_hard_augment(hard_augment: HardAugmentOptions, epochs: int) -> None:
                 f"--hard_augment.start_epoch: {hard_augment.start_epoch} is past the last "
                 f"epoch, {epochs - 1}; epochs count from 0"
             )
-    if hard_augment.share_min > hard_augment.share_max:
+    share_min = hard_augment.share_min
+    if share_min is not None and share_min > hard_augment.share_max:
         raise UserError(
-            f"--hard_augment.share_min: {hard_augment.share_min} is larger than "
+            f"--hard_augment.share_min: {share_min} is larger than "
             f"--hard_augment.share_max={hard_augment.share_max}"
         )
-    if (hard_augment.share_min, hard_augment.share_max) != (1, 1) and hard_augment.select != "hard":
+    has_share = share_min is not None or hard_augment.share_max != 1
+    if has_share and hard_augment.select != "hard":
+        name = "share_max" if share_min is None else "share_min"
         raise UserError(
-            "--hard_augment.share_min: only hard pairs have a share; set "
+            f"--hard_augment.{name}: only hard pairs have a share; set "
             "--hard_augment.select=hard, or leave this out"
         )
     if hard_augment.extra_targets and hard_augment.select == "off":

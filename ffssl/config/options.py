@@ -148,10 +148,11 @@ class HardAugmentOptions:
     resolution: int = option(64, integer(1), "side in pixels of the views in the selection pass")
     loss: str | None = option(
         None,
-        Choice("method", "cosine"),
-        "what pairs are compared by; method: the loss that is trained; cosine: the negative cosine "
-        "of the projections; default: method; cosine for simclr and mocov2plus, which "
-        "train on projections, and for barlow_twins, whose loss is none of single images",
+        Choice("method", "student", "cosine"),
+        "what pairs are compared by; method: the loss that is trained; student: the same with the "
+        "student in its teacher's place; cosine: the negative cosine of the projections; default: "
+        "method; student for byol and mocov2plus; cosine for simclr, which trains on projections, "
+        "and for barlow_twins, whose loss is none of single images",
     )
     start_epoch: int | None = option(
         None,
@@ -159,11 +160,11 @@ class HardAugmentOptions:
         "first epoch in which pairs are chosen, counted from 0; before it two views are rendered; "
         "default: after the warm-up",
     )
-    share_min: float = option(
-        1.0,
+    share_min: float | None = option(
+        None,
         number(0, 1),
         "share of the images that get their hardest pair, when that starts; the others get a "
-        "random one",
+        "random one; default: 1; 0 for simsiam",
     )
     share_max: float = option(
         1.0, number(0, 1), "share of the images that get their hardest pair in the last epoch"

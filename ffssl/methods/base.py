@@ -30,6 +30,8 @@ class Method(nn.Module):
     # Pass both views through a network as one batch, which BatchNorm normalises together. If not,
     # pass one after the other.
     joint_views = False
+    # Share of the images that get their hardest pair when Hard Augment begins; it rises from there.
+    hard_share = 1.0
     decay_all = True  # weight decay on biases and normalisation parameters too
 
     def __init__(self, backbone: nn.Module):
@@ -94,10 +96,10 @@ class Method(nn.Module):
 
     @property
     def pair_loss(self) -> str:
-        """How Hard Augment compares pairs by default: "method" or "cosine".
+        """How Hard Augment compares pairs by default: "method", "student" or "cosine".
 
         By default it is the method's own loss, if the method has a loss of single images, else
-        "cosine". A subclass may set "cosine" if that ranks pairs alike at a lower cost.
+        "cosine". A subclass may set another that ranks pairs alike at a lower cost.
         """
         return "method" if self.has_pair_losses else "cosine"
 

@@ -27,8 +27,6 @@ class MoCoV2Plus(TeacherMethod):
     """
 
     name = "mocov2plus"
-    # The loss itself would cost a teacher's pass. The cosine's pairs are nearly as hard for it.
-    pair_loss = "cosine"
     direction_weight = 1.0  # the authors' symmetric code adds the two directions
 
     def __init__(

@@ -57,7 +57,14 @@ class PredictionMethod(Method):
         return 2 * self.direction_weight * others.mean(), projections[0][: len(first)]
 
     def pair_losses(self, projections: Tensor, targets: Tensor) -> Tensor:
-        predictions = self.predict(projections.flatten(0, 1)).unflatten(0, projections.shape[:2])
+        return self.both_ways(self.predictions(projections), targets)
+
+    def predictions(self, projections: Tensor) -> Tensor:
+        """Return the predictions (N, m, d') of projections (N, m, d)."""
+        return self.predict(projections.flatten(0, 1)).unflatten(0, projections.shape[:2])
+
+    def both_ways(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        """Return the losses of all pairs, (N, m, m), of predictions and targets, (N, m, d')."""
         distances = self.distances(predictions, targets)
         return self.direction_weight * (distances + distances.mT)
 

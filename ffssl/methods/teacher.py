@@ -51,6 +51,8 @@ class TeacherMethod(PredictionMethod):
     Teacher(*self.student())` after it has made its heads.
     """
 
+    pair_loss = "student"
+
     def __init__(
         self, backbone: nn.Module, *, teacher_momentum: float, teacher_momentum_end: float
     ):
@@ -66,6 +68,24 @@ class TeacherMethod(PredictionMethod):
 
     def targets(self, images: Tensor, projections: Tensor | None = None) -> Tensor:
         return self.teacher(images)
+
+    def student_losses(self, projections: Tensor) -> Tensor:
+        """Return the losses of all pairs with the student in its teacher's place.
+
+        They rank pairs nearly as `pair_losses` does, without the teacher's pass over all views.
+
+        projections: (N, m, d). The losses are (N, m, m), symmetric.
+        """
+        predictions = self.predictions(projections)
+        return self.both_ways(predictions, self.student_targets(projections, predictions))
+
+    def student_targets(self, projections: Tensor, predictions: Tensor) -> Tensor:
+        """Return what the student has where its teacher has targets: (N, m, d').
+
+        projections: (N, m, d).
+        predictions: (N, m, d').
+        """
+        return projections
 
     def momentum(self, progress: Progress) -> float:
         """Return the EMA's momentum at a step (BYOL, section 3.3).

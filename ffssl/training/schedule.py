@@ -75,8 +75,15 @@ class RunSchedule:
         if h.select == "off" or epoch < self.selection_start:
             return Selection()
         policies = len(view_policies(self.options)) if h.across_policies is not False else 1
+        low = methods.METHODS[self.options.method.name].hard_share
+        if h.share_min is not None:
+            low = h.share_min
         share = schedules.hard_share(
-            epoch, epochs=epochs, start=self.selection_start, low=h.share_min, high=h.share_max
+            epoch,
+            epochs=epochs,
+            start=self.selection_start,
+            low=min(low, h.share_max),
+            high=h.share_max,
         )
         return Selection(h.select, h.resolution, h.loss, h.extra_targets, share, policies)
 
