@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ffssl.data.loader import ViewLoader
 from ffssl.data.normalise import to_input
