@@ -80,6 +80,11 @@ class SimSiam(pl.LightningModule):
         (z0, p0), (z1, p1) = self(x0), self(x1)
         return (self.criterion(z0, p1) + self.criterion(z1, p0)) / 2
 
+    def on_train_end(self):
+        sums = [p.double().sum().item() for p in self.parameters()]
+        with open(f"{self.notes}/weights{self.global_rank}.json", "w") as file:
+            json.dump(sums, file)
+
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.06)
 
@@ -148,7 +153,7 @@ def test_a_training_follows_the_schedules_and_goes_on_from_a_checkpoint(betons, 
 
     (tmp_path / "again").mkdir()
     again = SimSiam(betons["train"], tmp_path / "again")
-    trainer_of(*callbacks()).fit(again, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    trainer_of(*callbacks()).fit(again, ckpt_path=tmp_path / "half.ckpt")
     assert notes_of(tmp_path / "again") == notes[2 * steps :]
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
@@ -156,7 +161,7 @@ def test_a_training_follows_the_schedules_and_goes_on_from_a_checkpoint(betons, 
 
 def test_two_ranks_share_each_epoch_and_end_with_the_same_weights(betons, tmp_path):
     model = SimSiam(betons["train"], tmp_path)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = [p.double().sum().item() for p in model.parameters()]
     trainer_of(*callbacks(), devices=2, strategy="ddp_fork").fit(model)
     ranks = [notes_of(tmp_path, rank) for rank in range(2)]
     steps = 160 // BATCH
@@ -171,8 +176,8 @@ def test_two_ranks_share_each_epoch_and_end_with_the_same_weights(betons, tmp_pa
             for index in note["indices"]
         ]
         assert sorted(seen) == list(range(160))
-    after = model.state_dict()
-    assert not torch.equal(before["projector.layers.0.weight"], after["projector.layers.0.weight"])
+    first, second = (json.loads((tmp_path / f"weights{r}.json").read_text()) for r in range(2))
+    assert first == second != before
 
 
 class WithScheduler(SimSiam):
