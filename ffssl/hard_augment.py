@@ -158,13 +158,13 @@ def batch_statistics_untracked(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def without_trace(method: Method, device: torch.device) -> Iterator[None]:
+def without_trace(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Run forward passes that leave no gradients and no statistics.
 
     The random state, from which dropout draws, is restored when the block ends.
     """
     random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    with torch.no_grad(), random_state, batch_statistics_untracked(method):
+    with torch.no_grad(), random_state, batch_statistics_untracked(model):
         yield
 
 
@@ -253,10 +253,10 @@ def small_input(views: Tensor, resolution: int) -> Tensor:
 
 
 def shrunk(images: Tensor, resolution: int) -> Tensor:
-    """Downsample uint8 images (..., R, R) with antialiasing.
+    """Downsample images (..., R, R), uint8 or floating, with antialiasing.
 
-    Return levels (..., resolution, resolution) in float32, or in float16 on a GPU whose autocast is
-    in half precision.
+    Return them (..., resolution, resolution) in the same range: in float32, or in float16 on a GPU
+    whose autocast is in half precision.
     """
     # On a CPU two matrix products take a quarter of the time of the interpolation, for views of 48
     # pixels. The meta device interpolates: there FLOPs are counted, and only networks are to count.

@@ -7,6 +7,7 @@ for epoch in range(100):
         ...
 """
 
+import inspect
 import itertools
 import math
 import os
@@ -217,6 +218,11 @@ class ViewLoader:
         return self._settings.views
 
     @property
+    def most_views(self) -> int:
+        """Views of each image that the loader was made for."""
+        return self._settings.most_views
+
+    @property
     def buffer_bytes(self) -> int:
         """Bytes of all view buffers.
 
@@ -269,13 +275,16 @@ class ViewLoader:
     ) -> None:
         """Choose what the next iteration serves, and end an iteration that is under way.
 
+        An iteration that has served no batch yet is not under way: it serves the new epoch. Some
+        frameworks, as Lightning, ask for the iterator before they announce the epoch.
+
         resolution: in pixels; as before by default.
         magnitude: strength of the views, see `ViewPolicy`.
         views: how many of each image's views to serve, the first ones; as before by default, and
             at most as many as the loader was made for.
         first_batch: the batch of the epoch to begin with.
         """
-        self._stop()
+        self._stop(begun_only=True)
         if not 0 <= first_batch <= len(self):
             raise UserError(
                 f"{self.beton.path}: an epoch of {len(self)} batches can't begin at "
@@ -308,13 +317,13 @@ class ViewLoader:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _stop(self) -> None:
+    def _stop(self, begun_only: bool = False) -> None:
         if self._process != os.getpid():
             # Kept, since only CUDA can free pinned memory, and a fork can't call CUDA.
             self._of_parent = self._buffer
             self._start()
         running = self._running() if self._running is not None else None
-        if running is not None:
+        if running is not None and (running.begun or not begun_only):
             running.end()
 
     def _checked_indices(self, indices: Sequence[int]) -> np.ndarray:
@@ -559,6 +568,11 @@ class _Iteration:
                 "close; a loader serves one loop at a time: open a second loader for a second loop"
             )
         return next(self._batches)
+
+    @property
+    def begun(self) -> bool:
+        """Whether a batch has been asked for."""
+        return inspect.getgeneratorstate(self._batches) != inspect.GEN_CREATED
 
     def close(self) -> None:
         """Leave the epoch early."""

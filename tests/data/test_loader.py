@@ -27,8 +27,12 @@ def open_loader(path, **options):
 def epoch_of(loader, *settings):
     """An epoch's views, labels and indices, each concatenated."""
     loader.set_epoch(*settings)
-    batches = [(views.clone(), labels, indices) for views, labels, indices in loader]
-    return tuple(torch.cat(part) for part in zip(*batches))
+    return collected(loader)
+
+
+def collected(batches):
+    parts = [(views.clone(), labels, indices) for views, labels, indices in batches]
+    return tuple(torch.cat(part) for part in zip(*parts))
 
 
 def views_by_index(views, _, indices):
@@ -517,6 +521,19 @@ def test_two_loops_over_one_loader_at_once_are_refused_and_one_after_the_other_a
         finished = iter(loader)
         assert len(list(finished)) == len(list(loader)) == 5
         assert list(finished) == []
+
+
+def test_an_iteration_that_has_served_nothing_serves_the_epoch_that_is_set_then(beton):
+    with open_loader(beton) as loader:
+        expected = epoch_of(loader, 3)
+        early = iter(loader)
+        loader.set_epoch(3)
+        assert_same(collected(early), expected)
+        early, later = iter(loader), iter(loader)
+        loader.set_epoch(3)
+        assert_same(collected(later), expected)
+        with pytest.raises(UserError, match="one loop at a time"):
+            next(early)
 
 
 def test_an_exception_in_the_loop_leaves_a_loader_that_works(beton):
