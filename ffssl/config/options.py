@@ -54,7 +54,7 @@ class DataOptions:
     validation: str | None = option(
         None,
         Text(),
-        "beton file with labels for the online kNN; none: no evaluation",
+        "beton file with labels for the online evaluations; none: no evaluation",
         Role.DATA,
         of_a_rank=True,
     )
@@ -276,7 +276,7 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Online kNN on frozen features."""
+    """Online kNN on frozen features, and an online linear classifier."""
 
     every: int = option(
         0,
@@ -292,6 +292,14 @@ class EvaluateOptions:
         100_000,
         integer(1),
         "training images in the bank at most, chosen at random",
+        Role.EVALUATION,
+    )
+    linear_learning_rate: float = option(
+        0.1,
+        # So that its weights stay finite, whatever the features.
+        number(0, 100),
+        "learning rate of the linear classifier that is trained beside the method, for a batch of "
+        "256; 0: none",
         Role.EVALUATION,
     )
 

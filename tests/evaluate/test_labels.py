@@ -169,7 +169,7 @@ def test_labels_may_be_any_numbers(tmp_path):
         )
         with contextlib.closing(OnlineKnn(options_of(folder), torch.device("cpu"))) as online:
             found[name] = (
-                online.accuracy(method.backbone, contextlib.nullcontext()),
+                online.accuracies(method.backbone, contextlib.nullcontext()),
                 frozen.knn(k=5, temperature=0.1)["scores"],
                 [
                     frozen.linear(Recipe(epochs=1, batch_size=12, cached=cached))["scores"]
