@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from ffssl import hard_augment
 from ffssl.backbones import SmallResNet
 from ffssl.config import read_options
 from ffssl.methods import METHODS
@@ -128,6 +128,19 @@ def test_it_takes_the_steps_of_the_formulas_and_leaves_out_images_without_a_labe
     np.testing.assert_allclose(classifier.layer.weight.detach(), weights, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(classifier.layer.bias.detach(), bias, rtol=1e-4, atol=1e-6)
     assert np.abs(weights).max() > 0.1
+
+
+def test_its_flops_are_eight_times_features_times_classes_for_each_image():
+    backbone = Features()
+    classifier = OnlineClassifier(
+        backbone, CLASSES, learning_rate=1, batch_size=7, total_steps=5, device=CPU
+    )
+    for _ in range(2):  # views
+        backbone(torch.randn(7, 5))
+    with FlopCounterMode(display=False) as counter:
+        classifier.add_gradients(torch.tensor([0, 1, 2, 0, 1, 2, -1]))
+        classifier.step(0)
+    assert counter.get_total_flops() == 7 * 8 * 5 * 3
 
 
 def test_features_that_are_not_finite_do_not_ruin_it():
