@@ -104,6 +104,12 @@ class AugmentOptions:
         Choice("torchvision", "affine"),
         "colour jitter: torchvision's steps, or one cheaper colour matrix",
     )
+    interpolation: str = option(
+        "bilinear",
+        Choice("bilinear", "bicubic"),
+        "filter that resizes crops, antialiased; bicubic: as the authors of SimCLR, BYOL, DINO, "
+        "Barlow Twins and VICReg",
+    )
     crop_scale_min: float | None = option(
         None, number(0.001, 1), "smallest crop, as a share of the area; default: the policy's"
     )
