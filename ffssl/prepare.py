@@ -30,6 +30,7 @@ from ffssl.run_folder.background_writer import Saver
 from ffssl.run_folder.log import RunLog, require_wandb
 from ffssl.run_folder.provenance import record_start
 from ffssl.training.build import COMPILED_METHODS, build, compile_methods
+from ffssl.training.classifier import online_classifier
 from ffssl.training.record import NoRecord, Record
 from ffssl.training.run import Run, start_run
 from ffssl.training.schedule import RunSchedule, StepShape
@@ -84,6 +85,9 @@ def prepared(options: Options) -> Iterator[Prepared]:
         run = start_run(options, method, RunSchedule(options, len(loader)), device)
         compiled = compile_methods(method, COMPILED_METHODS, options.training.compile, device)
         run.data = data
+        run.classifier = online_classifier(
+            options, method.backbone, loader.beton.labels, total_steps=run.schedule.total_steps
+        )
         folder = Path(options.run.folder)
         stack.enter_context(resumed_from(folder, run))
 
@@ -127,6 +131,11 @@ def announce(run: Run, loader: ViewLoader, knn: OnlineKnn | None, compiled: str)
     )
     if knn and knn.label_field != LABEL:
         print(f"labels for the kNN: the field '{knn.label_field}'", flush=True)
+    if knn and knn.labelled < knn.images:
+        print(f"{knn.labelled} of {knn.images} training images have a label", flush=True)
+    done = run.epoch or run.totals.steps
+    if run.classifier and done and not run.classifier.trained:
+        print("the linear classifier begins anew: the checkpoint has none", flush=True)
 
 
 def open_record(run: Run, folder: Path) -> Record:

@@ -50,11 +50,11 @@ def train(options: Options) -> None:
             batch = (prep.loader.batch_size, views, 3, resolution, resolution)
             with_memory_advice(run, batch, lambda: train_epoch(prep))
             run.totals.average_over_ranks()
-            accuracy = {}
+            accuracies = {}
             if evaluation_is_due(options, run.epoch + 1):
                 record.save(run)
-                accuracy = evaluate(prep)
-            row = end_epoch(run, prep.loader, prep.flops) | accuracy
+                accuracies = evaluate(prep)
+            row = end_epoch(run, prep.loader, prep.flops) | accuracies
             record.epoch(row, run)
             record.save(run)
 
@@ -64,8 +64,8 @@ def train_epoch(prep: Prepared) -> None:
     run, record = prep.run, prep.record
     run.method.train()
     with Epoch(run, prep.loader) as epoch:
-        for views in epoch:  # on the device; timed, seeded, with a progress bar
-            epoch.add(train_step(run, views, epoch.step))  # waits for nothing
+        for views, labels in epoch:  # views on the device; timed, seeded, with a progress bar
+            epoch.add(train_step(run, views, epoch.step, labels))  # waits for nothing
             saving = bool(prep.stop) or record.due()
             if epoch.check_is_due(saving):
                 loss, saving = epoch.check(saving)  # waits for the GPU and the other ranks
@@ -84,20 +84,20 @@ def evaluation_is_due(options: Options, epochs_done: int) -> bool:
 
 
 def evaluate(prep: Prepared) -> dict[str, float]:
-    """Return the kNN accuracy on rank 0, and an empty dict on the other ranks.
+    """Return the accuracies on rank 0, and an empty dict on the other ranks.
 
     The other ranks wait for rank 0. Raise Stopped on all ranks if one of them has received a
     signal.
     """
-    accuracy: dict[str, float] = {}
-    if prep.run.options.data.validation:
+    run, accuracies = prep.run, {}
+    if run.options.data.validation:
         # All ranks raise Stopped together below, so that none is left waiting.
         with contextlib.suppress(Stopped):
             if prep.knn:
                 with prep.stop.interruptible():
-                    accuracy["knn"] = prep.knn.accuracy(prep.run.method.backbone, prep.run.amp)
+                    accuracies = prep.knn.accuracies(run.method.backbone, run.amp, run.classifier)
         prep.stop.check()
-    return accuracy
+    return accuracies
 
 
 def main(options: Options) -> int:

@@ -25,6 +25,7 @@ from ffssl.parallel.ranks import (
     ranks_here,
     world_size,
 )
+from ffssl.training.classifier import OnlineClassifier
 from ffssl.training.epoch import EpochTotals
 
 RANKS, IMAGES, WIDTH = 2, 6, 8
@@ -176,6 +177,32 @@ def loss_and_gradients(name, first, second):
     return loss.detach(), state.detach(), torch.stack([first.grad, second.grad])
 
 
+def classifier_of(mine):
+    """The weights of a classifier after steps on some of the images, of which some have no label:
+    in the first step all but one.
+    """
+    backbone = Features()
+    classifier = OnlineClassifier(
+        backbone,
+        torch.arange(3),
+        learning_rate=256.0,
+        batch_size=RANKS * IMAGES,
+        total_steps=4,
+        device=torch.device("cpu"),
+    )
+    generator = torch.Generator().manual_seed(2)
+    for step in range(3):
+        features = torch.randn(RANKS * IMAGES, WIDTH, generator=generator)
+        labels = torch.randint(-1, 3, (RANKS * IMAGES,), generator=generator)
+        if step == 0:
+            labels[1:] = -1
+            labels[0] = 2
+        backbone(features[mine])
+        classifier.add_gradients(classifier.targets(labels[mine]))
+        classifier.step(step)
+    return classifier.layer.weight.detach()
+
+
 def work(this_rank, port, answers):
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -184,6 +211,7 @@ def work(this_rank, port, answers):
     mine = slice(this_rank * IMAGES, (this_rank + 1) * IMAGES)
     answer = {name: loss_and_gradients(name, *projections()[:, mine]) for name in LOSSES}
     answer["pairs"] = nt_xent_of_pairs(pair_views()[mine], 0.5)
+    answer["classifier"] = classifier_of(mine)
     x = torch.full((2, 3), this_rank + 1.0, requires_grad=True)
     answer["functions"] = (
         rank(),
@@ -227,6 +255,12 @@ def test_the_losses_of_pairs_are_those_of_the_joint_batch(answers):
     torch.testing.assert_close(
         torch.cat([answer["pairs"] for answer in answers]), nt_xent_of_pairs(pair_views(), 0.5)
     )
+
+
+def test_the_linear_classifier_is_the_same_on_all_ranks_and_that_of_the_joint_batch(answers):
+    first, second = (answer["classifier"] for answer in answers)
+    assert torch.equal(first, second) and first.abs().max() > 1
+    torch.testing.assert_close(first, classifier_of(slice(None)), rtol=1e-4, atol=1e-5)
 
 
 def test_the_functions_join_the_ranks_in_order(answers):

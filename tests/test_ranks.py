@@ -83,8 +83,8 @@ def options_of(betons, folder, *more):
 def train(arguments, *, stop_after=None, at_step=None):
     """Train, in one thread.
 
-    Returns the losses of the steps, as rank 0 shows them, and all that the method held before and
-    holds now.
+    Returns the losses of the steps, as rank 0 shows them, and all that the method, and the linear
+    classifier beside it, held before and hold now.
 
     stop_after: an epoch at whose end Stop is raised. at_step: called with each step's number.
     """
@@ -98,9 +98,7 @@ def train(arguments, *, stop_after=None, at_step=None):
 
     def kept(*words):
         run = start(*words)
-        runs.append(
-            (run, {name: tensor.clone() for name, tensor in run.method.state_dict().items()})
-        )
+        runs.append((run, {name: tensor.clone() for name, tensor in held_by(run).items()}))
         return run
 
     def epoch(prep):
@@ -108,10 +106,10 @@ def train(arguments, *, stop_after=None, at_step=None):
             raise Stop
         return epoch_of(prep)
 
-    def step(run, views, number):
+    def step(run, views, number, labels):
         if at_step:
             at_step(number)
-        return step_of(run, views, number)
+        return step_of(run, views, number, labels)
 
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
@@ -127,7 +125,12 @@ def train(arguments, *, stop_after=None, at_step=None):
         finally:
             torch.set_num_threads(threads)
     ((run, before),) = runs
-    return losses, before, run.method.state_dict()
+    return losses, before, held_by(run)
+
+
+def held_by(run) -> dict[str, torch.Tensor]:
+    classifier = run.classifier.layer.state_dict() if run.classifier else {}
+    return run.method.state_dict() | {f"classifier.{name}": t for name, t in classifier.items()}
 
 
 def assert_close(state, expected, atol=3e-5):
@@ -205,7 +208,8 @@ def work(rank, ports, folder, betons):
     with tiny_backbone():
         for name, more in RUNS.items():
             next_group()
-            answer[name] = train(options_of(betons, folder / name, f"--method.name={name}", *more))
+            more = [f"--method.name={name}", f"--data.validation={betons['val']}", *more]
+            answer[name] = train(options_of(betons, folder / name, *more))
         next_group()
         with contextlib.suppress(Stop):
             train(options_of(betons, folder / "stopped", *CONTINUED), stop_after=1)
@@ -233,7 +237,7 @@ def work(rank, ports, folder, betons):
         answer["devices"] = mix_devices(rank)
         next_group()
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped) as stopped:
-            patch.setattr(OnlineKnn, "accuracy", lambda *_: signal.raise_signal(signal.SIGTERM))
+            patch.setattr(OnlineKnn, "accuracies", lambda *_: signal.raise_signal(signal.SIGTERM))
             train(options_of(betons, folder / "evaluating", f"--data.validation={betons['val']}"))
         answer["evaluating"] = str(stopped.value)
         next_group()
@@ -328,7 +332,13 @@ def answers(folder):
 def test_two_ranks_train_as_one_process_does(answers, betons, tmp_path, name):
     with tiny_backbone():
         losses, before, state = train(
-            options_of(betons, tmp_path, f"--method.name={name}", *RUNS[name])
+            options_of(
+                betons,
+                tmp_path,
+                f"--method.name={name}",
+                f"--data.validation={betons['val']}",
+                *RUNS[name],
+            )
         )
     (theirs, _, first), (nothing, _, second) = (answer[name] for answer in answers)
     assert len(losses) == 20 and nothing == []
@@ -337,6 +347,7 @@ def test_two_ranks_train_as_one_process_does(answers, betons, tmp_path, name):
     # Student, teacher and buffers, to the bit.
     assert all(torch.equal(first[name], second[name]) for name in state)
     assert (state["projector.0.weight"] - before["projector.0.weight"]).abs().max() > 3e-4
+    assert state["classifier.weight"].abs().max() > 3e-4
 
 
 @pytest.mark.parametrize(
@@ -433,8 +444,11 @@ def test_a_run_of_one_process_goes_on_with_torchrun_which_writes_and_tells_once(
         path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")
     )
     assert files == ["checkpoint.1.pt", "checkpoint.pt", "log.jsonl", "run.json"]
-    state = checkpoint.load(tmp_path / "run")["method"]
+    state = checkpoint.load(tmp_path / "run")
+    classifier = state["classifier"]["layer"].items()
+    state = state["method"] | {f"classifier.{name}": tensor for name, tensor in classifier}
     assert_close(state, alone, atol=2e-4)  # of a network as deep as the program's
+    assert ours[-1]["linear_top1"] == pytest.approx(theirs[-1]["linear_top1"], abs=0.1)
 
 
 # Of 40 steps; at a rate so small that rounding stays small in a network as deep as the program's.

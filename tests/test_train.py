@@ -85,6 +85,9 @@ def test_efficient_run_follows_its_schedules_and_logs_them(betons, tmp_path):
     assert [row["resolution"] for row in rows[1:]] == [32, 16, 16, 32, 32]
     assert [row["magnitude"] for row in rows[1:]] == [4, 4.5, 5, 5.5, 6]
     assert [("knn" in row) for row in rows] == [True, False, False, False, False, True]
+    # Of eight classes; none before it has learned.
+    assert [("linear_top1" in row) for row in rows] == [False] * 5 + [True]
+    assert 0 <= rows[-1]["linear_top1"] <= rows[-1]["linear_top5"] <= 1
     flops = [b["flops"] - a["flops"] for a, b in zip(rows, rows[1:])]
     assert flops[1] == flops[2] < flops[0] < flops[3] == flops[4]  # no pass in the warm-up
     assert rows[-1]["loss"] < rows[1]["loss"]
@@ -228,12 +231,12 @@ def test_a_run_goes_on_with_the_very_next_batch_and_its_sums_and_random_numbers(
 ):
     steps, shown = [], []
 
-    def recorded_step(run, views, step):
+    def recorded_step(run, views, step, labels):
         # Of the views themselves, and of what dropout would draw.
         steps.append((step, views.sum().item(), torch.rand(1).item()))
         if step == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(run, views, step)
+        return train_step(run, views, step, labels)
 
     train_step, joules = train_module.train_step, itertools.count(0, 3600)
     monkeypatch.setattr(train_module, "train_step", recorded_step)
@@ -347,9 +350,9 @@ def test_a_checkpoint_in_an_epoch_is_written_while_the_steps_go_on(betons, tmp_p
         0,
     )
 
-    def told_step(run, views, number):
+    def told_step(run, views, number, labels):
         nonlocal done
-        result = step(run, views, number)
+        result = step(run, views, number, labels)
         with stepped:
             done = number + 1
             stepped.notify()

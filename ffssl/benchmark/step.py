@@ -205,7 +205,7 @@ def time_shape(
 
     def step() -> None:
         watch.start()
-        train_step(run, views, next(numbers), watch.mark)
+        train_step(run, views, next(numbers), mark=watch.mark)
 
     def in_a_row(work: Callable[[], None]) -> float:
         return seconds_of(lambda: [work() for _ in range(steps)], device) / steps

@@ -54,7 +54,7 @@ class DataOptions:
     validation: str | None = option(
         None,
         Text(),
-        "beton file with labels for the online kNN; none: no evaluation",
+        "beton file with labels for the online evaluations; none: no evaluation",
         Role.DATA,
         of_a_rank=True,
     )
@@ -103,6 +103,12 @@ class AugmentOptions:
         "torchvision",
         Choice("torchvision", "affine"),
         "colour jitter: torchvision's steps, or one cheaper colour matrix",
+    )
+    interpolation: str = option(
+        "bilinear",
+        Choice("bilinear", "bicubic"),
+        "filter that resizes crops, antialiased; bicubic: as the authors of SimCLR, BYOL, DINO, "
+        "Barlow Twins and VICReg",
     )
     crop_scale_min: float | None = option(
         None, number(0.001, 1), "smallest crop, as a share of the area; default: the policy's"
@@ -281,7 +287,7 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Online kNN on frozen features."""
+    """Online kNN on frozen features, and an online linear classifier."""
 
     every: int = option(
         0,
@@ -297,6 +303,14 @@ class EvaluateOptions:
         100_000,
         integer(1),
         "training images in the bank at most, chosen at random",
+        Role.EVALUATION,
+    )
+    linear_learning_rate: float = option(
+        0.1,
+        # So that its weights stay finite, whatever the features.
+        number(0, 100),
+        "learning rate of the linear classifier that is trained beside the method, for a batch of "
+        "256; 0: none",
         Role.EVALUATION,
     )
 

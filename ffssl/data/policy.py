@@ -13,6 +13,7 @@ from ffssl.errors import UserError
 STANDARD_MAGNITUDE = 5.0
 
 JITTER_FORMS = ("torchvision", "affine")
+INTERPOLATIONS = ("bilinear", "bicubic")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class ViewPolicy:
         colour matrix a view, cheaper; `operations.colour_matrix` says what differs).
     rand_augment: number of RandAugment's operations. Their magnitude is the run's, clipped to
         0..30.
+    interpolation: filter by which crops are resized: "bilinear", or "bicubic", which takes more
+        time. Both are antialiased.
 
     Raises UserError for values out of range.
     """
@@ -52,6 +55,7 @@ class ViewPolicy:
     solarise: float = 0.0
     jitter_form: str = "torchvision"
     rand_augment: int = 0
+    interpolation: str = "bilinear"
 
     def __post_init__(self):
         for name in ("flip", "jitter", "grey", "blur", "solarise", "centre_crop"):
@@ -74,15 +78,18 @@ class ViewPolicy:
             raise UserError(
                 f"view policy: crop_scale goes up to {self.crop_scale[1]}, must not exceed 1"
             )
-        if self.jitter_form not in JITTER_FORMS:
-            raise UserError(
-                f"view policy: jitter_form is {self.jitter_form!r}, must be one of "
-                f"{', '.join(JITTER_FORMS)}"
-            )
+        self._require_one_of("jitter_form", JITTER_FORMS)
+        self._require_one_of("interpolation", INTERPOLATIONS)
         if self.rand_augment not in range(MOST_OPERATIONS + 1):
             raise UserError(
                 f"view policy: rand_augment is {self.rand_augment}, "
                 f"must be a whole number of operations, 0..{MOST_OPERATIONS}"
+            )
+
+    def _require_one_of(self, name: str, known: tuple[str, ...]) -> None:
+        if getattr(self, name) not in known:
+            raise UserError(
+                f"view policy: {name} is {getattr(self, name)!r}, must be one of {', '.join(known)}"
             )
 
     def row(self, magnitude: float = STANDARD_MAGNITUDE) -> np.ndarray:
@@ -107,6 +114,7 @@ class ViewPolicy:
                 self.jitter_form == "affine",
                 self.rand_augment,
                 min(max(magnitude, 0), MOST_MAGNITUDE),
+                self.interpolation == "bicubic",
             ]
         )
 

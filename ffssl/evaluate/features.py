@@ -18,7 +18,7 @@ from ffssl.data.normalise import to_input
 from ffssl.data.policy import EVALUATION
 from ffssl.parallel.device import mark_work
 from ffssl.run_folder.background_writer import copy_to_host
-from ffssl.training.transfer import to_device
+from ffssl.training.transfer import views_to_device
 
 # Through the backbone; a probe's batches are larger, and would need memory in proportion.
 IMAGES_AT_ONCE = 256
@@ -47,15 +47,8 @@ def labelled_images(loader: ViewLoader, device: torch.device) -> Iterator[tuple[
     Views: uint8 (B, 3, R, R), on `device`, valid until the next batch is asked for (see
     `to_device`). Labels: (B,), in the host's memory.
     """
-    labels: collections.deque[Tensor] = collections.deque()
-
-    def images() -> Iterator[Tensor]:
-        for views, of_batch, _ in loader:
-            labels.append(of_batch)
-            yield views[:, 0]
-
-    for batch in to_device(images(), device):
-        yield batch, labels.popleft()
+    for views, labels in views_to_device(loader, device):
+        yield views[:, 0], labels
 
 
 @torch.no_grad()

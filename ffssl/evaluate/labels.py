@@ -8,11 +8,17 @@ from ffssl.errors import UserError
 
 
 def shared_classes(
-    train: Beton, validation: Beton, option: str = "--data.label_field"
+    train: Beton,
+    validation: Beton,
+    option: str = "--data.label_field",
+    *,
+    partly: bool = False,
 ) -> np.ndarray:
     """Return the labels of the training images, each once, ascending: int64 (classes,).
 
     They may be any numbers, as ids are.
+
+    partly: only some of the training images need a label, as in STL-10.
 
     Raise UserError if an image has no label (the message names `option`, which chooses the field),
     if the files' class names differ, if a validation image is of a class that no training image
@@ -25,7 +31,8 @@ def shared_classes(
                 f"this file holds them, if any: {describe_fields(beton.fields)}; "
                 f"name it with {option}, convert class folders, or take another file"
             )
-        if missing := int((beton.labels == UNLABELLED).sum()):
+        missing = int((beton.labels == UNLABELLED).sum())
+        if missing and not (partly and beton is train and missing < len(beton)):
             raise UserError(
                 f"{beton.path}: an evaluation needs labels, and {missing} of {len(beton)} images "
                 f"have none ({UNLABELLED}); convert class folders, or take another file"
@@ -38,7 +45,7 @@ def shared_classes(
         alone = sorted(set(names[0]) ^ set(names[1]))
         how = f"{alone[0]!r} is in one of them only" if alone else "the order is another"
         raise UserError(f"{differ}: {how}; convert both alike")
-    classes = np.unique(train.labels)
+    classes = np.unique(train.labels[train.labels != UNLABELLED])
     unknown = np.setdiff1d(validation.labels, classes)
     if len(unknown):
         label = int(unknown[0])

@@ -160,8 +160,10 @@ def top_accuracies(
     top-5 is None if there are at most five classes.
     """
     device, classes = classifier.weight.device, classifier.out_features
+    # Not over the ranks: while a run trains, rank 0 evaluates alone.
+    settings = {"average": "micro", "sync_on_compute": False}
     metrics = {
-        f"top{k}": MulticlassAccuracy(classes, top_k=k, average="micro").to(device)
+        f"top{k}": MulticlassAccuracy(classes, top_k=k, **settings).to(device)
         for k in (1, 5)
         if k < classes
     }

@@ -1,25 +1,30 @@
-"""kNN accuracy of a backbone while it trains."""
+"""Accuracies of a backbone while it trains."""
 
 import numpy as np
 import torch
 from torch import nn
 
 from ffssl.config import Options
-from ffssl.data.beton.read import read_beton
+from ffssl.data.beton.read import UNLABELLED, read_beton
 from ffssl.errors import UserError
 from ffssl.evaluate.features import extract_features, open_views
 from ffssl.evaluate.knn import knn_accuracy
 from ffssl.evaluate.labels import shared_classes
+from ffssl.evaluate.linear import top_accuracies
+from ffssl.training.classifier import OnlineClassifier
 
 
 class OnlineKnn:
     """Classify the validation images by their neighbours among training images.
 
-    At most `bank_samples` training images serve, drawn at random. Views are centre crops at the
-    largest training resolution.
+    At most `bank_samples` labelled training images serve, drawn at random. Views are centre crops
+    at the largest training resolution.
 
-    options: all sections; see the section evaluate. label_field: the training file's field of
-    labels. Raise UserError if the two files' labels can't be compared, see `shared_classes`.
+    options: all sections; see the section evaluate.
+
+    label_field is the training file's field of labels; labelled and images are its labelled images
+    and all of them. Raise UserError if the two files' labels can't be compared, see
+    `shared_classes`.
     """
 
     def __init__(self, options: Options, device: torch.device):
@@ -29,7 +34,7 @@ class OnlineKnn:
             for path in (options.data.train, options.data.validation)
         )
         try:
-            shared_classes(bank, queries)
+            shared_classes(bank, queries, partly=True)
         except UserError as error:
             raise UserError(f"{error}; or train without --data.validation") from error
         self.label_field = bank.label_field
@@ -37,18 +42,28 @@ class OnlineKnn:
         self._bank = open_views(
             options.data.train, options.data, options.resolution.max, broken=options.data.broken
         )
-        total = len(self._bank.samples)
-        if total > options.evaluate.bank_samples:
-            chosen = np.random.Generator(np.random.Philox(options.run.seed)).choice(
-                total, options.evaluate.bank_samples, replace=False
+        labelled = np.flatnonzero(bank.labels != UNLABELLED)
+        self.labelled, self.images = len(labelled), len(bank)
+        if len(labelled) > options.evaluate.bank_samples:
+            labelled = np.random.Generator(np.random.Philox(options.run.seed)).choice(
+                labelled, options.evaluate.bank_samples, replace=False
             )
-            self._bank.samples = np.sort(chosen)
+        self._bank.samples = np.sort(labelled)
 
-    def accuracy(self, backbone: nn.Module, amp: torch.autocast) -> float:
-        """Return the share (0..1) of validation images that are classified rightly."""
+    def accuracies(
+        self,
+        backbone: nn.Module,
+        amp: torch.autocast,
+        classifier: OnlineClassifier | None = None,
+    ) -> dict[str, float]:
+        """Return the shares (0..1) of validation images that are classified rightly.
+
+        "knn": by their neighbours. "linear_top1", "linear_top5": by the classifier, once it has
+        learned, see `top_accuracies`; the second if there are more than five classes.
+        """
         bank, bank_labels = extract_features(backbone, self._bank, self._device, amp)
         queries, query_labels = extract_features(backbone, self._queries, self._device, amp)
-        return knn_accuracy(
+        knn = knn_accuracy(
             bank,
             bank_labels,
             queries,
@@ -56,6 +71,12 @@ class OnlineKnn:
             k=self._options.k,
             temperature=self._options.temperature,
         )
+        found = {"knn": knn}
+        if classifier is not None and classifier.trained:
+            targets = classifier.targets(query_labels.cpu())
+            shares = top_accuracies(classifier.layer, queries, targets)
+            found |= {f"linear_{k}": share for k, share in shares.items() if share is not None}
+        return found
 
     def close(self) -> None:
         self._queries.close()

@@ -29,7 +29,7 @@ def model_card(
     options, epoch = run.options, run.state["epoch"]
     weights = fingerprint(backbone)
     title = f"{options.model.backbone}, pre-trained without labels by {options.method.name}"
-    scores = online_knn(options, folder, epoch) if network == "student" and not run.steps else []
+    scores = online_scores(options, folder, epoch) if network == "student" and not run.steps else []
     records = [record for record in read_results(folder) if record["weights"] == weights]
     return "\n".join(
         [
@@ -148,13 +148,23 @@ def published_options(options: Options) -> str:
     return yaml.safe_dump({n: v for n, v in sections.items() if v}, sort_keys=False)
 
 
-def online_knn(options: Options, folder: Path, epoch: int) -> list[str]:
-    """Return a line with the kNN accuracy that the log has of the epoch, or nothing."""
-    e = options.evaluate
-    return [
-        f"Online kNN after epoch {epoch}: {row['knn']:.2%} (k = {e.k}, T = {e.temperature:g}, "
-        f"at most {e.bank_samples} training images; "
-        f"centre crops of {options.resolution.max} px of {Path(options.data.validation).name})"
-        for row in read_log(folder)
-        if row["epoch"] == epoch and "knn" in row
-    ]
+def online_scores(options: Options, folder: Path, epoch: int) -> list[str]:
+    """Return lines with the accuracies that the log has of the epoch, or nothing."""
+    e, lines = options.evaluate, []
+    crops = f"centre crops of {options.resolution.max} px of"
+    for row in read_log(folder):
+        if row["epoch"] == epoch and "knn" in row:
+            images = f"{crops} {Path(options.data.validation).name}"
+            lines.append(
+                f"Online kNN after epoch {epoch}: {row['knn']:.2%} (k = {e.k}, "
+                f"T = {e.temperature:g}, at most {e.bank_samples} training images; {images})"
+            )
+            if "linear_top1" in row:
+                top5 = f", top-5 {row['linear_top5']:.2%}" if "linear_top5" in row else ""
+                lines += [
+                    "",
+                    f"Online linear classifier: top-1 {row['linear_top1']:.2%}{top5} (trained "
+                    "beside the method on its views, with learning rate "
+                    f"{e.linear_learning_rate:g} for a batch of 256; {images})",
+                ]
+    return lines

@@ -193,6 +193,10 @@ def training_charts(runs: list[ReportedRun]) -> list[Chart]:
         ),
         replace(_logged(runs, "knn", "accuracy-epochs", "kNN accuracy (%)", scale=100), marks=True),
         replace(
+            _logged(runs, "linear_top1", "linear-epochs", "online linear accuracy (%)", scale=100),
+            marks=True,
+        ),
+        replace(
             _logged(runs, "images_per_second", "throughput", "images per second"), from_zero=True
         ),
         replace(

@@ -187,11 +187,13 @@ def _table(runs: list[ReportedRun]) -> str:
     flops, flop_scale = flop_unit(max(run.rows[-1]["flops"] for run in runs))
     times, time_scale = time_unit(max(run.rows[-1]["seconds"] for run in runs))
     energy = any("kwh" in run.rows[-1] for run in runs)
+    linear = any("linear_top1" in (run.last_evaluation or {}) for run in runs)
     titles = [
         "run",
         "method",
         "epochs",
         "kNN accuracy",
+        *(["linear accuracy"] if linear else []),
         f"{flops}",
         f"{times}",
         *(["kWh"] if energy else []),
@@ -217,6 +219,7 @@ def _table(runs: list[ReportedRun]) -> str:
             (escape(method[0]), escape(method[1])),
             (epochs, ""),
             (f"{evaluated['knn']:.1%}" if evaluated else "–", at),
+            *([_linear_accuracy(evaluated or {})] if linear else []),
             (f"{row['flops'] * flop_scale:.1f}", ratio["flops"]),
             (f"{row['seconds'] * time_scale:.1f}", ratio["seconds"]),
             *([(f"{row['kwh']:.2f}" if "kwh" in row else "–", ratio["kwh"])] if energy else []),
@@ -233,12 +236,21 @@ def _table(runs: list[ReportedRun]) -> str:
         f'<th scope="col"{"" if j < 2 else NUMBER}>{title}</th>' for j, title in enumerate(titles)
     )
     return _card_table("summary", "".join(lines), heads) + _lead(
-        "Accuracy of weighted kNN on the frozen features, the last that was measured. "
+        "Accuracy of weighted kNN on the frozen features, the last that was measured"
+        f"{', and of a linear classifier that was trained beside them' if linear else ''}. "
         "FLOPs in the standard count (backward = 2 forward); "
         "the time is that of training, without the evaluations. "
         "Costs are compared where the accuracies are of one evaluation, "
         "times and energies where the hardware is the same too."
     )
+
+
+def _linear_accuracy(evaluated: dict) -> tuple[str, str]:
+    """Return the online linear classifier's accuracy, and its top-5 accuracy if there is one."""
+    if "linear_top1" not in evaluated:
+        return "–", ""
+    top5 = f"top-5 {evaluated['linear_top5']:.1%}" if "linear_top5" in evaluated else ""
+    return f"{evaluated['linear_top1']:.1%}", top5
 
 
 NUMBER = ' class="number"'

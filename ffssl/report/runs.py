@@ -105,7 +105,7 @@ class ReportedRun:
         except UserError:  # gone since
             return None
         try:
-            shared_classes(*betons)
+            shared_classes(*betons, partly=True)
         except UserError as error:
             return str(error)
         return None

@@ -204,7 +204,8 @@ def check_classes(study: Study, folder: Path) -> None:
         commands = [run.command(folder, study.seeds[0]) for run in study.runs]
         for field in {read_options(command).data.label_field for command in commands}:
             try:
-                shared_classes(*(read_beton(study.data[split], field) for split in SPLITS))
+                betons = (read_beton(study.data[split], field) for split in SPLITS)
+                shared_classes(*betons, partly=True)
             except UserError as error:
                 raise UserError(f"{study.path}: {error}") from error
 

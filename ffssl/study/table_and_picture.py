@@ -14,10 +14,14 @@ from ffssl.slowed import describe_slowed
 from ffssl.study.recipes import Run, Study
 
 COSTS = ("flops", "seconds")
+# Accuracies of the online linear classifier, where there is one, and their titles.
+LINEAR = {"linear_top1": "linear (%)", "linear_top5": "top-5 (%)"}
 NOTES = """
 Means over the seeds, ± the sample standard deviation. kNN accuracy on the validation images after
-the last epoch, never the best. FLOPs in the standard count (backward = 2 forward); seconds of
-training, without the evaluations, with torch.compile's work where it is on; kWh of the GPU.
+the last epoch, never the best; linear: top-1 accuracy of the linear classifier trained beside the
+method, then, and its top-5 accuracy. FLOPs in the standard count (backward = 2 forward), without
+that classifier; seconds of training, without the evaluations, with torch.compile's work where it is
+on; kWh of the GPU.
 Speed-ups are ratios of mean costs: that of the run that the study compares it with, the baseline,
 over this run's; and "to baseline's accuracy" that of what each had cost at the first evaluation at
 which its accuracy was the baseline's final one or more (means over the seeds; - where a run ends
@@ -102,7 +106,7 @@ def summarise(runs: list[Run], logs: dict[str, dict[int, list[dict]]]) -> list[d
     for run in runs:
         row = {"run": run.name, "against": run.against, "seeds": list(logs[run.name])}
         base = finals[run.against or run.name]
-        for key in ("knn", *COSTS, "kwh"):
+        for key in ("knn", *LINEAR, *COSTS, "kwh"):
             values = [final[key] for final in finals[run.name] if key in final]
             row[key] = statistics.fmean(values) if values else None
             row[f"{key}_sd"] = statistics.stdev(values) if len(values) > 1 else None
@@ -146,10 +150,12 @@ def first_reached(curve: list[dict[str, float]], accuracy: float) -> dict[str, f
 def format_table(rows: list[dict], seeds: int) -> str:
     """Return the rows of `summarise`, with `failed` (exit status by seed), as Markdown."""
     unit, scale = flop_unit(max((row["flops"] or 0 for row in rows), default=0))
+    linear = [key for key in LINEAR if any(row.get(key) is not None for row in rows)]
     titles = [
         "run",
         "seeds",
         "kNN (%)",
+        *(LINEAR[key] for key in linear),
         unit,
         "speed-up",
         "seconds",
@@ -163,6 +169,7 @@ def format_table(rows: list[dict], seeds: int) -> str:
             row["run"],
             _format_seeds(row, seeds),
             _format_mean(row["knn"], row["knn_sd"], 100),
+            *(_format_mean(row[key], row[f"{key}_sd"], 100) for key in linear),
             _format_mean(row["flops"], None, scale),
             _format_ratio(row["speed_up_flops"]),
             _format_mean(row["seconds"], row["seconds_sd"], 1),

@@ -14,7 +14,7 @@ from ffssl.training.gauges import effective_rank
 from ffssl.training.run import Run
 from ffssl.training.schedule import StepShape
 from ffssl.training.totals import EpochTotals, Meter, StepResult
-from ffssl.training.transfer import RunAheadLimit, to_device
+from ffssl.training.transfer import RunAheadLimit, views_to_device
 
 # Reading the loss waits for the GPU; once in so many steps that costs nothing.
 STEPS_BETWEEN_CHECKS = 50
@@ -25,7 +25,8 @@ SECONDS_BETWEEN_CHECKS = 5.0
 class Epoch:
     """The rest of an epoch, counted into `run.totals`. A context manager.
 
-    Iterating yields uint8 views (B, m, 3, R, R) on the run's device.
+    Iterating yields uint8 views (B, m, 3, R, R) on the run's device, and their labels int64 (B,) in
+    the host's memory.
     """
 
     def __init__(self, run: Run, loader: ViewLoader):
@@ -43,23 +44,23 @@ class Epoch:
 
     def __enter__(self) -> "Epoch":
         self._bar = self._progress_bar()
-        self._batches = to_device((views for views, _, _ in self.loader), self.run.device)
+        self._batches = views_to_device(self.loader, self.run.device)
         return self
 
     def __exit__(self, *_) -> None:
         self._batches.close()
         self._bar.close()
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         run, totals = self.run, self.run.totals
         while totals.steps < len(self.loader):
             asked = time.perf_counter()
-            views = next(self._batches)
+            views, labels = next(self._batches)
             totals.waited += time.perf_counter() - asked
             # Dropout's random numbers must not depend on where a run was resumed. Each rank has
             # its own.
             torch.manual_seed(run.options.run.seed + self.step + (rank() << 32))
-            yield views
+            yield views, labels
             self._bar.update(run.options.training.batch_size)
 
     def _progress_bar(self) -> tqdm:

@@ -109,6 +109,13 @@ def _by_kind(group: dict, weight_decay: float, decay_norm_and_bias: bool | None)
     return [part for part in parts if part["params"]]
 
 
+def restore_optimizer(optimizer: Optimizer, state: dict) -> None:
+    """Continue from an optimiser's state, saved on any device."""
+    for group in state["param_groups"]:
+        group["fused"] = optimizer.defaults["fused"]  # depends on the device
+    optimizer.load_state_dict(state)
+
+
 def set_learning_rate_and_momentum(
     optimizer: Optimizer, learning_rate: float, momentum: float, *, peak: float
 ) -> None:

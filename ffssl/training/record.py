@@ -64,11 +64,15 @@ class Record(NoRecord):
 
 def summary(row: dict[str, float], epochs: int) -> str:
     """Describe a finished epoch on one line."""
-    knn = f"  kNN {row['knn']:.1%}" if "knn" in row else ""
+    accuracies = "".join(
+        f"  {name} {row[key]:.1%}"
+        for name, key in (("kNN", "knn"), ("linear", "linear_top1"))
+        if key in row
+    )
     return (
         f"epoch {row['epoch']}/{epochs}  {row['resolution']} px  loss {row['loss']:.3f}  "
         f"lr {row['learning_rate']:.3g}  {row['images_per_second']:.0f} img/s, "
-        f"{row['data_wait']:.0%} waiting for data{knn}"
+        f"{row['data_wait']:.0%} waiting for data{accuracies}"
     )
 
 

@@ -14,7 +14,8 @@ from ffssl.parallel import batch_norm
 from ffssl.parallel.device import keep_freed_memory, mixed_precision
 from ffssl.parallel.energy import energy_counter
 from ffssl.parallel.ranks import world_size
-from ffssl.training.optimizers import build_optimizer
+from ffssl.training.classifier import OnlineClassifier
+from ffssl.training.optimizers import build_optimizer, restore_optimizer
 from ffssl.training.schedule import RunSchedule
 from ffssl.training.totals import EpochTotals
 
@@ -33,6 +34,7 @@ class Run:
     amp: torch.autocast
     scaler: torch.amp.GradScaler
     joules: Callable[[], float | None]  # used by the GPU so far, see `ffssl.parallel.energy`
+    classifier: OnlineClassifier | None = None
     epoch: int = 0  # epochs finished
     totals: EpochTotals = field(default_factory=EpochTotals)  # of the epoch under way
     spent: dict[str, float] = field(default_factory=lambda: {"seconds": 0.0, "flops": 0.0})
@@ -51,7 +53,7 @@ class Run:
         return ""
 
     def state(self) -> dict:
-        return {
+        state = {
             "epoch": self.epoch,
             "totals": self.totals.state(),
             "spent": self.spent,
@@ -61,6 +63,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
+        return state | ({"classifier": self.classifier.state()} if self.classifier else {})
 
     def restore(self, state: dict) -> None:
         """Continue from a state, saved on any device."""
@@ -69,9 +72,9 @@ class Run:
         if "totals" in state:
             self.totals = EpochTotals.restored(state["totals"], self.device)
         self.method.load_state_dict(state["method"])
-        for group in state["optimizer"]["param_groups"]:
-            group["fused"] = self.optimizer.defaults["fused"]  # depends on the device
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore_optimizer(self.optimizer, state["optimizer"])
+        if self.classifier is not None:
+            self.classifier.restore(state.get("classifier"))
         if state["scaler"]:  # empty unless the run was in fp16
             self.scaler.load_state_dict(state["scaler"])
 

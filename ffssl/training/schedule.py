@@ -148,6 +148,7 @@ def view_policies(options: Options) -> tuple[ViewPolicy, ...]:
         crop_scale_min=augment.crop_scale_min,
         blur=augment.blur,
         jitter_form=augment.jitter_form,
+        interpolation=augment.interpolation,
     )
 
 

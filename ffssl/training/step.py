@@ -18,12 +18,18 @@ from ffssl.training.totals import StepResult
 
 
 def train_step(
-    run: Run, views: Tensor, step: int, mark: Callable[[str], None] = lambda part: None
+    run: Run,
+    views: Tensor,
+    step: int,
+    labels: Tensor | None = None,
+    mark: Callable[[str], None] = lambda part: None,
 ) -> StepResult:
     """Take one optimiser step on this rank's views, without waiting for the device.
 
     views: uint8 (B, m, 3, R, R) on the run's device.
     step: counted from the start of the run.
+    labels: int64 (B,), in the host's memory, from which the run's classifier learns; without them
+        it takes no step.
     mark: called with a part's name when the device has been given all work of that part.
     """
     options, progress = run.options, Progress(step, run.schedule.total_steps, run.epoch)
@@ -40,18 +46,24 @@ def train_step(
     parts = views.chunk(options.training.accumulate)
     # Each part of each step draws its own random pairs.
     seeds = [(options.run.seed + step) * len(parts) + part for part in range(len(parts))]
+    classifier = run.classifier if labels is not None else None
+    targets = classifier.targets(labels).chunk(len(parts)) if classifier else [None] * len(parts)
     with local_gradients(run.parallel):
         results = [
-            add_gradients(run, part, seed, len(parts), mark)
-            for part, seed in zip(parts[:-1], seeds)
+            add_gradients(run, part, seed, len(parts), of_part, mark)
+            for part, seed, of_part in zip(parts[:-1], seeds, targets)
         ]
     steps_per_epoch = run.schedule.steps_per_epoch
     measured = gauges.is_due(step % steps_per_epoch, steps_per_epoch)
-    results.append(add_gradients(run, parts[-1], seeds[-1], len(parts), mark, measured=measured))
+    results.append(
+        add_gradients(run, parts[-1], seeds[-1], len(parts), targets[-1], mark, measured=measured)
+    )
 
     run.method.after_backward(progress)
     run.scaler.step(run.optimizer)
     run.scaler.update()
+    if classifier:
+        classifier.step(step)
     mark("optimiser")
     run.method.after_step(progress)
     mark("teacher")
@@ -76,6 +88,7 @@ def add_gradients(
     views: Tensor,
     seed: int,
     parts: int = 1,
+    targets: Tensor | None = None,
     mark: Callable[[str], None] = lambda part: None,
     measured: bool = False,
 ) -> StepResult:
@@ -83,6 +96,7 @@ def add_gradients(
 
     views: uint8 (B / parts, m, 3, R, R) on the run's device.
     seed: seed of random pairs.
+    targets: of the run's classifier, see `OnlineClassifier.targets`.
     mark: as in `train_step`.
     measured: whether to measure the gauges.
     """
@@ -100,6 +114,8 @@ def add_gradients(
         with run.amp:
             readings = measure(run.method, views, chosen[:2], selection, seed, embeddings.detach())
     run.scaler.scale(loss / parts).backward()
+    if targets is not None:
+        run.classifier.add_gradients(targets)
     mark("backward")
     # Copy them: CUDA graphs write the next results to the same memory.
     loss, embeddings = loss.detach().clone(), embeddings.detach().clone()

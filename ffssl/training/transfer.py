@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from ffssl.data.loader import Batch
 from ffssl.parallel.device import mark_work
 
 
@@ -37,6 +38,24 @@ def to_device(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tenso
         computing.wait_stream(copying)
         yield on_device
         read[turn] = computing.record_event()
+
+
+def views_to_device(
+    batches: Iterable[Batch], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the views of a loader's batches on `device`, as `to_device`, and their labels.
+
+    The labels, int64 (B,), stay in the host's memory.
+    """
+    labels: collections.deque[Tensor] = collections.deque()
+
+    def views() -> Iterator[Tensor]:
+        for batch in batches:
+            labels.append(batch.labels)
+            yield batch.views
+
+    for on_device in to_device(views(), device):
+        yield on_device, labels.popleft()
 
 
 class RunAheadLimit:

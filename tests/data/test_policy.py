@@ -277,6 +277,7 @@ def test_centre_crop_is_torchvisions_and_nothing_else_happens(height, width, fra
         ("blur_sigma", (-0.1, 2.0)),
         ("blur_sigma", (2.0, 0.1)),
         ("jitter_form", "dali"),
+        ("interpolation", "lanczos"),
         ("brightness", -0.4),
         ("saturation", -0.1),
         ("hue", 0.6),
@@ -292,9 +293,9 @@ def test_bad_policies_are_refused_by_the_name_of_the_field(field, value):
 
 def test_policies_are_chosen_by_name_and_changed_where_asked():
     assert choose_policies("byol", blur=None) == POLICIES["byol"]
-    assert choose_policies("simclr", crop_scale_min=0.3, blur=0.1, jitter_form="affine") == tuple(
-        replace(policy, crop_scale=(0.3, 1.0), blur=0.1, jitter_form="affine")
-        for policy in POLICIES["simclr"]
+    changes = {"blur": 0.1, "jitter_form": "affine", "interpolation": "bicubic"}
+    assert choose_policies("simclr", crop_scale_min=0.3, **changes) == tuple(
+        replace(policy, crop_scale=(0.3, 1.0), **changes) for policy in POLICIES["simclr"]
     )
     with pytest.raises(UserError, match="simclr"):
         choose_policies("simkler")

@@ -19,15 +19,18 @@ from ffssl.data.beton.write import BetonWriter
 from ffssl.data.convert.conversion import description_path
 from ffssl.demo import raw_pixel_accuracy
 from ffssl.errors import UserError
+from ffssl.evaluate.features import extract_features
 from ffssl.evaluate.frozen_run import freeze
 from ffssl.evaluate.labels import shared_classes
 from ffssl.evaluate.linear import Recipe
 from ffssl.evaluate.online import OnlineKnn
 from ffssl.report.runs import read_runs
 from ffssl.report.samples import embed, nearest_neighbours
+from ffssl.run_folder.log import read_log
 from ffssl.study.__main__ import conduct
 from ffssl.study.recipes import read_study
 from ffssl.train import train
+from ffssl.training.classifier import online_classifier
 
 COLOURS = ("red", "lime", "blue")
 IDS = (-(2**62), 1_400_000_000, 2**63 - 1)
@@ -169,7 +172,7 @@ def test_labels_may_be_any_numbers(tmp_path):
         )
         with contextlib.closing(OnlineKnn(options_of(folder), torch.device("cpu"))) as online:
             found[name] = (
-                online.accuracy(method.backbone, contextlib.nullcontext()),
+                online.accuracies(method.backbone, contextlib.nullcontext()),
                 frozen.knn(k=5, temperature=0.1)["scores"],
                 [
                     frozen.linear(Recipe(epochs=1, batch_size=12, cached=cached))["scores"]
@@ -180,6 +183,37 @@ def test_labels_may_be_any_numbers(tmp_path):
             )
     # Of plain colours the pixels tell.
     assert found["ids"] == found["dense"] and found["ids"][3] == 1
+
+
+def test_training_images_without_a_label_are_left_out_and_counted(tmp_path, capsys):
+    """The bank and the classifier are those of the labelled images alone."""
+    labels = np.resize([0, -1, 2, 1], 36)
+    write(tmp_path / "train.beton", labels.tolist())
+    write(tmp_path / "val.beton", np.resize([0, 1, 2], 12).tolist())
+    options, cpu = options_of(tmp_path), torch.device("cpu")
+    method = save_run(tmp_path / "other")
+    with contextlib.closing(OnlineKnn(options, cpu)) as online:
+        bank, found = extract_features(method.backbone, online._bank, cpu, contextlib.nullcontext())
+        assert found.tolist() == labels[labels != -1].tolist()
+        queries, asked = extract_features(
+            method.backbone, online._queries, cpu, contextlib.nullcontext()
+        )
+        classifier = online_classifier(options, method.backbone, labels, total_steps=3)
+        assert classifier.classes.tolist() == [0, 1, 2]
+        torch.nn.init.normal_(classifier.layer.weight)
+        accuracies = online.accuracies(method.backbone, contextlib.nullcontext(), classifier)
+        assert accuracies.keys() == {"knn"}  # it has learned nothing
+        classifier.trained = True
+        accuracies = online.accuracies(method.backbone, contextlib.nullcontext(), classifier)
+    scores = queries.numpy() @ classifier.layer.weight.detach().numpy().T
+    right = (scores.argmax(1) == asked.numpy()).mean()
+    assert accuracies["linear_top1"] == pytest.approx(right) and "linear_top5" not in accuracies
+
+    train(options)
+    assert "27 of 36 training images have a label" in capsys.readouterr().out
+    (row,) = [row for row in read_log(tmp_path / "run") if row["epoch"] == 1]
+    assert 0 <= row["linear_top1"] <= 1 and "linear_top5" not in row
+    assert read_runs([tmp_path / "run"])[0].accuracy_doubt is None
 
 
 def test_labels_of_another_field_are_found_or_the_fields_are_named(tmp_path, capsys):

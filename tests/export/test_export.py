@@ -145,7 +145,14 @@ def test_the_card_has_what_was_recorded_of_these_weights_and_nothing_else(tmp_pa
         epoch=2,
     )
     (tmp_path / "run" / "log.jsonl").write_text(
-        "".join(json.dumps({"epoch": e, "knn": 0.1 * e + 0.0123}) + "\n" for e in (1, 2, 3))
+        "".join(
+            json.dumps(
+                {"epoch": e, "knn": 0.1 * e + 0.0123}
+                | {"linear_top1": 0.1 * e + 0.0234, "linear_top5": 0.1 * e + 0.0345}
+            )
+            + "\n"
+            for e in (1, 2, 3)
+        )
     )
     add_result(tmp_path / "run", record(fingerprint(method.backbone), 0.8765))
     add_result(tmp_path / "run", record("of others", 0.4321))
@@ -172,6 +179,8 @@ def test_the_card_has_what_was_recorded_of_these_weights_and_nothing_else(tmp_pa
         "12 s of training",
         "schedule: f1-clr",
         "Online kNN after epoch 2: 21.23% (k = 200, T = 0.1",
+        "Online linear classifier: top-1 22.34%, top-5 23.45% (",
+        "learning rate 0.1 for a batch of 256; centre crops of 32 px of labelled.beton)",
         "87.65%",
         "k = 20, T = 0.07",
     ):

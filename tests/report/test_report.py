@@ -18,6 +18,7 @@ from ffssl.data.convert.sources.embedded import Embedded
 from ffssl.errors import UserError
 from ffssl.evaluate.results import add_result
 from ffssl.report import write
+from ffssl.report.charts import training_charts
 from ffssl.report.page import compose
 from ffssl.report.runs import describe_data, read_runs
 from ffssl.report.write import write_report
@@ -116,7 +117,7 @@ def test_every_section_is_there_and_shows_its_pictures(folder, page):
     assert [own["id"] for tag, own in page.elements if tag == "section"] == list(SECTIONS)
     assert page.misnested == []
     assert "Not shown" not in "".join(page.text.values())
-    assert page.count("svg") == 2 + 5 + 8 + 2 + 2
+    assert page.count("svg") == 2 + 5 + 9 + 2 + 2
     views = 2 * 4 * 2 + 2 * 4 * 3  # epochs, images, views, of both runs
     assert page.count("img", **{"class": "chosen"}) == 2 * 4 * 2
     assert page.count("img") == views + 2 * 6 * (1 + 8)
@@ -261,6 +262,22 @@ def test_costs_are_multiples_of_the_first_runs(folder):
         "3.00× more than <b>" in text
         and "4.00× less than <b>" in text
         and text.count("than <b>") == 2
+    )
+
+
+def test_the_linear_classifiers_accuracies_are_shown_where_there_are_some(folder):
+    first, run = read_runs([folder / "<b>", folder / "hard"])
+    assert 0 <= first.rows[-1]["linear_top1"] <= first.rows[-1]["linear_top5"] <= 1
+    text = cost_of(with_last_row(first, linear_top1=0.4321, linear_top5=0.9), run)
+    assert "linear accuracy" in text and "43.2%" in text and "top-5 90.0%" in text
+    rows = [
+        {name: value for name, value in row.items() if not name.startswith("linear")}
+        for row in run.rows
+    ]
+    assert "linear" not in cost_of(replace(run, rows=rows))
+    assert any(chart.name == "linear-epochs" for chart in training_charts([first]))
+    assert all(
+        chart.name != "linear-epochs" for chart in training_charts([replace(run, rows=rows)])
     )
 
 

@@ -517,6 +517,25 @@ def test_speed_up_to_the_baselines_accuracy_is_read_off_the_mean_curve():
     assert lines[2] == ["absent", "0 of 2, seed 0 failed (signal 9)", *["-"] * 7]
 
 
+def test_the_linear_classifiers_accuracies_are_in_the_table_where_runs_have_them():
+    logs = {
+        name: {
+            seed: [*rows[:-1], rows[-1] | {"linear_top1": 0.5 + seed / 5, "linear_top5": 0.9}]
+            for seed, rows in by_seed.items()
+            if name != "poor"
+        }
+        for name, by_seed in LOGS.items()
+    }
+    rows = summarise(RUNS, logs | {"poor": LOGS["poor"]})
+    assert rows[0]["linear_top1_by_seed"] == [0.5, 0.7] and rows[3]["linear_top1"] is None
+    table = format_table([row | {"failed": {}} for row in rows], 2).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
+    assert cells[0][2:5] == ["kNN (%)", "linear (%)", "top-5 (%)"]
+    assert cells[2][3:5] == ["60.0 ± 14.1", "90.0 ± 0.0"] and cells[5][3:5] == ["-", "-"]
+    without = format_table([row | {"failed": {}} for row in summarise(RUNS, LOGS)], 2)
+    assert "linear" not in without
+
+
 def test_an_untrained_network_reaches_nothing():
     assert first_reached(mean_curve({0: log(0.9, 0.1, cost=1)}), 0.5) is None
     assert mean_curve({}) == []

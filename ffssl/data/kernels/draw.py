@@ -34,8 +34,9 @@ from ffssl.data.kernels.rand_augment import IDENTITY, OPERATIONS, operation_stre
     AFFINE_JITTER,
     RAND_AUGMENT,
     RAND_MAGNITUDE,
-) = range(19)
-POLICY_COLUMNS = 19
+    CUBIC,
+) = range(20)
+POLICY_COLUMNS = 20
 
 # Columns of a view's parameters (float64): what was drawn. Factors of a step that was not drawn are
 # the step's identity. The last two are repeated for each operation of RandAugment.
@@ -54,9 +55,10 @@ POLICY_COLUMNS = 19
     P_GREY,
     P_SIGMA,
     P_SOLARISE,
+    P_CUBIC,
     P_OPERATION,
     P_STRENGTH,
-) = range(16)
+) = range(17)
 MOST_OPERATIONS = 4
 PARAMETER_COLUMNS = P_OPERATION + 2 * MOST_OPERATIONS
 
@@ -159,6 +161,7 @@ def draw(key, height, width, policy, out):
         else 0.0
     )
     out[P_SOLARISE] = uniform(key, 10) < policy[SOLARISE]
+    out[P_CUBIC] = policy[CUBIC]
 
     for i in range(MOST_OPERATIONS):
         operation = (

@@ -56,10 +56,25 @@ RED, GREEN, BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)
 
 
 @compiled
-def triangle_weights(origin, length, target, first, count, weights):
-    """Compute the taps of the antialiased triangle filter from `length` pixels to `target`.
+def _filter(x, cubic):
+    """The triangle filter at x, of support 1, or the cubic convolution filter, of support 2.
 
-    It is the filter that Pillow and torchvision call "bilinear".
+    The latter's parameter is -0.5 (Keys 1981).
+    """
+    x = abs(x)
+    if not cubic:
+        return max(0.0, 1.0 - x)
+    if x < 1.0:
+        return (1.5 * x - 2.5) * x * x + 1.0
+    return ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0 if x < 2.0 else 0.0
+
+
+@compiled
+def filter_weights(origin, length, target, cubic, first, count, weights):
+    """Compute the taps of an antialiased filter from `length` pixels to `target`.
+
+    It is the triangle filter, which Pillow and torchvision call "bilinear", or if `cubic` the one
+    that they call "bicubic".
 
     The source extends from `origin` (in 0..1) to origin + length. Both may be fractions; a pixel
     cut by an edge counts whole.
@@ -67,11 +82,11 @@ def triangle_weights(origin, length, target, first, count, weights):
     Written for each output pixel:
     first: uint64 (target,), the first source pixel of its sum.
     count: uint64 (target,), the number of its taps.
-    weights: float32 (target, `most_taps(length, target)` or more); a row's taps sum to one.
+    weights: float32 (target, `most_taps(length, target, cubic)` or more); a row's taps sum to one.
     """
     scale = length / target
-    support = max(scale, 1.0)
-    narrow = 1.0 / support
+    narrow = 1.0 / max(scale, 1.0)
+    support = max(scale, 1.0) * (2.0 if cubic else 1.0)
     end = int(math.ceil(origin + length))
     for i in range(target):
         centre = origin + (i + 0.5) * scale
@@ -79,18 +94,18 @@ def triangle_weights(origin, length, target, first, count, weights):
         high = min(int(centre + support + 0.5), end)
         total = 0.0
         for k in range(high - low):
-            total += max(0.0, 1.0 - abs(low + k - centre + 0.5) * narrow)
+            total += _filter((low + k - centre + 0.5) * narrow, cubic)
         share = 1.0 / total
         for k in range(high - low):
-            weights[i, k] = max(0.0, 1.0 - abs(low + k - centre + 0.5) * narrow) * share
+            weights[i, k] = _filter((low + k - centre + 0.5) * narrow, cubic) * share
         first[i] = low
         count[i] = high - low
 
 
 @compiled
-def most_taps(length, target):
-    """The largest number of taps that `triangle_weights` gives an output pixel."""
-    return int(math.ceil(max(length / target, 1.0))) * 2 + 1
+def most_taps(length, target, cubic):
+    """The largest number of taps that `filter_weights` gives an output pixel."""
+    return int(math.ceil(max(length / target, 1.0) * (2.0 if cubic else 1.0))) * 2 + 1
 
 
 @compiled
@@ -102,7 +117,7 @@ def shrink_rows(rows, n, first, count, weights, flip, columns, shrunk, planes, y
 
     rows: float32 (BLOCK * n,), interleaved RGB. n is a multiple of LANES, and at least 3 values
         for each source pixel.
-    first, count, weights: see `triangle_weights`.
+    first, count, weights: see `filter_weights`.
     columns: scratch, float32 (BLOCK * n,).
     shrunk: scratch, float32 (3 * BLOCK * R,).
     planes: float32 (3, R, R), written.
@@ -139,6 +154,13 @@ def shrink_rows(rows, n, first, count, weights, flip, columns, shrunk, planes, y
 @compiled
 def _clip(value):
     return min(max(value, _ZERO), _WHITE)
+
+
+@compiled
+def clip(channel):
+    """Clip values to 0..255: the cubic filter overshoots."""
+    for i in range(channel.shape[0]):
+        channel[i] = _clip(channel[i])
 
 
 @compiled

@@ -14,6 +14,7 @@ from ffssl.data.kernels.draw import (
     MOST_OPERATIONS,
     P_BRIGHTNESS,
     P_CONTRAST,
+    P_CUBIC,
     P_FLIP,
     P_GREY,
     P_HEIGHT,
@@ -109,10 +110,11 @@ def resized_crop(image, drawn, planes):
     row_length = 3 * (np.int64(math.ceil(left + width)) - np.int64(left))
     first_y, count_y = np.empty(resolution, np.uint64), np.empty(resolution, np.uint64)
     first_x, count_x = np.empty(resolution, np.uint64), np.empty(resolution, np.uint64)
-    weights_y = np.empty((resolution, operations.most_taps(height, resolution)), np.float32)
-    weights_x = np.empty((resolution, operations.most_taps(width, resolution)), np.float32)
-    operations.triangle_weights(top % 1, height, resolution, first_y, count_y, weights_y)
-    operations.triangle_weights(left % 1, width, resolution, first_x, count_x, weights_x)
+    cubic = drawn[P_CUBIC] != 0
+    weights_y = np.empty((resolution, operations.most_taps(height, resolution, cubic)), np.float32)
+    weights_x = np.empty((resolution, operations.most_taps(width, resolution, cubic)), np.float32)
+    operations.filter_weights(top % 1, height, resolution, cubic, first_y, count_y, weights_y)
+    operations.filter_weights(left % 1, width, resolution, cubic, first_x, count_x, weights_x)
 
     # A row is filled up to whole vectors. The filling is transposed too, but is in no sum.
     row_stride = (row_length + LANES - 1) // LANES * LANES
@@ -131,6 +133,8 @@ def resized_crop(image, drawn, planes):
         operations.shrink_rows(
             rows, row_stride, first_x, count_x, weights_x, flip, columns, shrunk, planes, y
         )
+    if cubic:
+        operations.clip(planes.reshape(-1))
 
 
 @compiled

@@ -8,6 +8,7 @@ import colorsys
 import itertools
 import math
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import PIL.Image
@@ -21,6 +22,7 @@ from ffssl.data.kernels import operations
 from ffssl.data.kernels.draw import (
     P_BRIGHTNESS,
     P_CONTRAST,
+    P_CUBIC,
     P_FLIP,
     P_GREY,
     P_HEIGHT,
@@ -38,7 +40,7 @@ from ffssl.data.kernels.draw import (
     view_key,
 )
 from ffssl.data.kernels.render import colour_order, render
-from ffssl.data.policy import POLICIES
+from ffssl.data.policy import POLICIES, ViewPolicy
 
 ROUNDING = 0.51  # levels: half a level, and float32's own noise
 
@@ -109,6 +111,44 @@ def test_crop_and_resize_equal_torchvision_and_pillow(height, width, top, left, 
     assert np.abs(ours - exact).max() <= ROUNDING
     assert np.abs(ours - eight_bit).max() <= 1  # they round between the two passes as well
     assert np.abs(ours - pillow).max() <= 1
+
+
+@pytest.mark.parametrize("height, width, top, left, h, w, resolution", CROPS)
+def test_bicubic_crop_and_resize_equal_torchvision(height, width, top, left, h, w, resolution):
+    image = noise_image(height, width)
+    row = parameters(image, P_TOP=top, P_LEFT=left, P_HEIGHT=h, P_WIDTH=w, P_CUBIC=1)
+    crop = (top, left, h, w, [resolution, resolution], InterpolationMode.BICUBIC)
+    exact = levels(F.resized_crop(as_float(image), *crop, antialias=True)).clip(0, 255)
+    assert np.abs(rendered(image, row, resolution) - exact).max() <= ROUNDING
+
+
+def test_bicubic_equals_pillow_where_nothing_overshoots():
+    """Pillow clips between the two passes as well."""
+    image = smooth_image(100, 133, seed=0) // 2 + 64
+    crop = (13, 27, 61, 77, [48, 48], InterpolationMode.BICUBIC)
+    row = parameters(image, P_TOP=13, P_LEFT=27, P_HEIGHT=61, P_WIDTH=77, P_CUBIC=1)
+    pillow = np.asarray(F.resized_crop(PIL.Image.fromarray(image), *crop)).transpose(2, 0, 1)
+    assert pillow.min() > 0 and pillow.max() < 255
+    assert np.abs(rendered(image, row, 48) - pillow).max() <= 1
+
+
+def test_a_policy_chooses_the_filter():
+    for interpolation, cubic in (("bilinear", 0), ("bicubic", 1)):
+        policy, row = (
+            replace(ViewPolicy(), interpolation=interpolation),
+            np.empty(PARAMETER_COLUMNS),
+        )
+        draw(view_key(0, 0, 0, 0), 100, 133, policy.row(), row)
+        assert row[P_CUBIC] == cubic
+
+
+def test_what_bicubic_overshoots_is_clipped_before_the_colour_steps():
+    image = np.full((8, 8, 3), 255, np.uint8)
+    image[:, :4] = 0
+    plain = rendered(image, parameters(image, P_CUBIC=1), 32)
+    assert plain.min() == 0 and plain.max() == 255
+    row = parameters(image, P_CUBIC=1, P_JITTER=1, P_BRIGHTNESS=0.5)
+    assert rendered(image, row, 32).max() == 128  # 0.5 * 255, rounded
 
 
 def test_flip_mirrors_left_and_right():

@@ -130,8 +130,8 @@ def test_taps_are_centred_on_the_pixels_of_a_crop_with_a_fractional_origin(origi
     target = 20
     length = scale * target
     first, count = np.empty(target, np.uint64), np.empty(target, np.int64)
-    weights = np.zeros((target, operations.most_taps(length, target)), np.float32)
-    operations.triangle_weights(origin, length, target, first, count, weights)
+    weights = np.zeros((target, operations.most_taps(length, target, False)), np.float32)
+    operations.filter_weights(origin, length, target, False, first, count, weights)
     inner = range(6, target - 6)
     positions = [sum(weights[i, k] * (first[i] + k + 0.5) for k in range(count[i])) for i in inner]
     np.testing.assert_allclose(positions, [origin + (i + 0.5) * scale for i in inner], atol=1e-5)
