@@ -10,6 +10,7 @@ from torch import nn
 from ffssl.config import Options, from_dict
 from ffssl.errors import UserError
 from ffssl.methods import Method
+from ffssl.methods.teacher import TeacherMethod
 from ffssl.run_folder import checkpoint
 from ffssl.training.build import build
 
@@ -92,7 +93,7 @@ def backbone_of(method: Method, network: str) -> nn.Module:
     """
     if network == "student":
         return method.backbone
-    if not hasattr(method, "teacher"):
+    if not isinstance(method, TeacherMethod):
         raise UserError(f"--network: {method.name} has no teacher; choose student")
     return method.teacher.layers[0]  # images pass the backbone first
 
