@@ -46,7 +46,7 @@ class Epoch:
         self._batches = to_device((views for views, _, _ in self.loader), self.run.device)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._batches.close()
         self._bar.close()
 

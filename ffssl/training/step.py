@@ -98,7 +98,8 @@ def add_gradients(
     readings = None
     if measured:
         with run.amp:
-            readings = measure(run.method, views, chosen[:2], selection, seed, embeddings.detach())
+            pair = chosen[0], chosen[1]
+            readings = measure(run.method, views, pair, selection, seed, embeddings.detach())
     run.scaler.scale(loss / parts).backward()
     mark("backward")
     # Copy them: CUDA graphs write the next results to the same memory.

@@ -2,7 +2,7 @@
 
 import collections
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from ffssl.parallel.device import mark_work
 
 
-def to_device(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+def to_device(batches: Iterable[Tensor], device: torch.device) -> Generator[Tensor, None, None]:
     """Yield the batches on `device`.
 
     All batches have one shape, but the last may be shorter. The memory of a yielded batch is
@@ -21,11 +21,13 @@ def to_device(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tenso
         yield from (batch.to(device) for batch in batches)
         return
     computing, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    batches, buffers, read = iter(batches), [], []
+    coming = iter(batches)
+    buffers: list[Tensor] = []
+    read: list[torch.cuda.Event] = []
     for turn in itertools.cycle((0, 1)):
         # The loader records on this stream when its last batch has been read.
         with torch.cuda.stream(copying):
-            batch = next(batches, None)
+            batch = next(coming, None)
         if batch is None:
             return
         if len(buffers) < 2:
@@ -47,7 +49,8 @@ class RunAheadLimit:
     """
 
     def __init__(self, device: torch.device, steps: int = 2):
-        self._device, self._steps, self._ends = device, steps, collections.deque()
+        self._device, self._steps = device, steps
+        self._ends: collections.deque[torch.cuda.Event] = collections.deque()
 
     def __call__(self) -> None:
         if self._device.type == "cuda":
