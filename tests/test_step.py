@@ -284,10 +284,14 @@ def test_trying_what_fits_compiles_nothing(memory_for):
 # Mixed precision
 
 
-def test_cudnn_tries_its_algorithms(monkeypatch):
+def test_convolutions_are_told_to_try_cudnns_algorithms(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    start(options_of("simsiam"))
-    assert torch.backends.cudnn.benchmark
+    run = start(options_of("simsiam"))
+    # torch tells every convolution, on a CPU too: its tenth argument.
+    with torch.profiler.profile(record_shapes=True) as profiler:
+        train_step(run, batch(), 0)
+    told = [e.concrete_inputs[9] for e in profiler.events() if e.name == "aten::_convolution"]
+    assert len(told) > 4 and all(told)
 
 
 @pytest.fixture

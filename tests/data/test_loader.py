@@ -10,7 +10,7 @@ import numba
 import numpy as np
 import pytest
 import torch
-from sample_images import write_beton
+from support.sample_images import write_beton
 
 from ffssl.data.beton.read import read_beton
 from ffssl.data.kernels.draw import uniform, view_key

@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from small_runs import save_run
+from support.small_runs import save_run
 
 from ffssl.config import read_options
 from ffssl.data.beton.read import MODE_JPEG, read_beton

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from small_runs import save_run
+from support.small_runs import save_run
 
 from ffssl.config.command_line import exit_status
 from ffssl.evaluate.results import add_result

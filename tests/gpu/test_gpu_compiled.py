@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gpu_runs import GPU, no_waits, start, views
+from support.gpu_runs import GPU, no_waits, start, views
 from torch._dynamo.utils import counters
 
 from ffssl.parallel.device import is_out_of_memory, until_out_of_memory

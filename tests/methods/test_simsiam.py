@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from small import WideBackbone, assert_same_gradients, build, pair, views
+from support.small_methods import WideBackbone, assert_same_gradients, build, pair, views
 from torch import nn
 
 from ffssl.methods import build_method

@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 import torch
-from small_runs import Code
+from support.small_runs import Code
 
 from ffssl.errors import UserError
 from ffssl.run_folder import checkpoint

@@ -6,7 +6,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import pytest
-from damage import behind_start, frame_size_at, segment, segments, without_segments
+from support.damage import behind_start, frame_size_at, segment, segments, without_segments
 
 from ffssl.data.convert import jpeg
 from ffssl.data.convert.exif import PREFIX

@@ -15,8 +15,8 @@ import numba
 import numpy as np
 import PIL.Image
 import pytest
-from damage import without_segments
-from sample_images import jpeg_bytes, smooth_image, write_beton
+from support.damage import without_segments
+from support.sample_images import jpeg_bytes, smooth_image, write_beton
 
 import ffssl.data.kernels
 from ffssl.data.beton.read import MODE_JPEG, MODE_RAW

@@ -5,7 +5,7 @@ strengths.
 import numpy as np
 import pytest
 import torch
-from sample_images import smooth_image
+from support.sample_images import smooth_image
 from torchvision import transforms
 from torchvision.transforms import v2
 
