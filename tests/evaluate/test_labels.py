@@ -11,6 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from support.options import SMALL
 from support.small_runs import save_run
 
 from ffssl.config import read_options
@@ -60,15 +61,9 @@ def files(folder, train, validation):
 
 def options_of(folder, *more):
     words = [
-        "--model.backbone=resnet-small",
-        "--method.name=simclr",
-        "--method.hidden=16",
-        "--method.projection=8",
-        "--resolution.max=32",
+        *SMALL,
         "--training.epochs=1",
         "--training.batch_size=12",
-        "--run.device=cpu",
-        "--run.tensorboard=false",
         "--evaluate.k=3",
         "--data.workers=1",
         f"--data.train={folder / 'train.beton'}",

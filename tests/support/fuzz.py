@@ -11,10 +11,10 @@ A case follows from its seed alone. Seeds are dealt out in turn to three kinds o
 - jpeg: a damaged JPEG through `ffssl.data.convert.jpeg`, which the converter stands on. It decodes,
   or JpegError is raised.
 - decode: a damaged JPEG through the loader's compiled decoder, at every scale.
-- beton: a damaged beton file through `read_beton`, sample by sample through `render_samples`, and as
-  a whole through `ViewLoader`. It is refused with a UserError that begins with the file's name; or
-  the loader serves the samples in order up to the first that does not decode, and refuses that one
-  by its number.
+- beton: a damaged beton file through `read_beton`, sample by sample through `render_samples`, and
+  as a whole through `ViewLoader`. It is refused with a UserError that begins with the file's name;
+  or the loader serves the samples in order up to the first that does not decode, and refuses that
+  one by its number.
 
 What decodes must decode to the same pixels in memory that held zeros or ones before, each time
 after another image: else what is served came from there. Cases run in a child process, so that a
