@@ -4,7 +4,7 @@
 help:
 	@echo 'make demo        run the main job, small, on this machine'
 	@echo 'make test        run the tests; ARGS="--slow -k loader" are passed on to pytest'
-	@echo 'make lint        look for faults and for lines that are not formatted; ruff format mends those'
+	@echo 'make lint        look for faults, wrong types and lines that are not formatted; ruff format mends those'
 	@echo 'make setup       only install what those three need, in .venv and, where allowed, with apt-get'
 	@echo 'make wheelhouse  wheels of FFSSL and FFCV for a machine without network: make wheelhouse PYTHON=3.12'
 	@echo 'make clean       remove .venv and everything built'
@@ -22,9 +22,10 @@ test: setup
 lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 
 wheelhouse:
 	@bash scripts/wheelhouse.sh
 
 clean:
-	rm -rf .venv .cache build dist wheelhouse *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .cache build dist wheelhouse *.egg-info .pytest_cache .ruff_cache .mypy_cache

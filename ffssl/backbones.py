@@ -7,6 +7,7 @@ import copy
 import difflib
 import functools
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 import torchvision
@@ -17,8 +18,20 @@ from torchvision.models.resnet import BasicBlock
 
 from ffssl.errors import UserError
 
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
 
-class SmallResNet(nn.Module):
+
+class Backbone(nn.Module):
+    """A network that maps images (N, 3, R, R) to pooled features (N, `features`).
+
+    torchvision's ResNets get the attribute and pass for one.
+    """
+
+    features: int
+
+
+class SmallResNet(Backbone):
     """A residual network for CPUs and images of 32 to 64 pixels.
 
     It has a 3x3 stem of stride 2 and one basic block for each width. With the default widths it has
@@ -50,14 +63,15 @@ def _halving_block(inputs: int, outputs: int) -> BasicBlock:
     return BasicBlock(inputs, outputs, stride=2, downsample=shortcut)
 
 
-class TimmModel(nn.Module):
+class TimmModel(Backbone):
     """A network of timm without its classifier."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
         # Some networks have a layer after the pooling.
-        self.features = getattr(network, "head_hidden_size", network.num_features)
+        has_layer = hasattr(network, "head_hidden_size")
+        self.features = getattr(network, "head_hidden_size" if has_layer else "num_features")
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
@@ -72,7 +86,9 @@ class ResizableViT(TimmModel):
     computes it in each step.
     """
 
-    def __init__(self, network: nn.Module):
+    network: "VisionTransformer"
+
+    def __init__(self, network: "VisionTransformer"):
         super().__init__(network)
         network.patch_embed.strict_img_size = False
 
@@ -123,8 +139,8 @@ BACKBONES = ("resnet-small", *RESNETS, "vit_small_patch16_224", "vit_base_patch1
 
 def build_backbone(
     name: str, *, zero_init_residual: bool = False, stem: str = "imagenet"
-) -> nn.Module:
-    """Return a backbone with random weights; its attribute `features` is the length of its output.
+) -> Backbone:
+    """Return a backbone with random weights.
 
     name: one of BACKBONES, or any model of timm that has pooled features. timm's vision
         transformers take images of any size that their patches divide. Nothing is downloaded.
@@ -142,7 +158,7 @@ def build_backbone(
     return SmallResNet() if name == "resnet-small" else _timm_model(name)
 
 
-def _torchvision_resnet(name: str, zero_init_residual: bool, stem: str) -> nn.Module:
+def _torchvision_resnet(name: str, zero_init_residual: bool, stem: str) -> Backbone:
     network = torchvision.models.get_model(
         name, weights=None, zero_init_residual=zero_init_residual
     )
@@ -155,7 +171,7 @@ def _torchvision_resnet(name: str, zero_init_residual: bool, stem: str) -> nn.Mo
     return network
 
 
-def _timm_model(name: str) -> nn.Module:
+def _timm_model(name: str) -> Backbone:
     import timm  # takes seconds, and ResNets do without
     from timm.models.vision_transformer import VisionTransformer
 
@@ -171,7 +187,7 @@ def _timm_model(name: str) -> nn.Module:
     return ResizableViT(network) if isinstance(network, VisionTransformer) else TimmModel(network)
 
 
-def check_resolutions(name: str, backbone: nn.Module, resolutions: Mapping[int, str]) -> None:
+def check_resolutions(name: str, backbone: Backbone, resolutions: Mapping[int, str]) -> None:
     """Raise UserError if `backbone` cannot pool images of one of these resolutions.
 
     The message names the option the resolution came from.

@@ -93,12 +93,14 @@ def raw_pixel_accuracy(options: Options) -> float:
     from ffssl.evaluate.knn import knn_accuracy
     from ffssl.evaluate.labels import shared_classes
 
-    files = options.data.train, options.data.validation
-    shared_classes(*(read_beton(path, options.data.label_field) for path in files))
+    data = options.data
+    assert data.validation is not None  # the demo has drawn one
+    files = {"train": data.train, "validation": data.validation}
+    train, validation = (read_beton(file, data.label_field) for file in files.values())
+    shared_classes(train, validation)
     pixels, labels = {}, {}
-    for name in ("train", "validation"):
-        file = getattr(options.data, name)
-        with open_views(file, options.data, options.resolution.max) as loader:
+    for name, file in files.items():
+        with open_views(file, data, options.resolution.max) as loader:
             batches = [
                 (views.flatten(1).float(), batch_labels) for views, batch_labels, _ in loader
             ]

@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ffssl.backbones import BACKBONES, RESNETS, TimmModel, build_backbone
+from ffssl.backbones import BACKBONES, RESNETS, Backbone, TimmModel, build_backbone
 from ffssl.data.normalise import MEAN, STD
 from ffssl.errors import UserError
 from ffssl.load import backbone_of, load_run
@@ -24,10 +24,13 @@ class Encoder(nn.Module):
     backbone: maps normalised images to features.
     """
 
-    def __init__(self, backbone: nn.Module):
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: Backbone):
         super().__init__()
         self.backbone = backbone
-        self.features: int = backbone.features
+        self.features = backbone.features
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1))
 
@@ -84,7 +87,7 @@ def _read(path: Path) -> dict:
         raise UserError(f"{path}: not readable as safetensors: {error}") from error
 
 
-def _network_of(path: Path, weights: dict[str, Tensor], name: str | None, stem: str) -> nn.Module:
+def _network_of(path: Path, weights: dict[str, Tensor], name: str | None, stem: str) -> Backbone:
     """Return the network of an exported file's weights, with these."""
     if name is None:
         name, stem = _recognised(path, weights)

@@ -6,7 +6,7 @@ serve, at that resolution, as extra targets of the chosen two (the paper's Table
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -87,8 +87,8 @@ def choose_views(
             if selection.extra_targets:
                 targets = targets_of(method, take_rest(views, chosen), selection.resolution)
         pair = take_pair(views, chosen)
-    pair = tuple(to_input(view, autocast_dtype(views.device)) for view in pair)
-    return pair if targets is None else (*pair, targets)
+    first, second = (to_input(view, autocast_dtype(views.device)) for view in pair)
+    return (first, second) if targets is None else (first, second, targets)
 
 
 def pairs(views: int, device: torch.device | None = None, policies: int = 1) -> Tensor:
@@ -209,7 +209,7 @@ def _compare_small(
 
 
 def compare(
-    method: Method, images: Tensor, batch: tuple[int, int], loss: str
+    method: Method, images: Tensor, batch: Sequence[int], loss: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Compare all pairs of views by the loss "method", "student" or "cosine".
 
@@ -220,6 +220,7 @@ def compare(
         return method.compare(images, batch)
     projections = method.project(images).unflatten(0, batch)
     if loss == "student":
+        assert isinstance(method, TeacherMethod)  # `check` refuses the others
         return method.student_losses(projections), projections, None
     return -cosines(projections, projections), projections, None
 

@@ -41,7 +41,7 @@ def _lightning() -> Any:
 pl = _lightning()
 
 
-class OneCycle(pl.Callback):
+class OneCycle(pl.Callback):  # type: ignore[name-defined]  # of whichever Lightning is there
     """F1-CLR: the learning rate and the momentum of each step, see `FixedOneCycleLR`.
 
     The Trainer steps it, logs it (`LearningRateMonitor`) and saves it, as any scheduler.
@@ -86,7 +86,7 @@ class OneCycle(pl.Callback):
         trainer.lr_scheduler_configs.append(config(scheduler, interval="step"))
 
 
-class ViewSchedule(pl.Callback):
+class ViewSchedule(pl.Callback):  # type: ignore[name-defined]
     """Super Progressive Learning: the epoch, resolution and magnitude of a `ViewLoader`.
 
     The loader is the Trainer's only one for training. With several ranks it must be made in

@@ -2,14 +2,16 @@
 
 import hashlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
 
+from ffssl.backbones import Backbone
 from ffssl.config import Options, from_dict
 from ffssl.errors import UserError
 from ffssl.methods import Method
+from ffssl.methods.teacher import TeacherMethod
 from ffssl.run_folder import checkpoint
 from ffssl.training.build import build
 
@@ -85,16 +87,16 @@ def load_run(run: str | Path) -> LoadedRun:
     return LoadedRun(options, method.eval(), state)
 
 
-def backbone_of(method: Method, network: str) -> nn.Module:
+def backbone_of(method: Method, network: str) -> Backbone:
     """Return the backbone of the "student" or of the "teacher".
 
     Raise UserError for the teacher of a method without one.
     """
     if network == "student":
         return method.backbone
-    if not hasattr(method, "teacher"):
+    if not isinstance(method, TeacherMethod):
         raise UserError(f"--network: {method.name} has no teacher; choose student")
-    return method.teacher.layers[0]  # images pass the backbone first
+    return cast(Backbone, method.teacher.layers[0])  # images pass the backbone first
 
 
 def fingerprint(network: nn.Module) -> str:

@@ -115,13 +115,14 @@ def range_test(
             group.pop("constant_lr", None)  # the test looks for the peak that it would stay at
         resolution, views = run.schedule.shape(0)
         batch = (loader.batch_size, views, 3, resolution, resolution)
-        return with_memory_advice(run, batch, lambda: sweep(run, loader, validation))
+        return with_memory_advice(run, batch, lambda: sweep(run, loader, validation, steps))
 
 
-def sweep(run: Run, loader: ViewLoader, validation: list[Tensor]) -> list[dict[str, float]]:
+def sweep(
+    run: Run, loader: ViewLoader, validation: list[Tensor], steps: int
+) -> list[dict[str, float]]:
     rows = []
-    steps = range(run.schedule.steps)
-    progress = tqdm(steps, unit="step", leave=False, disable=None)
+    progress = tqdm(range(steps), unit="step", leave=False, disable=None)
     for step, views in zip(progress, batches(run, loader)):
         learning_rate, _ = run.schedule.learning_rate_and_momentum(step)
         result = train_step(run, views.to(run.device), step)
@@ -166,7 +167,7 @@ def validation_views(
     """
     size = options.training.batch_size
     count = max(images // size, 1)
-    changed = {"augment": {"views": 2}}
+    changed: dict[str, dict[str, object]] = {"augment": {"views": 2}}
     if options.data.validation:
         found = len(read_beton(options.data.validation))
         if found < count * size:

@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
@@ -29,7 +30,8 @@ def ink(colour: str) -> str:
 
     It is darker than the curve: the lighter colours would be hard to read.
     """
-    return to_hex(0.75 * np.array(to_rgb(colour)))
+    red, green, blue = (0.75 * part for part in to_rgb(colour))
+    return to_hex((red, green, blue))
 
 
 @functools.cache
@@ -115,7 +117,8 @@ def label(axis: Axes, labels: list[tuple[str, tuple[float, float], str]], size: 
     """
     ends = axis.transData.transform([point for _, point, _ in labels] or np.empty((0, 2)))
     boxes = [Bbox.from_extents(x - 8, y - 8, x + 8, y + 8) for x, y in ends]
-    error_bars = [bar for bars in axis.collections for bar in bars.get_segments()]
+    collections = (one for one in axis.collections if isinstance(one, LineCollection))
+    error_bars = [bar for bars in collections for bar in bars.get_segments()]
     lines = [line.get_xydata() for line in axis.lines] + error_bars
     drawn = np.concatenate(
         [_along(axis.transData.transform(line)) for line in lines] or [np.empty((0, 2))]
@@ -139,7 +142,8 @@ def label(axis: Axes, labels: list[tuple[str, tuple[float, float], str]], size: 
         extent = np.array(note.get_window_extent().size)
         best = _best_offset(end, extent, boxes, drawn, inside)
         boxes.append(_box(end + best, extent))
-        note.set_position(best * points_per_pixel)
+        x, y = best * points_per_pixel
+        note.set_position((x, y))
         if _gap(best, extent) > 24:  # far from its point: a line leads there
             leader = {
                 "arrowstyle": "-",
@@ -148,8 +152,7 @@ def label(axis: Axes, labels: list[tuple[str, tuple[float, float], str]], size: 
                 "shrinkA": extent[1] / 2 * points_per_pixel,
                 "shrinkB": 6,
             }
-            position = best * points_per_pixel
-            axis.annotate("", point, position, textcoords="offset points", arrowprops=leader)
+            axis.annotate("", point, (x, y), textcoords="offset points", arrowprops=leader)
 
 
 def _best_offset(

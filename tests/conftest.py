@@ -2,8 +2,8 @@ import random
 import signal
 from pathlib import Path
 
-import leftovers
 import pytest
+from support import leftovers
 
 ROOT = Path(__file__).resolve().parent.parent
 

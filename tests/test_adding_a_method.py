@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.options import SMALL
 
 from ffssl import methods
 from ffssl.config import read_options
@@ -28,25 +29,20 @@ def example(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "selection",
-    [[], ["--hard_augment.select=hard", "--hard_augment.resolution=16", "--augment.views=3"]],
+    [[], ["--hard_augment.select=hard", "--augment.views=3"]],
 )
 def test_the_example_trains_three_steps(example, tmp_path, selection):
     convert(Embedded("train", 96), tmp_path / "train.beton")
     train(
         read_options(
             [
+                *SMALL,
                 f"--data.train={tmp_path / 'train.beton'}",
                 f"--run.folder={tmp_path / 'run'}",
                 "--method.name=align_uniform",
-                "--method.hidden=32",
-                "--method.projection=16",
                 "--method.temperature=0.4",
-                "--model.backbone=resnet-small",
-                "--resolution.max=32",
                 "--training.batch_size=32",
                 "--training.epochs=1",
-                "--run.device=cpu",
-                "--run.tensorboard=false",
                 *selection,
             ]
         )

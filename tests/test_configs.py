@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.options import QUIET, SIDES
 
 from ffssl.config import read_options
 from ffssl.cost import count_step
@@ -34,12 +35,8 @@ REDUCED = [
     "--model.backbone=resnet-small",
     "--training.batch_size=8",
     "--training.epochs=3",
-    "--resolution.max=32",
-    "--resolution.min=16",
-    "--resolution.step=16",
-    "--hard_augment.resolution=16",
-    "--run.tensorboard=false",
-    "--run.device=cpu",
+    *SIDES,
+    *QUIET,
 ]
 
 

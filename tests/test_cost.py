@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.options import NETWORK
 from torch import nn
 
 from ffssl.backbones import build_backbone
@@ -207,11 +208,8 @@ def test_a_step_is_told_apart_by_what_it_is_for():
     )
 
 
-TOY = ("--model.backbone=resnet-small", "--method.hidden=8", "--method.projection=8")
-
-
 def test_the_total_of_a_run_is_what_training_counts():
-    costs, options = RunCosts(), options_of("demo_efficient", *TOY)
+    costs, options = RunCosts(), options_of("demo_efficient", *NETWORK)
     stages = costs.stages(options)
     assert [(*stage.shape, stage.epochs) for stage in stages] == [
         (48, 2, 1),
@@ -219,7 +217,9 @@ def test_the_total_of_a_run_is_what_training_counts():
         (48, 4, 3),
     ]
     method = build_method(
-        "simclr", build_backbone("resnet-small"), {"hidden": 8, "projection": 8, "temperature": 0.2}
+        "simclr",
+        build_backbone("resnet-small"),
+        {"hidden": 32, "projection": 16, "temperature": 0.2},
     )
     schedule = RunSchedule(options, steps_per_epoch=62)
     per_step = count_flops(schedule, method)
@@ -240,8 +240,8 @@ def test_the_total_of_a_run_is_what_training_counts():
     ],
 )
 def test_what_was_counted_is_not_taken_for_another_run(change):
-    costs, changed = RunCosts(), options_of("demo_efficient", *TOY, change)
-    before = costs.stages(options_of("demo_efficient", *TOY))
+    costs, changed = RunCosts(), options_of("demo_efficient", *NETWORK, change)
+    before = costs.stages(options_of("demo_efficient", *NETWORK))
     assert costs.stages(changed) == RunCosts().stages(changed) != before
 
 
@@ -285,7 +285,7 @@ def test_the_papers_figures_are_ours_but_for_those_that_are_named():
 
 def test_the_program_prints_stages_totals_and_speed_ups(capsys, monkeypatch):
     configs = [str(CONFIGS / f"demo_{recipe}.yaml") for recipe in ("baseline", "efficient")]
-    monkeypatch.setattr("sys.argv", ["cost", *configs, "--images=3968", *TOY])
+    monkeypatch.setattr("sys.argv", ["cost", *configs, "--images=3968", *NETWORK])
     program.main()
     out = capsys.readouterr().out
     assert "demo_efficient: simclr, resnet-small, 8 epochs of 3,968 images" in out
@@ -298,7 +298,7 @@ def test_the_program_prints_stages_totals_and_speed_ups(capsys, monkeypatch):
         if line.startswith("demo_") and "simclr" not in line
     )
     costs = [
-        petaflop(RunCosts().stages(options_of(f"demo_{recipe}", *TOY)), 3968)
+        petaflop(RunCosts().stages(options_of(f"demo_{recipe}", *NETWORK)), 3968)
         for recipe in ("baseline", "efficient")
     ]
     assert baseline[2] == "1.00x" and efficient[2] == f"{costs[0] / costs[1]:.2f}x"

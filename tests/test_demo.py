@@ -1,4 +1,7 @@
+import numpy as np
 import pytest
+from support.options import SMALL
+from support.sample_images import write_beton
 
 from ffssl.config import read_options
 from ffssl.data.convert.conversion import convert
@@ -6,22 +9,6 @@ from ffssl.data.convert.sources.embedded import Embedded
 from ffssl.demo import print_table, raw_pixel_accuracy
 from ffssl.run_folder.log import read_log
 from ffssl.train import train
-
-SMALL = [
-    "--model.backbone=resnet-small",
-    "--method.name=simclr",
-    "--method.hidden=32",
-    "--method.projection=16",
-    "--resolution.max=32",
-    "--resolution.min=16",
-    "--resolution.step=16",
-    "--hard_augment.resolution=16",
-    "--training.batch_size=16",
-    "--evaluate.k=5",
-    "--training.epochs=2",
-    "--run.tensorboard=false",
-    "--run.device=cpu",
-]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +19,9 @@ def runs(tmp_path_factory):
     data = [f"--data.train={folder / 'train.beton'}", f"--data.validation={folder / 'val.beton'}"]
     own = {"baseline": [], "efficient": ["--resolution.schedule=progressive"]}
     options = {
-        name: read_options([*SMALL, *data, *own[name], f"--run.folder={folder / name}"])
+        name: read_options(
+            [*SMALL, "--training.epochs=2", *data, *own[name], f"--run.folder={folder / name}"]
+        )
         for name in own
     }
     for one in options.values():
@@ -56,6 +45,14 @@ def test_table_states_accuracy_cost_and_speed_up_of_both_runs(runs, capsys):
     assert efficient[6] == f"{last['baseline']['seconds'] / last['efficient']['seconds']:.2f}x"
 
 
-def test_raw_pixels_are_classified_as_the_definition_says(runs):
-    options, _ = runs
-    assert 0 <= raw_pixel_accuracy(options["baseline"]) < 0.6
+def test_raw_pixels_are_told_apart_by_what_is_left_without_their_mean(tmp_path):
+    """Grey images, dark and light by turns: only without the mean do they point to two sides."""
+    levels = [(180 if i % 2 else 70) + i for i in range(12)]
+    images = [np.full((32, 32, 3), level, np.uint8) for level in levels]
+    labels = [i % 2 for i in range(12)]
+    wrong = [1, 0, 1, *labels[3:]]  # three of the twelve
+    train = write_beton(tmp_path / "train.beton", images, labels, raw=True)
+    validation = write_beton(tmp_path / "val.beton", images, wrong, raw=True)
+    data = [f"--data.train={train}", f"--data.validation={validation}"]
+    options = read_options([*SMALL, *data, f"--run.folder={tmp_path}"])
+    assert raw_pixel_accuracy(options) == pytest.approx(9 / 12)

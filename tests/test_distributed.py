@@ -476,9 +476,7 @@ def test_one_process_needs_no_launcher(monkeypatch, variables):
 
 
 @pytest.mark.parametrize("number, index", [("3", 3), (None, 0)])
-def test_a_rank_takes_the_gpu_of_its_number_on_the_machine_and_the_first_where_it_has_none(
-    monkeypatch, number, index
-):
+def test_a_rank_takes_the_gpu_of_its_local_number_or_else_the_first(monkeypatch, number, index):
     set_launcher(
         monkeypatch,
         WORLD_SIZE="8",

@@ -9,7 +9,7 @@ import signal
 import time
 
 import pytest
-from harmed import Program, hang_while_saving, kill_while_saving, limit_files
+from support.harmed import Program, hang_while_saving, kill_while_saving, limit_files
 from test_train import arguments, assert_equal, weights
 
 from ffssl.config import read_options

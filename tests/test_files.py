@@ -31,9 +31,7 @@ def test_what_was_begun_goes_when_the_block_raises(tmp_path, exception, begun):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a"]
 
 
-def test_what_is_written_is_on_the_disk_before_it_takes_the_place_of_the_old_and_so_is_its_name(
-    tmp_path, monkeypatch
-):
+def test_a_file_and_then_its_name_are_on_the_disk_before_the_old_one_goes(tmp_path, monkeypatch):
     calls = []
     for name in ("fsync", "replace"):
         monkeypatch.setattr(

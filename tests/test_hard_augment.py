@@ -250,9 +250,7 @@ def test_selection_by_the_methods_loss_is_that_of_a_loop_over_images_and_pairs(n
 
 @pytest.mark.parametrize("name", PREDICTING)
 @pytest.mark.parametrize("loss", ["cosine", "student", "method"])
-def test_extra_targets_are_the_targets_of_the_views_not_chosen_at_the_selections_resolution(
-    name, loss
-):
+def test_extra_targets_are_those_of_the_other_views_at_the_selections_side(name, loss):
     method = without_dropout(build(name)).eval()
     views = uint8_views(5, 4, 3, 32, 32)
     images = by_torchvision(views)

@@ -7,11 +7,12 @@ import sys
 import time
 from pathlib import Path
 
-import leftovers
+from support import leftovers
 
 # What a test does: it starts a program that starts another, in another group, and all hang.
 TESTS = """
-import subprocess, sys, time, leftovers
+import subprocess, sys, time
+from support import leftovers
 leftovers.watch()
 hang = [sys.executable, "-c", "import time; print(flush=True); time.sleep(3600)"]
 outer = f"subprocess.Popen({hang}, start_new_session=True); time.sleep(3600)"
@@ -26,7 +27,7 @@ time.sleep(3600)
 
 def test_what_tests_have_started_ends_with_them(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != leftovers.MARK}
-    environment["PYTHONPATH"] = str(Path(leftovers.__file__).parent)
+    environment["PYTHONPATH"] = str(Path(leftovers.__file__).parents[1])
     with subprocess.Popen(
         [sys.executable, "-c", TESTS], stdout=subprocess.PIPE, env=environment, text=True
     ) as tests:

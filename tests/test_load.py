@@ -1,6 +1,6 @@
 import pytest
 import torch
-from small_runs import Code, save_run
+from support.small_runs import Code, save_run
 
 from ffssl.errors import UserError
 from ffssl.load import backbone_of, fingerprint, load_run

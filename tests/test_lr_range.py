@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.options import SMALL
 
 from ffssl import lr_range
 from ffssl.config import read_options
@@ -26,15 +27,7 @@ from ffssl.training.run import start_run
 from ffssl.training.step import train_step
 from ffssl.training.views import open_loader
 
-TOY = [
-    "--model.backbone=resnet-small",
-    "--method.hidden=16",
-    "--method.projection=8",
-    "--resolution.max=16",
-    "--resolution.step=16",
-    "--training.batch_size=16",
-    "--run.device=cpu",
-]
+TOY = [*SMALL, "--method.name=simsiam", "--resolution.max=16"]
 RATES = np.geomspace(1e-3, 1, 200)
 
 

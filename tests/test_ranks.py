@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.options import SMALL
 from torch import multiprocessing
 
 import ffssl.prepare
@@ -35,18 +36,11 @@ from ffssl.run_folder.provenance import read_starts
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2
-SMALL = [
-    "--model.backbone=resnet-small",
-    "--method.hidden=32",
-    "--method.projection=16",
-    "--resolution.max=32",
-    "--resolution.step=16",
+OPTIONS = [
+    *SMALL,
     "--training.batch_size=32",
     "--training.epochs=4",
     "--training.learning_rate=0.0003",
-    "--evaluate.k=5",
-    "--run.tensorboard=false",
-    "--run.device=cpu",
     "--data.workers=1",
 ]
 # Rounding errors grow from step to step, the faster the larger the learning rate: these are small,
@@ -77,7 +71,7 @@ class Stop(Exception):
 
 
 def options_of(betons, folder, *more):
-    return [*SMALL, f"--data.train={betons['train']}", f"--run.folder={folder}", *more]
+    return [*OPTIONS, f"--data.train={betons['train']}", f"--run.folder={folder}", *more]
 
 
 def train(arguments, *, stop_after=None, at_step=None):
@@ -492,7 +486,7 @@ def undisturbed(stopped, tmp_path_factory):
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(4, marks=pytest.mark.slow)])
-def test_a_run_of_two_ranks_that_torchrun_was_told_to_stop_goes_on_in_another_number_of_them(
+def test_a_run_of_two_ranks_that_was_stopped_goes_on_with_another_number(
     stopped, undisturbed, tmp_path, ranks
 ):
     (files, before), (alone, expected), run = stopped, undisturbed, tmp_path / "run"

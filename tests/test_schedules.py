@@ -68,7 +68,7 @@ def test_learning_rate_and_momentum_are_continuous(schedule):
         assert abs(after[1] - before[1]) <= (HIGH - LOW) / 2 * pi / WARMUP
 
 
-def test_the_one_cycle_starts_and_ends_at_0_and_meets_its_limits_at_the_end_of_the_warmup():
+def test_the_one_cycle_is_at_its_limits_at_both_ends_and_after_the_warmup():
     assert pair(0, "f1-clr") == pytest.approx((0, HIGH))
     assert pair(WARMUP, "f1-clr") == pytest.approx((PEAK, LOW))
     assert pair(TOTAL, "f1-clr") == pytest.approx((0, HIGH))
@@ -95,7 +95,7 @@ def resolutions(epochs, *, schedule="spl", warmup=80, low=96, high=224, step=32)
     ]
 
 
-def test_spl_stays_at_the_largest_side_in_the_warmup_and_then_climbs_in_equal_stages():
+def test_spl_is_at_the_largest_side_in_the_warmup_then_climbs_in_equal_stages():
     assert resolutions(480) == [224] * 80 + [
         side for side in (96, 128, 160, 192, 224) for _ in range(80)
     ]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.options import SMALL
 
 from ffssl import train as train_module
 from ffssl.config import read_options
@@ -29,20 +30,7 @@ from ffssl.training.build import build
 from ffssl.training.schedule import RunSchedule, StepShape
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = [
-    "--model.backbone=resnet-small",
-    "--method.name=simclr",
-    "--method.hidden=32",
-    "--method.projection=16",
-    "--resolution.max=32",
-    "--resolution.min=16",
-    "--resolution.step=16",
-    "--training.batch_size=32",
-    "--training.learning_rate=0.05",
-    "--evaluate.k=5",
-    "--run.tensorboard=false",
-    "--run.device=cpu",
-]
+OPTIONS = [*SMALL, "--training.batch_size=32", "--training.learning_rate=0.05"]
 EFFICIENT = [
     "--training.schedule=f1-clr",
     "--training.warmup_epochs=1",
@@ -56,7 +44,7 @@ EFFICIENT = [
 
 
 def arguments(betons, folder, *more) -> list[str]:
-    return [*SMALL, f"--data.train={betons['train']}", f"--run.folder={folder}", *more]
+    return [*OPTIONS, f"--data.train={betons['train']}", f"--run.folder={folder}", *more]
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
@@ -111,7 +99,7 @@ def test_a_run_watches_its_pairs_its_predictor_and_the_rank_of_its_embeddings(be
 def test_the_cosine_turns_simsiams_predictor_round_and_the_default_does_not(tmp_path, capsys):
     convert(Embedded("train", 640), tmp_path / "train.beton", ConvertOptions(progress=False))
     options = [
-        *SMALL,
+        *OPTIONS,
         f"--data.train={tmp_path / 'train.beton'}",
         "--method.name=simsiam",
         "--method.hidden=64",
@@ -163,7 +151,7 @@ def test_a_missing_wandb_is_told_before_anything_is_read(tmp_path, monkeypatch):
         train(
             read_options(
                 [
-                    *SMALL,
+                    *OPTIONS,
                     "--data.train=missing.beton",
                     f"--run.folder={tmp_path / 'run'}",
                     "--run.wandb=mine",
@@ -523,7 +511,7 @@ def test_knn_needs_labels(betons, tmp_path):
     train(
         read_options(
             [
-                *SMALL,
+                *OPTIONS,
                 f"--data.train={tmp_path / 'flat.beton'}",
                 f"--run.folder={tmp_path / 'run'}",
                 "--training.epochs=1",

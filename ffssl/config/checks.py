@@ -1,6 +1,6 @@
 """Checks of option values, as fastargs' checkers. None of them imports torch."""
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from fastargs.validation import Checker
 
@@ -11,17 +11,17 @@ class Number(Checker):
     Unlike fastargs' own check it takes neither 1.5 nor true for an integer.
     """
 
-    def __init__(self, kind: type, low: float, high: float = float("inf")):
+    def __init__(self, kind: type[int] | type[float], low: float, high: float = float("inf")):
         self.kind, self.low, self.high = kind, low, high
 
-    def check(self, value):
+    def check(self, value: Any) -> float:
         number = self.kind(value)
         in_bounds = self.low <= number <= self.high
         if isinstance(value, bool) or not in_bounds or number != float(value):
             raise ValueError
         return number
 
-    def help(self):
+    def help(self) -> str:
         kind = "an integer" if self.kind is int else "a number"
         if self.high == float("inf"):
             return f"{kind} of {self.low:g} or more"
@@ -31,10 +31,10 @@ class Number(Checker):
 class Switch(Checker):
     """true or false. fastargs' own check takes the word "false" for true."""
 
-    def check(self, value):
+    def check(self, value: object) -> bool:
         return {"true": True, "false": False}[str(value).lower()]
 
-    def help(self):
+    def help(self) -> str:
         return "true or false"
 
 
@@ -44,27 +44,27 @@ class Choice(Checker):
     def __init__(self, *words: str):
         self.words = words
 
-    def check(self, value):
+    def check(self, value: Any) -> str:
         if value is False and "off" in self.words:  # as YAML reads a bare off
             return "off"
         if value not in self.words:
             raise ValueError
         return value
 
-    def help(self):
+    def help(self) -> str:
         return f"one of {', '.join(self.words)}"
 
 
 class Stages(Checker):
     """Sides in pixels and their shares of the epochs: 112:0.75, 224:0.25."""
 
-    def check(self, value):
+    def check(self, value: object) -> str:
         sides, shares = zip(*read_stages(str(value)), strict=True)
         if min(sides) < 1 or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
             raise ValueError
         return str(value)
 
-    def help(self):
+    def help(self) -> str:
         return "sides and shares that sum to 1, as 112:0.75, 224:0.25"
 
 
@@ -77,10 +77,10 @@ def read_stages(text: str) -> list[tuple[int, float]]:
 class Text(Checker):
     """Any text."""
 
-    def check(self, value):
+    def check(self, value: object) -> str:
         return str(value)
 
-    def help(self):
+    def help(self) -> str:
         return "a string"
 
 

@@ -6,6 +6,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 from fastargs.validation import Checker
 
@@ -19,12 +20,12 @@ NETWORKS = ("student", "teacher")  # choices of an option --network
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises UserError instead of printing the usage and exiting."""
 
-    def __init__(self, **settings):
+    def __init__(self, **settings: Any):
         super().__init__(
             formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings
         )
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
 

@@ -10,7 +10,6 @@ import functools
 import re
 import sys
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from fastargs.validation import Checker
@@ -33,7 +32,7 @@ def method_options() -> dict[str, list[MethodOption]]:
     Raise SyntaxError if a declaration is incomplete.
     """
     package = sys.modules.get("ffssl.methods")
-    folders = package.__path__ if package else find_spec("ffssl.methods").submodule_search_locations
+    folders = package.__path__ if package else [Path(__file__).parents[1] / "methods"]
     files = (file for folder in folders for file in sorted(Path(folder).glob("*.py")))
     return {name: options for file in files for name, options in of_file(file).items()}
 

@@ -424,11 +424,12 @@ class Declaration:
 
 def declarations() -> Iterator[Declaration]:
     """Yield all options in the order of their sections, including those of the methods."""
+    defaults = Options()
     for section in dataclasses.fields(Options):
         if section.name == "method":
             yield from _method_declarations(method_options())
             continue
-        for one in dataclasses.fields(section.type):
+        for one in dataclasses.fields(getattr(defaults, section.name)):
             default = None if one.metadata["required"] else one.default
             yield Declaration((section.name, one.name), default, **one.metadata)
 

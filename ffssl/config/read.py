@@ -43,8 +43,8 @@ def read_options(
             raise UserError(f"{word!r}: expected --config FILE or --section.option=value")
         name, equals, value = word[2:].partition("=")
         if not equals:
-            value = next(words, None)
-            if value is None or value.startswith("--"):
+            value = next(words, "--")
+            if value.startswith("--"):
                 raise UserError(f"--{name}: a value is missing, as in --{name}=value")
         if name in ("config", "config-file"):
             settings |= _read_file(Path(value), known)
@@ -142,7 +142,7 @@ def _read_file(
     bases = content.pop("base", [])
     bases = bases if isinstance(bases, list) else [bases]
     built_on_it = (*built_on_it, path.resolve())
-    settings = {}
+    settings: dict[str, object] = {}
     for base in bases:
         if not isinstance(base, str):
             raise UserError(f"{path}: base must name a file or a list of files, got {base!r}")

@@ -9,15 +9,14 @@ import inspect
 import pkgutil
 from collections.abc import Mapping
 
-from torch import nn
-
+from ffssl.backbones import Backbone
 from ffssl.errors import UserError
 from ffssl.methods.base import Method
 
 
 def discover() -> dict[str, type[Method]]:
     """Return the named subclasses of Method in the modules of this package."""
-    methods = {}
+    methods: dict[str, type[Method]] = {}
     for module in pkgutil.iter_modules(__path__, f"{__name__}."):
         for value in vars(importlib.import_module(module.name)).values():
             if (
@@ -33,7 +32,7 @@ def discover() -> dict[str, type[Method]]:
 METHODS = discover()
 
 
-def build_method(name: str, backbone: nn.Module, options: Mapping[str, object]) -> Method:
+def build_method(name: str, backbone: Backbone, options: Mapping[str, object]) -> Method:
     """Return a method over `backbone`. Options that are None keep the method's default.
 
     Raise UserError for an unknown name, and for an option that the method does not have.

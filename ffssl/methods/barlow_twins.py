@@ -1,5 +1,6 @@
 from torch import Tensor, nn
 
+from ffssl.backbones import Backbone
 from ffssl.config.checks import Size, Weight
 from ffssl.methods.base import Method, full_precision, mlp, wide_product
 from ffssl.parallel.ranks import mean_over_ranks
@@ -21,7 +22,7 @@ class BarlowTwins(Method):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Backbone,
         *,
         hidden: Size = 8192,
         projection: Size = 8192,

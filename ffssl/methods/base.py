@@ -1,11 +1,15 @@
 """The interface of a self-supervised method, as the training loop uses it."""
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ffssl.backbones import Backbone
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Method(nn.Module):
     its networks as `batches` gives them, which `project_pair` does.
     """
 
+    name: ClassVar[str]
     policy = "simsiam"
     # Pass both views through a network as one batch, which BatchNorm normalises together. If not,
     # pass one after the other.
@@ -34,7 +39,7 @@ class Method(nn.Module):
     hard_share = 1.0
     decay_all = True  # weight decay on biases and normalisation parameters too
 
-    def __init__(self, backbone: nn.Module):
+    def __init__(self, backbone: Backbone):
         super().__init__()
         self.backbone = backbone
 
@@ -57,7 +62,9 @@ class Method(nn.Module):
 
     def project_pair(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """Return the projections (N, d) of both views of a pair."""
-        return torch.cat([self.project(images) for images in self.batches(first, second)]).chunk(2)
+        projections = [self.project(images) for images in self.batches(first, second)]
+        of_first, of_second = torch.cat(projections).chunk(2)
+        return of_first, of_second
 
     def forward(self, *views: Tensor) -> tuple[Tensor, Tensor]:
         return self.loss(*views)
@@ -81,7 +88,7 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
-    def compare(self, images: Tensor, batch: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    def compare(self, images: Tensor, batch: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the losses of all pairs of views, the projections and the targets.
 
         images: all views, (B m, 3, R, R).
@@ -205,11 +212,11 @@ def _(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1])
 
 
-def _keep(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
     a, b = ctx.saved_tensors
     return _product_in_tf32(gradient, b.T), _product_in_tf32(a.T, gradient)
 

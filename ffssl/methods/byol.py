@@ -1,5 +1,6 @@
-from torch import Tensor, nn
+from torch import Tensor
 
+from ffssl.backbones import Backbone
 from ffssl.config.checks import Fraction, Size
 from ffssl.methods.base import cosines, mlp
 from ffssl.methods.teacher import Teacher, TeacherMethod
@@ -25,7 +26,7 @@ class BYOL(TeacherMethod):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Backbone,
         *,
         hidden: Size = 4096,
         projection: Size = 256,

@@ -3,6 +3,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
+from ffssl.backbones import Backbone
 from ffssl.config.checks import Count, Fraction, Size, Temperature
 from ffssl.methods.base import Progress, full_precision
 from ffssl.methods.teacher import Teacher, TeacherMethod
@@ -40,9 +41,12 @@ class DINO(TeacherMethod):
     joint_views = True  # the authors pass views of one size at once
     decay_all = False  # the authors exclude biases and normalisation parameters from weight decay
 
+    teacher_temperature: Tensor
+    centre: Tensor
+
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Backbone,
         *,
         hidden: Size = 2048,
         projection: Size = 256,

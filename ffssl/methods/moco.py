@@ -2,6 +2,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ffssl.backbones import Backbone
 from ffssl.config.checks import Fraction, Size, Temperature
 from ffssl.errors import UserError
 from ffssl.methods.base import cosines, full_precision
@@ -29,9 +30,12 @@ class MoCoV2Plus(TeacherMethod):
     name = "mocov2plus"
     direction_weight = 1.0  # the authors' symmetric code adds the two directions
 
+    queue: Tensor
+    oldest: Tensor
+
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Backbone,
         *,
         hidden: Size = 2048,
         projection: Size = 128,

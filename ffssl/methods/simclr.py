@@ -1,7 +1,8 @@
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from ffssl.backbones import Backbone
 from ffssl.config.checks import Size, Temperature
 from ffssl.methods.base import Method, full_precision, mlp
 from ffssl.parallel.ranks import gather, gather_with_gradient, rank
@@ -27,7 +28,7 @@ class SimCLR(Method):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Backbone,
         *,
         hidden: Size = 2048,
         projection: Size = 128,

@@ -1,5 +1,6 @@
-from torch import Tensor, nn
+from torch import Tensor
 
+from ffssl.backbones import Backbone
 from ffssl.config.checks import Size
 from ffssl.methods.base import cosines, mlp
 from ffssl.methods.prediction import PredictionMethod
@@ -23,7 +24,7 @@ class SimSiam(PredictionMethod):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Backbone,
         *,
         hidden: Size = 2048,
         projection: Size = 2048,

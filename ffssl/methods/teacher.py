@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ffssl.backbones import Backbone
 from ffssl.methods.base import Progress
 from ffssl.methods.prediction import PredictionMethod
 from ffssl.schedules import cosine
@@ -40,7 +41,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def follow(self, student: Iterable[nn.Module], momentum: float) -> None:
         """Teacher <- momentum * teacher + (1 - momentum) * student, for all parameters."""
-        parameters = [p for module in student for p in module.parameters()]
+        parameters: list[Tensor] = [p for module in student for p in module.parameters()]
         torch._foreach_lerp_(list(self.parameters()), parameters, 1 - momentum)
 
 
@@ -53,9 +54,10 @@ class TeacherMethod(PredictionMethod):
 
     pair_loss = "student"
 
-    def __init__(
-        self, backbone: nn.Module, *, teacher_momentum: float, teacher_momentum_end: float
-    ):
+    projector: nn.Module
+    teacher: Teacher
+
+    def __init__(self, backbone: Backbone, *, teacher_momentum: float, teacher_momentum_end: float):
         super().__init__(backbone)
         self.teacher_momentum, self.teacher_momentum_end = teacher_momentum, teacher_momentum_end
 

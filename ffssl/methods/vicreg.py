@@ -1,7 +1,8 @@
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from ffssl.backbones import Backbone
 from ffssl.config.checks import Size, Weight
 from ffssl.methods.base import Method, full_precision, mlp, wide_product
 from ffssl.parallel.ranks import gather_with_gradient
@@ -26,7 +27,7 @@ class VICReg(Method):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Backbone,
         *,
         hidden: Size = 8192,
         projection: Size = 8192,

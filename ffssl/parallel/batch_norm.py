@@ -8,6 +8,8 @@ if no statistics are tracked (pytorch#50126). The ranks of a run have batches of
 nothing has to wait.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -24,6 +26,12 @@ class SyncBatchNorm(_BatchNorm):
     All ranks' batches must have the same size.
     """
 
+    # None in a layer that tracks no statistics. They are only read where it tracks them.
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
     def _check_input_dim(self, input: Tensor) -> None:
         pass  # any shape will do
 
@@ -31,7 +39,7 @@ class SyncBatchNorm(_BatchNorm):
         if not self.training:
             return super().forward(input)
         if taken_as_on_gpu(input):
-            running = None, None
+            running: tuple[Tensor | None, Tensor | None] = (None, None)
             if self.track_running_stats:
                 running = self.running_mean, self.running_var
                 self.num_batches_tracked += 1
@@ -62,6 +70,9 @@ class _SyncBatchNormAct(SyncBatchNorm):
     The layers keep their names.
     """
 
+    drop: nn.Module
+    act: nn.Module
+
     def forward(self, input: Tensor) -> Tensor:
         return self.act(self.drop(super().forward(input)))
 
@@ -77,7 +88,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         own_mean, own_variance = _statistics(x.float())
         # In float64, since nearly equal squares are subtracted.
@@ -93,7 +104,9 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor, *_) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+    def backward(
+        ctx: Any, gradient: Tensor, *_: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         half, weight, mean, inverse = ctx.saved_tensors
         x, gradient = half.float(), gradient.float()
         per_channel = (-1, *[1] * (x.ndim - 2))
@@ -133,7 +146,7 @@ class _NormaliseOnGpu(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -155,7 +168,7 @@ class _NormaliseOnGpu(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inverse = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=_layout(x))
         affine = weight is not None
@@ -168,9 +181,8 @@ class _NormaliseOnGpu(torch.autograd.Function):
         of_x = torch.batch_norm_backward_elemt(
             gradient, x, mean, inverse, weight, total, product, counts
         )
-        if not affine:
-            of_weight = of_bias = None
-        return of_x, of_weight, of_bias, *[None] * 4
+        of_affine = (of_weight, of_bias) if affine else (None, None)
+        return of_x, *of_affine, *[None] * 4
 
 
 def _layout(x: Tensor) -> torch.memory_format:

@@ -150,7 +150,7 @@ def describe_precision(amp: str, device: torch.device) -> str:
 
 def mixed_precision(
     amp: str, device: torch.device, option: str = "--training.amp"
-) -> tuple[contextlib.AbstractContextManager, torch.amp.GradScaler]:
+) -> tuple[torch.autocast, torch.amp.GradScaler]:
     """Return the autocast context, which can be entered repeatedly, and the gradient scaler.
 
     amp: as in `precision`.

@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,10 +62,10 @@ def process_group(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterato
         # gloo's errors have no class of their own.
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        reason = str(error).splitlines()[0]
+        told = str(error).splitlines()[0]
         raise ConnectionError(
             f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} has lost another "
-            f"rank ({reason})"
+            f"rank ({told})"
         ) from error
     finally:
         # With NCCL this would wait for the others, which may be waiting for this rank.
@@ -272,23 +273,23 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor: Tensor) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
         return gather(tensor)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return sum_over_ranks(gradient).chunk(world_size())[rank()]
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor: Tensor) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
         return sum_over_ranks(tensor)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return sum_over_ranks(gradient)
 
 

@@ -4,6 +4,7 @@ import copy
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,7 +79,7 @@ class Saver:
             self._thread.shutdown()
 
 
-def copy_to_host(value: object, earlier: object = None) -> object:
+def copy_to_host(value: Any, earlier: Any = None) -> Any:
     """Copy a state to the host's memory, into an `earlier` copy if its tensors are alike.
 
     Tensors of a GPU go to pinned memory, and arrive when the work queued so far is done.
@@ -94,10 +95,9 @@ def copy_to_host(value: object, earlier: object = None) -> object:
             copied[key] = copy_to_host(item, before.get(key))
         return copied
     if isinstance(value, (list, tuple)):
-        before = [None] * len(value)
-        if isinstance(earlier, (list, tuple)) and len(earlier) == len(value):
-            before = earlier
-        return type(value)(copy_to_host(item, old) for item, old in zip(value, before))
+        alike = isinstance(earlier, (list, tuple)) and len(earlier) == len(value)
+        olds = earlier if alike else [None] * len(value)
+        return type(value)(copy_to_host(item, old) for item, old in zip(value, olds))
     return value
 
 

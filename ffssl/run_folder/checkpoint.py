@@ -81,10 +81,10 @@ def load(
                 raise
             damaged.append((path, error))
             continue
-        for bad, error in damaged:
+        for bad, reason in damaged:
             os.replace(bad, bad.with_name(f"{bad.name}.damaged"))
             told = (
-                f"warning: {error}; kept as {bad.name}.damaged, the one before it, "
+                f"warning: {reason}; kept as {bad.name}.damaged, the one before it, "
                 f"{path.name}, takes its place"
             )
             print(told, file=sys.stderr, flush=True)

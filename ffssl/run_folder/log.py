@@ -11,9 +11,13 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from ffssl.errors import UserError
 from ffssl.files import write_text
+
+if TYPE_CHECKING:
+    pass
 
 NAME = "log.jsonl"
 
@@ -45,9 +49,10 @@ class RunLog:
     ):
         self._folder = folder
         with self._named():
-            self._viewers = (
-                [WandbViewer(folder, wandb, options, resumed=last_epoch >= 0)] if wandb else []
-            )
+            self._viewers: list[WandbViewer | TensorBoardViewer] = []
+            if wandb:
+                viewer = WandbViewer(folder, wandb, options, resumed=last_epoch >= 0)
+                self._viewers.append(viewer)
             kept = [row for row in _whole_rows(folder / NAME) if row["epoch"] <= last_epoch]
             write_text(folder / NAME, "".join(json.dumps(row) + "\n" for row in kept))
             self._file = io.FileIO(folder / NAME, "ab")
@@ -101,7 +106,7 @@ class TensorBoardViewer:
         self._new_writer = SummaryWriter
         self._folder = folder
         self._epochs = SummaryWriter(str(folder), purge_step=last_epoch + 1)
-        self._steps = None
+        self._steps: SummaryWriter | None = None
 
     def epoch(self, row: dict) -> None:
         for name, value in row.items():

@@ -1,6 +1,7 @@
 """Build a run's method with random weights, and compile it."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,11 +41,11 @@ def build(options: Options, device: torch.device) -> Method:
     hard_augment.check(method, schedule.selection(training.epochs - 1))
     if training.joint_views is not None:
         method.joint_views = training.joint_views
-    return method.to(device, memory_format=torch.channels_last)
+    return method.to(device).to(memory_format=torch.channels_last)
 
 
 def compile_methods(
-    module: nn.Module, passes: Iterable[str], mode: str, device: torch.device, **settings
+    module: nn.Module, passes: Iterable[str], mode: str, device: torch.device, **settings: Any
 ) -> str:
     """Make torch.compile compile these methods of a module, once for each shape.
 

@@ -47,7 +47,7 @@ class Epoch:
         self._batches = views_to_device(self.loader, self.run.device)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._batches.close()
         self._bar.close()
 

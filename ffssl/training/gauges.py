@@ -14,6 +14,7 @@ from torch import Tensor
 from ffssl.data.normalise import to_input
 from ffssl.hard_augment import Selection, compare, random_choice, take_pair, without_trace
 from ffssl.methods.base import Method, cosines
+from ffssl.methods.prediction import PredictionMethod
 
 # A measurement costs at most half a step: all together cost less than 1 %.
 STEPS_BETWEEN = 64
@@ -59,7 +60,7 @@ def predictor_cosine(method: Method, projections: Tensor) -> Tensor | None:
 
     Return None for a method without a predictor.
     """
-    if not hasattr(method, "predictor"):
+    if not (isinstance(method, PredictionMethod) and hasattr(method, "predictor")):
         return None
     with without_trace(method, projections.device), torch.compiler.set_stance("force_eager"):
         predictions = method.predict(projections)

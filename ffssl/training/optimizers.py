@@ -58,7 +58,7 @@ class Lars(SGD):
     """
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # takes no closure
         decays = [group["weight_decay"] for group in self.param_groups]
         # The fp16 scaler hands its scale over in this attribute.
         scale, self.grad_scale = getattr(self, "grad_scale", None), None
@@ -78,7 +78,7 @@ def _adapt(params: list[Tensor], decay: float, scale: Tensor | None, adapt: bool
     """Unscale and adapt the gradients in place. They are `scale` times too large."""
     if not params:
         return
-    gradients = [p.grad for p in params]
+    gradients = [p.grad for p in params if p.grad is not None]
     if scale is not None:
         torch._foreach_mul_(gradients, scale.reciprocal())
     if not adapt:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -117,4 +118,5 @@ def parallelise(method: Method, device: torch.device) -> nn.Module:
     option = "forward_sync_buffers"
     if option not in inspect.signature(DistributedDataParallel).parameters:
         option = "broadcast_buffers"
-    return DistributedDataParallel(method, gradient_as_bucket_view=True, **{option: False})
+    settings: dict[str, Any] = {option: False}
+    return DistributedDataParallel(method, gradient_as_bucket_view=True, **settings)

@@ -22,7 +22,7 @@ class StopRequest:
     A second signal, more than a second after the first, ends the process at once.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._number: int | None = None
         self._time = 0.0
         self._at_once = False

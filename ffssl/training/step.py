@@ -1,7 +1,7 @@
 """One optimiser step."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +46,9 @@ def train_step(
     parts = views.chunk(options.training.accumulate)
     # Each part of each step draws its own random pairs.
     seeds = [(options.run.seed + step) * len(parts) + part for part in range(len(parts))]
-    classifier = run.classifier if labels is not None else None
-    targets = classifier.targets(labels).chunk(len(parts)) if classifier else [None] * len(parts)
+    targets: Sequence[Tensor | None] = [None] * len(parts)
+    if run.classifier is not None and labels is not None:
+        targets = run.classifier.targets(labels).chunk(len(parts))
     with local_gradients(run.parallel):
         results = [
             add_gradients(run, part, seed, len(parts), of_part, mark)
@@ -62,8 +63,8 @@ def train_step(
     run.method.after_backward(progress)
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    if classifier:
-        classifier.step(step)
+    if run.classifier is not None and labels is not None:
+        run.classifier.step(step)
     mark("optimiser")
     run.method.after_step(progress)
     mark("teacher")
@@ -112,9 +113,10 @@ def add_gradients(
     readings = None
     if measured:
         with run.amp:
-            readings = measure(run.method, views, chosen[:2], selection, seed, embeddings.detach())
+            pair = chosen[0], chosen[1]
+            readings = measure(run.method, views, pair, selection, seed, embeddings.detach())
     run.scaler.scale(loss / parts).backward()
-    if targets is not None:
+    if run.classifier is not None and targets is not None:
         run.classifier.add_gradients(targets)
     mark("backward")
     # Copy them: CUDA graphs write the next results to the same memory.

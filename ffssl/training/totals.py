@@ -83,14 +83,17 @@ class EpochTotals:
         device = self.losses[0].device
         kwh = float("nan") if self.kwh is None else self.kwh
         figures = [self.seconds, self.waited, self.replaced, kwh]
-        figures = mean_over_ranks(torch.tensor(figures, dtype=torch.float64, device=device))
-        self.seconds, self.waited, self.replaced, kwh = figures.tolist()
+        means = mean_over_ranks(torch.tensor(figures, dtype=torch.float64, device=device))
+        self.seconds, self.waited, self.replaced, kwh = means.tolist()
         self.kwh = None if kwh != kwh else kwh
+        assert self.embeddings is not None  # a step has been taken
         self._everyones = gather(self.embeddings)
 
     @property
-    def all_embeddings(self) -> Tensor | None:
-        """The embeddings (n, d) of all ranks, after `average_over_ranks`."""
+    def all_embeddings(self) -> Tensor:
+        """The embeddings (n, d) of all ranks, after `average_over_ranks`; empty before a step."""
+        if self.embeddings is None:
+            return torch.empty(0)
         return self.embeddings if world_size() == 1 else self._everyones
 
     def gauge_means(self) -> dict[str, float]:
@@ -108,7 +111,6 @@ class EpochTotals:
         `replaced` and `kwh` are the sums over the ranks, so that any number of ranks can resume.
         """
         kwh = None if self.kwh is None else self.kwh * world_size()
-        rows = torch.empty(0) if self.embeddings is None else self.all_embeddings
         lists = {}
         for name in PER_STEP:
             values = getattr(self, name)
@@ -118,7 +120,7 @@ class EpochTotals:
             "waited": self.waited,
             "replaced": self.replaced * world_size(),
             "kwh": kwh,
-            "embeddings": rows,
+            "embeddings": self.all_embeddings,
             **lists,
         }
 
@@ -152,11 +154,12 @@ class Meter:
         return time.perf_counter() - self._time
 
     def charge(self) -> None:
-        now, joules = time.perf_counter(), self._read_joules()
+        now, joules, before = time.perf_counter(), self._read_joules(), self._joules
         # None, now or before: a part of the energy would pass for the whole.
-        if joules is None or (self._totals.kwh is None and self._totals.seconds):
+        partial = self._totals.kwh is None and self._totals.seconds > 0
+        if joules is None or before is None or partial:
             self._totals.kwh = None
         else:
-            self._totals.kwh = (self._totals.kwh or 0.0) + (joules - self._joules) / JOULES_PER_KWH
+            self._totals.kwh = (self._totals.kwh or 0.0) + (joules - before) / JOULES_PER_KWH
         self._totals.seconds += now - self._time
         self._time, self._joules = now, joules

@@ -2,7 +2,7 @@
 
 import collections
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from ffssl.data.loader import Batch
 from ffssl.parallel.device import mark_work
 
 
-def to_device(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+def to_device(batches: Iterable[Tensor], device: torch.device) -> Generator[Tensor, None, None]:
     """Yield the batches on `device`.
 
     All batches have one shape, but the last may be shorter. The memory of a yielded batch is
@@ -22,11 +22,13 @@ def to_device(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tenso
         yield from (batch.to(device) for batch in batches)
         return
     computing, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    batches, buffers, read = iter(batches), [], []
+    coming = iter(batches)
+    buffers: list[Tensor] = []
+    read: list[torch.cuda.Event] = []
     for turn in itertools.cycle((0, 1)):
         # The loader records on this stream when its last batch has been read.
         with torch.cuda.stream(copying):
-            batch = next(batches, None)
+            batch = next(coming, None)
         if batch is None:
             return
         if len(buffers) < 2:
@@ -42,7 +44,7 @@ def to_device(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tenso
 
 def views_to_device(
     batches: Iterable[Batch], device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Generator[tuple[Tensor, Tensor], None, None]:
     """Yield the views of a loader's batches on `device`, as `to_device`, and their labels.
 
     The labels, int64 (B,), stay in the host's memory.
@@ -66,7 +68,8 @@ class RunAheadLimit:
     """
 
     def __init__(self, device: torch.device, steps: int = 2):
-        self._device, self._steps, self._ends = device, steps, collections.deque()
+        self._device, self._steps = device, steps
+        self._ends: collections.deque[torch.cuda.Event] = collections.deque()
 
     def __call__(self) -> None:
         if self._device.type == "cuda":

@@ -1,5 +1,5 @@
 import pytest
-from sample_images import smooth_image, write_beton
+from support.sample_images import smooth_image, write_beton
 
 SIZES = [(48, 64), (64, 48), (37, 91), (120, 80), (16, 16)]  # height, width
 

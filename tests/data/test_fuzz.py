@@ -5,9 +5,9 @@ import os
 import time
 from collections import Counter
 
-import fuzz
-from damage import Guarded
-from fuzz import CRASHED, HUNG, IN_PART, REFUSED, SERVED, WRONG, Wrong
+from support import fuzz
+from support.damage import Guarded
+from support.fuzz import CRASHED, HUNG, IN_PART, REFUSED, SERVED, WRONG, Wrong
 
 
 def test_damaged_files_are_served_or_refused_by_name():

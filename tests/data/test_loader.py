@@ -10,7 +10,7 @@ import numba
 import numpy as np
 import pytest
 import torch
-from sample_images import write_beton
+from support.sample_images import write_beton
 
 from ffssl.data.beton.read import read_beton
 from ffssl.data.kernels.draw import uniform, view_key
@@ -390,9 +390,7 @@ def test_labels_of_a_field_of_another_name_are_served(images, tmp_path):
         open_loader(path, label_field="label")
 
 
-def test_where_it_is_not_clear_which_field_holds_the_labels_none_are_served_and_that_is_said(
-    images, tmp_path
-):
+def test_where_several_fields_may_hold_the_labels_none_are_served_and_told(images, tmp_path):
     path = write_beton(tmp_path / "images.beton", images)
     content = path.read_bytes().replace(b"label", b"score", 1)
     # Its type is the byte before the name: of floats, which the integers' bits are not whole
@@ -514,7 +512,7 @@ def test_set_epoch_ends_the_iteration_under_way(beton):
             next(iteration)
 
 
-def test_two_loops_over_one_loader_at_once_are_refused_and_one_after_the_other_are_not(beton):
+def test_two_loops_over_one_loader_are_refused_only_at_the_same_time(beton):
     with open_loader(beton) as loader:
         with pytest.raises(UserError, match="second loader"):
             list(zip(loader, loader))

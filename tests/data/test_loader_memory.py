@@ -138,7 +138,7 @@ def test_prefetched_ranges_and_no_others_are_read_from_the_disk(large_beton):
     )
 
 
-def test_fifty_epochs_left_early_at_changing_resolutions_leave_memory_threads_and_descriptors_flat(
+def test_fifty_epochs_left_early_keep_memory_threads_and_descriptors_flat(
     beton,
 ):
     run_alone(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_runs import save_run
+from support.small_runs import save_run
 from torch.nn import functional as F
 
 from ffssl.config.command_line import exit_status

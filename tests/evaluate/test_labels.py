@@ -11,7 +11,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from small_runs import save_run
+from support.options import SMALL
+from support.small_runs import save_run
 
 from ffssl.config import read_options
 from ffssl.data.beton.read import MODE_JPEG, read_beton
@@ -63,15 +64,9 @@ def files(folder, train, validation):
 
 def options_of(folder, *more):
     words = [
-        "--model.backbone=resnet-small",
-        "--method.name=simclr",
-        "--method.hidden=16",
-        "--method.projection=8",
-        "--resolution.max=32",
+        *SMALL,
         "--training.epochs=1",
         "--training.batch_size=12",
-        "--run.device=cpu",
-        "--run.tensorboard=false",
         "--evaluate.k=3",
         "--data.workers=1",
         f"--data.train={folder / 'train.beton'}",

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from small_runs import save_run
+from support.small_runs import save_run
 
 from ffssl.config.command_line import exit_status
 from ffssl.evaluate.results import add_result
@@ -189,9 +189,7 @@ def test_the_card_has_what_was_recorded_of_these_weights_and_nothing_else(tmp_pa
         assert claim not in card, claim
 
 
-def test_the_card_of_a_run_within_an_epoch_says_so_and_has_no_score_of_other_weights(
-    tmp_path, monkeypatch
-):
+def test_the_card_of_a_run_within_an_epoch_has_no_score_of_other_weights(tmp_path, monkeypatch):
     save_run(tmp_path / "run", "--data.validation=labelled.beton", epoch=2, steps=5)
     (tmp_path / "run" / "log.jsonl").write_text(json.dumps({"epoch": 2, "knn": 0.2123}) + "\n")
     assert (

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gpu_runs import GPU, no_waits, start, views
+from support.gpu_runs import GPU, no_waits, start, views
 from torch._dynamo.utils import counters
 
 from ffssl.parallel.device import is_out_of_memory, until_out_of_memory
@@ -38,9 +38,7 @@ def steps(run, number=3, side=48, epoch=0):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_two_ranks_have_one_graph_of_the_loss_and_one_of_the_selection_and_never_wait(
-    two_ranks, name
-):
+def test_two_ranks_have_a_graph_of_loss_and_of_selection_and_never_wait(two_ranks, name):
     run = compiled(name, "auto")
     steps(run, 2)
     with no_waits():

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from gpu_runs import no_waits, start, views
+from support.gpu_runs import no_waits, start, views
 
 from ffssl.errors import UserError
 from ffssl.methods import METHODS

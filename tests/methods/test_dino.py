@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from small import (
+from support.small_methods import (
     WideBackbone,
     assert_same_gradients,
     assert_same_value_and_gradients,
@@ -79,7 +79,7 @@ def test_cross_entropy_gradient_and_centre_are_lightlys():
         torch.testing.assert_close(method.centre, lightly.center.flatten())
 
 
-def test_the_centre_is_the_average_of_the_teachers_outputs_and_enters_the_loss_a_step_later():
+def test_the_centre_averages_the_teachers_outputs_and_counts_a_step_later():
     method = with_a_centre(build("dino"))
     centre = method.centre.double()
     for step in range(3):

@@ -5,15 +5,14 @@ import inspect
 
 import pytest
 import torch
-from small import OPTIONS, WITH_TEACHER, build, randoms, train_a_step, views
-from torch import nn
+from support.small_methods import OPTIONS, WITH_TEACHER, build, randoms, train_a_step, views
 
 from ffssl.config import declarations
 from ffssl.config.method_options import method_options, of_file
 from ffssl.data.policy import POLICIES
 from ffssl.errors import UserError
 from ffssl.methods import METHODS
-from ffssl.methods.base import Method, Progress
+from ffssl.methods.base import Progress
 from ffssl.methods.prediction import PredictionMethod
 
 
@@ -163,5 +162,12 @@ def test_unknown_methods_and_options_are_named():
     assert build("simsiam", temperature=None, hidden=7).projector[0].out_features == 7
 
 
-def test_a_method_without_teacher_or_queue_takes_any_batch_size():
-    Method(nn.Identity()).check(7)
+def test_only_a_queue_asks_for_batches_of_a_certain_size():
+    def refuses(method):
+        try:
+            method.check(7)  # no divisor of the queue's 40
+        except UserError:
+            return True
+        return False
+
+    assert [name for name in METHODS if refuses(build(name))] == ["mocov2plus"]

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from small import (
+from support.small_methods import (
     WideBackbone,
     assert_same_gradients,
     assert_same_value_and_gradients,
@@ -59,7 +59,7 @@ def test_info_nce_and_its_gradient_are_lightlys():
     )
 
 
-def test_loss_is_symmetric_against_the_queue_as_it_was_and_no_gradient_reaches_the_teacher():
+def test_loss_is_symmetric_against_the_old_queue_without_the_teachers_gradient():
     method = unlike_the_student(build("mocov2plus"))
     exact = copy.deepcopy(method).double()
     value, _ = method.loss(*views())

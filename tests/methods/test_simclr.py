@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from small import (
+from support.small_methods import (
     WideBackbone,
     assert_same_value_and_gradients,
     build,

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from small import WideBackbone, assert_same_gradients, build, pair, views
+from support.small_methods import WideBackbone, assert_same_gradients, build, pair, views
 from torch import nn
 
 from ffssl.methods import build_method
@@ -19,7 +19,7 @@ def simsiam_by_the_paper(p1, p2, z1, z2):
     return D(p1, z2) / 2 + D(p2, z1) / 2
 
 
-def test_loss_and_every_gradient_are_the_papers_with_the_gradient_stopped_at_the_projections():
+def test_loss_and_gradients_are_the_papers_with_stopped_projections():
     method = build("simsiam")
     exact = copy.deepcopy(method).double()
     value, projections = method.loss(*views())

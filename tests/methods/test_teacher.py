@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from small import WITH_TEACHER, build, train_a_step, views
+from support.small_methods import WITH_TEACHER, build, train_a_step, views
 from torch import nn
 
 from ffssl.methods.base import Progress

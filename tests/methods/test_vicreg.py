@@ -1,6 +1,13 @@
 import pytest
 import torch
-from small import WideBackbone, assert_same_value_and_gradients, build, pair, randoms, views
+from support.small_methods import (
+    WideBackbone,
+    assert_same_value_and_gradients,
+    build,
+    pair,
+    randoms,
+    views,
+)
 from torch import nn
 
 from ffssl.methods import build_method

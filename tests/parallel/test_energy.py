@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.options import SMALL
 
 from ffssl.config import read_options
 from ffssl.parallel.energy import energy_counter
@@ -72,23 +73,14 @@ def test_a_gpu_whose_energy_nothing_counts_is_told(nvml):
 def train_with_counter(betons, folder, monkeypatch, joules):
     """Two epochs of two steps each. joules: called for each reading."""
     monkeypatch.setattr("ffssl.training.run.energy_counter", lambda device: joules)
-    words = [
-        "--model.backbone=resnet-small",
-        "--method.name=simclr",
-        "--method.hidden=8",
-        "--method.projection=8",
-        "--resolution.max=16",
-        "--resolution.step=16",
-    ]
     options = read_options(
         [
-            *words,
+            *SMALL,
+            "--resolution.max=16",
             f"--data.train={betons['train']}",
             f"--run.folder={folder}",
             "--training.epochs=2",
             "--training.batch_size=64",
-            "--run.tensorboard=false",
-            "--run.device=cpu",
         ]
     )
     train(options)

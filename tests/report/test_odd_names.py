@@ -13,7 +13,7 @@ import pytest
 from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from small_runs import save_run
+from support.small_runs import save_run
 
 from ffssl.config.command_line import exit_status
 from ffssl.data.convert.conversion import description_path

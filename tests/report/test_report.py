@@ -11,6 +11,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
+from support.options import SMALL
 
 from ffssl.config import read_options
 from ffssl.data.convert.conversion import convert
@@ -26,22 +27,7 @@ from ffssl.run_folder import checkpoint
 from ffssl.run_folder.log import NAME as LOG_NAME
 from ffssl.train import train
 
-SMALL = [
-    "--model.backbone=resnet-small",
-    "--method.name=simclr",
-    "--method.hidden=32",
-    "--method.projection=16",
-    "--resolution.max=32",
-    "--resolution.min=16",
-    "--resolution.step=16",
-    "--hard_augment.resolution=16",
-    "--training.batch_size=16",
-    "--evaluate.k=5",
-    "--training.epochs=2",
-    "--run.tensorboard=false",
-    "--run.device=cpu",
-    "--data.workers=1",
-]
+OPTIONS = [*SMALL, "--training.epochs=2", "--data.workers=1"]
 HARD = ["--augment.views=3", "--hard_augment.select=hard", "--resolution.schedule=progressive"]
 SECTIONS = (
     "cost",
@@ -93,7 +79,7 @@ class Page(HTMLParser):
 
 def options_of(folder: Path, run: str, *words: str):
     data = [f"--data.train={folder / 'train.beton'}", f"--data.validation={folder / 'val.beton'}"]
-    return read_options([*SMALL, *data, f"--run.folder={folder / run}", *words])
+    return read_options([*OPTIONS, *data, f"--run.folder={folder / run}", *words])
 
 
 @pytest.fixture(scope="module")

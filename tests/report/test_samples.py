@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from small_runs import save_run
+from support.small_runs import save_run
 
 from ffssl.hard_augment import hardest_pair, pairs
 from ffssl.report.runs import read_runs

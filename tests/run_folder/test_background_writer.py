@@ -14,9 +14,7 @@ from ffssl.run_folder.background_writer import Saver, copy_to_host
 CPU = torch.device("cpu")
 
 
-def test_what_is_saved_is_the_state_at_the_call_though_it_changes_while_it_is_written(
-    tmp_path, monkeypatch
-):
+def test_what_is_saved_is_the_state_at_the_call_whatever_changes_later(tmp_path, monkeypatch):
     may_write, save = threading.Event(), checkpoint.save
 
     def slow_save(*arguments, **settings):
@@ -48,9 +46,7 @@ def test_what_is_saved_is_the_state_at_the_call_though_it_changes_while_it_is_wr
 
 
 @pytest.mark.parametrize("call", ["due", "save", "wait", "close"])
-def test_what_goes_wrong_in_the_thread_is_raised_by_the_next_call_and_the_checkpoint_before_stays(
-    tmp_path, call
-):
+def test_an_error_in_the_thread_is_raised_by_the_next_call_and_no_file_is_lost(tmp_path, call):
     saver = Saver(tmp_path, CPU, keep=2, minutes=1)
     saver.save({"step": 1})
     saver.wait()

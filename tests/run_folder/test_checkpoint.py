@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 import torch
-from small_runs import Code
+from support.small_runs import Code
 
 from ffssl.errors import UserError
 from ffssl.run_folder import checkpoint
@@ -93,7 +93,7 @@ def test_without_hard_links_the_one_before_is_kept_too(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("renames", [0, 1])
-def test_without_hard_links_a_process_stopped_between_two_renames_leaves_the_one_before(
+def test_without_hard_links_a_stop_between_renames_leaves_the_one_before(
     tmp_path, monkeypatch, renames
 ):
     checkpoint.save(tmp_path, state(1), keep=2)

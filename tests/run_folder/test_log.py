@@ -115,7 +115,7 @@ def log_steps(folder, steps, *, last_epoch, value, **options):
     log.close()
 
 
-def test_tensorboard_shows_steps_and_a_resumed_run_replaces_those_after_its_checkpoint(tmp_path):
+def test_a_resumed_run_replaces_tensorboards_steps_after_its_checkpoint(tmp_path):
     log_steps(tmp_path, [50, 100, 150, 200], last_epoch=-1, value=1.0, tensorboard=True)
     # The one before was killed beyond step 150, its checkpoint is of 100.
     log_steps(tmp_path, [150], last_epoch=0, value=2.0, tensorboard=True)

@@ -45,7 +45,7 @@ def git(folder, *words):
     ).stdout.strip()
 
 
-def test_the_git_revision_is_that_of_the_checkout_and_says_whether_files_have_changed(tmp_path):
+def test_the_git_revision_is_the_checkouts_and_tells_of_changed_files(tmp_path):
     git(tmp_path, "init")
     (tmp_path / "a").write_text("1")
     git(tmp_path, "add", "a")

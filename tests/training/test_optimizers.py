@@ -175,7 +175,7 @@ def test_a_fused_step_takes_parameters_whose_first_gradient_comes_later(name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_step_with_scaled_gradients_is_the_same_and_none_is_taken_where_they_are_infinite(name):
+def test_scaled_gradients_change_no_step_and_infinite_ones_take_none(name):
     """As in fp16, without a look at the gradients by the host: the scaler hands over what it
     knows.
     """

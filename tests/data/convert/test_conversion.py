@@ -19,8 +19,8 @@ import PIL.features
 import PIL.Image
 import PIL.ImageOps
 import pytest
-from damage import behind_start, frame_size_at, segment
 from PIL.PngImagePlugin import PngInfo
+from support.damage import behind_start, frame_size_at, segment
 
 from ffssl.data.beton.read import MODE_JPEG, MODE_RAW, read_beton
 from ffssl.data.convert import workers

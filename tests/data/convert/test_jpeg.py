@@ -6,7 +6,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import pytest
-from damage import behind_start, frame_size_at, segment, segments, without_segments
+from support.damage import behind_start, frame_size_at, segment, segments, without_segments
 
 from ffssl.data.convert import jpeg
 from ffssl.data.convert.exif import PREFIX
@@ -202,7 +202,7 @@ def test_even_a_blank_image_has_data_for_its_size(mode, progressive):
 
 
 @pytest.mark.parametrize("marker", [0xDB, 0xC4])
-def test_a_file_that_has_lost_its_tables_is_not_decoded_with_those_of_the_file_before(marker):
+def test_a_file_without_its_tables_is_not_decoded_with_the_last_files(marker):
     whole = save(picture(), optimize=True)
     jpeg.verify(whole, jpeg.parse_header(whole))
     without = without_segments(whole, marker)

@@ -15,8 +15,8 @@ import numba
 import numpy as np
 import PIL.Image
 import pytest
-from damage import without_segments
-from sample_images import jpeg_bytes, smooth_image, write_beton
+from support.damage import without_segments
+from support.sample_images import jpeg_bytes, smooth_image, write_beton
 
 import ffssl.data.kernels
 from ffssl.data.beton.read import MODE_JPEG, MODE_RAW
@@ -139,7 +139,7 @@ def test_a_jpeg_of_another_size_than_is_asked_for_does_not_decode(height, width,
 
 
 @pytest.mark.parametrize("marker", [0xDB, 0xC4])
-def test_a_jpeg_that_has_lost_its_tables_does_not_decode_with_those_of_the_image_before(marker):
+def test_a_jpeg_without_its_tables_does_not_decode_with_the_last_images(marker):
     buffer = io.BytesIO()
     PIL.Image.fromarray(smooth_image(48, 64, seed=3)).save(
         buffer, "JPEG", quality=90, optimize=True
@@ -310,7 +310,7 @@ def nowhere(tmp_path, monkeypatch):
     return folder
 
 
-def test_where_nothing_can_be_kept_compiled_files_go_under_the_temporary_folder_which_is_told_once(
+def test_compiled_files_that_nothing_keeps_go_to_a_temporary_folder_told_once(
     nowhere, tmp_path, capsys
 ):
     own = tmp_path / f"ffssl-{os.getuid()}"
@@ -336,9 +336,7 @@ def test_where_nothing_can_be_kept_compiled_files_go_under_the_temporary_folder_
         lambda own: own.touch(),
     ],
 )
-def test_a_folder_that_somebody_else_may_write_to_is_not_trusted_and_nothing_is_kept(
-    nowhere, tmp_path, capsys, taken
-):
+def test_a_folder_that_others_may_write_to_is_not_trusted(nowhere, tmp_path, capsys, taken):
     taken(tmp_path / f"ffssl-{os.getuid()}")
     module = import_compiled(nowhere)
     assert "is not this user's alone" in capsys.readouterr().err

@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from sample_images import smooth_image
+from support.sample_images import smooth_image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 

@@ -5,7 +5,7 @@ strengths.
 import numpy as np
 import pytest
 import torch
-from sample_images import smooth_image
+from support.sample_images import smooth_image
 from torchvision import transforms
 from torchvision.transforms import v2
 
@@ -147,7 +147,7 @@ def test_these_operations_are_torchvisions(name):
 
 
 @pytest.mark.parametrize("name", ["Color", "Contrast", "Sharpness"])
-def test_blends_are_torchvisions_but_where_float32_falls_on_either_side_of_an_integer(name):
+def test_blends_are_torchvisions_but_for_float32s_rounding_at_integers(name):
     """At strength 0.6 every fifth blend of two integers is one, and rounding down then makes a
     level of it.
     """

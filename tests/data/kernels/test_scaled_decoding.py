@@ -8,7 +8,7 @@ import tarfile
 import numpy as np
 import PIL.Image
 import pytest
-from sample_images import jpeg_bytes, smooth_image, write_beton
+from support.sample_images import jpeg_bytes, smooth_image, write_beton
 
 from ffssl.data.kernels import operations
 from ffssl.data.kernels.decode import SCALED_PIXELS, choose_denominator, decode

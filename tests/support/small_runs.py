@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import torch
+from support.options import SMALL
 
 from ffssl.config import read_options
 from ffssl.methods import Method
@@ -11,16 +12,7 @@ from ffssl.run_folder import checkpoint
 from ffssl.training.build import build
 from ffssl.training.totals import EpochTotals
 
-SMALL = (
-    "--model.backbone=resnet-small",
-    "--method.name=simclr",
-    "--method.hidden=16",
-    "--method.projection=8",
-    "--resolution.max=32",
-    "--training.epochs=3",
-    "--training.batch_size=32",
-    "--run.device=cpu",
-)
+OPTIONS = [*SMALL, "--training.epochs=3", "--training.batch_size=32"]
 
 
 def save_run(folder: Path, *options: str, epoch: int = 3, steps: int = 0, seed: int = 0) -> Method:
@@ -30,7 +22,9 @@ def save_run(folder: Path, *options: str, epoch: int = 3, steps: int = 0, seed: 
     steps: of the epoch after the finished ones.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    parsed = read_options([*SMALL, "--data.train=train.beton", f"--run.folder={folder}", *options])
+    parsed = read_options(
+        [*OPTIONS, "--data.train=train.beton", f"--run.folder={folder}", *options]
+    )
     torch.manual_seed(seed)
     method = build(parsed, torch.device("cpu"))
     for module in method.modules():

@@ -2,18 +2,19 @@
 refused, by name.
 
     # 20 000 cases, some minutes
-    PYTHONPATH=. python tests/data/fuzz.py
+    PYTHONPATH=.:tests python -m support.fuzz
     # one case again, in this process, for a debugger
-    PYTHONPATH=. python tests/data/fuzz.py --first 1234 --cases 1 --here
+    PYTHONPATH=.:tests python -m support.fuzz --first 1234 --cases 1 --here
 
 A case follows from its seed alone. Seeds are dealt out in turn to three kinds of case:
 
 - jpeg: a damaged JPEG through `ffssl.data.convert.jpeg`, which the converter stands on. It decodes,
-or JpegError is raised. - decode: a damaged JPEG through the loader's compiled decoder, at every
-scale. - beton: a damaged beton file through `read_beton`, sample by sample through
-`render_samples`, and as a whole through `ViewLoader`. It is refused with a UserError that begins
-with the file's name; or the loader serves the samples in order up to the first that does not
-decode, and refuses that one by its number.
+  or JpegError is raised.
+- decode: a damaged JPEG through the loader's compiled decoder, at every scale.
+- beton: a damaged beton file through `read_beton`, sample by sample through `render_samples`, and
+  as a whole through `ViewLoader`. It is refused with a UserError that begins with the file's name;
+  or the loader serves the samples in order up to the first that does not decode, and refuses that
+  one by its number.
 
 What decodes must decode to the same pixels in memory that held zeros or ones before, each time
 after another image: else what is served came from there. Cases run in a child process, so that a
@@ -25,16 +26,17 @@ whole beton file and the views lie against pages that may not be touched (`damag
 at the end of their memory, then at its beginning. Not guarded is what the compiled kernels and
 libjpeg allocate themselves. Numba can check the kernels' indices, but for those of simd.py:
 
-    export NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=/tmp/checked PYTHONPATH=.
-    python tests/data/fuzz.py --kinds decode beton
+    export NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=/tmp/checked PYTHONPATH=.:tests
+    python -m support.fuzz --kinds decode beton
 
 and valgrind every access of all compiled code, simd.py and libjpeg-turbo included; Numba's has to
 be compiled for a CPU that it knows, best by a first run without it:
 
-    export NUMBA_CPU_NAME=generic NUMBA_CACHE_DIR=/tmp/generic PYTHONMALLOC=malloc PYTHONPATH=.
-    python tests/data/fuzz.py --cases 60
-    options="--error-exitcode=1 --undef-value-errors=no --suppressions=tests/data/valgrind.supp"
-    valgrind $options python tests/data/fuzz.py --here --cases 1000
+    export NUMBA_CPU_NAME=generic NUMBA_CACHE_DIR=/tmp/generic
+    export PYTHONMALLOC=malloc PYTHONPATH=.:tests
+    python -m support.fuzz --cases 60
+    options="--error-exitcode=1 --undef-value-errors=no --suppressions=tests/support/valgrind.supp"
+    valgrind $options python -m support.fuzz --here --cases 1000
 
 Values that are not initialised can't be looked for in this way: CPython reads some, and
 libjpeg-turbo's vectors read their own padding.
@@ -57,8 +59,8 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
-from damage import Guarded, compact, damage_beton, damage_jpeg
-from sample_images import smooth_image
+from support.damage import Guarded, compact, damage_beton, damage_jpeg
+from support.sample_images import smooth_image
 
 from ffssl.data.beton.read import MODE_JPEG, MODE_RAW, read_beton
 from ffssl.data.beton.write import MIN_PAGE_SIZE, BetonWriter

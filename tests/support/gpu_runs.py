@@ -3,6 +3,7 @@
 import contextlib
 
 import torch
+from support.options import NO_FILES, SMALL, of_method
 
 from ffssl.config import read_options
 from ffssl.training.build import build
@@ -10,33 +11,22 @@ from ffssl.training.run import start_run
 from ffssl.training.schedule import RunSchedule
 
 GPU = torch.device("cuda", 0)
-NETWORK = {
-    "simsiam": ["--method.predictor=8"],
-    "byol": ["--method.predictor=8"],
-    "mocov2plus": ["--method.queue=64"],
-    "dino": ["--method.prototypes=24"],
-}
 
 
 def start(name, *more, batch_size=32):
     """A run with Hard Augment in bf16, and 16 images for it."""
     options = read_options(
         [
-            "--data.train=none.beton",
-            "--run.folder=none",
-            "--model.backbone=resnet-small",
-            f"--method.name={name}",
-            "--method.hidden=32",
-            "--method.projection=16",
+            *NO_FILES,
+            *SMALL,
+            *of_method(name),
             "--resolution.max=48",
-            "--resolution.step=16",
             f"--training.batch_size={batch_size}",
             "--training.epochs=4",
             "--training.amp=bf16",
             "--augment.views=4",
             "--hard_augment.select=hard",
             "--hard_augment.resolution=32",
-            *NETWORK.get(name, []),
             *more,
         ]
     )
