@@ -17,11 +17,10 @@ COSTS = ("flops", "seconds")
 NOTES = """
 Means over the seeds, ± the sample standard deviation. kNN accuracy on the validation images after
 the last epoch, never the best. FLOPs in the standard count (backward = 2 forward); seconds of
-training, without the evaluations, with torch.compile's work where it is on; kWh of the GPU.
-Speed-ups are ratios of mean costs: that of the run that the study compares it with, the baseline,
-over this run's; and "to baseline's accuracy" that of what each had cost at the first evaluation at
-which its accuracy was the baseline's final one or more (means over the seeds; - where a run ends
-below it).
+training, without the evaluations and torch.compile's work; kWh of the GPU. Speed-ups are ratios of
+mean costs: that of the run that the study compares it with, the baseline, over this run's; and "to
+baseline's accuracy" that of what each had cost at the first evaluation at which its accuracy was
+the baseline's final one or more (means over the seeds; - where a run ends below it).
 """
 
 
