@@ -18,7 +18,6 @@ from ffssl.data.normalise import MEAN, STD, to_input
 from ffssl.errors import UserError
 from ffssl.methods import METHODS
 from ffssl.methods.base import Method
-from ffssl.parallel import batch_norm
 from ffssl.parallel.device import (
     describe_precision,
     is_out_of_memory,
