@@ -21,7 +21,7 @@ GRAPHS = "reduce-overhead"
 WITH_GRAPHS = (GRAPHS, "max-autotune")
 # FLOPs of a step for each parameter tensor, below which the fastest GPUs wait for the host: of code
 # without graphs it takes some 0.1 ms to launch a tensor's kernels, selection and backward pass
-# included. Slower GPUs gain nothing from graphs below it, and lose only memory.
+# included. On slower GPUs graphs gain less below it, and cost no more than memory.
 FLOPS_TO_LAUNCH = 3e10
 
 
