@@ -29,8 +29,9 @@ from ffssl.run_folder import checkpoint
 from ffssl.run_folder.background_writer import Saver
 from ffssl.run_folder.log import RunLog, require_wandb
 from ffssl.run_folder.provenance import record_start
-from ffssl.training.build import COMPILED_METHODS, build, compile_methods
+from ffssl.training.build import build
 from ffssl.training.classifier import online_classifier
+from ffssl.training.compile import StageCompiler, describe_modes, stage_modes
 from ffssl.training.record import NoRecord, Record
 from ffssl.training.run import Run, start_run
 from ffssl.training.schedule import RunSchedule, StepShape
@@ -43,10 +44,12 @@ class Prepared:
     """A run, and what it is trained with.
 
     knn: the evaluation, on rank 0 if there are validation images, else None.
+    compiler: compiles the method at the beginning of a stage.
     flops: FLOPs of one step of all ranks, by the step's shape.
     """
 
     run: Run
+    compiler: StageCompiler
     loader: ViewLoader
     knn: OnlineKnn | None
     record: NoRecord
@@ -83,7 +86,8 @@ def prepared(options: Options) -> Iterator[Prepared]:
         require_same({f"--data.train: {name}": value for name, value in data.items()})
 
         run = start_run(options, method, RunSchedule(options, len(loader)), device)
-        compiled = compile_methods(method, COMPILED_METHODS, options.training.compile, device)
+        t = options.training
+        modes = stage_modes(t.compile, flops, method, device, t.accumulate)
         run.data = data
         run.classifier = online_classifier(
             options, method.backbone, loader.beton.labels, total_steps=run.schedule.total_steps
@@ -93,10 +97,10 @@ def prepared(options: Options) -> Iterator[Prepared]:
 
         record = NoRecord()
         if is_main:
-            announce(run, loader, knn, compiled)
+            announce(run, loader, knn, describe_modes(modes))
             record_start(folder, device)
             record = stack.enter_context(contextlib.closing(open_record(run, folder)))
-        yield Prepared(run, loader, knn, record, stop, flops)
+        yield Prepared(run, StageCompiler(method, modes), loader, knn, record, stop, flops)
 
 
 @contextlib.contextmanager

@@ -46,8 +46,10 @@ def train(options: Options) -> None:
             record.untrained(run.spent | evaluate(prep))
             record.save(run)
         while run.epoch < options.training.epochs:
-            resolution, views = run.schedule.shape(run.epoch)
-            batch = (prep.loader.batch_size, views, 3, resolution, resolution)
+            shape = run.schedule.shape(run.epoch)
+            prep.compiler.begin(shape)
+            side = shape.resolution
+            batch = (prep.loader.batch_size, shape.views, 3, side, side)
             with_memory_advice(run, batch, lambda: train_epoch(prep))
             run.totals.average_over_ranks()
             accuracies = {}

@@ -499,6 +499,7 @@ def test_what_is_saved_of_an_epoch_goes_on_in_another_number_of_ranks(monkeypatc
         [torch.tensor(1.0)] * 3,
         [torch.tensor(2.0)] * 3,
         seconds=10.0,
+        compile_seconds=5.0,
         waited=1.0,
         replaced=1.5,
         kwh=0.5,
@@ -510,3 +511,4 @@ def test_what_is_saved_of_an_epoch_goes_on_in_another_number_of_ranks(monkeypatc
         goes_on = EpochTotals.restored(saved, torch.device("cpu"))
         assert (goes_on.replaced * ranks, goes_on.kwh * ranks) == (6, 2)
         assert (goes_on.seconds, goes_on.waited, goes_on.steps) == (10, 1, 3)
+        assert goes_on.compile_seconds == 5

@@ -19,7 +19,6 @@ from ffssl.data.normalise import MEAN, STD, to_input
 from ffssl.errors import UserError
 from ffssl.methods import METHODS
 from ffssl.methods.base import Method
-from ffssl.parallel import batch_norm
 from ffssl.parallel.device import (
     describe_precision,
     is_out_of_memory,
@@ -27,7 +26,8 @@ from ffssl.parallel.device import (
     precision,
     until_out_of_memory,
 )
-from ffssl.training.build import COMPILED_METHODS, build, compile_methods
+from ffssl.training.build import build
+from ffssl.training.compile import COMPILED_METHODS, compile_methods
 from ffssl.training.memory import memory_advice
 from ffssl.training.run import start_run
 from ffssl.training.schedule import RunSchedule
@@ -254,7 +254,6 @@ def test_trying_what_fits_compiles_nothing(memory_for):
         run.method,
         COMPILED_METHODS,
         "default",
-        CPU,
         backend=lambda graph, inputs: compiled.append(graph) or graph,
     )
     assert memory_advice(run, (16, 3, 3, 32, 32)).startswith("8 images fit") and compiled == []
@@ -420,9 +419,7 @@ def test_code_is_compiled_once_for_each_resolution(name):
 
     torch.compiler.reset()
     run = start(options_of(name, *HARD, *more))
-    assert (
-        compile_methods(run.method, COMPILED_METHODS, "default", CPU, backend=backend) == "default"
-    )
+    compile_methods(run.method, COMPILED_METHODS, "default", backend=backend)
     counts = []
     for epoch in range(4):
         run.epoch = epoch
@@ -446,23 +443,8 @@ def test_compiled_equals_eager(name, drawn_batches):
     for mode in ("off", "default"):
         # At larger learning rates rounding errors grow a hundredfold in ten steps.
         run = start(options_of(name, "--training.batch_size=32", "--training.learning_rate=0.0001"))
-        compile_methods(run.method, COMPILED_METHODS, mode, CPU)
+        compile_methods(run.method, COMPILED_METHODS, mode)
         curves.append(losses(run, drawn_batches[:10]))
     np.testing.assert_allclose(*curves, rtol=1e-3)
     assert np.ptp(curves[0]) > 0.01
     torch.compiler.reset()
-
-
-def test_by_default_only_a_gpu_compiles():
-    method = build(options_of("simsiam"), CPU)
-    assert compile_methods(method, COMPILED_METHODS, "auto", CPU) == "off" and "loss" not in vars(
-        method
-    )
-
-
-def test_a_gpus_ranks_compile_networks_with_synchronised_batchnorm_too():
-    network = torch.nn.Sequential(torch.nn.BatchNorm2d(1))
-    batch_norm.synchronise(network)
-    # Nothing is compiled before it is called.
-    assert compile_methods(network, ["forward"], "auto", torch.device("cuda")) == "default"
-    assert "forward" in vars(network)

@@ -49,7 +49,8 @@ from ffssl.files import make_folder, replacing, write_json
 from ffssl.parallel.device import choose_device
 from ffssl.run_folder.log import read_log
 from ffssl.run_folder.machine import describe_machine
-from ffssl.training.build import COMPILED_METHODS, build, compile_methods
+from ffssl.training.build import build
+from ffssl.training.compile import COMPILED_METHODS, compile_methods, stage_modes
 from ffssl.training.memory import with_memory_advice
 from ffssl.training.run import Run, start_run
 from ffssl.training.schedule import RunSchedule, StepShape
@@ -173,11 +174,13 @@ def write(found: dict, output: Path) -> None:
 class Stage:
     """What a config trains in steps of one shape.
 
+    compiled: the mode of torch.compile.
     times: seconds a step in each round, by what was timed; see `time_stage`.
     """
 
     shape: StepShape
     epochs: list[int]
+    compiled: str
     steps: int = FEWEST_STEPS  # in a measurement
     first_step: float = 0.0  # seconds, torch.compile's work included
     times: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -208,11 +211,13 @@ def start_trial(
     run = start_run(options, method, schedule, device)
     loader = stack.enter_context(open_loader(options))
     flops = count_flops(schedule, method)
-    compile_methods(method, COMPILED_METHODS, options.training.compile, device)
+    t = options.training
+    modes = stage_modes(t.compile, flops, method, device, t.accumulate)
     epochs = defaultdict(list)
-    for epoch in range(options.training.epochs):
+    for epoch in range(t.epochs):
         epochs[schedule.shape(epoch)].append(epoch)
-    return Trial(name, run, loader, flops, [Stage(*stage) for stage in epochs.items()])
+    stages = [Stage(shape, which, modes[shape]) for shape, which in epochs.items()]
+    return Trial(name, run, loader, flops, stages)
 
 
 def measure(trials: list[Trial], rounds: int, seconds: float, caches: Path | None) -> None:
@@ -245,6 +250,7 @@ def take_first_steps(trial: Trial, seconds: float) -> None:
     options = trial.run.options
     for stage in trial.stages:
         side, trial.run.epoch = stage.shape.resolution, stage.epochs[0]
+        compile_methods(trial.run.method, COMPILED_METHODS, stage.compiled)
         shape = (options.training.batch_size, stage.shape.views, 3, side, side)
         views = torch.zeros(shape, dtype=torch.uint8, device=trial.run.device)
 
@@ -266,6 +272,7 @@ def time_stage(trial: Trial, stage: Stage) -> None:
     """
     run, loader, steps = trial.run, trial.loader, stage.steps
     run.epoch = stage.epochs[0]
+    compile_methods(run.method, COMPILED_METHODS, stage.compiled)
     loader.samples = np.resize(loader.samples, (steps + 1) * loader.batch_size)
     numbers = itertools.count()
 
@@ -372,4 +379,5 @@ def train_in_full(config: Path, data: Path, overrides: list[str]) -> float:
         ).returncode
         if status:
             raise UserError(f"--full: training {config} ended with status {status}")
-        return read_log(Path(folder) / "run")[-1]["seconds"]
+        row = read_log(Path(folder) / "run")[-1]
+        return row["seconds"] + row.get("compile_seconds", 0.0)

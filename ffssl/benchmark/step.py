@@ -33,7 +33,8 @@ from ffssl.errors import UserError
 from ffssl.files import make_folder, write_json
 from ffssl.parallel.device import autocast_dtype, choose_device, describe_precision
 from ffssl.run_folder.machine import describe_machine
-from ffssl.training.build import COMPILED_METHODS, build, compile_methods
+from ffssl.training.build import build
+from ffssl.training.compile import COMPILED_METHODS, compile_methods, describe_modes, stage_modes
 from ffssl.training.memory import with_memory_advice
 from ffssl.training.optimizers import build_optimizer
 from ffssl.training.run import Run, start_run
@@ -88,7 +89,15 @@ def main(arguments: list[str]) -> None:
     )
     run.epoch = options.training.epochs - 1  # in which pairs are chosen, if they ever are
     flops = {shape: count_run_step(run.schedule, run.method, shape) for shape in shapes}
-    compile_methods(run.method, COMPILED_METHODS, options.training.compile, device)
+    t = options.training
+    modes = stage_modes(
+        t.compile,
+        {shape: count.total() for shape, count in flops.items()},
+        run.method,
+        device,
+        t.accumulate,
+    )
+    print(f"torch.compile {describe_modes(modes)}")
     with run.amp:
         peak = peak_flops(device, autocast_dtype(device))
     print(f"the product of large matrices: {peak / 1e12:.3g} TFLOP/s\n")
@@ -101,12 +110,15 @@ def main(arguments: list[str]) -> None:
         "rows": rows,
     }
     for shape in shapes:
+        compile_methods(run.method, COMPILED_METHODS, modes[shape])
         views = (options.training.batch_size, shape.views, 3, shape.resolution, shape.resolution)
         try:
             row = with_memory_advice(
                 run,
                 views,
-                functools.partial(time_shape, run, shape, flops[shape], given.steps, given.rounds),
+                functools.partial(
+                    time_shape, run, shape, modes[shape], flops[shape], given.steps, given.rounds
+                ),
             )
         except UserError as error:
             print(f"{shape.resolution:>4}{shape.views:>6}  {error}", flush=True)
@@ -130,20 +142,21 @@ def describe(options: Options, device: torch.device) -> str:
     return (
         f"{where(device)}: {options.method.name}, {options.model.backbone}, "
         f"{options.training.batch_size} images of {options.augment.views} views{selection}; "
-        f"{describe_precision(options.training.amp, device)}; torch.compile "
-        f"{options.training.compile}"
+        f"{describe_precision(options.training.amp, device)}"
     )
 
 
-def supervised_step(run: Run, side: int) -> Callable[[], None]:
+def supervised_step(run: Run, side: int, compiled: str) -> Callable[[], None]:
     """Return a plain supervised step of a backbone like the run's.
+
+    compiled: the mode of torch.compile.
 
     It takes as many views as the run trains on.
     """
     options, device = run.options, run.device
     t = options.training
     network = classifier(options, device)
-    compile_methods(network, ("forward",), t.compile, device)
+    compile_methods(network, ("forward",), compiled)
     groups = [{"params": list(network.parameters()), "weight_decay": t.weight_decay}]
     optimizer = build_optimizer(
         t.optimizer,
@@ -192,10 +205,11 @@ def supervised_flops(options: Options, side: int) -> float:
 
 
 def time_shape(
-    run: Run, shape: StepShape, flops: Flops, steps: int, rounds: int
+    run: Run, shape: StepShape, compiled: str, flops: Flops, steps: int, rounds: int
 ) -> dict[str, float | None]:
     """Time the training step and the ceiling in turns.
 
+    compiled: the mode of torch.compile.
     flops: of the training step.
     """
     options, device, side = run.options, run.device, shape.resolution
@@ -215,7 +229,7 @@ def time_shape(
         torch.cuda.reset_peak_memory_stats(device)
     step()
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    ceiling = supervised_step(run, side)  # after the memory of the step was taken
+    ceiling = supervised_step(run, side, compiled)  # after the memory of the step was taken
     for _ in range(2):
         ceiling()
     ours, theirs = zip(*((in_a_row(step), in_a_row(ceiling)) for _ in range(rounds)))
@@ -226,6 +240,7 @@ def time_shape(
     rest_flops = flops.total() - flops.selection
     return {
         **shape._asdict(),
+        "compiled": compiled,
         "batch_size": options.training.batch_size,
         "step_ms": 1000 * seconds,
         **{f"{part}_ms": parts[part] for part in PARTS},

@@ -275,7 +275,8 @@ class TrainingOptions:
     compile: str = option(
         "auto",
         Choice("auto", "off", "default", "reduce-overhead", "max-autotune"),
-        "mode of torch.compile; auto: default on a GPU, off on a CPU",
+        "mode of torch.compile; auto: off on a CPU, default on GPUs, reduce-overhead (CUDA graphs) "
+        "where one GPU's steps are small",
         Role.RUNNING,
     )
     amp: str = option(

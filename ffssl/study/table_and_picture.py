@@ -20,12 +20,11 @@ NOTES = """
 Means over the seeds, ± the sample standard deviation. kNN accuracy on the validation images after
 the last epoch, never the best; linear: top-1 accuracy of the linear classifier trained beside the
 method, then, and its top-5 accuracy. FLOPs in the standard count (backward = 2 forward), without
-that classifier; seconds of training, without the evaluations, with torch.compile's work where it is
-on; kWh of the GPU.
-Speed-ups are ratios of mean costs: that of the run that the study compares it with, the baseline,
-over this run's; and "to baseline's accuracy" that of what each had cost at the first evaluation at
-which its accuracy was the baseline's final one or more (means over the seeds; - where a run ends
-below it).
+that classifier; seconds of training, without the evaluations and torch.compile's work; kWh of the
+GPU. Speed-ups are ratios of mean costs: that of the run that the study compares it with, the
+baseline, over this run's; and "to baseline's accuracy" that of what each had cost at the first
+evaluation at which its accuracy was the baseline's final one or more (means over the seeds; - where
+a run ends below it).
 """
 
 

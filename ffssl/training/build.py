@@ -1,10 +1,6 @@
-"""Build a run's method with random weights, and compile it."""
-
-from collections.abc import Iterable
-from typing import Any
+"""Build a run's method with random weights."""
 
 import torch
-from torch import nn
 
 from ffssl import hard_augment
 from ffssl.backbones import build_backbone, check_resolutions
@@ -12,12 +8,6 @@ from ffssl.config import Options
 from ffssl.errors import UserError
 from ffssl.methods import Method, build_method
 from ffssl.training.schedule import RunSchedule, input_sides, view_policies
-
-# The methods of a Method that run its networks.
-COMPILED_METHODS = ("loss", "project", "targets", "compare")
-# torch.compile gives up after this many shapes and states of one function: resolutions, and what a
-# method adds to them.
-SHAPES_COMPILED = 64
 
 
 def build(options: Options, device: torch.device) -> Method:
@@ -42,25 +32,3 @@ def build(options: Options, device: torch.device) -> Method:
     if training.joint_views is not None:
         method.joint_views = training.joint_views
     return method.to(device).to(memory_format=torch.channels_last)
-
-
-def compile_methods(
-    module: nn.Module, passes: Iterable[str], mode: str, device: torch.device, **settings: Any
-) -> str:
-    """Make torch.compile compile these methods of a module, once for each shape.
-
-    passes: names of the methods.
-    mode: a mode of torch.compile, "off", or "auto": "default" on a GPU and "off" on a CPU.
-    settings: further arguments of torch.compile.
-
-    Return the mode that is used: "off" if nothing is compiled.
-    """
-    if mode == "auto":
-        mode = "default" if device.type == "cuda" else "off"
-    if mode != "off":
-        dynamo = torch._dynamo.config
-        dynamo.recompile_limit = max(dynamo.recompile_limit, SHAPES_COMPILED)
-        for name in passes:
-            compiled = torch.compile(getattr(module, name), dynamic=False, mode=mode, **settings)
-            setattr(module, name, compiled)
-    return mode

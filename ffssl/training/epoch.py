@@ -1,5 +1,6 @@
 """An epoch under way: its batches, the time they take, its totals, and when to look at them."""
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator
@@ -45,11 +46,15 @@ class Epoch:
     def __enter__(self) -> "Epoch":
         self._bar = self._progress_bar()
         self._batches = views_to_device(self.loader, self.run.device)
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._bar.close)
+            stack.callback(self._batches.close)
+            stack.enter_context(self._meter.without_compilation())
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._batches.close()
-        self._bar.close()
+        self._stack.close()
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         run, totals = self.run, self.run.totals
@@ -135,6 +140,9 @@ def end_epoch(run: Run, loader: ViewLoader, flops: dict[StepShape, int]) -> dict
     totals, run.totals = run.totals, EpochTotals()
     epoch, run.epoch = run.epoch, run.epoch + 1
     run.spent["seconds"] += totals.seconds
+    if totals.compile_seconds or "compile_seconds" in run.spent:
+        before = run.spent.get("compile_seconds", 0.0)
+        run.spent["compile_seconds"] = before + totals.compile_seconds
     run.spent["flops"] += totals.steps * flops[run.schedule.shape(epoch)]
     if totals.kwh is not None and (epoch == 0 or "kwh" in run.spent):
         run.spent["kwh"] = run.spent.get("kwh", 0.0) + totals.kwh * world_size()

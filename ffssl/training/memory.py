@@ -40,6 +40,7 @@ def memory_advice(run: Run, views: Sequence[int]) -> str:
     # A trial takes all ranks, and this one alone may be short of memory.
     if world_size() > 1:
         return "take a larger --training.accumulate, or more GPUs"
+    torch.compiler.reset()  # CUDA graphs hold memory
     for parts in (parts for parts in range(2, views[0] // 2 + 1) if views[0] % parts == 0):
         images = views[0] // parts
         run.optimizer.zero_grad(set_to_none=True)

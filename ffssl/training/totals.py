@@ -1,8 +1,9 @@
 """The totals of an epoch, from which it can be resumed and its row of the log is made."""
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -40,7 +41,8 @@ class EpochTotals:
     losses, embedding_stds: one scalar a step, on the device.
     gauges: (3,), one for each step that was measured.
     embeddings: (n, d), of the last steps.
-    seconds: training time, including the time `waited` for data.
+    seconds: training time, including the time `waited` for data, without compile_seconds.
+    compile_seconds: in which torch.compile made code.
     replaced: images that did not decode and were replaced.
     kwh: energy of this rank's GPU; None if all or a part of it was not counted.
     """
@@ -50,6 +52,7 @@ class EpochTotals:
     gauges: list[Tensor] = field(default_factory=list)
     embeddings: Tensor | None = None
     seconds: float = 0.0
+    compile_seconds: float = 0.0
     waited: float = 0.0
     replaced: float = 0.0
     kwh: float | None = None
@@ -82,9 +85,9 @@ class EpochTotals:
                 setattr(self, name, list(mean_over_ranks(torch.stack(values))))
         device = self.losses[0].device
         kwh = float("nan") if self.kwh is None else self.kwh
-        figures = [self.seconds, self.waited, self.replaced, kwh]
+        figures = [self.seconds, self.compile_seconds, self.waited, self.replaced, kwh]
         means = mean_over_ranks(torch.tensor(figures, dtype=torch.float64, device=device))
-        self.seconds, self.waited, self.replaced, kwh = means.tolist()
+        self.seconds, self.compile_seconds, self.waited, self.replaced, kwh = means.tolist()
         self.kwh = None if kwh != kwh else kwh
         assert self.embeddings is not None  # a step has been taken
         self._everyones = gather(self.embeddings)
@@ -117,6 +120,7 @@ class EpochTotals:
             lists[name] = torch.stack(values) if values else torch.empty(0)
         return {
             "seconds": self.seconds,
+            "compile_seconds": self.compile_seconds,
             "waited": self.waited,
             "replaced": self.replaced * world_size(),
             "kwh": kwh,
@@ -131,6 +135,7 @@ class EpochTotals:
         rows = state["embeddings"].to(device)
         return cls(
             seconds=state["seconds"],
+            compile_seconds=state.get("compile_seconds", 0.0),  # older checkpoints lack it
             waited=state["waited"],
             replaced=state["replaced"] / world_size(),
             kwh=kwh,
@@ -154,12 +159,39 @@ class Meter:
         return time.perf_counter() - self._time
 
     def charge(self) -> None:
-        now, joules, before = time.perf_counter(), self._read_joules(), self._joules
+        seconds, joules = self._since_the_last()
+        kwh = self._totals.kwh
         # None, now or before: a part of the energy would pass for the whole.
-        partial = self._totals.kwh is None and self._totals.seconds > 0
-        if joules is None or before is None or partial:
+        if joules is None or (kwh is None and self._totals.seconds):
             self._totals.kwh = None
         else:
-            self._totals.kwh = (self._totals.kwh or 0.0) + (joules - before) / JOULES_PER_KWH
-        self._totals.seconds += now - self._time
-        self._time, self._joules = now, joules
+            self._totals.kwh = (kwh or 0.0) + joules / JOULES_PER_KWH
+        self._totals.seconds += seconds
+
+    @contextlib.contextmanager
+    def without_compilation(self) -> Iterator[None]:
+        """Count torch.compile's work in the block by itself, and its energy not at all."""
+        # It calls them in whichever thread compiles, while the step waits.
+        compiling = torch._dynamo.callback.callback_handler
+
+        def begin(*_: object) -> None:
+            self.charge()
+
+        def end(*_: object) -> None:
+            self._totals.compile_seconds += self._since_the_last()[0]
+
+        compiling.register_start_callback(begin)
+        compiling.register_end_callback(end)
+        try:
+            yield
+        finally:
+            compiling.remove_start_callback(begin)
+            compiling.remove_end_callback(end)
+
+    def _since_the_last(self) -> tuple[float, float | None]:
+        """Return the seconds and the joules since this was last called."""
+        before, joules_before = self._time, self._joules
+        self._time, self._joules = time.perf_counter(), self._read_joules()
+        if self._joules is None or joules_before is None:
+            return self._time - before, None
+        return self._time - before, self._joules - joules_before

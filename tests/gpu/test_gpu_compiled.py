@@ -6,8 +6,9 @@ from support.gpu_runs import GPU, no_waits, start, views
 from torch._dynamo.utils import counters
 
 from ffssl.parallel.device import is_out_of_memory, until_out_of_memory
-from ffssl.training.build import COMPILED_METHODS, compile_methods
+from ffssl.training.compile import COMPILED_METHODS, GRAPHS, StageCompiler, compile_methods
 from ffssl.training.memory import memory_advice
+from ffssl.training.schedule import StepShape
 from ffssl.training.step import train_step
 
 METHODS = ["simsiam", "byol", "simclr", "mocov2plus", "dino"]
@@ -24,9 +25,7 @@ def fresh():
 
 def compiled(name, mode, *more):
     run = start(name, *more)
-    assert compile_methods(run.method, COMPILED_METHODS, mode, GPU) == (
-        "default" if mode == "auto" else mode
-    )
+    compile_methods(run.method, COMPILED_METHODS, mode)
     return run
 
 
@@ -39,7 +38,7 @@ def steps(run, number=3, side=48, epoch=0):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_two_ranks_have_a_graph_of_loss_and_of_selection_and_never_wait(two_ranks, name):
-    run = compiled(name, "auto")
+    run = compiled(name, "default")
     steps(run, 2)
     with no_waits():
         train_step(run, views(), 2)
@@ -57,7 +56,7 @@ def test_code_is_made_once_for_each_resolution(name):
 
 @pytest.mark.parametrize("name", ["simsiam", "byol", "mocov2plus", "dino"])
 def test_cuda_graphs_are_recorded_without_a_skip(made_up, name):
-    run = compiled(name, "reduce-overhead")
+    run = compiled(name, GRAPHS)
     steps(run, 4)
     made_up.reset()
     with no_waits():
@@ -65,6 +64,24 @@ def test_cuda_graphs_are_recorded_without_a_skip(made_up, name):
     assert not counters["inductor"]["cudagraph_skips"], counters["inductor"]
     # Selection, loss, its backward pass.
     assert made_up.counts()["graph launched"] >= 3, made_up.counts()
+
+
+def test_a_stages_graphs_are_freed_when_it_ends():
+    run, (small, large) = start("simsiam"), (StepShape(32, 4), StepShape(48, 4))
+    compiler = StageCompiler(run.method, {small: GRAPHS, large: "default"})
+    compiler.begin(small)
+    steps(run, 3, side=32)
+    assert memory_of_graphs() > 0
+    compiler.begin(large)
+    steps(run, 2, side=48)
+    torch.cuda.empty_cache()
+    assert memory_of_graphs() == 0
+
+
+def memory_of_graphs() -> int:
+    """In bytes: what lies outside the pool of ordinary tensors."""
+    blocks = torch.cuda.memory_snapshot()
+    return sum(block["total_size"] for block in blocks if block["segment_pool_id"] != (0, 0))
 
 
 def test_a_memory_that_does_not_suffice_is_known_and_advice_makes_no_code(made_up):
