@@ -2,6 +2,7 @@
 
 from ffssl.config.options import (
     HardAugmentOptions,
+    ModelOptions,
     Options,
     ResolutionOptions,
     TrainingOptions,
@@ -12,6 +13,7 @@ from ffssl.errors import UserError
 def check_together(options: Options) -> None:
     """Raise UserError if options contradict each other."""
     _check_resolution(options.resolution)
+    _check_model(options.model)
     _check_training(options.training)
     _check_views(options.augment.views, options.hard_augment.select)
     _check_hard_augment(options.hard_augment, options.training.epochs)
@@ -28,6 +30,11 @@ def _check_resolution(resolution: ResolutionOptions) -> None:
         raise UserError(
             f"--resolution.min: {resolution.min} is larger than --resolution.max={resolution.max}"
         )
+
+
+def _check_model(model: ModelOptions) -> None:
+    if model.weights_partial and not model.weights:
+        raise UserError("--model.weights_partial: there are no weights; name them, --model.weights")
 
 
 def _check_training(training: TrainingOptions) -> None:
