@@ -59,8 +59,12 @@ class FeatureFile:
         )
         self.done, self.rows, self.skipped = 0, 0, []
         self._table_bytes, self._saved = 0, time.monotonic()
-        if output.exists() and not overwrite:
-            raise UserError(f"--output: {output} exists already; pass --overwrite to replace it")
+        self._description = output.with_suffix(".json")
+        self._final_table = output.with_suffix(".csv")
+        beside = () if output.suffix == ".parquet" else (self._final_table,)
+        for path in (output, self._description, *beside):
+            if path.exists() and not overwrite:
+                raise UserError(f"--output: {path} exists already; pass --overwrite to replace it")
         with self._writing(), contextlib.ExitStack() as stack:
             self._file = stack.enter_context(open(self._partial, "ab"))
             self._lock()
@@ -145,9 +149,9 @@ class FeatureFile:
             if self.output.suffix == ".parquet":
                 _write_parquet(self.output, self._partial, self._table_path)
             else:
-                with replacing(self.output.with_suffix(".csv")) as table:
+                with replacing(self._final_table) as table:
                     _with_heading(self._table_path, table)
-            write_json(self.output.with_suffix(".json"), description)
+            write_json(self._description, description)
             if self.output.suffix == ".npy":
                 os.replace(self._partial, self.output)
             self.discard()
