@@ -8,6 +8,7 @@ import errno
 import math
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -81,7 +82,8 @@ def read_file(path: Path) -> object:
     Raise UserError if the file can't be read, is damaged, or names objects that could run code.
     """
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what matters is raised
             if path.suffix == ".safetensors":
                 return safetensors.torch.load_file(path)
             if zipfile.is_zipfile(file):

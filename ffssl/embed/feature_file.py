@@ -5,7 +5,7 @@
     features.json     what computed them, and the images that were left out
 
 Or features.parquet, with columns image, label and features, in place of the first two. Until all is
-written, hidden files hold it: .features.npy.partial, .csv and .json.
+written, hidden files hold it: .features.npy.features, .csv and .json.
 """
 
 import contextlib
@@ -54,8 +54,8 @@ class FeatureFile:
     ):
         self.output, self._identity, self._width = output, identity, width
         hidden = output.with_name(f".{output.name}")
-        self._partial, self._table_path, self._state_path = (
-            hidden.with_name(hidden.name + suffix) for suffix in (".partial", ".csv", ".json")
+        self._unfinished, self._table_path, self._state_path = (
+            hidden.with_name(hidden.name + suffix) for suffix in (".features", ".csv", ".json")
         )
         self.done, self.rows, self.skipped = 0, 0, []
         self._table_bytes, self._saved = 0, time.monotonic()
@@ -66,7 +66,7 @@ class FeatureFile:
             if path.exists() and not overwrite:
                 raise UserError(f"--output: {path} exists already; pass --overwrite to replace it")
         with self._writing(), contextlib.ExitStack() as stack:
-            self._file = stack.enter_context(open(self._partial, "ab"))
+            self._file = stack.enter_context(open(self._unfinished, "ab"))
             self._lock()
             self._table = stack.enter_context(open(self._table_path, "ab"))
             before = None if overwrite else self._state()
@@ -143,23 +143,23 @@ class FeatureFile:
         with self._writing():
             self._file.close()
             self._table.close()
-            with open(self._partial, "r+b") as file:
+            with open(self._unfinished, "r+b") as file:
                 file.write(self._header(self.rows))
                 os.fsync(file.fileno())
             if self.output.suffix == ".parquet":
-                _write_parquet(self.output, self._partial, self._table_path)
+                _write_parquet(self.output, self._unfinished, self._table_path)
             else:
                 with replacing(self._final_table) as table:
                     _with_heading(self._table_path, table)
             write_json(self._description, description)
             if self.output.suffix == ".npy":
-                os.replace(self._partial, self.output)
+                os.replace(self._unfinished, self.output)
             self.discard()
 
     def discard(self) -> None:
         """Close the hidden files, and delete them."""
         self._close()
-        for path in (self._state_path, self._table_path, self._partial):
+        for path in (self._state_path, self._table_path, self._unfinished):
             path.unlink(missing_ok=True)
 
     def _close(self) -> None:
@@ -179,7 +179,7 @@ class FeatureFile:
             state = json.loads(self._state_path.read_text())
             before, header = state["identity"], len(self._header(0))
             whole = (
-                self._partial.stat().st_size >= header + 4 * self._width * state["rows"]
+                self._unfinished.stat().st_size >= header + 4 * self._width * state["rows"]
                 and self._table_path.stat().st_size >= state["table_bytes"]
             )
         except (FileNotFoundError, ValueError, KeyError, TypeError):

@@ -52,7 +52,7 @@ def test_what_a_killed_process_had_not_saved_is_written_again(tmp_path):
 def test_a_file_that_lost_what_was_saved_is_begun_anew(tmp_path):
     with opened(tmp_path / "a.npy") as file:
         file.add(*next(batches()))
-    (tmp_path / ".a.npy.partial").write_bytes(b"")
+    (tmp_path / ".a.npy.features").write_bytes(b"")
     with opened(tmp_path / "a.npy") as file:
         assert file.done == file.rows == 0
         for batch in batches():
