@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import sys
@@ -37,6 +38,15 @@ def sync_folder(folder: Path) -> None:
         pass  # some network file systems refuse it; the rename itself has succeeded
     finally:
         os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Return a file's SHA-256, in hexadecimal digits. Raise UserError if it can't be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror}") from error
 
 
 def write_text(path: Path, text: str) -> None:

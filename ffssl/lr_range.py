@@ -48,7 +48,7 @@ from ffssl.methods import Method
 from ffssl.parallel.device import choose_device
 from ffssl.run_folder import checkpoint
 from ffssl.run_folder import log as run_log
-from ffssl.training.build import build
+from ffssl.training.build import build, first_backbone
 from ffssl.training.memory import with_memory_advice
 from ffssl.training.run import Run, start_run
 from ffssl.training.schedule import RunSchedule
@@ -107,7 +107,8 @@ def range_test(
     """
     device = choose_device(options.run.device)
     torch.manual_seed(options.run.seed)
-    method = build(options, device)
+    backbone, _ = first_backbone(options)
+    method = build(options, device, backbone)
     with open_loader(options) as loader:
         validation = validation_views(options, method, loader, images)
         run = start_run(options, method, Sweep(options, len(loader), low, high, steps), device)

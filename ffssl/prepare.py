@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ from ffssl.run_folder import checkpoint
 from ffssl.run_folder.background_writer import Saver
 from ffssl.run_folder.log import RunLog, require_wandb
 from ffssl.run_folder.provenance import record_start
-from ffssl.training.build import build
+from ffssl.training.build import build, first_backbone, random_backbone
 from ffssl.training.classifier import online_classifier
 from ffssl.training.compile import StageCompiler, describe_modes, stage_modes
 from ffssl.training.record import NoRecord, Record
@@ -67,14 +68,21 @@ def prepared(options: Options) -> Iterator[Prepared]:
         require_wandb()  # before anything takes time
     device = local_device(choose_device(options.run.device))
     torch.manual_seed(options.run.seed)
-    method = build(options, device)
+    folder = Path(options.run.folder)
+    # A checkpoint has the weights: their file may be gone by then.
+    resumes = checkpoint.exists(folder)
+    backbone, weights = (random_backbone(options), {}) if resumes else first_backbone(options)
+    method = build(options, device, backbone)
     flops = count_flops(RunSchedule(options, steps_per_epoch=1), method)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
         stack.enter_context(process_group(device))
         is_main = rank() == 0  # it evaluates, writes and prints for all ranks
         amp = precision(options.training.amp, device)
-        require_same(shared_options(options) | {"--training.amp": amp})
+        require_same(
+            shared_options(options)
+            | {"--training.amp": amp, "--model.weights: sha256": weights.get("sha256")}
+        )
         check_batch(options.training.batch_size, options.training.accumulate)
 
         knn = None
@@ -88,17 +96,16 @@ def prepared(options: Options) -> Iterator[Prepared]:
         run = start_run(options, method, RunSchedule(options, len(loader)), device)
         t = options.training
         modes = stage_modes(t.compile, flops, method, device, t.accumulate)
-        run.data = data
+        run.data, run.weights = data, weights
         run.classifier = online_classifier(
             options, method.backbone, loader.beton.labels, total_steps=run.schedule.total_steps
         )
-        folder = Path(options.run.folder)
         stack.enter_context(resumed_from(folder, run))
 
         record = NoRecord()
         if is_main:
             announce(run, loader, knn, describe_modes(modes))
-            record_start(folder, device)
+            record_start(folder, device, run.weights)
             record = stack.enter_context(contextlib.closing(open_record(run, folder)))
         yield Prepared(run, StageCompiler(method, modes), loader, knn, record, stop, flops)
 
@@ -133,6 +140,8 @@ def announce(run: Run, loader: ViewLoader, knn: OnlineKnn | None, compiled: str)
         f"on {run.device}{processes}: {precision}; torch.compile {compiled}{run.energy_note}",
         flush=True,
     )
+    if run.weights and not run.resumed:
+        print(describe_start(run.weights), flush=True)
     if knn and knn.label_field != LABEL:
         print(f"labels for the kNN: the field '{knn.label_field}'", flush=True)
     if knn and knn.labelled < knn.images:
@@ -140,6 +149,22 @@ def announce(run: Run, loader: ViewLoader, knn: OnlineKnn | None, compiled: str)
     done = run.epoch or run.totals.steps
     if run.classifier and done and not run.classifier.trained:
         print("the linear classifier begins anew: the checkpoint has none", flush=True)
+
+
+def describe_start(weights: dict[str, Any]) -> str:
+    """Say in one line what a run starts from. weights: see `first_backbone`."""
+    parts = [f"{weights['loaded']} tensors"]
+    for key, what in (
+        ("interpolated", "interpolated"),
+        ("classifier", "of a classifier ignored"),
+        ("ignored", "ignored"),
+        ("left_at_random", "of the network left at random"),
+    ):
+        if names := weights[key]:
+            parts.append(
+                f"{len(names)} {what} ({', '.join(names[:2])}{', ...' * (len(names) > 2)})"
+            )
+    return f"starts from the weights of {weights['file']}: {'; '.join(parts)}"
 
 
 def open_record(run: Run, folder: Path) -> Record:

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = [
     *("errors", "files", "printable", "slowed", "schedules", "plots"),
-    *("config", "parallel", "backbones"),
+    *("config", "parallel", "backbones", "weights"),
     *("methods", "run_folder"),
     *("data.turbojpeg", "data.kernels", "data.order", "data.memory"),
     *("data.policy", "data.normalise", "data.beton"),
@@ -16,7 +16,7 @@ ORDER = [
     *("hard_augment", "levers", "lightning", "training"),
     *("cost", "load", "encoder", "evaluate"),
     *("prepare", "train", "lr_range"),
-    *("export", "study", "benchmark"),
+    *("export", "embed", "study", "benchmark"),
     *("report", "demo"),
 ]
 EXCEPTIONS = {

@@ -3,6 +3,7 @@
 from ffssl.config.checks import read_stages
 from ffssl.config.options import (
     HardAugmentOptions,
+    ModelOptions,
     Options,
     ResolutionOptions,
     TrainingOptions,
@@ -14,6 +15,7 @@ def check_together(options: Options) -> None:
     """Raise UserError if options contradict each other."""
     _check_resolution(options.resolution)
     _check_stages(options.resolution, options.training.epochs)
+    _check_model(options.model)
     _check_training(options.training)
     _check_views(options.augment.views, options.hard_augment.select)
     _check_hard_augment(options.hard_augment, options.training.epochs)
@@ -55,6 +57,11 @@ def _check_stages(resolution: ResolutionOptions, epochs: int) -> None:
                 f"--resolution.stages: {share:g} of {epochs} epochs leave none at {side}"
             )
         done += share
+
+
+def _check_model(model: ModelOptions) -> None:
+    if model.weights_partial and not model.weights:
+        raise UserError("--model.weights_partial: there are no weights; name them, --model.weights")
 
 
 def _check_training(training: TrainingOptions) -> None:

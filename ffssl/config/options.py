@@ -208,6 +208,15 @@ class ModelOptions:
         "start each residual block as the identity (resnet18 to 101; timm's start as timm has "
         "them)",
     )
+    weights: str | None = option(
+        None,
+        Text(),
+        "file of weights to start from: an export, or a state dict of torchvision or timm (.pth, "
+        ".safetensors); without a file they are random, and zero_init_residual counts",
+    )
+    weights_partial: bool = option(
+        False, Switch(), "take from the file of weights what fits, and leave the rest at random"
+    )
 
 
 @dataclass(frozen=True)

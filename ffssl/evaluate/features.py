@@ -6,6 +6,7 @@ The backbone is in evaluation mode: BatchNorm uses its running statistics. Nothi
 import collections
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from ffssl.data.policy import EVALUATION
 from ffssl.parallel.device import mark_work
 from ffssl.run_folder.background_writer import copy_to_host
 from ffssl.training.transfer import views_to_device
+
+Other = TypeVar("Other")
 
 # Through the backbone; a probe's batches are larger, and would need memory in proportion.
 IMAGES_AT_ONCE = 256
@@ -63,6 +66,29 @@ def frozen_features(backbone: nn.Module, images: Tensor, amp: torch.autocast) ->
         )
 
 
+def at_the_host(batches: Iterator[tuple[Tensor, Other]]) -> Iterator[tuple[Tensor, Other]]:
+    """Yield tensors in the host's memory, with what came with them.
+
+    Those of a GPU arrive while the next are computed.
+    """
+    arriving: collections.deque[tuple[Tensor, Other, torch.cuda.Event]] = collections.deque()
+
+    def first() -> tuple[Tensor, Other]:
+        copied, other, event = arriving.popleft()
+        event.synchronize()
+        return copied, other
+
+    for tensor, other in batches:
+        if not tensor.is_cuda:
+            yield tensor, other
+            continue
+        arriving.append((copy_to_host(tensor), other, mark_work(tensor.device)))
+        if len(arriving) > 1:
+            yield first()
+    while arriving:
+        yield first()
+
+
 def extract_features(
     backbone: nn.Module,
     loader: ViewLoader,
@@ -88,36 +114,25 @@ def extract_features(
     )
     labels = torch.empty(len(loader.samples), dtype=torch.int64)
     training, done = backbone.training, 0
-    # At the host, while the next are computed.
-    arriving: collections.deque[tuple[Tensor, Tensor, torch.cuda.Event]] = collections.deque()
-
-    def take_in() -> None:
-        rows, found, copied = arriving.popleft()
-        copied.synchronize()
-        rows.copy_(found)
-
     backbone.eval()
-    batches = labelled_images(loader, device)
-    for images, batch_labels in tqdm(
-        batches,
+    batches = tqdm(
+        labelled_images(loader, device),
         desc=f"features of {loader.beton.path.name}",
         total=len(loader),
         unit="batch",
         leave=False,
         disable=None,
-    ):
-        found = frozen_features(backbone, images, amp)
-        found = (F.normalize(found, dim=1) if unit_length else found).to(features.dtype)
-        labels[done : done + len(found)] = batch_labels
-        rows = features[done : done + len(found)]
+    )
+
+    def computed() -> Iterator[tuple[Tensor, Tensor]]:
+        for images, batch_labels in batches:
+            found = frozen_features(backbone, images, amp)
+            found = F.normalize(found, dim=1) if unit_length else found
+            yield found.to(features.dtype), batch_labels
+
+    for found, batch_labels in computed() if store.type == "cuda" else at_the_host(computed()):
+        rows = slice(done, done + len(found))
+        features[rows], labels[rows] = found, batch_labels
         done += len(found)
-        if found.is_cuda and not rows.is_cuda:
-            arriving.append((rows, copy_to_host(found), mark_work(device)))
-            if len(arriving) > 1:
-                take_in()
-        else:
-            rows.copy_(found)
-    while arriving:
-        take_in()
     backbone.train(training)
     return features[:done], labels[:done].to(store)

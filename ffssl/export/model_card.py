@@ -14,25 +14,41 @@ from ffssl.config.options import ModelOptions
 from ffssl.data.convert.conversion import description_or_empty
 from ffssl.data.normalise import MEAN, STD
 from ffssl.evaluate.results import markdown_table, read_results
+from ffssl.export.hugging_face import CARD, front_matter
 from ffssl.load import LoadedRun, fingerprint
 from ffssl.run_folder.log import read_log
 
 
+def card_path(output: Path, to: str) -> Path:
+    """Return where the card of an export lies. output, to: as the export was given them."""
+    return output / CARD if to == "huggingface" else output.with_name(output.name + ".md")
+
+
 def model_card(
-    run: LoadedRun, backbone: nn.Module, *, folder: Path, network: str, to: str, file: str
+    run: LoadedRun,
+    backbone: nn.Module,
+    *,
+    folder: Path,
+    network: str,
+    to: str,
+    file: str,
+    licence: str | None = None,
 ) -> str:
     """Return the card as Markdown.
 
     folder: where log.jsonl and evaluation.json lie. network: "student" or "teacher", whose
-    `backbone` it is. to, file: format and name of the file.
+    `backbone` it is. to, file: format and name of the file. licence: of the weights, for the front
+    matter of a card for Hugging Face.
     """
     options, epoch = run.options, run.state["epoch"]
     weights = fingerprint(backbone)
     title = f"{options.model.backbone}, pre-trained without labels by {options.method.name}"
     scores = online_scores(options, folder, epoch) if network == "student" and not run.steps else []
     records = [record for record in read_results(folder) if record["weights"] == weights]
+    front = front_matter(options, records, licence) if to == "huggingface" else []
     return "\n".join(
         [
+            *front,
             f"# {title}",
             "",
             (
@@ -80,6 +96,8 @@ def loading_code(model: ModelOptions, backbone: nn.Module, to: str, file: str) -
             "backbone.fc = torch.nn.Identity()\n"
             f'backbone.load_state_dict(torch.load("{file}", weights_only=True))'
         )
+    if to == "huggingface":
+        return f'import timm\n\nbackbone = timm.create_model("local-dir:{file}", pretrained=True)'
     if isinstance(backbone, TimmModel) or (name in RESNETS and model.stem == "imagenet"):
         sizes = "dynamic_img_size=True, " if isinstance(backbone, ResizableViT) else ""
         return (
@@ -117,10 +135,32 @@ def training(run: LoadedRun) -> list[str]:
         f"{state['spent']['seconds']:.0f} s of training"
         + (f", in the {epoch} epochs" if steps else ""),
         f"seed {options.run.seed}",
+        *starting_weights(state.get("weights") or {}),
     ]
     return lines + (
         [f"last checkpoint written on {state['written_on']}"] if "written_on" in state else []
     )
+
+
+def starting_weights(weights: dict) -> list[str]:
+    """Return a line on the file of weights that a run started from, or nothing.
+
+    weights: see `ffssl.training.build.first_backbone`.
+    """
+    if not weights:
+        return []
+    parts = [
+        f"{what}: {', '.join(weights[key])}"
+        for key, what in (
+            ("interpolated", "interpolated"),
+            ("classifier", "a classifier's, ignored"),
+            ("ignored", "ignored"),
+            ("left_at_random", "left at random"),
+        )
+        if weights[key]
+    ]
+    told = "; ".join([f"{weights['loaded']} tensors", *parts])
+    return [f"started from the weights of {weights['file']} (sha256 {weights['sha256']}): {told}"]
 
 
 def describe_images(beton: Path) -> str:
@@ -145,6 +185,8 @@ def published_options(options: Options) -> str:
         for name, values in options.of_role(Role.EXPERIMENT).items()
         if name not in ("data", "run")
     }
+    if "weights" in sections["model"]:
+        sections["model"]["weights"] = Path(sections["model"]["weights"]).name
     return yaml.safe_dump({n: v for n, v in sections.items() if v}, sort_keys=False)
 
 

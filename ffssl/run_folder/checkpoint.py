@@ -61,6 +61,12 @@ def _written_on() -> str:
     return describe_machine(_PACKAGES)  # cached, since it runs a program
 
 
+def exists(folder: Path, name: str = NAME) -> bool:
+    """Return whether the folder holds a checkpoint, damaged or not."""
+    latest = folder / name
+    return latest.exists() or bool(_earlier(latest))
+
+
 def load(
     folder: Path, device: torch.device | str = "cpu", name: str = NAME, *, mend: bool = True
 ) -> dict | None:

@@ -9,6 +9,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,8 +25,12 @@ PACKAGES = ("ffssl", "torch", "torchvision", "timm", "numba", "numpy", "ffcv")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def record_start(folder: Path, device: "torch.device") -> None:
+def record_start(
+    folder: Path, device: "torch.device", weights: Mapping[str, object] | None = None
+) -> None:
     """Add this process's start to the folder's record.
+
+    weights: the file that the run started from, see `ffssl.training.build.first_backbone`.
 
     A damaged record is reported on stderr and renamed to NAME.damaged. Raise UserError on a full
     disk.
@@ -42,6 +47,8 @@ def record_start(folder: Path, device: "torch.device") -> None:
         "machine": describe_machine(PACKAGES),
         "git": git_revision(),
     }
+    if weights:
+        start["weights"] = dict(weights)
     path = folder / NAME
     try:
         try:

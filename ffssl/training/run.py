@@ -41,6 +41,8 @@ class Run:
     spent: dict[str, float] = field(default_factory=lambda: {"seconds": 0.0, "flops": 0.0})
     # Identifies the training images, see `ffssl.data.convert.conversion.identity`.
     data: dict[str, object] = field(default_factory=dict)
+    # The file of weights it started from, see `ffssl.training.build.first_backbone`.
+    weights: dict[str, object] = field(default_factory=dict)
     resumed: bool = False  # from a checkpoint
 
     @property
@@ -59,6 +61,7 @@ class Run:
             "totals": self.totals.state(),
             "spent": self.spent,
             "data": self.data,
+            "weights": self.weights,
             "options": self.options.as_dict(),
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -69,6 +72,7 @@ class Run:
     def restore(self, state: dict) -> None:
         """Continue from a state, saved on any device."""
         self.epoch, self.spent = state["epoch"], state["spent"]
+        self.weights = state.get("weights", {})
         self.totals = EpochTotals()
         if "totals" in state:
             self.totals = EpochTotals.restored(state["totals"], self.device)

@@ -1,5 +1,6 @@
 """The interface of a source: indexed, labelled images that can be sent to worker processes."""
 
+import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
@@ -102,6 +103,12 @@ class PackedStrings(Sequence):
         encoded = [os.fsencode(string) for string in strings]
         self._bytes = b"".join(encoded)
         self._ends = np.cumsum([len(item) for item in encoded], dtype=np.int64)
+
+    def digest(self) -> str:
+        """Return 16 hexadecimal digits that tell these strings from others."""
+        digest = hashlib.sha256(self._bytes)
+        digest.update(self._ends.tobytes())
+        return digest.hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self._ends)

@@ -56,6 +56,19 @@ class ImageFolder(Source):
     def name(self, index: int) -> str:
         return os.path.join(self.root, self._paths[index])
 
+    def path(self, index: int) -> str:
+        """Return the image's path below `root`."""
+        return self._paths[index]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The images' labels: int64 (n,)."""
+        return self._labels
+
+    def digest(self) -> str:
+        """Return 16 hexadecimal digits that tell these paths from others."""
+        return self._paths.digest()
+
     def load(self, index: int) -> tuple[bytes, int]:
         with open(self.name(index), "rb") as file:
             return file.read(), int(self._labels[index])

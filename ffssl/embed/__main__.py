@@ -1,0 +1,120 @@
+r"""Compute the features of images: of a beton file, or of a folder, which need not be converted.
+
+    python -m ffssl.embed runs/efficient photos/ --output features.npy
+    python -m ffssl.embed resnet50.safetensors val.beton --output features.parquet
+
+The encoder is a run (its folder or a checkpoint), a file that ffssl.export wrote, beside its card,
+or a folder that it wrote for huggingface. Of other files, name the network with --backbone.
+
+Beside features.npy, float32 (images, d), lie features.csv, with the name and the label of each row,
+and features.json, which says what computed them. Views are the centre crops of an evaluation. The
+same command continues one that was interrupted.
+"""
+
+import sys
+from pathlib import Path
+
+from ffssl.config import Number
+from ffssl.config.command_line import NETWORKS, Parser, checked, exit_status
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+
+    # Imports torch, which takes seconds: not for --help and a mistyped option.
+    from ffssl.embed.embed import Settings, embed
+    from ffssl.embed.encoder import load_encoder
+    from ffssl.embed.feature_file import check_output
+    from ffssl.embed.images import open_images
+
+    check_output(arguments.output)
+    encoder = load_encoder(
+        arguments.encoder,
+        network=arguments.network,
+        backbone=arguments.backbone,
+        stem=arguments.stem,
+        resolution=arguments.resolution,
+    )
+    images = open_images(
+        arguments.images,
+        encoder.resolution,
+        encoder.scaled_decoding,
+        label_field=arguments.label_field,
+        labels=not arguments.no_labels,
+    )
+    settings = Settings(
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+        device=arguments.device,
+        amp=arguments.amp,
+        skip_unreadable=arguments.skip_unreadable,
+        overwrite=arguments.overwrite,
+    )
+    print(embed(encoder, images, arguments.output, settings))
+
+
+def parser() -> Parser:
+    whole = Parser(prog="python -m ffssl.embed", description=__doc__)
+    add = whole.add_argument
+    add("encoder", type=Path, metavar="ENCODER", help="a run, or an exported file or folder")
+    add("images", type=Path, metavar="IMAGES", help="a beton file, or a folder of images")
+    add(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="ends in .npy, or in .parquet (with the extra parquet)",
+    )
+    add("--overwrite", action="store_true", help="replace FILE, and what is unfinished of it")
+    add(
+        "--skip-unreadable",
+        action="store_true",
+        help="leave images out that can't be read, and list them, instead of stopping",
+    )
+    add(
+        "--network",
+        default="student",
+        choices=NETWORKS,
+        help="whose backbone, of a run (default: %(default)s)",
+    )
+    add("--backbone", metavar="NAME", help="of an exported file without its card")
+    add("--stem", choices=("imagenet", "cifar"), help="likewise (default: imagenet)")
+    add(
+        "--resolution",
+        type=checked(Number(int, 1)),
+        metavar="SIDE",
+        help="side of the views in pixels; default: the largest of the encoder's training",
+    )
+    add("--label-field", metavar="NAME", help="the beton file's field of labels")
+    add(
+        "--no-labels",
+        action="store_true",
+        help="take all images below a folder, however nested, without labels",
+    )
+    add(
+        "--batch-size",
+        type=checked(Number(int, 1)),
+        default=256,
+        metavar="N",
+        help="images at once (default: %(default)s)",
+    )
+    add(
+        "--workers",
+        type=checked(Number(int, 0)),
+        default=0,
+        metavar="N",
+        help="threads that decode images; 0, the default: one per core",
+    )
+    add("--device", default="auto", help="cuda, cuda:N or cpu (default: a GPU where there is one)")
+    add(
+        "--amp",
+        default="auto",
+        choices=("auto", "bf16", "fp16", "off"),
+        help="mixed precision of the backbone (default: off on CPU)",
+    )
+    return whole
+
+
+if __name__ == "__main__":
+    told = "\ninterrupted; the same command continues where it was"
+    sys.exit(exit_status(main, interrupted=told))
