@@ -1,3 +1,3 @@
 """FFSSL: self-supervised pre-training of image encoders at less than half the cost."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,7 +1,7 @@
 r"""Write a run's backbone as a file for torchvision, timm or safetensors, and a model card.
 
-    python -m ffssl.export runs/efficient --to torchvision --output resnet50.pth
-    python -m ffssl.export runs/efficient --to safetensors --output resnet50.safetensors \
+    ffssl export runs/efficient --to torchvision --output resnet50.pth
+    ffssl export runs/efficient --to safetensors --output resnet50.safetensors \
         --network teacher
 
 The card, FILE.md, says how to load the file. It also says how the network was trained and what it
@@ -32,7 +32,7 @@ FORMATS = ("torchvision", "timm", "safetensors")
 
 
 def main() -> None:
-    parser = Parser(prog="python -m ffssl.export", description=__doc__)
+    parser = Parser(prog="ffssl export", description=__doc__)
     parser.add_argument(
         "run", type=Path, metavar="RUN", help="a run's folder, or a checkpoint file"
     )
