@@ -9,6 +9,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+
+import ffssl
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = "LICENSE README.md ffssl pyproject.toml rn50_configs setup.py".split()
@@ -75,8 +78,21 @@ def test_the_wheel_holds_every_source_and_config_and_nothing_else(wheel):
         for path in ROOT.glob("rn50_configs/**/*.yaml")
     }
     assert len(configs) > 40 and names == sources | configs | {"ffssl/py.typed"}
+    assert fields["Version"] == ffssl.__version__
     assert fields["License-Expression"] == "Apache-2.0"
     assert fields["Author"] == "FFSSL contributors"
+
+
+def test_the_citation_and_the_changelog_are_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == ffssl.__version__ and citation["license"] == "Apache-2.0"
+    [paper] = citation["references"]
+    assert [author["family-names"] for author in paper["authors"]] == [
+        *("Koçyiğit", "Hospedales", "Bilen"),
+    ]
+    assert (
+        (ROOT / "CHANGELOG.md").read_text().startswith(f"# Changelog\n\n## {ffssl.__version__}\n")
+    )
 
 
 def test_what_runs_is_the_wheels(installed):
@@ -93,7 +109,7 @@ def test_help_and_configs(installed):
     for path in (ROOT / "rn50_configs").glob("*.yaml"):
         told = path.read_text().partition("\n")[0].removeprefix("# ")
         assert f"\n  {path.name} " in text and told in text
-    assert installed.ffssl("--version") == "ffssl 0.2.0\n"
+    assert installed.ffssl("--version") == f"ffssl {ffssl.__version__}\n"
 
 
 @pytest.mark.parametrize(
