@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # for editors and type checkers
     from ffssl.methods.simclr import nt_xent as nt_xent
     from ffssl.methods.vicreg import vicreg as vicreg
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {
     "FixedOneCycleLR": "levers.one_cycle",

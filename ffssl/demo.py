@@ -1,6 +1,6 @@
 """The whole of FFSSL on two CPU cores, in minutes.
 
-    python -m ffssl.demo [--folder runs/demo]
+    ffssl demo [--folder runs/demo]
 
 Images -> beton files -> a baseline and an efficient run -> a report of both. The demo runs the
 commands that a user would run, and prints them. Runs that are in the folder already are kept and
@@ -15,23 +15,19 @@ import time
 from pathlib import Path
 
 from ffssl.config import Options, read_options
-from ffssl.config.command_line import exit_status
+from ffssl.config.command_line import command, exit_status
 from ffssl.data.beton.read import read_beton
 from ffssl.files import make_folder
 from ffssl.run_folder.log import read_log
 from ffssl.slowed import describe_slowed
 
-ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = {
-    "baseline": "rn50_configs/demo_baseline.yaml",
-    "efficient": "rn50_configs/demo_efficient.yaml",
-}
+CONFIGS = {"baseline": "demo_baseline.yaml", "efficient": "demo_efficient.yaml"}
 IMAGES = {"train": 4000, "val": 1000}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="ffssl demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--folder",
@@ -46,11 +42,11 @@ def main() -> int:
     for split, count in IMAGES.items():
         if not betons[split].exists():
             source = ("embedded", "--split", split, "--size", str(count))
-            run("write_datasets.py", *source, "--output", str(betons[split]))
+            run("convert", *source, "--output", str(betons[split]))
     arguments = {
         name: [
             "--config",
-            str(ROOT / config),
+            config,
             f"--data.train={betons['train']}",
             f"--data.validation={betons['val']}",
             f"--run.folder={folder / name}",
@@ -58,14 +54,14 @@ def main() -> int:
         for name, config in CONFIGS.items()
     }
     for name in CONFIGS:
-        run("ffssl/train.py", *arguments[name])
+        run("train", *arguments[name])
 
     print_table(
         {name: read_log(folder / name) for name in CONFIGS},
         raw_pixel_accuracy(read_options(arguments["baseline"])),
     )
     report, runs = folder / "report.html", [str(folder / name) for name in CONFIGS]
-    run("-m", "ffssl.report", *runs, "--output", str(report))
+    run("report", *runs, "--output", str(report))
     print(
         f"\nOpen {report}. In all {time.perf_counter() - started:.0f} s. "
         f"The runs are kept in {folder}; delete it to start anew."
@@ -73,11 +69,10 @@ def main() -> int:
     return 0
 
 
-def run(program: str, *arguments: str) -> None:
-    """Run one of the project's programs and show its command; exit with its status if it fails."""
-    print(f"\n$ python {program} {shlex.join(arguments)}", flush=True)
-    words = [program] if program == "-m" else [str(ROOT / program)]
-    status = subprocess.run([sys.executable, *words, *arguments]).returncode
+def run(name: str, *arguments: str) -> None:
+    """Run one of FFSSL's commands and show it; exit with its status if it fails."""
+    print(f"\n$ ffssl {name} {shlex.join(arguments)}", flush=True)
+    status = subprocess.run(command(name, *arguments)).returncode
     if status:
         sys.exit(status)
 

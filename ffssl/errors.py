@@ -1,6 +1,8 @@
 """Exceptions that end a program without a traceback."""
 
+import difflib
 import signal
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -21,3 +23,9 @@ class Stopped(Exception):
         super().__init__(f"stopped by {signal.Signals(number).name}")
         # 75 is EX_TEMPFAIL of sysexits.h: "the user is invited to retry".
         self.status = 130 if number == signal.SIGINT else 75
+
+
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return the end of a message about an unknown word: the nearest known word."""
+    nearest = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
+    return f"; did you mean {nearest[0]}?" if nearest else ""

@@ -1,8 +1,8 @@
 r"""Find the limits of the learning rate in a few hundred steps: the range test of section C.
 
-    python -m ffssl.lr_range --config rn50_configs/imagenette_efficient.yaml \
+    ffssl lr-range --config imagenette_efficient.yaml \
         --data.train=train.beton --data.validation=val.beton
-    python -m ffssl.lr_range --config ... --data.train=train.beton --low=1e-4 --high=10 \
+    ffssl lr-range --config ... --data.train=train.beton --low=1e-4 --high=10 \
         --steps=100 --run.folder=runs/range
 
 Trains with the config's method, views and optimiser while the learning rate rises exponentially.
@@ -316,7 +316,7 @@ def describe(
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m ffssl.lr_range",
+        prog="ffssl lr-range",
         usage="%(prog)s --config FILE --data.train=FILE [options] [--section.option=value ...]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,11 +1,12 @@
 r"""Pre-train an image encoder without labels.
 
-    python ffssl/train.py --config rn50_configs/efficient.yaml --data.train=train.beton \
-        --run.folder=runs/efficient
-    python ffssl/train.py --config ... --training.epochs=50     # any option can be overridden
-    python ffssl/train.py --help                                # all options
-    torchrun --nproc_per_node=8 ffssl/train.py --config ...     # on 8 GPUs, see docs/many-gpus.md
+    ffssl train --config efficient.yaml --data.train=train.beton --run.folder=runs/efficient
+    ffssl train --config ... --training.epochs=50       # any option can be overridden
+    ffssl train --help                                  # all options
+    torchrun --nproc_per_node=8 -m ffssl train ...      # on 8 GPUs, see docs/many-gpus.md
+    python ffssl/train.py ...                           # in a checkout
 
+`ffssl configs` lists the configs that come with FFSSL; a path names one of your own.
 The same command again continues an interrupted run, from the very next batch after its checkpoint.
 SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and exit, with status 75, 75 and 130.
 """
@@ -15,6 +16,7 @@ import sys
 
 from ffssl.config import Options, command_line_options
 from ffssl.config.command_line import exit_status
+from ffssl.data.turbojpeg import check_turbojpeg
 from ffssl.parallel.openmp import share_cores
 
 if __name__ == "__main__":
@@ -24,6 +26,9 @@ if __name__ == "__main__":
     # answered at once.
     OPTIONS = command_line_options(__doc__)
     share_cores()
+    # If it is missing, a line says so here, and a traceback in the imports below.
+    if status := exit_status(check_turbojpeg):
+        sys.exit(status)
 
 import contextlib
 

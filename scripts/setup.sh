@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 stamp=.venv/ffssl-setup  # written last: what .venv was made from, and where, for a moved .venv does not work
-contents() { pwd; cat requirements.txt pyproject.toml scripts/setup.sh scripts/common.sh; }
+contents() { pwd; cat requirements.txt pyproject.toml setup.py scripts/setup.sh scripts/common.sh; }
 done_already() {
     [[ -f $stamp && -x .venv/bin/python && $(contents | cksum) == "$(<$stamp)" ]] || return 1
     [[ -z ${PYTHON:-} || $(version_of "$PYTHON") == "$(version_of .venv/bin/python)" ]]

@@ -68,6 +68,6 @@ plots, tensorboard and matplotlib), which the machine must have. One command, wi
 
     python -m pip install --no-index --no-deps --find-links wheelhouse ffssl ffcv ${requirements[*]%%=*}
 
-It leaves alone what is installed already. Where the machine has opencv-python, leave opencv-python-headless out.
+It gives the command ffssl, and leaves alone what is installed already. Where the machine has opencv-python, leave opencv-python-headless out.
 END
 say "wheelhouse: $(du -sh wheelhouse | cut -f1)"

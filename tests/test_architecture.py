@@ -18,6 +18,7 @@ ORDER = [
     *("prepare", "train", "lr_range"),
     *("export", "embed", "study", "benchmark"),
     *("report", "demo"),
+    "__main__",
 ]
 EXCEPTIONS = {
     # The number by which a beton file marks raw pixels; the format is beton.read's to define.

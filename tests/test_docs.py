@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,25 +17,28 @@ from ffssl.data.convert.sources.embedded import Embedded
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 5  # in an epoch of 8 images a batch
+# How many blocks of Python each document has, those of docs/levers.md by section.
+DOCUMENTS = {"loader.md": 4, "coming-from.md": 3}
+SECTIONS = {"What each saves": 1, "A PyTorch loop": 4, "lightly": 4, "Lightning": 5}
 
 
-def blocks(text):
+def blocks(text: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-BLOCKS = blocks((ROOT / "docs/loader.md").read_text())
-_, *SECTIONS = re.split(r"^## ", (ROOT / "docs/levers.md").read_text(), flags=re.MULTILINE)
-LEVERS = {section.splitlines()[0]: blocks(section) for section in SECTIONS if blocks(section)}
+BLOCKS = {
+    f"{name}-{number}": block
+    for name in DOCUMENTS
+    for number, block in enumerate(blocks((ROOT / "docs" / name).read_text()))
+}
+PARTS = re.split(r"^## ", (ROOT / "docs" / "levers.md").read_text(), flags=re.MULTILINE)[1:]
+LEVERS = {part.splitlines()[0]: blocks(part) for part in PARTS if blocks(part)}
 
 
-def test_the_document_has_its_examples():
-    assert len(BLOCKS) == 4 and all("ViewLoader" in block for block in BLOCKS)
-    assert {title: len(parts) for title, parts in LEVERS.items()} == {
-        "What each saves": 1,
-        "A PyTorch loop": 4,
-        "lightly": 4,
-        "Lightning": 5,
-    }
+def test_the_documents_have_their_examples():
+    assert Counter(name.rpartition("-")[0] for name in BLOCKS) == DOCUMENTS
+    assert all("ViewLoader" in block or "ViewDecoder" in block for block in BLOCKS.values())
+    assert {title: len(parts) for title, parts in LEVERS.items()} == SECTIONS
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +48,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_examples_of_the_loader_run(folder, block):
+@pytest.mark.parametrize("name", BLOCKS)
+def test_examples_run(folder, name):
     (folder / "example.py").write_text(
-        block + "\nassert views.shape[0] == 8 and len(loader) == 5\n"
+        BLOCKS[name] + "\nassert views.shape[0] == 8 and len(loader) == 5\n"
     )
     # Their threads would contend with the loader's.
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -75,7 +79,7 @@ def test_examples_of_the_levers_run(tmp_path, monkeypatch, capsys, title):
     # In this process, which has torch already.
     runpy.run_path("example.py")
     if title == "What each saves":
-        [section] = (text for text in SECTIONS if text.startswith(title))
+        [section] = (text for text in PARTS if text.startswith(title))
         for line in capsys.readouterr().out.splitlines():
             assert f"    {line}\n" in section
 
@@ -85,3 +89,30 @@ def test_all_levers_change_fewer_than_forty_lines_of_lightlys_example():
     lines = difflib.unified_diff(before.splitlines(), after.splitlines(), n=0)
     changed = [line for line in lines if re.match(r"[+-](?![+-]{2})", line)]
     assert 10 < len(changed) < 40, "\n".join(changed)
+
+
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/**/*.md")])
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    kept = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.replace(" ", "-") for heading in kept}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" not in link:
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), link
+            assert not anchor or target.suffix != ".md" or anchor in anchors(target), link
+
+
+def test_the_index_names_every_document_and_the_readme_is_short():
+    index = (ROOT / "docs" / "README.md").read_text()
+    for page in ROOT.glob("docs/*.md"):
+        assert page.name == "README.md" or f"({page.name})" in index, page.name
+    assert len((ROOT / "README.md").read_text().splitlines()) < 150

@@ -352,7 +352,7 @@ def test_two_ranks_train_as_one_process_does(answers, betons, tmp_path, name):
             "--training.learning_rate: 0.1 on rank 0, but 1.1 on rank 1; all ranks need the same",
         ),
         ("files", "--data.train: digest: '"),
-        ("missing", "missing.beton: no such file; write it with write_datasets.py (rank 1)"),
+        ("missing", "missing.beton: no such file; write it with ffssl convert (rank 1)"),
         (
             "batch",
             (

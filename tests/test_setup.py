@@ -20,6 +20,7 @@ REQUIREMENTS = [
     for line in (ROOT / "requirements.txt").read_text().splitlines()
     if not line.startswith("#")
 ]
+SOURCES = ["requirements.txt", "pyproject.toml", "setup.py", "scripts/setup.sh"]
 SCRIPTS = ["scripts/setup.sh", "scripts/wheelhouse.sh", "scripts/common.sh", ".ci/run"]
 
 
@@ -63,7 +64,7 @@ class Machine:
     def __init__(self, folder):
         self.checkout, self.bin, self.log = folder / "check out", folder / "bin", folder / "log"
         self.python = self.checkout / ".venv/bin/python"
-        for name in ["scripts/setup.sh", "scripts/common.sh", "requirements.txt", "pyproject.toml"]:
+        for name in [*SOURCES, "scripts/common.sh"]:
             (self.checkout / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.checkout / name)
         self.bin.mkdir()
@@ -131,7 +132,7 @@ def test_setup_installs_once(machine):
     assert machine.setup() == (0, "", [])
 
 
-@pytest.mark.parametrize("changed", ["requirements.txt", "pyproject.toml", "scripts/setup.sh"])
+@pytest.mark.parametrize("changed", SOURCES)
 def test_setup_updates_the_environment_when_its_sources_change(machine, changed):
     machine.setup()
     with (machine.checkout / changed).open("a") as file:

@@ -1,6 +1,6 @@
 """Benchmarks of this machine.
 
-python -m ffssl.benchmark NAME --help
+ffssl benchmark NAME --help
 """
 
 import importlib
@@ -22,7 +22,7 @@ BENCHMARKS = {
 def main() -> None:
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
-        print("usage: python -m ffssl.benchmark NAME ...\n")
+        print("usage: ffssl benchmark NAME ...\n")
         print("\n".join(f"{name:<11}{about}" for name, about in BENCHMARKS.items()))
         return
     if name not in BENCHMARKS:

@@ -1,8 +1,8 @@
 """Check that this machine's GPU computes what its CPU does.
 
-    python -m ffssl.benchmark agreement
-    python -m ffssl.benchmark agreement --methods simsiam simclr
-    python -m ffssl.benchmark agreement --describe           # of the machine alone
+    ffssl benchmark agreement
+    ffssl benchmark agreement --methods simsiam simclr
+    ffssl benchmark agreement --describe           # of the machine alone
 
 Every method takes four steps of Hard Augment from the same weights, with a small ResNet on drawn
 images. Losses and chosen pairs are compared. The CPU computes in float32. The GPU computes in
@@ -45,7 +45,7 @@ NETWORKS = {
 
 
 def main(arguments: list[str]) -> None:
-    parser = Parser(prog="python -m ffssl.benchmark agreement", description=__doc__)
+    parser = Parser(prog="ffssl benchmark agreement", description=__doc__)
     parser.add_argument(
         "--methods",
         nargs="+",

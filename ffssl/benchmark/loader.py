@@ -1,8 +1,8 @@
 """Images per second of the loader and of its peers, on the same images, in one run.
 
-    python -m ffssl.benchmark loader
-    python -m ffssl.benchmark loader --images photos/ --views 6 --resolution 96
-    python -m ffssl.benchmark loader --data train.beton --workers 8
+    ffssl benchmark loader
+    ffssl benchmark loader --images photos/ --views 6 --resolution 96
+    ffssl benchmark loader --data train.beton --workers 8
 
 The first takes scikit-image's photographs, or drawings if it is not installed.
 
@@ -53,7 +53,7 @@ LIMIT_S = 300  # a contender that has not served an epoch by then counts as fail
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m ffssl.benchmark loader",
+        prog="ffssl benchmark loader",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

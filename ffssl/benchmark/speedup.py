@@ -1,10 +1,9 @@
 r"""How much faster one config trains than another on this machine, in hours.
 
-    python -m ffssl.benchmark speedup \
-        --configs rn50_configs/baseline.yaml rn50_configs/efficient.yaml
-    python -m ffssl.benchmark speedup --configs A.yaml B.yaml --data train.beton \
+    ffssl benchmark speedup --configs baseline.yaml efficient.yaml
+    ffssl benchmark speedup --configs A.yaml B.yaml --data train.beton \
         --output runs/speedup --training.batch_size=256
-    python -m ffssl.benchmark speedup --configs A.yaml B.yaml --data train.beton --full
+    ffssl benchmark speedup --configs A.yaml B.yaml --data train.beton --full
 
 With --full it also trains both, and compares.
 
@@ -25,7 +24,6 @@ import itertools
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -40,7 +38,7 @@ from ffssl.benchmark.loader import describe_images, prepare_images, stand_ins
 from ffssl.benchmark.speedup_report import draw, table_of
 from ffssl.benchmark.timing import seconds_of, where
 from ffssl.config import Number, read_options
-from ffssl.config.command_line import Parser, checked
+from ffssl.config.command_line import Parser, checked, command
 from ffssl.cost import count_flops
 from ffssl.cost.runs import number_of_images
 from ffssl.data.loader import ViewLoader
@@ -59,13 +57,12 @@ from ffssl.training.transfer import to_device
 from ffssl.training.views import open_loader
 
 PACKAGES = ("ffssl", "torch", "torchvision", "timm", "numba", "ffcv")
-ROOT = Path(__file__).resolve().parents[2]
 JSON, TABLE, PICTURE = "speedup.json", "speedup.md", "speedup.png"
 FEWEST_STEPS, MOST_STEPS = 4, 100  # in a measurement
 
 
 def main(arguments: list[str]) -> None:
-    parser = Parser(prog="python -m ffssl.benchmark speedup", description=__doc__)
+    parser = Parser(prog="ffssl benchmark speedup", description=__doc__)
     parser.add_argument(
         "--configs",
         type=Path,
@@ -374,9 +371,7 @@ def train_in_full(config: Path, data: Path, overrides: list[str]) -> float:
             "TORCHINDUCTOR_CACHE_DIR": f"{folder}/compiled",
             "TRITON_CACHE_DIR": f"{folder}/compiled/triton",
         }
-        status = subprocess.run(
-            [sys.executable, str(ROOT / "ffssl" / "train.py"), *words], env=environment
-        ).returncode
+        status = subprocess.run(command("train", *words), env=environment).returncode
         if status:
             raise UserError(f"--full: training {config} ended with status {status}")
         row = read_log(Path(folder) / "run")[-1]

@@ -1,7 +1,7 @@
 r"""How long a training step takes, where its time goes, and how near it is to its ceiling.
 
-    python -m ffssl.benchmark step --config rn50_configs/efficient.yaml
-    python -m ffssl.benchmark step --config rn50_configs/efficient.yaml \
+    ffssl benchmark step --config efficient.yaml
+    ffssl benchmark step --config efficient.yaml \
         --resolutions 96 224 --training.batch_size=256 --json step.json
 
 The ceiling is a supervised step of the same backbone, in the same precision and compilation, on as
@@ -47,7 +47,7 @@ CLASSES = 1000  # of the supervised step: ImageNet's
 
 
 def main(arguments: list[str]) -> None:
-    parser = Parser(prog="python -m ffssl.benchmark step", description=__doc__)
+    parser = Parser(prog="ffssl benchmark step", description=__doc__)
     parser.add_argument(
         "--resolutions",
         type=checked(Number(int, 1)),

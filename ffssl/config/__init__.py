@@ -4,7 +4,6 @@ from ffssl.config.checks import Choice, Number, Switch
 from ffssl.config.options import Options, Role, declarations
 from ffssl.config.read import (
     command_line_options,
-    did_you_mean,
     from_dict,
     help_text,
     read_options,
@@ -19,7 +18,6 @@ __all__ = [
     "Switch",
     "command_line_options",
     "declarations",
-    "did_you_mean",
     "from_dict",
     "help_text",
     "read_options",

@@ -3,9 +3,11 @@
 import argparse
 import os
 import select
+import shlex
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from fastargs.validation import Checker
@@ -39,6 +41,23 @@ def checked(checker: Checker) -> Callable[[str], object]:
             raise argparse.ArgumentTypeError(f"expected {checker.help()}, got {text!r}") from None
 
     return parse
+
+
+def command(name: str, *arguments: str) -> list[str]:
+    """Return the words that run a command of FFSSL in a process of its own.
+
+    By its file: `python -m` would also import what lies in the working directory.
+    """
+    return [sys.executable, str(Path(__file__).parents[1] / "__main__.py"), name, *arguments]
+
+
+def typed_command() -> str:
+    """Return this process's command, as one would type it again."""
+    module = getattr(sys.modules["__main__"].__spec__, "name", "")
+    package, _, name = module.removesuffix(".__main__").rpartition(".")
+    if package.partition(".")[0] == "ffssl":  # by `ffssl` or `python -m`
+        return shlex.join(["ffssl", name.replace("_", "-"), *sys.argv[1:]])
+    return shlex.join(["python", *sys.argv])
 
 
 def exit_status(program: Callable[[], int | None], *, interrupted: str = "\ninterrupted") -> int:

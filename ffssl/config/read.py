@@ -1,11 +1,11 @@
 """How the options of a run are read.
 
-They come from a YAML file (`--config FILE`) of sections and keys, and from the command line
-(`--section.option=value`), which wins. `base:` names one file or several, relative to this one.
-Later bases override earlier ones, and this file overrides them all, key by key.
+They come from a YAML file (`--config FILE`, or the name of one of FFSSL's) of sections and keys,
+and from the command line (`--section.option=value`), which wins. `base:` names one file or several,
+relative to this one, or FFSSL's. Later bases override earlier ones, and this file overrides them
+all, key by key.
 """
 
-import difflib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,8 +20,9 @@ from fastargs.exceptions import MissingValueError, ValidationError
 from ffssl.config import options as sections
 from ffssl.config.command_line import exit_status
 from ffssl.config.contradictions import check_together
+from ffssl.config.named import find
 from ffssl.config.options import Declaration, MethodOptions, Options, declarations, section_titles
-from ffssl.errors import UserError
+from ffssl.errors import UserError, did_you_mean
 
 
 def read_options(
@@ -47,7 +48,7 @@ def read_options(
             if value.startswith("--"):
                 raise UserError(f"--{name}: a value is missing, as in --{name}=value")
         if name in ("config", "config-file"):
-            settings |= _read_file(Path(value), known)
+            settings |= _read_file(find("config", value), known)
         else:
             _check_name(name, f"--{name}", known)
             overrides[name] = value
@@ -122,12 +123,6 @@ def _described(declared: Declaration) -> str:
     return f"{declared.help} ({note})" if note else declared.help
 
 
-def did_you_mean(word: str, known: list[str], cutoff: float = 0.6) -> str:
-    """Return the end of a message about an unknown word: the nearest known word."""
-    nearest = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
-    return f"; did you mean {nearest[0]}?" if nearest else ""
-
-
 def _check_name(name: str, where: str, known: Mapping[str, Declaration]) -> None:
     if name not in known:
         hint = did_you_mean(name, [*known, "config"], cutoff=0.5)
@@ -146,12 +141,13 @@ def _read_file(
     for base in bases:
         if not isinstance(base, str):
             raise UserError(f"{path}: base must name a file or a list of files, got {base!r}")
-        if (path.parent / base).resolve() in built_on_it:
+        file = find("config", base, path.parent)
+        if file.resolve() in built_on_it:
             raise UserError(f"{path}: its base {base} is built on it in turn")
-        settings |= _read_file(path.parent / base, known, built_on_it)
+        settings |= _read_file(file, known, built_on_it)
     for section, values in content.items():
         if section not in section_titles():
-            hint = did_you_mean(str(section), list(section_titles()))
+            hint = did_you_mean(str(section), section_titles())
             raise UserError(f"{path}: unknown section {section!r}{hint}")
         if not isinstance(values, dict):
             raise UserError(f"{path}: section {section} must hold options, one a line")

@@ -1,10 +1,9 @@
 r"""Count what runs cost, in FLOPs, from their configs alone: without data or training.
 
-    python -m ffssl.cost rn50_configs/imagenette_baseline.yaml \
-        rn50_configs/imagenette_efficient.yaml --images=imagenette
-    python -m ffssl.cost rn50_configs/efficient.yaml --data.train=train.beton \
+    ffssl cost imagenette_baseline.yaml imagenette_efficient.yaml --images=imagenette
+    ffssl cost efficient.yaml --data.train=train.beton \
         --training.epochs=100
-    python -m ffssl.cost --paper
+    ffssl cost --paper
 
 Prints a table of each config's stages, then their totals and the speed-ups over the first config.
 """
@@ -22,7 +21,7 @@ from ffssl.cost.runs import RunCosts, number_of_images, petaflop
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m ffssl.cost",
+        prog="ffssl cost",
         usage=(
             "%(prog)s CONFIG [CONFIG ...] [--images=N] [--section.option=value ...]\n       "
             "%(prog)s --paper"

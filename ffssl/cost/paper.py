@@ -2,17 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from ffssl.config import Options, read_options
+from ffssl.config.named import FOLDER
 from ffssl.cost import PAPERS, STANDARD
 from ffssl.cost.runs import IMAGES, RunCosts, petaflop
-from ffssl.errors import UserError
 from ffssl.methods import METHODS
 from ffssl.methods.teacher import TeacherMethod
 from ffssl.training.schedule import RunSchedule
 
-CONFIGS = Path(__file__).resolve().parents[2] / "rn50_configs"
 TOLERANCE = 0.02
 
 Words = tuple[str, ...]  # a config's name, and what overrides it
@@ -173,13 +171,8 @@ def agrees(ours: float, figure: Figure) -> bool:
 
 def _options(words: Words) -> Options:
     config, *overrides = words
-    if not CONFIGS.is_dir():
-        raise UserError(
-            f"--paper: the configs of the paper's runs are not in {CONFIGS}; run it from a "
-            "copy of the repository"
-        )
     return read_options(
-        [f"--config={CONFIGS / config}.yaml", *overrides],
+        [f"--config={FOLDER / config}.yaml", *overrides],
         defaults={"data.train": "", "run.folder": ""},
     )
 

@@ -1,8 +1,8 @@
 """Evaluate the frozen backbones of runs, finished or not, and compare them in a table.
 
-    python -m ffssl.evaluate knn runs/baseline runs/efficient
-    python -m ffssl.evaluate linear runs/efficient             # 90 epochs
-    python -m ffssl.evaluate linear runs/efficient --cached    # on features of centre crops
+    ffssl evaluate knn runs/baseline runs/efficient
+    ffssl evaluate linear runs/efficient             # 90 epochs
+    ffssl evaluate linear runs/efficient --cached    # on features of centre crops
 
 The same command continues a linear probe that was interrupted. With --cached the features are
 computed once, without augmentation.
@@ -93,7 +93,7 @@ def parser() -> Parser:
         choices=("auto", "bf16", "fp16", "off"),
         help="mixed precision of the backbone (default: off on CPU)",
     )
-    whole = Parser(prog="python -m ffssl.evaluate", description=__doc__)
+    whole = Parser(prog="ffssl evaluate", description=__doc__)
     commands = whole.add_subparsers(dest="evaluation", required=True, metavar="{knn,linear}")
     knn = commands.add_parser(
         "knn",

@@ -1,7 +1,7 @@
 r"""Write a run's backbone for torchvision, timm, safetensors or Hugging Face, and a model card.
 
-    python -m ffssl.export runs/efficient --to torchvision --output resnet50.pth
-    python -m ffssl.export runs/efficient --to safetensors --output resnet50.safetensors \
+    ffssl export runs/efficient --to torchvision --output resnet50.pth
+    ffssl export runs/efficient --to safetensors --output resnet50.safetensors \
         --network teacher
     python -m ffssl.export runs/efficient --to huggingface --output resnet50/
 
@@ -40,7 +40,7 @@ FORMATS = ("torchvision", "timm", "safetensors", "huggingface")
 
 
 def main() -> None:
-    parser = Parser(prog="python -m ffssl.export", description=__doc__)
+    parser = Parser(prog="ffssl export", description=__doc__)
     parser.add_argument(
         "run", type=Path, metavar="RUN", help="a run's folder, or a checkpoint file"
     )

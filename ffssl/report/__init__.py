@@ -1,4 +1,4 @@
 """The report of training runs: one HTML page that needs nothing else.
 
-`python -m ffssl.report --help`
+`ffssl report --help`
 """

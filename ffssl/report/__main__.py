@@ -1,6 +1,6 @@
 """Write one HTML page about training runs: what they did, and what it cost.
 
-    python -m ffssl.report runs/baseline runs/efficient --output report.html
+    ffssl report runs/baseline runs/efficient --output report.html
 
 The page needs nothing else. PNGs of its pictures lie beside it. It takes the folders of runs,
 finished or not, and compares costs with the first run's. Pictures of a run's data are computed
@@ -16,7 +16,7 @@ from ffssl.config.command_line import exit_status
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m ffssl.report",
+        prog="ffssl report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

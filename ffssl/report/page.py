@@ -86,7 +86,7 @@ def compose(runs: list[ReportedRun], device: torch.device) -> tuple[str, dict[st
         f"<title>{escape(', '.join(names))}</title><style>{CSS}</style></head>\n<body><main>"
         f"<h1>{heading}</h1>"
         f'<p class="muted">{escape(_subject(runs))}</p><nav>{links}</nav>\n{bodies}\n'
-        f"<footer>Written by python -m ffssl.report on {today}.</footer></main></body></html>\n"
+        f"<footer>Written by ffssl report on {today}.</footer></main></body></html>\n"
     )
     return page, gallery.pngs
 
@@ -306,7 +306,7 @@ def _results(runs: list[ReportedRun]) -> str:
         f'<th scope="col"{NUMBER if number else ""}>{title}</th>'
         for title, number in {"run": False, **results.COLUMNS}.items()
     )
-    lead = _lead("What python -m ffssl.evaluate has measured of the frozen backbones.")
+    lead = _lead("What ffssl evaluate has measured of the frozen backbones.")
     return notes + _card_table("summary", lines, heads) + lead
 
 

@@ -6,13 +6,13 @@
 import datetime
 import json
 import os
-import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ffssl.config.command_line import typed_command
 from ffssl.errors import UserError
 from ffssl.files import write_json
 from ffssl.run_folder.machine import describe_machine
@@ -41,7 +41,7 @@ def record_start(
 
     start = {
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": typed_command(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "ranks": world_size(),
         "machine": describe_machine(PACKAGES),

@@ -1,20 +1,20 @@
 """Compare recipes and methods over several seeds, in one table and one picture.
 
-    python -m ffssl.study rn50_configs/studies/methods.yaml
-    python -m ffssl.study STUDY.yaml --folder runs/mine --training.epochs=2
+    ffssl study methods.yaml                # one of FFSSL's, which `ffssl configs` lists
+    ffssl study STUDY.yaml --folder runs/mine --training.epochs=2
 
 An option of training, as in the second line, overrides that option in all runs.
 
-The program runs one run after another, by the commands of ffssl/train.py that a user would type,
-and prints them. The same call again continues: finished runs are kept, an interrupted run is
-continued, a failed one is tried again. After every run `table.md`, `table.json` and `picture.png`
-in the folder are replaced. A study file:
+The program runs one run after another, by the commands that a user would type, and prints them.
+The same call again continues: finished runs are kept, an interrupted run is continued, a failed one
+is tried again. After every run `table.md`, `table.json` and `picture.png` in the folder are
+replaced. A study file:
 
     title: Warm-up and magnitude
     data: {train: train.beton, validation: val.beton}
     # or drawn on the spot: embedded: {train: 4000, validation: 1000}
     seeds: [0, 1, 2]
-    # Of the runs that name none, relative to this file; may be left out.
+    # Of the runs that name none, relative to this file, or one of FFSSL's; may be left out.
     config: ../demo_baseline.yaml
     # Of all runs; may be left out.
     options: {training: {epochs: 20}}
@@ -46,7 +46,8 @@ import sys
 from pathlib import Path
 
 from ffssl.config import read_options
-from ffssl.config.command_line import exit_status
+from ffssl.config.command_line import command, exit_status
+from ffssl.config.named import find
 from ffssl.data.beton.read import read_beton
 from ffssl.data.convert.conversion import identity, same_samples
 from ffssl.errors import UserError
@@ -54,15 +55,14 @@ from ffssl.evaluate.labels import shared_classes
 from ffssl.files import exclusive_folder, make_folder, write_json
 from ffssl.study.recipes import SPLITS, Run, Study, comparable, read_study
 
-ROOT = Path(__file__).resolve().parents[2]
 RECORD = "study.json"  # in a run's folder: how it was started, and when it finished
-EMBEDDED_SPLITS = {"train": "train", "validation": "val"}  # what write_datasets.py calls them
+EMBEDDED_SPLITS = {"train": "train", "validation": "val"}  # what `ffssl convert` calls them
 
 
 def main() -> int:
     usage = "%(prog)s STUDY.yaml [--folder FOLDER] [--section.option=value ...]"
     parser = argparse.ArgumentParser(
-        prog="python -m ffssl.study",
+        prog="ffssl study",
         usage=usage,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -75,10 +75,11 @@ def main() -> int:
         help="where everything goes (default: runs/ and the study file's name)",
     )
     arguments, overrides = parser.parse_known_args()
-    folder = arguments.folder or Path("runs") / arguments.study.stem
+    file = find("study", arguments.study)
+    folder = arguments.folder or Path("runs") / file.stem
     # As an exception, so that the run is ended too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    return conduct(read_study(arguments.study, folder, overrides), folder)
+    return conduct(read_study(file, folder, overrides), folder)
 
 
 def conduct(study: Study, folder: Path) -> int:
@@ -101,7 +102,7 @@ def conduct(study: Study, folder: Path) -> int:
                 study.data[split].parent.mkdir(exist_ok=True)
                 words = ["embedded", "--split", EMBEDDED_SPLITS[split], "--size", str(count)]
                 words += ["--output", str(study.data[split])]
-                if status := execute("write_datasets.py", words, lock):
+                if status := execute("convert", words, lock):
                     return status
         failed: dict[tuple[str, int], int] = {}
         for number, (seed, run) in enumerate(todo, 1):
@@ -124,12 +125,12 @@ def train(study: Study, run: Run, seed: int, study_folder: Path, lock: int) -> i
     """Train one run to its end, from where it stands. Return the exit status."""
     folder, arguments = run.folder(study_folder, seed), run.command(study_folder, seed)
     record = {
-        "command": shlex.join(["python", "ffssl/train.py", *arguments]),
+        "command": shlex.join(["ffssl", "train", *arguments]),
         "options": comparable(read_options(arguments)),
         "data": {split: identity(read_beton(path)) for split, path in study.data.items()},
     }
     write_record(folder, record)
-    status = execute("ffssl/train.py", arguments, lock)
+    status = execute("train", arguments, lock)
     if status == 0:
         write_record(
             folder, record | {"finished": datetime.datetime.now().isoformat(timespec="seconds")}
@@ -137,14 +138,14 @@ def train(study: Study, run: Run, seed: int, study_folder: Path, lock: int) -> i
     return status
 
 
-def execute(program: str, arguments: list[str], lock: int) -> int:
-    """Run one of the project's programs, and show its command.
+def execute(name: str, arguments: list[str], lock: int) -> int:
+    """Run one of FFSSL's commands, and show it.
 
     Return its exit status. If interrupted, end the program first.
     """
-    print(f"$ python {program} {shlex.join(arguments)}", flush=True)
+    print(f"$ ffssl {name} {shlex.join(arguments)}", flush=True)
     with subprocess.Popen(
-        [sys.executable, str(ROOT / program), *arguments],
+        command(name, *arguments),
         # Should this process be killed outright, the folder stays locked until its child has ended
         # as well.
         pass_fds=[lock],
@@ -170,13 +171,8 @@ def report(study: Study, folder: Path, failed: dict[tuple[str, int], int]) -> st
         for seed in study.seeds
     }
     done = {key: record for key, record in records.items() if record}
-    return write_report(
-        study,
-        folder,
-        done,
-        failed,
-        command=shlex.join(["python", "-m", "ffssl.study", *sys.argv[1:]]),
-    )
+    typed = shlex.join(["ffssl", "study", *sys.argv[1:]])
+    return write_report(study, folder, done, failed, command=typed)
 
 
 def finished(folder: Path) -> dict | None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import yaml
 
-from ffssl.config import Options, Role, did_you_mean, read_options
-from ffssl.errors import UserError
+from ffssl.config import Options, Role, read_options
+from ffssl.config.named import find
+from ffssl.errors import UserError, did_you_mean
 
 SPLITS = ("train", "validation")
 OWN_OPTIONS = ("data.train", "data.validation", "run.folder", "run.seed", "run.resume")
@@ -130,7 +131,7 @@ def _keys(value: object, where: str, known: tuple[str, ...] | None = None) -> di
         raise UserError(f"{where}: expected names with values, as in name: value; got {value!r}")
     for key in value:
         if known and key not in known:
-            hint = did_you_mean(key, list(known))
+            hint = did_you_mean(key, known)
             raise UserError(f"{where}: unknown key {key!r}{hint}; known are {', '.join(known)}")
     return value
 
@@ -156,7 +157,7 @@ def _not_own(option: str, where: str) -> str:
     if option in OWN_OPTIONS:
         raise UserError(
             f"{where}: {option} is set by the study itself; see data, embedded and seeds "
-            "in python -m ffssl.study --help"
+            "in ffssl study --help"
         )
     return option
 
@@ -206,7 +207,7 @@ def _data(
         if split not in embedded and not files[split].is_file():
             raise UserError(
                 f"{path}: data.{split}: {files[split]} not found; make it with "
-                f"write_datasets.py, or give --data.{split}=FILE"
+                f"ffssl convert, or give --data.{split}=FILE"
             )
     return {split: files[split] for split in SPLITS}, embedded
 
@@ -254,7 +255,7 @@ def _grid(content: dict, path: Path, given: dict[str, str]) -> Iterator[Run]:
                 )
             if against is not None and against not in kept:
                 raise UserError(f"{where}: leave_out: {against} is what {name} is compared with")
-            config = run.get("config", content.get("config"))
+            config = _config(run.get("config", content.get("config")), path, name)
             options = (
                 common
                 | _options(run.get("options"), f"{path}: run {name}")
@@ -262,13 +263,19 @@ def _grid(content: dict, path: Path, given: dict[str, str]) -> Iterator[Run]:
                 | _options(of_runs.get(name), f"{where}: run {name}")
             )
             arguments = [f"--{option}={value}" for option, value in (options | given).items()]
-            if config:
-                arguments = [
-                    "--config",
-                    str(path.parent / _word(config, f"{path}: run {name}: config")),
-                    *arguments,
-                ]
+            arguments = config + arguments
             yield Run(prefix + name, group, against and prefix + against, arguments)
+
+
+def _config(name: object, path: Path, run: str) -> list[str]:
+    """Return the arguments that name a run's config, if it has one."""
+    if not name:
+        return []
+    where = f"{path}: run {run}"
+    try:
+        return ["--config", str(find("config", _word(name, f"{where}: config"), path.parent))]
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def _kept(runs: list[str], leave_out: object, where: str) -> list[str]:

@@ -128,10 +128,7 @@ def test_study_trains_every_run_with_every_seed_and_shows_the_commands(toy):
         assert [row["epoch"] for row in read_log(run.folder(toy.folder, seed))] == [0, 1, 2]
         assert f"--run.folder={run.folder(toy.folder, seed)} --run.seed={seed}" in toy.out
         assert finished(run.folder(toy.folder, seed))
-    assert (
-        toy.out.count("$ python ffssl/train.py") == 4
-        and toy.out.count("$ python write_datasets.py") == 2
-    )
+    assert toy.out.count("$ ffssl train ") == 4 and toy.out.count("$ ffssl convert ") == 2
 
 
 def test_table_states_the_results_and_their_provenance(toy):
@@ -151,10 +148,7 @@ def test_table_states_the_results_and_their_provenance(toy):
     )
     assert rows[1]["speed_up_flops"] > 1.3
     table = toy.tables["table.md"]
-    assert (
-        table.startswith("# Toy\n")
-        and f"python -m ffssl.study {toy.path} --folder {toy.folder}" in table
-    )
+    assert table.startswith("# Toy\n") and f"ffssl study {toy.path} --folder {toy.folder}" in table
     for part in (
         "cores; Python",
         "torch",
@@ -173,7 +167,7 @@ def test_table_states_the_results_and_their_provenance(toy):
 def test_what_has_finished_is_not_run_again(toy):
     before = changed_at(toy.folder)
     status, out, _ = conduct(toy.path, toy.folder)
-    assert (status, changed_at(toy.folder)) == (0, before) and "train.py" not in out
+    assert (status, changed_at(toy.folder)) == (0, before) and "$ ffssl" not in out
 
 
 def test_changed_options_of_a_started_run_are_refused_by_name_before_anything_runs(toy):
@@ -243,11 +237,7 @@ def test_a_failed_run_is_marked_the_others_go_on_and_it_is_tried_again(toy, tmp_
     )
     for _ in range(2):
         status, out, err = conduct(path, toy.folder)
-        assert (
-            status == 1
-            and out.count("$ python ffssl/train.py") == 1
-            and "[1 of 2] diverging" in out
-        )
+        assert status == 1 and out.count("$ ffssl train ") == 1 and "[1 of 2] diverging" in out
         assert (
             "not finite" in err
             and "diverging, seed 0: failed with status 1; the others go on" in err

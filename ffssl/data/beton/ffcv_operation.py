@@ -22,14 +22,21 @@ from numba.extending import intrinsic
 
 from ffssl.data.kernels.decode import most_pixels, render_sample
 from ffssl.data.policy import STANDARD_MAGNITUDE, ViewPolicy, ViewSettings
+from ffssl.errors import UserError
 
 # At import ffcv compiles a numba.typed.Dict, which takes seconds, only to look up two strings in
 # it; a plain dict does. Its import also sets torch and Numba to one thread.
 _torch_threads, _numba_threads = torch.get_num_threads(), numba.get_num_threads()
-with mock.patch.object(numba.typed, "Dict", dict):
-    from ffcv.pipeline.allocation_query import AllocationQuery
-    from ffcv.pipeline.operation import Operation
-    from ffcv.pipeline.state import State
+try:
+    with mock.patch.object(numba.typed, "Dict", dict):
+        from ffcv.pipeline.allocation_query import AllocationQuery
+        from ffcv.pipeline.operation import Operation
+        from ffcv.pipeline.state import State
+except ImportError as error:
+    raise UserError(
+        f"ffcv can't be loaded: {error}; it needs OpenCV (Debian, Ubuntu: apt-get install "
+        "libopencv-dev), and to be built again where that has changed. ViewLoader needs neither"
+    ) from error
 torch.set_num_threads(_torch_threads)
 numba.set_num_threads(_numba_threads)
 

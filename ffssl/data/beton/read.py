@@ -132,7 +132,7 @@ def read_beton(path: str | os.PathLike, label_field: str | None = None) -> Beton
         with open(path, "rb") as file:
             return _read(path, file, os.fstat(file.fileno()).st_size, label_field)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; write it with write_datasets.py") from None
+        raise UserError(f"{path}: no such file; write it with ffssl convert") from None
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read: {error.strerror}; check the file and its permissions"
@@ -205,7 +205,7 @@ def _read_header(path: Path, file, file_size: int) -> np.void:
     if header["version"] != VERSION:
         raise UserError(
             f"{path}: not a beton file of version {VERSION} (found {header['version']}); "
-            "write one with write_datasets.py or ffcv 1.0"
+            "write one with ffssl convert or ffcv 1.0"
         )
     page_size = int(header["page_size"])
     if page_size < MIN_PAGE_SIZE or page_size & (page_size - 1):
