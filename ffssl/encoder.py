@@ -1,18 +1,25 @@
-"""A trained backbone as one module, from images to features: its normalisation is part of it."""
+"""Trained backbones: of a run, or of a file or folder that was exported."""
 
 import itertools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
+import yaml
 from torch import Tensor, nn
 
-from ffssl.backbones import BACKBONES, RESNETS, Backbone, TimmModel, build_backbone
+from ffssl.backbones import BACKBONES, RESNETS, Backbone, build_backbone, check_resolutions
 from ffssl.data.normalise import MEAN, STD
 from ffssl.errors import UserError
-from ffssl.load import backbone_of, load_run
+from ffssl.export.hugging_face import WEIGHTS
+from ffssl.export.model_card import card_path
+from ffssl.load import backbone_of, fingerprint, load_run
 from ffssl.run_folder import checkpoint
+from ffssl.weights import is_run, load_weights, native_network, read_file, state_dict_in
+
+_OPTIONS = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 class Encoder(nn.Module):
@@ -49,72 +56,147 @@ def load_backbone(
     *,
     network: str = "student",
     backbone: str | None = None,
-    stem: str = "imagenet",
+    stem: str | None = None,
 ) -> Encoder:
     """Return a trained backbone in evaluation mode, on the CPU.
 
-    run_or_file: a run's folder or checkpoint, or a file that `ffssl.export` wrote.
+    run_or_file: a run's folder or checkpoint, or a file or folder that `ffssl.export` wrote.
     network: of a run, "student" or "teacher".
-    backbone, stem: of an exported file, as the run's options model.backbone and model.stem. Without
-        them the shapes of its weights tell which of the ResNets and vision transformers that
-        `ffssl.backbones.BACKBONES` lists it is.
+    backbone, stem: of an exported file, as the run's options model.backbone and model.stem; see
+        `load_trained`.
 
     No code in the file is run. Raise UserError, naming the file, if it can't be loaded.
     """
-    path = Path(run_or_file)
-    weights = None if path.is_dir() else _read(path)
-    if weights is None or "method" in weights:
-        trained = backbone_of(load_run(path).method, network)
+    trained = load_trained(Path(run_or_file), network=network, backbone=backbone, stem=stem)
+    return Encoder(trained.backbone.to(memory_format=torch.contiguous_format)).eval()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained backbone, and what is known of its training.
+
+    backbone: in evaluation mode, on the CPU.
+    name, stem: see `build_backbone`.
+    network: "student" or "teacher" of a run; "" of a file, which holds one network alone.
+    resolution: largest side in pixels of the images that it was trained on, if known.
+    scaled_decoding: see `ffssl.data.policy.ViewSettings`.
+    """
+
+    backbone: Backbone
+    name: str
+    stem: str
+    network: str
+    resolution: int | None
+    scaled_decoding: bool = True
+
+    @property
+    def weights(self) -> str:
+        """What identifies the weights, see `fingerprint`."""
+        return fingerprint(self.backbone)
+
+
+def load_trained(
+    path: Path,
+    *,
+    network: str = "student",
+    backbone: str | None = None,
+    stem: str | None = None,
+) -> Trained:
+    """Load the backbone of a run, or one that was exported.
+
+    path: a run's folder or checkpoint; an exported file, or a folder for Hugging Face.
+    network: whose backbone, of a run.
+    backbone, stem: of an exported file. By default its card says them, or else the shapes of its
+        weights, if they are those of one of BACKBONES.
+
+    Raise UserError, naming the file, if it can't be loaded.
+    """
+    file = path / WEIGHTS if (path / WEIGHTS).is_file() else path
+    content = read_file(file) if file.is_file() else None
+    if file.is_file() and not is_run(content):
+        if network != "student":
+            raise UserError(f"--network: {path} holds one network alone; leave this out")
+        trained = _exported(file, state_dict_in(file, content), backbone, stem)
     else:
-        trained = _network_of(path, weights, backbone, stem)
-    return Encoder(trained.to(memory_format=torch.contiguous_format)).eval()
+        if backbone or stem:
+            raise UserError(f"--backbone: {path} is a run, which knows its own; leave this out")
+        trained = _of_run(path, network)
+    trained.backbone.eval()
+    return trained
 
 
-def _read(path: Path) -> dict:
-    """Return what the file holds: the state of a run, or weights by name."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; name a run's folder, or an exported file")
-    if path.suffix != ".safetensors":
-        state = checkpoint.read(path)
-        if isinstance(state, dict) and (
-            "method" in state or all(isinstance(value, Tensor) for value in state.values())
-        ):
-            return state
-        raise UserError(f"{path}: neither a run's checkpoint nor a network's weights")
-    try:
-        return safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not readable as safetensors: {error}") from error
+def check_side(trained: Trained, side: int) -> None:
+    """Raise UserError if the backbone takes no images of `side` pixels."""
+    check_resolutions(trained.name, trained.backbone, {side: "--resolution"})
 
 
-def _network_of(path: Path, weights: dict[str, Tensor], name: str | None, stem: str) -> Backbone:
-    """Return the network of an exported file's weights, with these."""
-    if name is None:
-        name, stem = _recognised(path, weights)
-    network = build_backbone(name, stem=stem)
-    try:
-        _native(network).load_state_dict(weights)
-    except RuntimeError as error:
-        told = " ".join(str(error).split())
-        raise UserError(f"{path}: its weights are not those of {name}: {told:.300}") from error
-    return network
-
-
-def _recognised(path: Path, weights: dict[str, Tensor]) -> tuple[str, str]:
-    """Return the name and the stem of the network whose weights have these names and shapes."""
-    shapes = {name: tensor.shape for name, tensor in weights.items()}
-    others = [(name, "imagenet") for name in BACKBONES if name not in RESNETS]
-    for name, stem in [*itertools.product(RESNETS, ("imagenet", "cifar")), *others]:
-        with torch.device("meta"):  # nothing is computed
-            state = _native(build_backbone(name, stem=stem)).state_dict()
-        if {name: tensor.shape for name, tensor in state.items()} == shapes:
-            return name, stem
-    raise UserError(
-        f"{path}: its weights are those of none of {', '.join(BACKBONES)}; say of which network of "
-        "timm, backbone=NAME"
+def _of_run(path: Path, network: str) -> Trained:
+    if path.is_dir() and not checkpoint.exists(path):
+        raise UserError(
+            f"{path}: holds neither {checkpoint.NAME} nor {WEIGHTS}; name the folder of a run, or "
+            "an exported file or folder"
+        )
+    options, method, _ = load_run(path)
+    return Trained(
+        backbone_of(method, network),
+        options.model.backbone,
+        options.model.stem,
+        network,
+        options.resolution.max,
+        options.data.scaled_decoding,
     )
 
 
-def _native(backbone: nn.Module) -> nn.Module:
-    """Return the network whose names an exported file has."""
-    return backbone.network if isinstance(backbone, TimmModel) else backbone
+def _exported(
+    file: Path, tensors: Mapping[str, Tensor], name: str | None, stem: str | None
+) -> Trained:
+    card = _card_options(file)
+    if name is None:
+        model = card.get("model", {})
+        name, stem = model.get("backbone"), stem or model.get("stem")
+    if name is None:
+        name, stem = _recognised(file, tensors)
+    stem = stem or "imagenet"
+    network = build_backbone(name, stem=stem)
+    try:
+        load_weights(network, name, tensors)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    return Trained(network, name, stem, "", card.get("resolution", {}).get("max"))
+
+
+def _recognised(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, str]:
+    """Return the name and the stem of the network whose weights have these names and shapes."""
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    others = [(name, "imagenet") for name in BACKBONES if name not in RESNETS]
+    for name, stem in [*itertools.product(RESNETS, ("imagenet", "cifar")), *others]:
+        with torch.device("meta"):  # nothing is computed
+            state = native_network(build_backbone(name, stem=stem)).state_dict()
+        if {name: tensor.shape for name, tensor in state.items()} == shapes:
+            return name, stem
+    raise UserError(
+        f"{path}: no card beside it says which backbone it is of ({_card_of(path).name}), and its "
+        f"weights are those of none of {', '.join(BACKBONES)}; name it, backbone=NAME"
+    )
+
+
+def _card_of(file: Path) -> Path:
+    if file.name == WEIGHTS:
+        return card_path(file.parent, "huggingface")
+    return card_path(file, "safetensors")
+
+
+def _card_options(file: Path) -> dict:
+    """Return the options that the card beside an exported file states; none without a card."""
+    card = _card_of(file)
+    try:
+        found = _OPTIONS.search(card.read_text(encoding="utf-8", errors="replace"))
+        options = yaml.safe_load(found[1]) if found else {}
+        sections = [options.get("model", {}), options.get("resolution", {})]
+    except FileNotFoundError:
+        return {}
+    except (OSError, yaml.YAMLError, AttributeError) as error:
+        raise UserError(f"{card}: the card can't be read ({type(error).__name__})") from error
+    if not all(isinstance(section, dict) for section in sections):
+        raise UserError(f"{card}: its options are not sections of options")
+    return options

@@ -56,9 +56,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     content = read_file(path)
     if is_run(content):
         raise UserError(
-            f"{path}: is the checkpoint of a run; write its backbone to a file first: "
-            "python -m ffssl.export"
+            f"{path}: is the checkpoint of a run; write its backbone to a file first: ffssl export"
         )
+    return state_dict_in(path, content)
+
+
+def state_dict_in(path: Path, content: object) -> dict[str, Tensor]:
+    """Return the state dict in what `read_file` found in the file.
+
+    Raise UserError, naming the file, if there is none.
+    """
     for key in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

@@ -14,9 +14,9 @@ ORDER = [
     *("data.policy", "data.normalise", "data.beton"),
     *("data.convert", "data.loader"),
     *("hard_augment", "levers", "lightning", "training"),
-    *("cost", "load", "encoder", "evaluate"),
+    *("cost", "load", "evaluate"),
     *("prepare", "train", "lr_range"),
-    *("export", "embed", "study", "benchmark"),
+    *("export", "encoder", "embed", "study", "benchmark"),
     *("report", "demo"),
     "__main__",
 ]

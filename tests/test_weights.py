@@ -8,7 +8,7 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
-from small_runs import Code, save_run
+from support.small_runs import Code, save_run
 from timm.layers import resample_abs_pos_embed
 
 from ffssl.backbones import build_backbone

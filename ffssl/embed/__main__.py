@@ -1,10 +1,10 @@
 r"""Compute the features of images: of a beton file, or of a folder, which need not be converted.
 
-    python -m ffssl.embed runs/efficient photos/ --output features.npy
-    python -m ffssl.embed resnet50.safetensors val.beton --output features.parquet
+    ffssl embed runs/efficient photos/ --output features.npy
+    ffssl embed resnet50.safetensors val.beton --output features.parquet
 
-The encoder is a run (its folder or a checkpoint), a file that ffssl.export wrote, beside its card,
-or a folder that it wrote for huggingface. Of other files, name the network with --backbone.
+The encoder is a run (its folder or a checkpoint), a file that `ffssl export` wrote, or a folder
+that it wrote for huggingface. Of other files of weights, name the network with --backbone.
 
 Beside features.npy, float32 (images, d), lie features.csv, with the name and the label of each row,
 and features.json, which says what computed them. Views are the centre crops of an evaluation. The
@@ -23,21 +23,28 @@ def main() -> None:
 
     # Imports torch, which takes seconds: not for --help and a mistyped option.
     from ffssl.embed.embed import Settings, embed
-    from ffssl.embed.encoder import load_encoder
     from ffssl.embed.feature_file import check_output
     from ffssl.embed.images import open_images
+    from ffssl.encoder import check_side, load_trained
+    from ffssl.errors import UserError
 
     check_output(arguments.output)
-    encoder = load_encoder(
+    encoder = load_trained(
         arguments.encoder,
         network=arguments.network,
         backbone=arguments.backbone,
         stem=arguments.stem,
-        resolution=arguments.resolution,
     )
+    side = arguments.resolution or encoder.resolution
+    if side is None:
+        raise UserError(
+            f"{arguments.encoder}: no card beside it says the side of its images; name it with "
+            "--resolution"
+        )
+    check_side(encoder, side)
     images = open_images(
         arguments.images,
-        encoder.resolution,
+        side,
         encoder.scaled_decoding,
         label_field=arguments.label_field,
         labels=not arguments.no_labels,
@@ -54,7 +61,7 @@ def main() -> None:
 
 
 def parser() -> Parser:
-    whole = Parser(prog="python -m ffssl.embed", description=__doc__)
+    whole = Parser(prog="ffssl embed", description=__doc__)
     add = whole.add_argument
     add("encoder", type=Path, metavar="ENCODER", help="a run, or an exported file or folder")
     add("images", type=Path, metavar="IMAGES", help="a beton file, or a folder of images")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ffssl.embed.encoder import Encoder
 from ffssl.embed.feature_file import FeatureFile
 from ffssl.embed.images import CropBatch, CropLoader, Images, labels_of
+from ffssl.encoder import Trained
 from ffssl.errors import UserError
 from ffssl.evaluate.features import at_the_host, frozen_features, labelled_images
 from ffssl.parallel.device import choose_device, keep_freed_memory, mixed_precision, precision
@@ -38,7 +38,7 @@ class Settings:
     overwrite: bool = False
 
 
-def embed(encoder: Encoder, images: Images, output: Path, settings: Settings = Settings()) -> str:
+def embed(encoder: Trained, images: Images, output: Path, settings: Settings = Settings()) -> str:
     """Write the features of all images, in order, to a file; say in a line what was written.
 
     What an earlier, interrupted call has written is continued, at the next batch. Raise UserError
@@ -51,7 +51,7 @@ def embed(encoder: Encoder, images: Images, output: Path, settings: Settings = S
     identity = {
         "weights": encoder.weights,
         "images": images.identity(),
-        "resolution": encoder.resolution,
+        "resolution": images.settings.resolution,
         "precision": precision(settings.amp, device),
         "batch size": settings.batch_size,
         "labels": images.labels is not None,
@@ -99,7 +99,7 @@ def embed(encoder: Encoder, images: Images, output: Path, settings: Settings = S
 
 
 def _batches(
-    encoder: Encoder,
+    encoder: Trained,
     images: Images,
     device: torch.device,
     amp: torch.autocast,

@@ -52,9 +52,9 @@ def views_to_device(
     labels: collections.deque[Tensor] = collections.deque()
 
     def views() -> Iterator[Tensor]:
-        for batch in batches:
-            labels.append(batch.labels)
-            yield batch.views
+        for views, of_batch, _ in batches:
+            labels.append(of_batch)
+            yield views
 
     for on_device in to_device(views(), device):
         yield on_device, labels.popleft()

@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from small_runs import save_run
+from support.small_runs import save_run
 
 from ffssl.config.command_line import exit_status
 from ffssl.config.options import DataOptions
