@@ -1,6 +1,8 @@
 """Exceptions that end a program without a traceback."""
 
+import difflib
 import signal
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -9,6 +11,12 @@ class UserError(Exception):
     The message is one line that names the culprit and says what to do. Programs print it without a
     traceback and exit with status 2.
     """
+
+
+def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str:
+    """Return the end of a message about an unknown word: up to `most` known words near to it."""
+    nearest = difflib.get_close_matches(word, list(known), n=most)
+    return f"; did you mean {' or '.join(nearest)}?" if nearest else ""
 
 
 class Stopped(Exception):

@@ -1,10 +1,9 @@
 """The options of a run: declared in `options`, read from YAML files and command lines."""
 
 from ffssl.config.checks import Choice, Number, Switch
-from ffssl.config.options import Options, Role, declarations
+from ffssl.config.options import Options, Role, declarations, dotted
 from ffssl.config.read import (
     command_line_options,
-    did_you_mean,
     from_dict,
     help_text,
     read_options,
@@ -19,7 +18,7 @@ __all__ = [
     "Switch",
     "command_line_options",
     "declarations",
-    "did_you_mean",
+    "dotted",
     "from_dict",
     "help_text",
     "read_options",

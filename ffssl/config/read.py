@@ -5,7 +5,6 @@ They come from a YAML file (`--config FILE`) of sections and keys, and from the 
 Later bases override earlier ones, and this file overrides them all, key by key.
 """
 
-import difflib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,8 +19,15 @@ from fastargs.exceptions import MissingValueError, ValidationError
 from ffssl.config import options as sections
 from ffssl.config.command_line import exit_status
 from ffssl.config.contradictions import check_together
-from ffssl.config.options import Declaration, MethodOptions, Options, declarations, section_titles
-from ffssl.errors import UserError
+from ffssl.config.options import (
+    Declaration,
+    MethodOptions,
+    Options,
+    declarations,
+    dotted,
+    section_titles,
+)
+from ffssl.errors import UserError, did_you_mean
 
 
 def read_options(
@@ -71,9 +77,9 @@ def command_line_options(usage: str | None) -> Options:
 
 def shared_options(options: Options) -> dict[str, object]:
     """Return the options that all ranks of a run must share, by their names on the command line."""
-    plain = options.as_dict()
+    plain = dotted(options.as_dict())
     shared = {
-        f"--{declared.name}": plain[declared.path[0]].get(declared.path[1])
+        f"--{declared.name}": plain.get(declared.name)
         for declared in declarations()
         if not declared.of_a_rank
     }
@@ -87,12 +93,7 @@ def from_dict(plain: dict[str, dict]) -> Options:
     Missing options have their defaults. Raise UserError as `read_options` does.
     """
     known = {declared.name: declared for declared in declarations()}
-    settings = {
-        f"{section}.{name}": value
-        for section, values in plain.items()
-        for name, value in values.items()
-        if value is not None
-    }
+    settings = {name: value for name, value in dotted(plain).items() if value is not None}
     for name in settings:
         _check_name(name, name, known)
     return _validated(known, settings)
@@ -122,16 +123,9 @@ def _described(declared: Declaration) -> str:
     return f"{declared.help} ({note})" if note else declared.help
 
 
-def did_you_mean(word: str, known: list[str], cutoff: float = 0.6) -> str:
-    """Return the end of a message about an unknown word: the nearest known word."""
-    nearest = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
-    return f"; did you mean {nearest[0]}?" if nearest else ""
-
-
 def _check_name(name: str, where: str, known: Mapping[str, Declaration]) -> None:
     if name not in known:
-        hint = did_you_mean(name, [*known, "config"], cutoff=0.5)
-        raise UserError(f"{where}: unknown option{hint}")
+        raise UserError(f"{where}: unknown option{did_you_mean(name, [*known, 'config'])}")
 
 
 def _read_file(
@@ -151,7 +145,7 @@ def _read_file(
         settings |= _read_file(path.parent / base, known, built_on_it)
     for section, values in content.items():
         if section not in section_titles():
-            hint = did_you_mean(str(section), list(section_titles()))
+            hint = did_you_mean(str(section), section_titles())
             raise UserError(f"{path}: unknown section {section!r}{hint}")
         if not isinstance(values, dict):
             raise UserError(f"{path}: section {section} must hold options, one a line")

@@ -32,7 +32,7 @@ FORMATS = ("torchvision", "timm", "safetensors")
 
 
 def main() -> None:
-    parser = Parser(prog="python -m ffssl.export", description=__doc__)
+    parser = Parser("ffssl.export", description=__doc__)
     parser.add_argument(
         "run", type=Path, metavar="RUN", help="a run's folder, or a checkpoint file"
     )

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from ffssl.config import Options, Role, did_you_mean, read_options
-from ffssl.errors import UserError
+from ffssl.config import Options, Role, read_options
+from ffssl.errors import UserError, did_you_mean
 
 SPLITS = ("train", "validation")
 OWN_OPTIONS = ("data.train", "data.validation", "run.folder", "run.seed", "run.resume")
@@ -130,7 +130,7 @@ def _keys(value: object, where: str, known: tuple[str, ...] | None = None) -> di
         raise UserError(f"{where}: expected names with values, as in name: value; got {value!r}")
     for key in value:
         if known and key not in known:
-            hint = did_you_mean(key, list(known))
+            hint = did_you_mean(key, known)
             raise UserError(f"{where}: unknown key {key!r}{hint}; known are {', '.join(known)}")
     return value
 
