@@ -15,5 +15,5 @@ setup(
         *(f"{CONFIGS}.{folder}" for folder in find_namespace_packages("rn50_configs")),
     ],
     package_dir={CONFIGS: "rn50_configs"},
-    package_data={"": ["py.typed", "*.yaml"]},
+    package_data={"": ["py.typed", "*.yaml", "*.css", "*.jinja"]},
 )

@@ -15,7 +15,6 @@ last quarter is at most LIMIT_MB above that of the second. A single batch lost e
 would exceed that. The exit status is 1 if usage is not flat.
 """
 
-import argparse
 import ctypes
 import itertools
 import os
@@ -27,11 +26,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ffssl.config.command_line import exit_status
+from ffssl.config.command_line import Parser, exit_status
 from ffssl.data.convert.conversion import ConvertOptions, convert
 from ffssl.data.convert.sources.embedded import Embedded
 from ffssl.data.loader import ViewLoader
 from ffssl.data.policy import EVALUATION
+from ffssl.tables import table
 
 LIMIT_MB = 2
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of glibc's malloc.h
@@ -122,23 +122,20 @@ def is_flat(usages: list[Usage]) -> bool:
     )
 
 
-def table(usages: list[Usage]) -> str:
+def usage_table(usages: list[Usage]) -> str:
     """Return a line for each eighth of the epochs.
 
     It has the median memory, and the range of threads and descriptors.
     """
-    lines = [f"{'epochs':>12}{'memory, MB':>14}{'threads':>12}{'descriptors':>14}"]
+    rows = []
     bounds = [len(usages) * i // 8 for i in range(9)]
     for first, end in itertools.pairwise(bounds):
         part = usages[first:end]
-        threads, descriptors = (
+        spans = (
             _span(getattr(usage, name) for usage in part) for name in ("threads", "descriptors")
         )
-        lines.append(
-            f"{f'{first + 1} to {end}':>12}{_median_memory(part) / 1e6:>14.1f}"
-            f"{threads:>12}{descriptors:>14}"
-        )
-    return "\n".join(lines)
+        rows.append((f"{first + 1} to {end}", f"{_median_memory(part) / 1e6:.1f}", *spans))
+    return table(("epochs", "memory, MB", "threads", "descriptors"), rows, ">")
 
 
 def _median_memory(usages: list[Usage]) -> float:
@@ -151,9 +148,7 @@ def _span(numbers: Iterator[int]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--data", type=Path, metavar="FILE", help="a beton file; drawn images if not given"
     )
@@ -171,7 +166,7 @@ def main() -> int:
         settle()
         usages = list(soak(path, options.epochs, options.batch_size))
     flat = is_flat(usages)
-    print(table(usages))
+    print(usage_table(usages))
     print(
         "flat"
         if flat

@@ -4,7 +4,6 @@ Images are (N, 3, R, R), features (N, features).
 """
 
 import copy
-import difflib
 import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
 
-from ffssl.errors import UserError
+from ffssl.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -177,8 +176,7 @@ def _timm_model(name: str) -> Backbone:
 
     known = timm.list_models()
     if name not in known:
-        close = difflib.get_close_matches(name, {*BACKBONES, *known})
-        nearest = f"; did you mean {' or '.join(close)}?" if close else ""
+        nearest = did_you_mean(name, {*BACKBONES, *known}, most=3)
         raise UserError(
             f"model.backbone: unknown backbone {name!r}; known are {', '.join(BACKBONES)}, "
             f"and the models of timm{nearest}"

@@ -7,7 +7,6 @@ commands that a user would run, and prints them. Runs that are in the folder alr
 only compared.
 """
 
-import argparse
 import shlex
 import subprocess
 import sys
@@ -15,20 +14,19 @@ import time
 from pathlib import Path
 
 from ffssl.config import Options, read_options
-from ffssl.config.command_line import command, exit_status
+from ffssl.config.command_line import Parser, command, exit_status
 from ffssl.data.beton.read import read_beton
 from ffssl.files import make_folder
 from ffssl.run_folder.log import read_log
 from ffssl.slowed import describe_slowed
+from ffssl.tables import table
 
 CONFIGS = {"baseline": "demo_baseline.yaml", "efficient": "demo_efficient.yaml"}
 IMAGES = {"train": 4000, "val": 1000}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="ffssl demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("demo", description=__doc__)
     parser.add_argument(
         "--folder",
         type=Path,
@@ -119,17 +117,19 @@ def print_table(logs: dict[str, list[dict]], raw_accuracy: float) -> None:
         f"\nkNN accuracy on {IMAGES['val']} validation images: raw pixels "
         f"{raw_accuracy:.1%}, untrained network {logs['baseline'][0]['knn']:.1%}\n"
     )
-    print(
-        f"{'run':<12}{'epochs':>8}{'kNN':>9}{'TFLOP':>9}{'speed-up':>10}"
-        f"{'seconds':>10}{'speed-up':>10}"
-    )
-    for name, row in last.items():
-        seconds, tflop = row["seconds"], row["flops"] / 1e12
-        cheaper, quicker = (base[cost] / row[cost] for cost in ("flops", "seconds"))
-        print(
-            f"{name:<12}{row['epoch']:>8}{row['knn']:>9.1%}{tflop:>9.1f}{cheaper:>9.2f}x"
-            f"{seconds:>10.1f}{quicker:>9.2f}x"
+    rows = [
+        (
+            name,
+            row["epoch"],
+            f"{row['knn']:.1%}",
+            f"{row['flops'] / 1e12:.1f}",
+            f"{base['flops'] / row['flops']:.2f}x",
+            f"{row['seconds']:.1f}",
+            f"{base['seconds'] / row['seconds']:.2f}x",
         )
+        for name, row in last.items()
+    ]
+    print(table(("run", "epochs", "kNN", "TFLOP", "speed-up", "seconds", "speed-up"), rows))
     print(
         "\nTFLOP in the standard count (backward = 2 forward); seconds of training, "
         "without the evaluations."

@@ -13,6 +13,15 @@ class UserError(Exception):
     """
 
 
+def did_you_mean(word: str, known: Iterable[str], most: int = 1, cutoff: float = 0.6) -> str:
+    """Return the end of a message about an unknown word: up to `most` known words near to it.
+
+    cutoff: how alike they must be, from 0 to 1 (`difflib.get_close_matches`).
+    """
+    nearest = difflib.get_close_matches(word, list(known), n=most, cutoff=cutoff)
+    return f"; did you mean {' or '.join(nearest)}?" if nearest else ""
+
+
 class Stopped(Exception):
     """A signal has asked the program to exit.
 
@@ -23,9 +32,3 @@ class Stopped(Exception):
         super().__init__(f"stopped by {signal.Signals(number).name}")
         # 75 is EX_TEMPFAIL of sysexits.h: "the user is invited to retry".
         self.status = 130 if number == signal.SIGINT else 75
-
-
-def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """Return the end of a message about an unknown word: the nearest known word."""
-    nearest = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
-    return f"; did you mean {nearest[0]}?" if nearest else ""

@@ -15,14 +15,13 @@ fall: there it starts to decrease. The upper limit is where it has come down by 
 it has reached the floor from which it diverges. The upper limit is a --training.learning_rate.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ffssl.config import Options, read_options
-from ffssl.config.command_line import exit_status
+from ffssl.config.command_line import Parser, exit_status
 from ffssl.parallel.openmp import share_cores
 
 if __name__ == "__main__":
@@ -315,12 +314,10 @@ def describe(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="ffssl lr-range",
+    parser = Parser(
+        "lr-range",
         usage="%(prog)s --config FILE --data.train=FILE [options] [--section.option=value ...]",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--low",

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ffssl.config import Options, Role, shared_options
+from ffssl.config import Options, Role, dotted, shared_options
 from ffssl.cost import count_flops
 from ffssl.data.beton.read import LABEL
 from ffssl.data.convert.conversion import identity, same_samples
@@ -193,14 +193,14 @@ def resume(run: Run, folder: Path) -> bool:
             f"--run.folder: {folder} holds a run already; choose another folder, or "
             "--run.resume=auto to continue it"
         )
-    for section, options in run.options.of_role(Role.EXPERIMENT).items():
-        for name, now in options.items():
-            before = state["options"].get(section, {}).get(name, now)
-            if before != now:
-                raise UserError(
-                    f"--{section}.{name}: the run in {folder} has {before!r}, not {now!r}; choose "
-                    "another --run.folder"
-                )
+    trained_with = dotted(state["options"])
+    for name, now in dotted(run.options.of_role(Role.EXPERIMENT)).items():
+        before = trained_with.get(name, now)
+        if before != now:
+            raise UserError(
+                f"--{name}: the run in {folder} has {before!r}, not {now!r}; choose another "
+                "--run.folder"
+            )
     data = state.get("data", {})
     if not same_samples(data, run.data):
         raise UserError(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = [
-    *("errors", "files", "printable", "slowed", "schedules", "plots"),
+    *("errors", "files", "printable", "slowed", "tables", "schedules", "plots"),
     *("config", "parallel", "backbones", "weights"),
     *("methods", "run_folder"),
     *("data.turbojpeg", "data.kernels", "data.order", "data.memory"),

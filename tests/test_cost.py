@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from support.options import NETWORK
+from support.printed_tables import rows_of
 from torch import nn
 
 from ffssl.backbones import build_backbone
@@ -278,9 +279,9 @@ def test_the_papers_table_3_is_ours_but_for_what_is_named():
 def test_the_papers_figures_are_ours_but_for_those_that_are_named():
     costs = RunCosts()
     check(EQUATIONS, costs)
-    lines = paper_table(costs).splitlines()
-    assert sum(line[:1].isdigit() for line in lines) == len(list(figures()))
-    assert all(("*" in line) != line.endswith("]") for line in lines if line[:1].isdigit())
+    _, *rows = rows_of(paper_table(costs))
+    assert len(rows) == len(list(figures()))
+    assert all(("*" in "".join(row)) != bool(row[-1]) for row in rows)
 
 
 def test_the_program_prints_stages_totals_and_speed_ups(capsys, monkeypatch):
@@ -289,14 +290,10 @@ def test_the_program_prints_stages_totals_and_speed_ups(capsys, monkeypatch):
     program.main()
     out = capsys.readouterr().out
     assert "demo_efficient: simclr, resnet-small, 8 epochs of 3,968 images" in out
-    rows = [line.split()[:3] for line in out.splitlines() if line.split()[:1] in (["48"], ["32"])]
+    *rows, _, baseline, efficient = rows_of(out)
+    stages = [" ".join(row[:3]) for row in rows if row[0] != "resolution"]
     # Resolution, views, epochs: pairs are chosen after the warm-up.
-    assert [" ".join(row) for row in rows] == ["48 2 15", "48 2 1", "32 4 4", "48 4 3"]
-    baseline, efficient = (
-        line.split()
-        for line in out.splitlines()
-        if line.startswith("demo_") and "simclr" not in line
-    )
+    assert stages == ["48 2 15", "48 2 1", "32 4 4", "48 4 3"]
     costs = [
         petaflop(RunCosts().stages(options_of(f"demo_{recipe}", *NETWORK)), 3968)
         for recipe in ("baseline", "efficient")

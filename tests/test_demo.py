@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from support.options import SMALL
+from support.printed_tables import rows_of
 from support.sample_images import write_beton
 
 from ffssl.config import read_options
@@ -38,7 +39,8 @@ def test_table_states_accuracy_cost_and_speed_up_of_both_runs(runs, capsys):
         and f"untrained network {logs['baseline'][0]['knn']:.1%}" in lines[1]
     )
     last = {name: rows[-1] for name, rows in logs.items()}
-    efficient = next(line for line in lines if line.startswith("efficient")).split()
+    titles, _, efficient = rows_of("\n".join(lines))
+    assert titles == ["run", "epochs", "kNN", "TFLOP", "speed-up", "seconds", "speed-up"]
     assert efficient[2] == f"{last['efficient']['knn']:.1%}"
     assert efficient[4] == f"{last['baseline']['flops'] / last['efficient']['flops']:.2f}x"
     assert float(efficient[4][:-1]) > 1.3  # half of its epochs at half the side

@@ -303,7 +303,7 @@ def test_a_runs_folder_is_left_alone(beton, tmp_path, monkeypatch, capsys, name)
     [
         (["--low=2"], "0 < low < high, got 2 and 1"),
         (["--steps=3"], "--steps: 3"),
-        (["--hihg=3"], "--hihg: unknown option"),
+        (["--hihg=3"], "--hihg: unknown option; did you mean --high?"),
     ],
 )
 def test_mistakes_cost_one_line(beton, tmp_path, monkeypatch, capsys, words, message):

@@ -1,4 +1,5 @@
 import pytest
+from support.printed_tables import rows_of
 
 from ffssl.demo import print_table
 from ffssl.slowed import describe_slowed
@@ -76,6 +77,6 @@ def test_the_demos_table_keeps_its_form_and_says_what_its_seconds_are_worth(
     }
     print_table(logs, 0.186)
     table, _, told = capsys.readouterr().out.partition("\n\nTFLOP")
-    row = table.splitlines()[-1].split()
+    row = rows_of(table)[-1]
     assert len(row) == 7 and row[6] == speed_up
     assert ("efficient: 8 of 8 epochs took up to 9.9 times as long" in told) == bool(slowed)

@@ -27,6 +27,7 @@ from ffssl.methods import METHODS
 from ffssl.parallel.device import choose_device, has_bf16
 from ffssl.parallel.energy import energy_counter
 from ffssl.run_folder.machine import describe_machine
+from ffssl.tables import Table
 from ffssl.training.build import build
 from ffssl.training.run import start_run
 from ffssl.training.schedule import RunSchedule
@@ -36,6 +37,7 @@ PACKAGES = ("ffssl", "torch", "torchvision", "timm", "numba", "numpy", "ffcv")
 CPU = torch.device("cpu")
 IMAGES, VIEWS, SIDE, SMALL, STEPS = 16, 4, 48, 32, 4
 MOST_OFF, FEWEST_SAME = 0.01, 0.9
+WRONG = "WRONG"
 NETWORKS = {
     "mocov2plus": ["--method.queue=64"],
     "dino": ["--method.prototypes=24"],
@@ -45,7 +47,7 @@ NETWORKS = {
 
 
 def main(arguments: list[str]) -> None:
-    parser = Parser(prog="ffssl benchmark agreement", description=__doc__)
+    parser = Parser("benchmark agreement", description=__doc__)
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -70,10 +72,14 @@ def main(arguments: list[str]) -> None:
         return
     torch.backends.cudnn.allow_tf32 = False
     half = "bf16" if device.type == "cpu" or has_bf16(device) else "fp16"
-    print(
-        f"\n{'':14}{'loss off by, at most':>28}{'pairs the same':>24}\n"
-        f"{'method':14}{'float32':>14}{half:>14}{'float32':>12}{half:>12}"
-    )
+    titles = [
+        f"{what}, {kind}"
+        for what in ("loss off by, at most", "pairs the same")
+        for kind in ("float32", half)
+    ]
+    widths = (max(map(len, METHODS)), *map(len, titles), len(WRONG))
+    table = Table(["method", *titles, ""], "<>>>><", widths)
+    print(f"\n{table.head()}")
     wrong = []
     for name in given.methods:
         (losses, pairs), *others = (
@@ -85,10 +91,8 @@ def main(arguments: list[str]) -> None:
         same = [(chosen == pairs).all(-1).float().mean().item() for _, chosen in others]
         good = off[0] <= MOST_OFF and same[0] >= FEWEST_SAME
         wrong += [] if good else [name]
-        cells = "".join(f"{value:>14.1e}" for value in off) + "".join(
-            f"{value:>12.0%}" for value in same
-        )
-        print(f"{name:14}{cells}{'' if good else '   WRONG'}", flush=True)
+        cells = *(f"{value:.1e}" for value in off), *(f"{value:.0%}" for value in same)
+        print(table.row([name, *cells, "" if good else WRONG]), flush=True)
     if wrong:
         raise UserError(
             f"the {device.type} does not compute what the CPU does, for {', '.join(wrong)}"

@@ -11,7 +11,6 @@ round by round, so that a machine whose speed drifts slows all of them alike. Tr
 the images/s.
 """
 
-import argparse
 import importlib.util
 import io
 import multiprocessing
@@ -19,6 +18,7 @@ import os
 import statistics
 import tempfile
 import time
+from argparse import Namespace
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -29,6 +29,8 @@ from PIL import Image
 
 from ffssl.benchmark.contenders import CONTENDERS, Workload
 from ffssl.benchmark.stages import stage_times
+from ffssl.config import Number
+from ffssl.config.command_line import Parser, checked
 from ffssl.data.beton.read import MODE_JPEG, read_beton
 from ffssl.data.convert.conversion import ConvertOptions, convert
 from ffssl.data.convert.embedded import EmbeddedDataset
@@ -36,6 +38,7 @@ from ffssl.data.convert.sources.folder import ImageFolder
 from ffssl.data.policy import choose_policies
 from ffssl.errors import UserError
 from ffssl.run_folder.machine import describe_machine
+from ffssl.tables import table
 
 PACKAGES = (
     "ffssl",
@@ -52,11 +55,7 @@ LIMIT_S = 300  # a contender that has not served an epoch by then counts as fail
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="ffssl benchmark loader",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser, count = Parser("benchmark loader", description=__doc__), checked(Number(int, 1))
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--data", type=Path, metavar="FILE", help="a beton file of JPEG images")
     source.add_argument(
@@ -67,7 +66,7 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument(
         "--samples",
-        type=int,
+        type=count,
         default=1000,
         metavar="N",
         help=(
@@ -76,34 +75,31 @@ def main(arguments: list[str]) -> None:
         ),
     )
     parser.add_argument(
-        "--views", type=int, default=2, help="views of each image (default: %(default)s)"
+        "--views", type=count, default=2, help="views of each image (default: %(default)s)"
     )
     parser.add_argument(
         "--resolution",
-        type=int,
+        type=count,
         default=224,
         help="side of the views in pixels (default: %(default)s)",
     )
     parser.add_argument("--policy", default="simsiam", help="view policy (default: %(default)s)")
     parser.add_argument(
         "--workers",
-        type=int,
+        type=count,
         default=len(os.sched_getaffinity(0)),
         help="threads or processes of each contender (default: %(default)s)",
     )
     parser.add_argument(
-        "--batch-size", type=int, default=64, help="images in a batch (default: %(default)s)"
+        "--batch-size", type=count, default=64, help="images in a batch (default: %(default)s)"
     )
     parser.add_argument(
         "--rounds",
-        type=int,
+        type=count,
         default=5,
         help="epochs of each contender that count (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
-    for name in ("samples", "views", "resolution", "workers", "batch_size", "rounds"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')}: {getattr(options, name)} is not positive")
     policy = choose_policies(options.policy)[0]
 
     with tempfile.TemporaryDirectory(prefix="ffssl-benchmark-") as scratch:
@@ -124,7 +120,7 @@ def main(arguments: list[str]) -> None:
             f"batches of {options.batch_size}, {options.workers} workers\n",
             flush=True,
         )
-        print_rates(measure(workload, options.rounds), options.views)
+        print(rates_table(measure(workload, options.rounds), options.views))
         stages = stage_times(beton, policy, options.resolution)
         times = "  ".join(f"{stage} {ms:.3f}" for stage, ms in stages.items())
         print("\nmilliseconds on one core   ", times)
@@ -135,7 +131,7 @@ def main(arguments: list[str]) -> None:
         )
 
 
-def prepare_images(options: argparse.Namespace, scratch: Path) -> tuple[Path, Path]:
+def prepare_images(options: Namespace, scratch: Path) -> tuple[Path, Path]:
     """Write a beton file of `samples` images, and a folder of the same JPEG files.
 
     Images are repeated if there are fewer.
@@ -304,21 +300,21 @@ def _serve(name: str, workload: Workload, connection: Connection) -> None:
         )
 
 
-def print_rates(results: dict[str, list[float] | str], views: int) -> None:
-    """Print a line for each contender: median rates, and by how much `ffssl` is faster.
+def rates_table(results: dict[str, list[float] | str], views: int) -> str:
+    """Return a row for each contender: median rates, and by how much `ffssl` is faster.
 
-    The latter is the median of the rounds' ratios, with their range.
+    The latter is the median of the rounds' ratios, with their range. Contenders without rates
+    follow, with the reason.
     """
-    ours = results["ffssl"]
-    print(f"{'':<28}{'image/s':>9}{'view/s':>9}{'ffssl is faster by':>22}{'(range)':>16}")
+    ours, rows, missing = results["ffssl"], [], []
     for name, rates in results.items():
         if isinstance(rates, str):
-            print(f"{name:<28}{rates}")
+            missing.append(f"\n{name}: {rates}")
             continue
-        row = f"{name:<28}{statistics.median(rates):>9.0f}{views * statistics.median(rates):>9.0f}"
+        rate, faster = statistics.median(rates), ("", "")
         if not isinstance(ours, str):
             ratios = [a / b for a, b in zip(ours, rates)]
-            row += (
-                f"{statistics.median(ratios):>21.2f}x{f'({min(ratios):.2f}-{max(ratios):.2f})':>16}"
-            )
-        print(row)
+            faster = f"{statistics.median(ratios):.2f}x", f"{min(ratios):.2f}-{max(ratios):.2f}"
+        rows.append((name, f"{rate:.0f}", f"{views * rate:.0f}", *faster))
+    titles = ("", "image/s", "view/s", "ffssl is faster by", "range")
+    return table(titles, rows) + "".join(missing)

@@ -62,7 +62,7 @@ FEWEST_STEPS, MOST_STEPS = 4, 100  # in a measurement
 
 
 def main(arguments: list[str]) -> None:
-    parser = Parser(prog="ffssl benchmark speedup", description=__doc__)
+    parser = Parser("benchmark speedup", description=__doc__)
     parser.add_argument(
         "--configs",
         type=Path,

@@ -12,6 +12,12 @@ from ffssl.files import replacing
 from ffssl.parallel.energy import JOULES_PER_KWH
 from ffssl.plots import COLOURS, any_script, drawable, flop_unit, time_unit
 from ffssl.printable import printable
+from ffssl.tables import table
+
+STAGE_TITLES = (
+    *("config", "px", "views", "epochs", "step, ms", "loader, ms", "together, ms"),
+    *("bound by", "cores needed"),
+)
 
 
 def table_of(found: dict) -> str:
@@ -22,50 +28,31 @@ def table_of(found: dict) -> str:
     configs, first = found["configs"], found["configs"][0]
     time, per_second = time_unit(max(config["seconds"] for config in configs))
     work, per_flop = flop_unit(max(config["flops"] for config in configs))
+    stages = [
+        (
+            config["name"],
+            stage["resolution"],
+            stage["views"],
+            stage["epochs"],
+            *(f"{stage[f'{what}_ms']:.1f}" for what in ("step", "loader", "together")),
+            stage["bound"],
+            f"{stage['cores_needed']:.2g}",
+            f"{stage['seconds'] * per_second:.3g}",
+            f"{stage['first_step_s']:.1f}",
+        )
+        for config in configs
+        for stage in config["stages"]
+    ]
+    titles = ["config", time, "speed-up", work, "speed-up", "kWh", "speed-up"]
+    if "full_seconds" in first:
+        titles += [f"trained in full, {time}", "prediction is off by", "speed-up"]
     lines = [
         f"{found['machine']}; {found['device']}; epochs of {found['images']:,} images",
         "",
-        (
-            "| config | px | views | epochs | step, ms | loader, ms | together, ms | bound by "
-            f"| cores needed | {time} | first step, s |"
-        ),
-        "|---|--:|--:|--:|--:|--:|--:|---|--:|--:|--:|",
+        table(STAGE_TITLES + (time, "first step, s"), stages, "<>>>>>><"),
+        "",
+        table(titles, (totals(config, first, per_second, per_flop) for config in configs)),
     ]
-    for config in configs:
-        lines += [
-            f"| {config['name']} | {stage['resolution']} | {stage['views']} | {stage['epochs']} | "
-            f"{stage['step_ms']:.1f} | {stage['loader_ms']:.1f} | {stage['together_ms']:.1f} "
-            f"| {stage['bound']} | {stage['cores_needed']:.2g} | "
-            f"{stage['seconds'] * per_second:.3g} | {stage['first_step_s']:.1f} |"
-            for stage in config["stages"]
-        ]
-    full = (
-        f" trained in full, {time} | prediction is off by | speed-up |"
-        if "full_seconds" in first
-        else ""
-    )
-    lines += ["", f"| config | {time} | speed-up | {work} | speed-up | kWh | speed-up |{full}"]
-    lines.append("|---|" + "--:|" * (lines[-1].count("|") - 2))
-    for config in configs:
-        cells = [
-            f"{config['seconds'] * per_second:.4g}",
-            ratio(first["seconds"], config["seconds"]),
-        ]
-        cells += [f"{config['flops'] * per_flop:.4g}", ratio(first["flops"], config["flops"])]
-        joules = config["joules"]
-        cells += (
-            ["–", "–"]
-            if joules is None
-            else [f"{joules / JOULES_PER_KWH:.3g}", ratio(first["joules"], joules)]
-        )
-        if "full_seconds" in config:
-            full = config["full_seconds"]
-            cells += [
-                f"{full * per_second:.4g}",
-                f"{(config['seconds'] + config['first_step_s']) / full - 1:+.1%}",
-                ratio(first["full_seconds"], full),
-            ]
-        lines.append(f"| {config['name']} | {' | '.join(cells)} |")
     lines += [
         line
         for config in configs
@@ -82,6 +69,28 @@ def table_of(found: dict) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def totals(config: dict, first: dict, per_second: float, per_flop: float) -> list[str]:
+    """Return the cells of a config's row: costs, and the ratios of those of the first to them."""
+    joules = config["joules"]
+    cells = [
+        config["name"],
+        f"{config['seconds'] * per_second:.4g}",
+        ratio(first["seconds"], config["seconds"]),
+        f"{config['flops'] * per_flop:.4g}",
+        ratio(first["flops"], config["flops"]),
+        "–" if joules is None else f"{joules / JOULES_PER_KWH:.3g}",
+        "–" if joules is None else ratio(first["joules"], joules),
+    ]
+    if "full_seconds" in config:
+        full = config["full_seconds"]
+        cells += [
+            f"{full * per_second:.4g}",
+            f"{(config['seconds'] + config['first_step_s']) / full - 1:+.1%}",
+            ratio(first["full_seconds"], full),
+        ]
+    return cells
 
 
 def waits_for_loader(config: dict) -> list[dict]:

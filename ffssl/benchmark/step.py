@@ -33,6 +33,7 @@ from ffssl.errors import UserError
 from ffssl.files import make_folder, write_json
 from ffssl.parallel.device import autocast_dtype, choose_device, describe_precision
 from ffssl.run_folder.machine import describe_machine
+from ffssl.tables import Table
 from ffssl.training.build import build
 from ffssl.training.compile import COMPILED_METHODS, compile_methods, describe_modes, stage_modes
 from ffssl.training.memory import with_memory_advice
@@ -43,32 +44,40 @@ from ffssl.training.step import train_step
 
 PACKAGES = ("ffssl", "torch", "torchvision", "timm")
 PARTS = ("selection", "forward", "backward", "optimiser", "teacher")
+TITLES = (
+    *("px", "views", "ms/step", *PARTS, "image/s", "TFLOP/s", "share", "GB"),
+    *("ceiling ms", "x ceiling", "x eq. 11", "first s"),
+)
 CLASSES = 1000  # of the supervised step: ImageNet's
 
 
-def main(arguments: list[str]) -> None:
-    parser = Parser(prog="ffssl benchmark step", description=__doc__)
+def command_line() -> Parser:
+    parser, count = Parser("benchmark step", description=__doc__), checked(Number(int, 1))
     parser.add_argument(
         "--resolutions",
-        type=checked(Number(int, 1)),
+        type=count,
         nargs="+",
         metavar="R",
         help="sides in pixels (default: all of the schedule)",
     )
     parser.add_argument(
         "--steps",
-        type=checked(Number(int, 1)),
+        type=count,
         default=5,
         help="steps of each in a round (default: %(default)s)",
     )
     parser.add_argument(
         "--rounds",
-        type=checked(Number(int, 1)),
+        type=count,
         default=5,
         help="turns of step and ceiling (default: %(default)s)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    given, words = parser.parse_known_args(arguments)
+    return parser
+
+
+def main(arguments: list[str]) -> None:
+    given, words = command_line().parse_known_args(arguments)
     if given.json:
         make_folder(given.json.parent, "--json")
     options = read_options(words, defaults={"data.train": "none", "run.folder": "none"})
@@ -101,7 +110,8 @@ def main(arguments: list[str]) -> None:
     with run.amp:
         peak = peak_flops(device, autocast_dtype(device))
     print(f"the product of large matrices: {peak / 1e12:.3g} TFLOP/s\n")
-    print_header()
+    table = Table(TITLES, ">", [max(len(title), 6) for title in TITLES])
+    print(table.head())
     rows = []
     found = {
         "machine": describe_machine(PACKAGES),
@@ -121,10 +131,10 @@ def main(arguments: list[str]) -> None:
                 ),
             )
         except UserError as error:
-            print(f"{shape.resolution:>4}{shape.views:>6}  {error}", flush=True)
+            print(f"{shape.resolution} px, {shape.views} views: {error}", flush=True)
         else:
             rows.append(row)
-            print_row(row, peak)
+            print(table.row(cells(row, peak)), flush=True)
         if given.json:  # now: the next resolution may fail, or a time limit end it
             write_json(given.json, found)
     print(
@@ -257,23 +267,20 @@ def time_shape(
     }
 
 
-def print_header() -> None:
-    print(
-        f"{'px':>4}{'views':>6}{'ms/step':>9}"
-        + "".join(f"{part:>11}" for part in PARTS)
-        + f"{'image/s':>9}{'TFLOP/s':>9}{'share':>7}{'GB':>7}"
-        + f"{'ceiling ms':>12}{'x ceiling':>11}{'x eq. 11':>10}{'first s':>9}"
-    )
-
-
-def print_row(row: dict[str, float | None], peak: float) -> None:
-    memory = "-" if row["peak_memory"] is None else f"{row['peak_memory'] / 1e9:.1f}"
-    selection = "-" if row["over_equation_11"] is None else f"{row['over_equation_11']:.2f}"
-    print(
-        f"{row['resolution']:>4}{row['views']:>6}{row['step_ms']:>9.1f}"
-        + "".join(f"{row[f'{part}_ms']:>11.1f}" for part in PARTS)
-        + f"{row['images_per_second']:>9.0f}{row['flops_per_second'] / 1e12:>9.3g}"
-        + f"{row['flops_per_second'] / peak:>7.0%}{memory:>7}{row['ceiling_ms']:>12.1f}"
-        + f"{row['over_ceiling']:>11.2f}{selection:>10}{row['first_step_s']:>9.1f}",
-        flush=True,
-    )
+def cells(row: dict[str, float | None], peak: float) -> list[object]:
+    """Return a row of the table, in the order of TITLES."""
+    memory, selection = row["peak_memory"], row["over_equation_11"]
+    return [
+        row["resolution"],
+        row["views"],
+        f"{row['step_ms']:.1f}",
+        *(f"{row[f'{part}_ms']:.1f}" for part in PARTS),
+        f"{row['images_per_second']:.0f}",
+        f"{row['flops_per_second'] / 1e12:.3g}",
+        f"{row['flops_per_second'] / peak:.0%}",
+        "-" if memory is None else f"{memory / 1e9:.1f}",
+        f"{row['ceiling_ms']:.1f}",
+        f"{row['over_ceiling']:.2f}",
+        "-" if selection is None else f"{selection:.2f}",
+        f"{row['first_step_s']:.1f}",
+    ]

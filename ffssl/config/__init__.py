@@ -1,7 +1,7 @@
 """The options of a run: declared in `options`, read from YAML files and command lines."""
 
 from ffssl.config.checks import Choice, Number, Switch
-from ffssl.config.options import Options, Role, declarations
+from ffssl.config.options import Options, Role, declarations, dotted
 from ffssl.config.read import (
     command_line_options,
     from_dict,
@@ -18,6 +18,7 @@ __all__ = [
     "Switch",
     "command_line_options",
     "declarations",
+    "dotted",
     "from_dict",
     "help_text",
     "read_options",

@@ -12,23 +12,50 @@ from typing import Any, NoReturn
 
 from fastargs.validation import Checker
 
-from ffssl.errors import UserError
+from ffssl.errors import UserError, did_you_mean
 from ffssl.printable import printable
 
 NOT_READ = 128 + signal.SIGPIPE
 NETWORKS = ("student", "teacher")  # choices of an option --network
+# Of a run, like all with a dot, as --data.train: programs may pass them on to `read_options`.
+OPTIONS_OF_RUNS = ("--config", "--config-file")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises UserError instead of printing the usage and exiting."""
+    """An argument parser that raises UserError, which names the nearest known word.
 
-    def __init__(self, **settings: Any):
+    program: the words after `ffssl`, as "benchmark step".
+    """
+
+    def __init__(self, program: str | None = None, **settings: Any):
+        if program:
+            settings["prog"] = f"ffssl {program}"
         super().__init__(
             formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings
         )
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+        raise UserError(message if message.endswith("?") else f"{message}; see {self.prog} --help")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._subparsers is None:
+            # Before argparse would ask for the required option whose name is mistyped.
+            self._check_names(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
+    def _check_names(self, words: list[str]) -> None:
+        known = {*self._option_string_actions, *OPTIONS_OF_RUNS, "--"}
+        for word in words:
+            name = word.partition("=")[0]
+            if name.startswith("--") and "." not in name and name not in known:
+                self.error(f"{name}: unknown option{did_you_mean(name, known)}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += did_you_mean(value, action.choices or ())
+            raise
 
 
 def checked(checker: Checker) -> Callable[[str], object]:

@@ -414,6 +414,15 @@ class Options:
         }
 
 
+def dotted(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return plain sections of options by the names that users write, as "data.train"."""
+    return {
+        f"{section}.{name}": value
+        for section, values in sections.items()
+        for name, value in values.items()
+    }
+
+
 @dataclass(frozen=True)
 class Declaration:
     """The declaration of an option."""

@@ -21,7 +21,14 @@ from ffssl.config import options as sections
 from ffssl.config.command_line import exit_status
 from ffssl.config.contradictions import check_together
 from ffssl.config.named import find
-from ffssl.config.options import Declaration, MethodOptions, Options, declarations, section_titles
+from ffssl.config.options import (
+    Declaration,
+    MethodOptions,
+    Options,
+    declarations,
+    dotted,
+    section_titles,
+)
 from ffssl.errors import UserError, did_you_mean
 
 
@@ -72,9 +79,9 @@ def command_line_options(usage: str | None) -> Options:
 
 def shared_options(options: Options) -> dict[str, object]:
     """Return the options that all ranks of a run must share, by their names on the command line."""
-    plain = options.as_dict()
+    plain = dotted(options.as_dict())
     shared = {
-        f"--{declared.name}": plain[declared.path[0]].get(declared.path[1])
+        f"--{declared.name}": plain.get(declared.name)
         for declared in declarations()
         if not declared.of_a_rank
     }
@@ -88,12 +95,7 @@ def from_dict(plain: dict[str, dict]) -> Options:
     Missing options have their defaults. Raise UserError as `read_options` does.
     """
     known = {declared.name: declared for declared in declarations()}
-    settings = {
-        f"{section}.{name}": value
-        for section, values in plain.items()
-        for name, value in values.items()
-        if value is not None
-    }
+    settings = {name: value for name, value in dotted(plain).items() if value is not None}
     for name in settings:
         _check_name(name, name, known)
     return _validated(known, settings)
@@ -125,8 +127,7 @@ def _described(declared: Declaration) -> str:
 
 def _check_name(name: str, where: str, known: Mapping[str, Declaration]) -> None:
     if name not in known:
-        hint = did_you_mean(name, [*known, "config"], cutoff=0.5)
-        raise UserError(f"{where}: unknown option{hint}")
+        raise UserError(f"{where}: unknown option{did_you_mean(name, [*known, 'config'])}")
 
 
 def _read_file(

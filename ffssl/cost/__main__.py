@@ -8,27 +8,25 @@ r"""Count what runs cost, in FLOPs, from their configs alone: without data or tr
 Prints a table of each config's stages, then their totals and the speed-ups over the first config.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from ffssl.config import Options, read_options
-from ffssl.config.command_line import exit_status
+from ffssl.config.command_line import Parser, exit_status
 from ffssl.cost import PAPERS, STANDARD, Stage
 from ffssl.cost.paper import paper_table
 from ffssl.cost.runs import RunCosts, number_of_images, petaflop
+from ffssl.tables import table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="ffssl cost",
+    parser = Parser(
+        "cost",
         usage=(
             "%(prog)s CONFIG [CONFIG ...] [--images=N] [--section.option=value ...]\n       "
             "%(prog)s --paper"
         ),
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "configs", nargs="*", metavar="CONFIG", help="config of a run; speed-ups are over the first"
@@ -88,25 +86,14 @@ def describe(config: str, options: Options, images: int) -> str:
 
 def stage_table(stages: list[Stage]) -> str:
     """Return a table of the GFLOP of one image in one epoch, by stage."""
-    widths = {
-        "resolution": 10,
-        "views": 7,
-        "epochs": 10,
-        "forward": 12,
-        "backward": 12,
-        "teacher": 10,
-        "selection": 12,
-    }
-    rows: list[tuple] = [tuple(widths)]
+    rows = []
     for stage in stages:
         flops = stage.flops
         parts = flops.forward, STANDARD * flops.forward, flops.teacher, flops.selection
         gflop = (f"{part / 1e9:.3f}" for part in parts)
         rows.append((stage.shape.resolution, stage.shape.views, stage.epochs, *gflop))
-    lines = [f"{'':>27}{'GFLOP per image':^46}"]
-    for row in rows:
-        lines.append("".join(f"{cell:>{width}}" for cell, width in zip(row, widths.values())))
-    return "\n".join(lines)
+    titles = ("resolution", "views", "epochs", "forward", "backward", "teacher", "selection")
+    return f"GFLOP of an image, by stage:\n\n{table(titles, rows, '>')}"
 
 
 def total_table(petaflops: dict[str, list[float]]) -> str:
@@ -115,16 +102,15 @@ def total_table(petaflops: dict[str, list[float]]) -> str:
     Both are given in the standard count and in the paper's.
     """
     first = next(iter(petaflops.values()))
-    rows = [("", "PFLOP", "speed-up", "paper's count", "speed-up")]
+    rows = []
     for config, costs in petaflops.items():
         (standard, speed_up), (papers, papers_speed_up) = (
             (format_petaflop(cost), f"{base / cost:.2f}x") for base, cost in zip(first, costs)
         )
         rows.append((Path(config).stem, standard, speed_up, papers, papers_speed_up))
-    width = max(len(row[0]) for row in rows) + 2
-    lines = [f"{name:<{width}}" + "".join(f"{cell:>15}" for cell in cells) for name, *cells in rows]
+    titles = ("", "PFLOP", "speed-up", "paper's count", "speed-up")
     legend = "A backward pass is taken for two forward passes; in the paper's count, for one."
-    return "\n".join([*lines, "", legend])
+    return f"{table(titles, rows)}\n\n{legend}"
 
 
 def format_petaflop(value: float) -> str:

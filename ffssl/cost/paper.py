@@ -9,6 +9,7 @@ from ffssl.cost import PAPERS, STANDARD
 from ffssl.cost.runs import IMAGES, RunCosts, petaflop
 from ffssl.methods import METHODS
 from ffssl.methods.teacher import TeacherMethod
+from ffssl.tables import table
 from ffssl.training.schedule import RunSchedule
 
 TOLERANCE = 0.02
@@ -94,28 +95,20 @@ def paper_table(costs: RunCosts) -> str:
 
     A star marks ours if it is within TOLERANCE. A note gives the reason if none is.
     """
-    lines = [
-        "table                               paper    standard     paper's   equations",
-        f"{'count':>54}{'count':>12}{'9 and 11':>12}",
-    ]
-    notes: list[str] = []
+    rows, notes = [], []
     for figure in figures():
         cells = []
         for ours in ours_of(figure, costs):
             star = "*" if ours is not None and agrees(ours, figure) else " "
             cells.append("" if ours is None else f"{_format(ours, figure.unit)}{star}")
-        note = ""
-        if figure.reason:
-            notes += [figure.reason] if figure.reason not in notes else []
-            note = f"  [{notes.index(figure.reason) + 1}]"
+        if figure.reason and figure.reason not in notes:
+            notes.append(figure.reason)
+        note = f"[{notes.index(figure.reason) + 1}]" if figure.reason else ""
         stated = f"{figure.value:g} {figure.unit}" if figure.unit != "x" else f"{figure.value:g}x"
-        lines.append(
-            f"{figure.table:<7}{figure.about:<24}{stated:>11}"
-            + "".join(f"{cell:>12}" for cell in cells)
-            + note
-        )
+        rows.append((figure.table, figure.about, stated, *cells, note))
+    titles = ("table", "", "paper", "standard count", "paper's count", "equations 9 and 11", "note")
     numbered = [f"[{number}] {note}." for number, note in enumerate(notes, 1)]
-    return "\n".join([*lines, "", LEGEND.strip(), "", *numbered])
+    return "\n".join([table(titles, rows, "<<>>>><"), "", LEGEND.strip(), "", *numbered])
 
 
 LEGEND = f"""

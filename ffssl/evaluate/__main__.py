@@ -93,7 +93,7 @@ def parser() -> Parser:
         choices=("auto", "bf16", "fp16", "off"),
         help="mixed precision of the backbone (default: off on CPU)",
     )
-    whole = Parser(prog="ffssl evaluate", description=__doc__)
+    whole = Parser("evaluate", description=__doc__)
     commands = whole.add_subparsers(dest="evaluation", required=True, metavar="{knn,linear}")
     knn = commands.add_parser(
         "knn",

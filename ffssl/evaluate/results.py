@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ffssl.errors import UserError
 from ffssl.files import write_json
+from ffssl.tables import table
 
 NAME = "evaluation.json"
 # The columns of a table of records, and whether they hold numbers.
@@ -109,10 +110,5 @@ def describe(record: dict) -> tuple[str, ...]:
 
 def markdown_table(results: Iterable[tuple[str, dict]]) -> str:
     """Return a table of named records, a row each."""
-    lines = [
-        f"| run | {' | '.join(COLUMNS)} |",
-        "|---|" + "".join("--:|" if number else "---|" for number in COLUMNS.values()),
-    ]
-    return "\n".join(
-        [*lines, *(f"| {name} | {' | '.join(describe(record))} |" for name, record in results)]
-    )
+    align = "<" + "".join(">" if number else "<" for number in COLUMNS.values())
+    return table(("run", *COLUMNS), ((name, *describe(record)) for name, record in results), align)

@@ -3,7 +3,7 @@ r"""Write a run's backbone for torchvision, timm, safetensors or Hugging Face, a
     ffssl export runs/efficient --to torchvision --output resnet50.pth
     ffssl export runs/efficient --to safetensors --output resnet50.safetensors \
         --network teacher
-    python -m ffssl.export runs/efficient --to huggingface --output resnet50/
+    ffssl export runs/efficient --to huggingface --output resnet50/
 
 The card, FILE.md, says how to load the file. It also says how the network was trained and what it
 scored, as far as the run recorded that. The file holds no classifier: torchvision's networks load
@@ -40,7 +40,7 @@ FORMATS = ("torchvision", "timm", "safetensors", "huggingface")
 
 
 def main() -> None:
-    parser = Parser(prog="ffssl export", description=__doc__)
+    parser = Parser("export", description=__doc__)
     parser.add_argument(
         "run", type=Path, metavar="RUN", help="a run's folder, or a checkpoint file"
     )

@@ -7,19 +7,14 @@ finished or not, and compares costs with the first run's. Pictures of a run's da
 anew, from its checkpoint and its beton files; if these are gone, the page says so.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from ffssl.config.command_line import exit_status
+from ffssl.config.command_line import Parser, exit_status
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="ffssl report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("report", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument(
         "--output",

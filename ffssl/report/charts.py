@@ -4,9 +4,9 @@ They are drawn as SVG that follows the page's colours, and as PNG.
 """
 
 import io
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from xml.etree import ElementTree
 
 import matplotlib
 import matplotlib.ticker
@@ -50,8 +50,9 @@ LOOK = {
     "lines.linewidth": 1.8,
     "lines.markersize": 5,
     "svg.fonttype": "none",
-    "svg.hashsalt": "ffssl",
 }
+SVG, XLINK_HREF = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}href"
+NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 MOST_TICKS = 8
 MOST_LABELLED = 6  # runs; the page's list of runs has the colours of the others
 
@@ -303,10 +304,10 @@ def _shortened(name: str) -> str:
 def render(figure: Figure, name: str, title: str) -> tuple[str, bytes]:
     """Return a figure as an SVG element and as PNG.
 
-    The SVG is for a page that defines VARIABLES. Its ids begin with `name`.
+    The SVG is for a page that defines VARIABLES. `name` keeps its ids apart from other figures'.
     """
     texts = {text: text.get_text() for text in figure.findobj(Text)}
-    with matplotlib.rc_context(LOOK), any_script():
+    with matplotlib.rc_context(LOOK | {"svg.hashsalt": name}), any_script():
         png = io.BytesIO()
         for text, words in texts.items():
             text.set_text(drawable(words))
@@ -316,33 +317,25 @@ def render(figure: Figure, name: str, title: str) -> tuple[str, bytes]:
             # With one, a text would be drawn as outlines; the page gives it a border by CSS.
             text.set_path_effects([])
         svg = io.StringIO()
-        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
-    return _inline(svg.getvalue(), name, title), png.getvalue()
+        figure.savefig(svg, format="svg", transparent=True, metadata=NO_METADATA)
+    return _inline(svg.getvalue(), title), png.getvalue()
 
 
-def _inline(svg: str, name: str, title: str) -> str:
-    svg = re.sub(
-        r"<metadata>.*?</metadata>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.DOTALL
-    )
-    svg = re.sub(
-        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>',
-        rf'<svg viewBox="\1" role="img" aria-label="{title}">',
-        svg,
-        count=1,
-    )
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'(href="#|url\(#)', rf"\1{name}-", svg)
-    svg = re.sub(
-        r'style="[^"]*"', lambda style: re.sub(r"#[0-9a-f]{6}\b", _variable, style[0]), svg
-    )
-    # Hundredths of a point are enough.
-    return re.sub(
-        r'\b(d|x|y)="[^"]*"', lambda numbers: re.sub(r"(\.\d\d)\d+", r"\1", numbers[0]), svg
-    )
-
-
-def _variable(colour: re.Match) -> str:
-    return f"var({VARIABLES[colour[0]]})" if colour[0] in VARIABLES else colour[0]
+def _inline(svg: str, title: str) -> str:
+    """Return an SVG document of matplotlib's as an element of the page, in the page's colours."""
+    root = ElementTree.fromstring(svg)
+    root.attrib = {"viewBox": root.get("viewBox"), "role": "img", "aria-label": title}
+    for element in root.iter():
+        element.tag = element.tag.removeprefix(SVG)
+        if element.tag == "g":  # "axes_1" in every figure; nothing refers to them
+            element.attrib.pop("id", None)
+        if target := element.attrib.pop(XLINK_HREF, None):
+            element.set("href", target)
+        if style := element.get("style"):
+            for colour, variable in VARIABLES.items():
+                style = style.replace(colour, f"var({variable})")
+            element.set("style", style)
+    return ElementTree.tostring(root, encoding="unicode")
 
 
 def draw_shares(

@@ -2,6 +2,7 @@
 
 import io
 
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -17,13 +18,13 @@ class Gallery:
     def __init__(self):
         self.pngs: dict[str, bytes] = {}
 
-    def draw(self, figure: Figure, name: str, title: str) -> str:
-        """Return the figure as a card of the page.
+    def draw(self, figure: Figure, name: str, title: str) -> Markup:
+        """Return the figure as an SVG element.
 
         name: unique, of letters, digits and hyphens.
         """
         svg, self.pngs[f"{name}.png"] = render(figure, name, title)
-        return f'<div class="card">{svg}</div>'
+        return Markup(svg)
 
     def add(self, image: Image.Image, name: str) -> None:
         file = io.BytesIO()

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ffssl.config import Options
+from ffssl.config import Options, dotted
 from ffssl.data.beton.read import read_beton
 from ffssl.data.convert.conversion import description_or_empty
 from ffssl.errors import UserError
@@ -172,15 +172,7 @@ def compare_options(runs: list[ReportedRun]) -> tuple[dict[str, list], dict[str,
 
     The former are lists of each run's value. Runs without options are left out.
     """
-    tables = [
-        {
-            f"{section}.{name}": value
-            for section, values in run.options.as_dict().items()
-            for name, value in values.items()
-        }
-        for run in runs
-        if run.options is not None
-    ]
+    tables = [dotted(run.options.as_dict()) for run in runs if run.options is not None]
     values = {name: [table[name] for table in tables] for name in tables[0]}
     differing = {
         name: each for name, each in values.items() if any(value != each[0] for value in each)

@@ -36,7 +36,6 @@ The command line decides an option first, then the group's `runs`, the group, th
 and the config last.
 """
 
-import argparse
 import datetime
 import json
 import shlex
@@ -45,8 +44,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ffssl.config import read_options
-from ffssl.config.command_line import command, exit_status
+from ffssl.config import dotted, read_options
+from ffssl.config.command_line import Parser, command, exit_status
 from ffssl.config.named import find
 from ffssl.data.beton.read import read_beton
 from ffssl.data.convert.conversion import identity, same_samples
@@ -61,13 +60,7 @@ EMBEDDED_SPLITS = {"train": "train", "validation": "val"}  # what `ffssl convert
 
 def main() -> int:
     usage = "%(prog)s STUDY.yaml [--folder FOLDER] [--section.option=value ...]"
-    parser = argparse.ArgumentParser(
-        prog="ffssl study",
-        usage=usage,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("study", usage=usage, description=__doc__)
     parser.add_argument("study", type=Path, metavar="STUDY.yaml", help="the study file")
     parser.add_argument(
         "--folder",
@@ -221,16 +214,16 @@ def check_unchanged(
                 f"{run.folder(study_folder, seed)} is trained or evaluated on; "
                 "put that file back, or choose another --folder"
             )
-    now = comparable(read_options(run.command(study_folder, seed)))
-    for section, options in record["options"].items() if record else ():
-        for name, before in options.items():
-            if now.get(section, {}).get(name, before) != before:
-                raise UserError(
-                    f"{study.path}: run {run.name}: {section}.{name} is {now[section][name]}, "
-                    f"but its run in {run.folder(study_folder, seed)} was started with {before}; "
-                    "put it back, give the run another name, choose another --folder, "
-                    f"or delete {study_folder}/seed*/{run.name} to train it anew"
-                )
+    given = dotted(comparable(read_options(run.command(study_folder, seed))))
+    for name, before in dotted(record["options"] if record else {}).items():
+        now = given.get(name, before)
+        if now != before:
+            raise UserError(
+                f"{study.path}: run {run.name}: {name} is {now}, but its run in "
+                f"{run.folder(study_folder, seed)} was started with {before}; put it back, give "
+                "the run another name, choose another --folder, or delete "
+                f"{study_folder}/seed*/{run.name} to train it anew"
+            )
 
 
 if __name__ == "__main__":

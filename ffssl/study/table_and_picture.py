@@ -12,6 +12,7 @@ from ffssl.run_folder.log import read_log
 from ffssl.run_folder.provenance import read_starts
 from ffssl.slowed import describe_slowed
 from ffssl.study.recipes import Run, Study
+from ffssl.tables import table
 
 COSTS = ("flops", "seconds")
 # Accuracies of the online linear classifier, where there is one, and their titles.
@@ -83,13 +84,13 @@ def write_report(
             }
         ),
     }
-    table = format_table(rows, len(study.seeds))
-    table += "".join(f"\n\n{sentence}." for sentence in header["slowed"])
-    write_text(folder / "table.md", f"{_format_header(header)}\n{table}\n{NOTES}")
+    found = format_table(rows, len(study.seeds))
+    found += "".join(f"\n\n{sentence}." for sentence in header["slowed"])
+    write_text(folder / "table.md", f"{_format_header(header)}\n{found}\n{NOTES}")
     write_json(folder / "table.json", header | {"runs": rows})
     with replacing(folder / "picture.png") as path:
         draw(study, rows, logs, path)
-    return table
+    return found
 
 
 def summarise(runs: list[Run], logs: dict[str, dict[int, list[dict]]]) -> list[dict]:
@@ -180,25 +181,7 @@ def format_table(rows: list[dict], seeds: int) -> str:
         for row in rows
     ]
     titles += ["kWh"] if counted else []
-    widths = [max(map(len, column)) for column in zip(titles, *cells)]
-    lines = [
-        "| "
-        + " | ".join(
-            f"{cell:<{width}}" if i == 0 else f"{cell:>{width}}"
-            for i, (cell, width) in enumerate(zip(line, widths))
-        )
-        + " |"
-        for line in (titles, *cells)
-    ]
-    rule = (
-        "|"
-        + "|".join(
-            "-" * (width + 2) if i == 0 else "-" * (width + 1) + ":"
-            for i, width in enumerate(widths)
-        )
-        + "|"
-    )
-    return "\n".join([lines[0], rule, *lines[1:]])
+    return table(titles, cells)
 
 
 def _format_header(header: dict) -> str:

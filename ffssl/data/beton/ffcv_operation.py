@@ -91,23 +91,13 @@ class ViewDecoder(Operation):
             counters = carray(_pointer_at(counters_at), 2, np.int64)
             policy_rows = carray(_pointer_at(policies_at), policies_shape, np.float64)
             pixels = np.empty(3 * most_pixels(metadata, indices), np.uint8)
-            for b in range(len(indices)):
-                image = metadata[indices[b]]
-                height, width = np.int64(image["height"]), np.int64(image["width"])
+            for b, sample in enumerate(indices):
+                image = metadata[sample]
                 data = read_file(image["data_ptr"], storage_state)
                 if not render_sample(
-                    data,
-                    image["mode"],
-                    height,
-                    width,
-                    counters,
-                    policy_rows,
-                    indices[b],
-                    scaled_decoding,
-                    pixels,
-                    views[b],
+                    data, image, sample, counters, policy_rows, scaled_decoding, pixels, views[b]
                 ):
-                    raise ValueError("image does not decode", indices[b])
+                    raise ValueError("image does not decode", sample)
             return views[: len(indices)]
 
         return decode_batch

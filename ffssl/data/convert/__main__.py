@@ -1,14 +1,13 @@
 """Convert images to FFCV's .beton files, from which FFSSL trains."""
 
 import argparse
-import difflib
 import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ffssl.config.command_line import exit_status
+from ffssl.config.command_line import Parser, exit_status
 from ffssl.errors import UserError
 from ffssl.printable import printable
 
@@ -29,42 +28,6 @@ examples:
 JPEG files that need no change keep their bytes.
 `ffssl convert SOURCE --help` lists a source's options.
 """
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser with one-line errors that name the nearest known word."""
-
-    def __init__(self, **options):
-        super().__init__(
-            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options
-        )
-
-    def error(self, message: str):
-        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
-        raise SystemExit(2)
-
-    def parse_known_args(self, args=None, namespace=None):
-        # Checked before argparse does, which would first ask for the required option whose name was
-        # mistyped.
-        known = self._option_string_actions
-        for word in sys.argv[1:] if args is None else args:
-            option = word.split("=")[0]
-            if self._subparsers is None and option.startswith("--") and option not in known:
-                self.error(f"unknown option {option}{_did_you_mean(option, known)}")
-        return super().parse_known_args(args, namespace)
-
-    def _check_value(self, action, value):
-        if action.choices is not None and value not in action.choices:
-            what = action.metavar or " ".join(action.option_strings)
-            known = ", ".join(action.choices)
-            self.error(
-                f"unknown {what} {value!r}{_did_you_mean(value, action.choices)} (known: {known})"
-            )
-
-
-def _did_you_mean(word: str, known) -> str:
-    nearest = difflib.get_close_matches(word, [k for k in known if k != "-h"], n=1, cutoff=0.5)
-    return f", did you mean {nearest[0]}?" if nearest else ""
 
 
 def build_parser(program: str) -> Parser:
@@ -90,9 +53,9 @@ def build_parser(program: str) -> Parser:
     return parser
 
 
-def _common_options() -> argparse.ArgumentParser:
+def _common_options() -> Parser:
     """Declare the options of all sources."""
-    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    common = Parser(add_help=False)
 
     output = common.add_argument_group("output")
     output.add_argument(
@@ -366,9 +329,6 @@ def main(program: str = "ffssl convert") -> int:
     """
     # SIGTERM becomes an exception, so that the unfinished file is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    for stream in (sys.stdout, sys.stderr):  # a terminal that knows only ASCII
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
     options = build_parser(program).parse_args()
     try:
         run(options)
@@ -376,8 +336,10 @@ def main(program: str = "ffssl convert") -> int:
         from ffssl.data.beton.write import BetonWriteError
         from ffssl.data.convert.conversion import ConversionError
 
+        if not isinstance(error, (BetonWriteError, ConversionError)):
+            raise
         print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 1 if isinstance(error, (BetonWriteError, ConversionError)) else 2
+        return 1
     except KeyboardInterrupt:
         print(f"interrupted; {options.output} was not written", file=sys.stderr)
         return 130

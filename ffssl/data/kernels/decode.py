@@ -129,19 +129,19 @@ def choose_denominator(drawn, resolution):
 
 
 @compiled
-def render_sample(
-    data, mode, height, width, counters, policy_rows, sample, scaled_decoding, pixels, views
-):
+def render_sample(data, image, sample, counters, policy_rows, scaled_decoding, pixels, views):
     """Draw the views of one stored image, decode it as finely as they need, and render them.
 
     Return whether it decoded cleanly.
 
-    data, mode, height, width: the stored image, see `decode`.
+    data: the stored image, see `decode`.
+    image: its row of the image field's metadata.
+    sample: its index in the file.
     counters, policy_rows, scaled_decoding: see `policy.ViewSettings`.
-    sample: the image's index in the file.
     pixels: scratch, see `decode`.
     views: uint8 (views, 3, R, R), written.
     """
+    mode, height, width = image["mode"], np.int64(image["height"]), np.int64(image["width"])
     drawn = np.empty((views.shape[0], PARAMETER_COLUMNS))
     for v in range(views.shape[0]):
         draw(
@@ -159,11 +159,12 @@ def render_sample(
         return False
 
     height, width = -(-height // denominator), -(-width // denominator)
-    image = pixels[: height * width * 3].reshape((height, width, 3))
+    decoded = pixels[: height * width * 3].reshape((height, width, 3))
     for v in range(views.shape[0]):
         for side in (P_TOP, P_LEFT, P_HEIGHT, P_WIDTH):
             drawn[v, side] /= denominator
-        render(image, drawn[v], policy_rows[v % policy_rows.shape[0], AFFINE_JITTER] != 0, views[v])
+        affine = policy_rows[v % policy_rows.shape[0], AFFINE_JITTER] != 0
+        render(decoded, drawn[v], affine, views[v])
     return True
 
 
@@ -191,21 +192,11 @@ def render_samples(
     Raises ValueError with the index of an image that does not decode.
     """
     pixels = np.empty(3 * most_pixels(images, indices), np.uint8)
-    for b in range(len(indices)):
-        image = images[indices[b]]
-        height, width = np.int64(image["height"]), np.int64(image["width"])
+    for b, sample in enumerate(indices):
+        image = images[sample]
         pointer = image["data_ptr"]
         data = file[pointer : pointer + sizes[np.searchsorted(pointers, pointer)]]
         if not render_sample(
-            data,
-            image["mode"],
-            height,
-            width,
-            counters,
-            policy_rows,
-            indices[b],
-            scaled_decoding,
-            pixels,
-            views[b],
+            data, image, sample, counters, policy_rows, scaled_decoding, pixels, views[b]
         ):
-            raise ValueError("image does not decode", indices[b])
+            raise ValueError("image does not decode", sample)
