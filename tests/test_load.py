@@ -15,7 +15,7 @@ def test_a_run_is_loaded_from_its_folder_and_from_its_checkpoint(tmp_path):
         options, loaded, state = load_run(path)
         assert (
             options.training.learning_rate == 0.3
-            and options.method.settings["hidden"] == 16
+            and options.method.settings["hidden"] == 32
             and options.data.validation is None
         )
         assert state["epoch"] == 2 and "torch" in state["written_on"]

@@ -3,7 +3,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -298,16 +297,24 @@ def test_what_full_runs_took_stands_beside_the_prediction():
 
 
 def test_the_prediction_is_what_full_runs_take(configs, betons, tmp_path, monkeypatch):
-    """With steps that last as long as their resolution says, whatever else the machine does."""
+    """By a clock of our own: a step lasts as long as its resolution says, and reading it 0.1 ms."""
+    now = 0.0
+
+    def perf_counter():
+        nonlocal now
+        now += 0.0001
+        return now
 
     def paced(run, views, step):
-        time.sleep(views.shape[-1] / 1000)
+        nonlocal now
+        now += views.shape[-1] / 1000
         return StepResult(torch.ones(()), torch.ones(()), torch.ones(len(views), 2), None)
 
     def train_here(words, env):
         train.train(read_options(words[2:]))
         return subprocess.CompletedProcess(words, 0)
 
+    monkeypatch.setattr("time.perf_counter", perf_counter)
     monkeypatch.setattr(speedup, "train_step", paced)
     monkeypatch.setattr(train, "train_step", paced)
     monkeypatch.setattr(speedup, "subprocess", SimpleNamespace(run=train_here))
@@ -318,14 +325,14 @@ def test_the_prediction_is_what_full_runs_take(configs, betons, tmp_path, monkey
             f"--data={betons['train']}",
             f"--output={tmp_path}",
             "--full",
-            "--seconds=0.2",
+            "--rounds=1",
             *SMALL,
         ]
     )
     standard, quick = json.loads((tmp_path / "speedup.json").read_text())["configs"]
     for config, of_steps in ((standard, 6 * 10 * 0.048), (quick, 2 * 10 * (0.048 + 0.032))):
-        assert config["full_seconds"] >= of_steps
-        assert config["seconds"] == pytest.approx(config["full_seconds"], rel=0.15)
+        assert config["full_seconds"] == pytest.approx(of_steps, rel=0.05)
+        assert config["seconds"] == pytest.approx(config["full_seconds"], rel=0.02)
 
 
 def test_before_full_runs_each_config_compiles_with_caches_of_its_own(

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import torch
-from support.options import SMALL
+from support.options import NETWORK, QUIET, SIDES, of_method
 
 from ffssl.config import read_options
 from ffssl.methods import Method
@@ -12,7 +12,14 @@ from ffssl.run_folder import checkpoint
 from ffssl.training.build import build
 from ffssl.training.totals import EpochTotals
 
-OPTIONS = [*SMALL, "--training.epochs=3", "--training.batch_size=32"]
+OPTIONS = [
+    *NETWORK,
+    *SIDES,
+    *QUIET,
+    *of_method("simclr"),
+    "--training.epochs=3",
+    "--training.batch_size=32",
+]
 
 
 def save_run(folder: Path, *options: str, epoch: int = 3, steps: int = 0, seed: int = 0) -> Method:
