@@ -47,7 +47,7 @@ def test_a_run_starts_from_an_export_and_is_continued_without_it(betons, tmp_pat
         assert record["loaded"] == len(weights) and not record["left_at_random"]
         method.backbone.stem[0].weight.data.add_(1)
         prep.record.save(prep.run)
-    assert "starts from the weights of weights.safetensors: 57 tensors\n" in capsys.readouterr().out
+    assert "starts from the weights of weights.safetensors: 72 tensors\n" in capsys.readouterr().out
     file.unlink()
     with prepared(given) as prep:
         assert prep.run.resumed and prep.run.weights == record
@@ -57,7 +57,7 @@ def test_a_run_starts_from_an_export_and_is_continued_without_it(betons, tmp_pat
     assert [start["weights"] for start in read_starts(tmp_path / "run")] == [record] * 2
     export(tmp_path / "run", "safetensors", file)
     card = file.with_name("weights.safetensors.md").read_text()
-    assert f"- started from the weights of weights.safetensors (sha256 {digest}): 57 ten" in card
+    assert f"- started from the weights of weights.safetensors (sha256 {digest}): 72 ten" in card
     assert "  weights: weights.safetensors\n" in card and str(tmp_path) not in card
     with pytest.raises(UserError, match="--model.weights: the run in .* not 'other.pth'"):
         prepared_once(options(betons, tmp_path / "run", "--model.weights=other.pth"))
