@@ -187,6 +187,8 @@ def test_every_method_trains_and_goes_on_from_its_checkpoint_with_the_same_weigh
     options += ["--hard_augment.start_epoch=1", "--hard_augment.share_min=0.5"]
     if name not in ("barlow_twins", "vicreg"):
         options += ["--hard_augment.loss=method", "--hard_augment.extra_targets=true"]
+    if name == "simsiam":
+        options += [f"--data.validation={betons['val']}"]
     unbroken = arguments(betons, tmp_path / "unbroken", *options, "--training.epochs=2")
     train(read_options(unbroken))
 
@@ -207,8 +209,13 @@ def test_every_method_trains_and_goes_on_from_its_checkpoint_with_the_same_weigh
         )
     train(read_options(arguments(betons, tmp_path / "stopped", *options, "--training.epochs=2")))
     assert_equal(weights(tmp_path / "unbroken"), weights(tmp_path / "stopped"))
+    if name == "simsiam":
+        one, other = (checkpoint.load(tmp_path / run) for run in ("unbroken", "stopped"))
+        assert_equal(one["classifier"]["layer"], other["classifier"]["layer"])
+        assert one["classifier"]["layer"]["weight"].any()
     ours, theirs = (read_log(tmp_path / name)[-1] for name in ("stopped", "unbroken"))
-    for gauge in ("hardness", "hardness_error", "predictor_cosine", "effective_rank"):
+    watched = ("hardness", "hardness_error", "predictor_cosine", "effective_rank", "linear_top1")
+    for gauge in watched:
         assert ours.get(gauge) == theirs.get(gauge)
     assert "hardness" in ours
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "stopped").values())
