@@ -311,7 +311,7 @@ def test_the_prediction_is_what_full_runs_take(configs, betons, tmp_path, monkey
         return StepResult(torch.ones(()), torch.ones(()), torch.ones(len(views), 2), None)
 
     def train_here(words, env):
-        train.train(read_options(words[2:]))
+        train.train(read_options(words[3:]))
         return subprocess.CompletedProcess(words, 0)
 
     monkeypatch.setattr("time.perf_counter", perf_counter)
