@@ -21,6 +21,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ffssl.data.kernels.decode import most_pixels, render_sample
+from ffssl.data.kernels.layout import layout_of_size
 from ffssl.data.policy import STANDARD_MAGNITUDE, ViewPolicy, ViewSettings
 
 # At import ffcv compiles a numba.typed.Dict, which takes seconds, only to look up two strings in
@@ -47,8 +48,8 @@ def _pointer_at(typing_context, address):
 class ViewDecoder(Operation):
     """FFCV decoder: JPEG or raw image to uint8 (batch, views, 3, resolution, resolution).
 
-    Arguments: see `ViewSettings`. Raises ValueError with the sample's index if an image does not
-    decode.
+    Arguments: see `ViewSettings`; all views have one size. Raises ValueError with the sample's
+    index if an image does not decode.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class ViewDecoder(Operation):
             counters = carray(_pointer_at(counters_at), 2, np.int64)
             policy_rows = carray(_pointer_at(policies_at), policies_shape, np.float64)
             pixels = np.empty(3 * most_pixels(metadata, indices), np.uint8)
+            layout = layout_of_size(0, views.shape[1], views.shape[3], 0)
             for b in range(len(indices)):
                 image = metadata[indices[b]]
                 height, width = np.int64(image["height"]), np.int64(image["width"])
@@ -98,7 +100,9 @@ class ViewDecoder(Operation):
                     indices[b],
                     scaled_decoding,
                     pixels,
-                    views[b],
+                    layout,
+                    b,
+                    views.reshape(-1),
                 ):
                     raise ValueError("image does not decode", indices[b])
             return views[: len(indices)]
