@@ -46,9 +46,8 @@ def train(options: Options) -> None:
             record.untrained(run.spent | evaluate(prep))
             record.save(run)
         while run.epoch < options.training.epochs:
-            resolution, views = run.schedule.shape(run.epoch)
-            batch = (prep.loader.batch_size, views, 3, resolution, resolution)
-            with_memory_advice(run, batch, lambda: train_epoch(prep))
+            shapes = run.schedule.shape(run.epoch).of_batch(prep.loader.batch_size)
+            with_memory_advice(run, shapes, lambda: train_epoch(prep))
             run.totals.average_over_ranks()
             accuracy = {}
             if evaluation_is_due(options, run.epoch + 1):

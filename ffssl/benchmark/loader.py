@@ -31,11 +31,12 @@ from PIL import Image
 
 from ffssl.benchmark.contenders import CONTENDERS, Size, Workload
 from ffssl.benchmark.stages import stage_times
+from ffssl.config.options import AugmentOptions
 from ffssl.data.beton.read import MODE_JPEG, read_beton
 from ffssl.data.convert.conversion import ConvertOptions, convert
 from ffssl.data.convert.embedded import EmbeddedDataset
 from ffssl.data.convert.sources.folder import ImageFolder
-from ffssl.data.policy import LOCAL_CROP_SCALE_MAX, ViewPolicy, choose_policies, local_policy
+from ffssl.data.policy import ViewPolicy, choose_policies, local_policy
 from ffssl.errors import UserError
 from ffssl.run_folder.machine import describe_machine
 
@@ -143,7 +144,7 @@ def view_sizes(views: list[int], sides: list[int], policy: ViewPolicy) -> tuple[
             f"--views: {len(views)} numbers for {len(sides)} of --resolution; give one of each for "
             "each size"
         )
-    local = local_policy(policy, LOCAL_CROP_SCALE_MAX)
+    local = local_policy(policy, AugmentOptions.local_crop_scale_max)
     policies = [policy, *[local] * (len(views) - 1)]
     return tuple(map(Size, views, sides, policies))
 

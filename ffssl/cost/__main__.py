@@ -103,7 +103,13 @@ def stage_table(stages: list[Stage]) -> str:
         flops = stage.flops
         parts = flops.forward, STANDARD * flops.forward, flops.teacher, flops.selection
         gflop = (f"{part / 1e9:.3f}" for part in parts)
-        rows.append((stage.shape.resolution, stage.shape.views, stage.epochs, *gflop))
+        sides, views = str(stage.shape.resolution), str(stage.shape.views)
+        if stage.shape.local_views:
+            sides, views = (
+                f"{sides}, {stage.shape.local_resolution}",
+                f"{views} + {stage.shape.local_views}",
+            )
+        rows.append((sides, views, stage.epochs, *gflop))
     lines = [f"{'':>27}{'GFLOP per image':^46}"]
     for row in rows:
         lines.append("".join(f"{cell:>{width}}" for cell, width in zip(row, widths.values())))

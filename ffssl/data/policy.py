@@ -132,7 +132,7 @@ POLICIES = {
 }
 
 
-LOCAL_CROP_SCALE_MIN, LOCAL_CROP_SCALE_MAX = 0.05, 0.14  # SwAV's, and DINO's for ResNets
+LOCAL_CROP_SCALE_MIN = 0.05  # SwAV's and DINO's
 
 
 def choose_policies(

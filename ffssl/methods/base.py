@@ -30,6 +30,7 @@ class Method(nn.Module):
     # Pass both views through a network as one batch, which BatchNorm normalises together. If not,
     # pass one after the other.
     joint_views = False
+    takes_local_views = False  # whether `loss` takes the small views of multi-crop, as `local`
     decay_all = True  # weight decay on biases and normalisation parameters too
 
     def __init__(self, backbone: nn.Module):
@@ -57,8 +58,8 @@ class Method(nn.Module):
         """Return the projections (N, d) of both views of a pair."""
         return torch.cat([self.project(images) for images in self.batches(first, second)]).chunk(2)
 
-    def forward(self, *views: Tensor) -> tuple[Tensor, Tensor]:
-        return self.loss(*views)
+    def forward(self, *views: Tensor, **more: Tensor) -> tuple[Tensor, Tensor]:
+        return self.loss(*views, **more)
 
     def targets(self, images: Tensor, projections: Tensor | None = None) -> Tensor:
         """Return targets (N, d') of images (N, 3, R, R), without gradient.

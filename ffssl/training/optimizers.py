@@ -1,6 +1,7 @@
 """Optimisers by name: what they decay and adapt, and how the schedules set them."""
 
 import itertools
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -107,6 +108,24 @@ def _by_kind(group: dict, weight_decay: float, decay_norm_and_bias: bool | None)
         {**group, "params": vectors, "weight_decay": decay},
     ]
     return [part for part in parts if part["params"]]
+
+
+def set_weight_decay(optimizer: Optimizer, weight_decay: float) -> None:
+    """Set the weight decay of the groups that have one, before a step."""
+    for group in optimizer.param_groups:
+        if group["weight_decay"]:
+            group["weight_decay"] = weight_decay
+
+
+@torch.no_grad()
+def clip_each(parameters: Iterable[Tensor], most: float) -> None:
+    """Scale each parameter's gradient in place to a norm of at most about `most`.
+
+    Each parameter is clipped alone, as in DINO's official code.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    torch._foreach_mul_(gradients, (most / (norms + 1e-6)).clamp(max=1).unbind())
 
 
 def set_learning_rate_and_momentum(

@@ -8,17 +8,18 @@ import torch
 from torch import Tensor
 
 from ffssl.parallel.device import mark_work
+from ffssl.training.sizes import Views, each
 
 
-def to_device(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+def to_device(batches: Iterable[Views], device: torch.device) -> Iterator[Views]:
     """Yield the batches on `device`.
 
-    All batches have one shape, but the last may be shorter. The memory of a yielded batch is
+    All batches have the same shapes, but the last may be shorter. The memory of a yielded batch is
     reused: on a CPU by the next batch; on a GPU by the next but one. A GPU copies a batch while it
     computes with the one before.
     """
     if device.type != "cuda":
-        yield from (batch.to(device) for batch in batches)
+        yield from (each(lambda part: part.to(device), batch) for batch in batches)
         return
     computing, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
     batches, buffers, read = iter(batches), [], []
@@ -29,14 +30,18 @@ def to_device(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tenso
         if batch is None:
             return
         if len(buffers) < 2:
-            buffers.append(torch.empty_like(batch, device=device))
+            buffers.append(each(lambda part: torch.empty_like(part, device=device), batch))
             read.append(computing.record_event())  # work queued earlier may still use the memory
         copying.wait_event(read[turn])
         with torch.cuda.stream(copying):
-            on_device = buffers[turn][: len(batch)].copy_(batch, non_blocking=True)
+            on_device = each(_copy, buffers[turn], batch)
         computing.wait_stream(copying)
         yield on_device
         read[turn] = computing.record_event()
+
+
+def _copy(buffer: Tensor, batch: Tensor) -> Tensor:
+    return buffer[: len(batch)].copy_(batch, non_blocking=True)
 
 
 class RunAheadLimit:
