@@ -501,7 +501,10 @@ def test_broken_images_end_a_run_by_name_or_are_replaced_and_counted(betons, tmp
             "--augment.local_views: vicreg has no use for local views.* byol, dino, mocov2plus,",
         ),
         (
-            "--augment.local_views=2 --model.backbone=vit_tiny_patch16_224 --resolution.step=8",
+            (
+                "--augment.local_views=2 --augment.local_share=0.25 --resolution.step=8 "
+                "--model.backbone=vit_tiny_patch16_224"
+            ),
             "--augment.local_share: vit_tiny.* can't take views of 8 px: its patches of 16 px",
         ),
         ("--model.drop_path=0.1", "model.drop_path: resnet-small has no stochastic depth"),
