@@ -6,7 +6,7 @@ Images are (N, 3, R, R), features (N, features).
 import copy
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torchvision
@@ -137,7 +137,11 @@ BACKBONES = ("resnet-small", *RESNETS, "vit_small_patch16_224", "vit_base_patch1
 
 
 def build_backbone(
-    name: str, *, zero_init_residual: bool = False, stem: str = "imagenet"
+    name: str,
+    *,
+    zero_init_residual: bool = False,
+    stem: str = "imagenet",
+    drop_path: float = 0.0,
 ) -> Backbone:
     """Return a backbone with random weights.
 
@@ -147,14 +151,22 @@ def build_backbone(
         For the networks of RESNETS.
     stem: "cifar" is for images of up to 64 pixels and the networks of RESNETS: a 3x3 convolution of
         stride 1 and no pooling, as in SimCLR on CIFAR-10 (section B.9).
+    drop_path: rate of stochastic depth in training (Huang et al. 2016), for networks of timm. It
+        rises linearly from 0 in the first block to this in the last.
 
-    Raise UserError for an unknown name, with close ones, and for a network without pooled features.
+    Raise UserError for an unknown name, with close ones, for a network without pooled features, and
+    for what a network does not have.
     """
+    if drop_path and name in ("resnet-small", *RESNETS):
+        raise UserError(
+            f"model.drop_path: {name} has no stochastic depth; leave it 0, or take a vision "
+            "transformer"
+        )
     if name in RESNETS:
         return _torchvision_resnet(name, zero_init_residual, stem)
     if stem != "imagenet":
         raise UserError(f"model.stem: {name} has no {stem} stem; {', '.join(RESNETS)} have one")
-    return SmallResNet() if name == "resnet-small" else _timm_model(name)
+    return SmallResNet() if name == "resnet-small" else _timm_model(name, drop_path)
 
 
 def _torchvision_resnet(name: str, zero_init_residual: bool, stem: str) -> Backbone:
@@ -170,7 +182,7 @@ def _torchvision_resnet(name: str, zero_init_residual: bool, stem: str) -> Backb
     return network
 
 
-def _timm_model(name: str) -> Backbone:
+def _timm_model(name: str, drop_path: float) -> Backbone:
     import timm  # takes seconds, and ResNets do without
     from timm.models.vision_transformer import VisionTransformer
 
@@ -181,7 +193,14 @@ def _timm_model(name: str) -> Backbone:
             f"model.backbone: unknown backbone {name!r}; known are {', '.join(BACKBONES)}, "
             f"and the models of timm{nearest}"
         )
-    network = timm.create_model(name, pretrained=False, num_classes=0)
+    # Left out if 0, since not all networks have it.
+    more: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+    try:
+        network = timm.create_model(name, pretrained=False, num_classes=0, **more)
+    except TypeError as error:
+        if not drop_path:
+            raise
+        raise UserError(f"model.drop_path: {name} has no stochastic depth; leave it 0") from error
     return ResizableViT(network) if isinstance(network, VisionTransformer) else TimmModel(network)
 
 

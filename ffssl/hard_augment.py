@@ -91,6 +91,18 @@ def choose_views(
     return (first, second) if targets is None else (first, second, targets)
 
 
+def local_argument(local: Tensor | None) -> dict[str, Tensor]:
+    """Return the further argument for `method.loss`, from uint8 local views (B, n, 3, r, r).
+
+    They are normalised like the pair, (B, n, 3, r, r). Pairs are chosen among the global views
+    alone.
+    """
+    if local is None:
+        return {}
+    images = to_input(local.flatten(0, 1), autocast_dtype(local.device))
+    return {"local": images.unflatten(0, local.shape[:2])}
+
+
 def pairs(views: int, device: torch.device | None = None, policies: int = 1) -> Tensor:
     """Return the candidate pairs (i, j), i < j, of `views` views: int64 (pairs, 2).
 

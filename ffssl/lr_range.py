@@ -51,6 +51,7 @@ from ffssl.training.build import build, first_backbone
 from ffssl.training.memory import with_memory_advice
 from ffssl.training.run import Run, start_run
 from ffssl.training.schedule import RunSchedule
+from ffssl.training.sizes import Views, each
 from ffssl.training.step import train_step
 from ffssl.training.views import open_loader
 
@@ -113,9 +114,8 @@ def range_test(
         run = start_run(options, method, Sweep(options, len(loader), low, high, steps), device)
         for group in run.optimizer.param_groups:
             group.pop("constant_lr", None)  # the test looks for the peak that it would stay at
-        resolution, views = run.schedule.shape(0)
-        batch = (loader.batch_size, views, 3, resolution, resolution)
-        return with_memory_advice(run, batch, lambda: sweep(run, loader, validation, steps))
+        shapes = run.schedule.shape(0).of_batch(loader.batch_size)
+        return with_memory_advice(run, shapes, lambda: sweep(run, loader, validation, steps))
 
 
 def sweep(
@@ -125,7 +125,7 @@ def sweep(
     progress = tqdm(range(steps), unit="step", leave=False, disable=None)
     for step, views in zip(progress, batches(run, loader)):
         learning_rate, _ = run.schedule.learning_rate_and_momentum(step)
-        result = train_step(run, views.to(run.device), step)
+        result = train_step(run, each(lambda part: part.to(run.device), views), step)
         losses = {
             "training_loss": result.loss.item(),
             "validation_loss": validation_loss(run, validation),
@@ -143,14 +143,11 @@ def sweep(
     return rows
 
 
-def batches(run: Run, loader: ViewLoader) -> Iterator[Tensor]:
+def batches(run: Run, loader: ViewLoader) -> Iterator[Views]:
     """Yield views, epoch after epoch, at the resolution and magnitude of the run's first epoch."""
     while True:
         loader.set_epoch(
-            run.epoch,
-            run.schedule.resolution(0),
-            run.schedule.magnitude(0),
-            views=run.schedule.views(0),
+            run.epoch, magnitude=run.schedule.magnitude(0), **run.schedule.shape(0).for_loader
         )
         for views, _, _ in loader:
             yield views
@@ -167,7 +164,7 @@ def validation_views(
     """
     size = options.training.batch_size
     count = max(images // size, 1)
-    changed: dict[str, dict[str, object]] = {"augment": {"views": 2}}
+    changed: dict[str, dict[str, object]] = {"augment": {"views": 2, "local_views": 0}}
     if options.data.validation:
         found = len(read_beton(options.data.validation))
         if found < count * size:

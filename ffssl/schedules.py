@@ -34,6 +34,11 @@ def cosine(step: int, *, total: int, peak: float) -> float:
     return peak * (1 + math.cos(math.pi * step / total)) / 2
 
 
+def half_cosine(step: int, *, total: int, first: float, last: float) -> float:
+    """A value that goes from `first` to `last` along a half cosine (BYOL, section 3.3)."""
+    return last + cosine(step, total=total, peak=first - last)
+
+
 def cosine_with_warmup(step: int, *, total: int, warmup: int, peak: float) -> float:
     """Linear warm-up, then cosine annealing over the rest (eq. 6)."""
     if step < warmup:
@@ -106,6 +111,14 @@ def staged_resolution(epoch: int, *, epochs: int, stages: Sequence[tuple[int, fl
         if epoch < round(share_done * epochs):
             return side
     raise ValueError(f"epoch {epoch} lies behind the stages of {epochs} epochs")
+
+
+def local_side(resolution: int, *, share: float, step: int) -> int:
+    """Side of local views beside global ones of side `resolution`, in pixels.
+
+    It is the multiple of `step` that is nearest to a `share` of `resolution`, and at least `step`.
+    """
+    return step * max(1, math.floor(share * resolution / step + 0.5))
 
 
 def magnitude(epoch: int, *, epochs: int, low: float, high: float) -> float:

@@ -53,8 +53,7 @@ def train(options: Options) -> None:
         while run.epoch < options.training.epochs:
             shape = run.schedule.shape(run.epoch)
             prep.compiler.begin(shape)
-            side = shape.resolution
-            batch = (prep.loader.batch_size, shape.views, 3, side, side)
+            batch = shape.of_batch(prep.loader.batch_size)
             with_memory_advice(run, batch, lambda: train_epoch(prep))
             run.totals.average_over_ranks()
             accuracies = {}

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ffssl.backbones import BACKBONES, build_backbone, check_resolutions, resample_positions
 from ffssl.errors import UserError
+from ffssl.methods.teacher import Teacher
 
 VIT = "vit_small_patch16_224"
 TINY_VIT = "vit_tiny_patch16_224"
@@ -149,6 +151,33 @@ def test_a_vision_transformer_has_no_batch_norm_and_its_copy_resizes_alone():
 def test_what_a_vision_transformer_costs_is_known():
     # 4.6 GMAC, published for DeiT-S.
     assert forward_flops(VIT, 224) == pytest.approx(2 * 4.6e9, rel=0.02)
+
+
+def test_stochastic_depth_is_of_training_alone_and_rises_with_the_depth():
+    backbone, plain = build_backbone(TINY_VIT, drop_path=0.3), build_backbone(TINY_VIT)
+    plain.load_state_dict(backbone.state_dict())
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(backbone.eval()(images), plain.eval()(images))
+        first, second = (backbone.train()(images) for _ in range(2))
+    assert not torch.equal(first, second)
+    rates = [getattr(block.drop_path2, "drop_prob", 0) for block in backbone.network.blocks]
+    np.testing.assert_allclose(rates, np.linspace(0, 0.3, 12), atol=1e-6)
+
+
+def test_a_teacher_has_no_stochastic_depth():
+    student = build_backbone(TINY_VIT, drop_path=0.9)
+    teacher, images = Teacher(student).train(), torch.randn(4, 3, 32, 32)
+    assert torch.equal(teacher(images), teacher(images))
+    with torch.no_grad():
+        assert not torch.equal(student(images), student(images))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet-small", "vgg11"])
+def test_stochastic_depth_is_refused_where_there_is_none(name):
+    message = f"model.drop_path: {name} has no stochastic depth"
+    with pytest.raises(UserError, match=message), torch.device("meta"):
+        build_backbone(name, drop_path=0.1)
 
 
 def forward_flops(name, side, **options):

@@ -2,6 +2,7 @@ import subprocess
 import sys
 from argparse import Namespace
 
+import pytest
 from support.printed_tables import rows_of
 
 from ffssl.benchmark import loader
@@ -9,6 +10,7 @@ from ffssl.data.beton.read import read_beton
 from ffssl.data.convert.conversion import convert
 from ffssl.data.convert.sources.embedded import Embedded
 from ffssl.data.policy import choose_policies
+from ffssl.errors import UserError
 
 STAND_INS = {  # peers that fail, each in its own way
     "nvidia/__init__.py": "",
@@ -28,9 +30,7 @@ def test_a_peer_that_fails_or_dies_is_named_and_the_others_are_measured(tmp_path
     workload = loader.Workload(
         tmp_path / "images.beton",
         tmp_path,
-        views=1,
-        resolution=32,
-        policy=choose_policies("simsiam")[0],
+        sizes=loader.view_sizes([1], [32], choose_policies("simsiam")[0]),
         workers=1,
         batch_size=8,
     )
@@ -64,10 +64,22 @@ def test_fewer_images_than_asked_for_are_repeated(betons, tmp_path):
     assert len(files) == 100 and files[:40] == files[40:80] and len({*files}) == 40
 
 
+def test_the_sizes_of_a_workload_are_global_and_local_views():
+    simsiam, byol = (choose_policies(name)[0] for name in ("simsiam", "byol"))
+    ((views, side, policy),) = loader.view_sizes([2], [224], byol)
+    assert (views, side, policy) == (2, 224, byol)
+    (large, small) = loader.view_sizes([2, 6], [224, 96], byol)
+    assert large == (2, 224, byol) and small[:2] == (6, 96)
+    assert small.policy.crop_scale == (0.05, 0.14) and small.policy.blur == 0.5
+    assert small.policy.saturation == byol.saturation != simsiam.saturation
+    with pytest.raises(UserError, match="--views: 1 numbers for 2"):
+        loader.view_sizes([2], [224, 96], byol)
+
+
 def test_loader_benchmark_names_every_contender_and_survives_those_that_fail(tmp_path):
     convert(Embedded("train", 16), tmp_path / "images.beton")
     command = (
-        "-m ffssl.benchmark loader --samples 16 --views 1 --resolution 32 --batch-size 8 "
+        "-m ffssl.benchmark loader --samples 16 --views 1 2 --resolution 32 16 --batch-size 8 "
         "--rounds 1 --workers 1 --data"
     )
     result = subprocess.run(
@@ -92,4 +104,5 @@ def test_loader_benchmark_names_every_contender_and_survives_those_that_fail(tmp
         assert float(rates["DALI, CPU"]) > 0
     else:
         assert any(line.startswith("DALI, CPU: not installed") for line in lines)
-    assert any(line.startswith("milliseconds on one core") for line in lines)
+    assert sum(line.startswith("milliseconds on one core") for line in lines) == 2
+    assert float(lines[-1].removeprefix("one decode and 3 views: ").split()[0]) > 0

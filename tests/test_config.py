@@ -234,6 +234,11 @@ HARD = ["--hard_augment.select=hard", "--augment.views=3"]
             ["--training.schedule=1-clr", "--training.warmup_share=1"],
             r"training\.warmup_share: 1 leaves no training",
         ),
+        (
+            ["--training.weight_decay=0", "--training.weight_decay_end=0.4"],
+            r"weight_decay_end: a --training\.weight_decay of 0 stays 0",
+        ),
+        (["--augment.local_share=0"], r"local_share: expected a number from 0\.01 to 1"),
         (["--training.momentum_low=0.96"], r"training\.momentum_low: 0\.96"),
         (["--augment.views=6"], r"augment\.views: 6 .*hard_augment\.select"),
         (["--hard_augment.select=hard"], r"augment\.views: 2 .*hard_augment"),

@@ -33,6 +33,7 @@ HEADS = {
 }
 REDUCED = [
     "--model.backbone=resnet-small",
+    "--model.drop_path=0",
     "--training.batch_size=8",
     "--training.epochs=3",
     *SIDES,

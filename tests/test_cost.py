@@ -77,6 +77,23 @@ def test_a_step_is_a_forward_pass_its_gradient_and_the_selection_pass():
             assert hard == 3 * forward + 4 * (6 * of_a_view + 6 * 6 * cosine)
 
 
+@pytest.mark.parametrize("name", ["simclr", "byol", "dino"])
+def test_local_views_cost_the_students_forward_and_backward_pass_at_their_own_side(name):
+    method = build(name, "resnet18")
+    plain, multi_crop, small = (
+        count_step(method, shape, batch_size=2)
+        for shape in (StepShape(128, 2), StepShape(128, 2, 64, 6), StepShape(64, 2))
+    )
+    assert multi_crop.teacher == plain.teacher and multi_crop.selection == 0
+    assert multi_crop.forward == pytest.approx(plain.forward + 6 / 2 * small.forward, rel=1e-3)
+    hard = count_step(
+        method, StepShape(128, 4, 64, 6), batch_size=2, selection=Selection("hard", 64)
+    )
+    assert (hard.forward, hard.teacher) == (multi_crop.forward, multi_crop.teacher)
+    alone = count_step(method, StepShape(128, 4), batch_size=2, selection=Selection("hard", 64))
+    assert hard.selection == alone.selection > 0  # among global views alone
+
+
 @pytest.mark.parametrize("name, heads", [("byol", 1.005), ("mocov2plus", 1.005), ("dino", 1.01)])
 def test_a_teacher_costs_a_forward_pass_whatever_a_backward_pass_counts(name, heads):
     backbone = 8.174e9
@@ -237,6 +254,7 @@ def test_the_total_of_a_run_is_what_training_counts():
         "--augment.views=5",
         "--hard_augment.resolution=16",
         "--hard_augment.select=random",
+        "--augment.local_views=2",
         "--training.batch_size=128",
     ],
 )

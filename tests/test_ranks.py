@@ -57,9 +57,13 @@ RUNS = {  # of 20 steps; between them, all that is computed from a batch
         "--training.schedule=f1-clr",
         "--training.warmup_epochs=1",
         "--method.temperature=1",
+        "--augment.local_views=2",
     ],
     "mocov2plus": [*THREE_VIEWS, "--hard_augment.select=random", "--method.queue=128"],
-    "dino": ["--method.prototypes=64"],  # whose last layer is frozen for 5 steps
+    "dino": [
+        "--method.prototypes=64",
+        "--augment.local_views=2",
+    ],  # whose last layer is frozen for 5 steps
 }
 CONTINUED = ["--method.name=simclr", *RUNS["simclr"]]
 HANGS = 600  # seconds, after which what takes twenty does

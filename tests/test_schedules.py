@@ -165,3 +165,18 @@ def test_the_share_of_hard_pairs_rises_linearly_from_its_start_to_the_last_epoch
     assert shares == pytest.approx([0, 0, 0, 0.25, 0.4, 0.55, 0.7, 0.85, 1])
     constant = [schedules.hard_share(e, epochs=4, start=3, low=1, high=1) for e in range(4)]
     assert constant == [0, 0, 0, 1]
+
+
+def test_a_half_cosine_goes_from_its_first_value_to_its_last():
+    values = [schedules.half_cosine(step, total=8, first=0.04, last=0.4) for step in range(9)]
+    assert values[0] == pytest.approx(0.04) and values[8] == 0.4
+    assert values[4] == pytest.approx(0.22) and values == sorted(values)
+    # DINO's cosine_scheduler.
+    assert values[3] == pytest.approx(0.4 + 0.5 * (0.04 - 0.4) * (1 + cos(pi * 3 / 8)))
+
+
+@pytest.mark.parametrize("step, sides", [(16, [48, 48, 64, 80, 96]), (32, [32, 64, 64, 96, 96])])
+def test_the_side_of_local_views_follows_that_of_the_global_ones(step, sides):
+    found = [schedules.local_side(side, share=0.43, step=step) for side in (96, 128, 160, 192, 224)]
+    assert found == sides
+    assert schedules.local_side(32, share=0.1, step=16) == 16  # never nothing

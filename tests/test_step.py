@@ -18,7 +18,7 @@ from ffssl.data.loader import ViewLoader
 from ffssl.data.normalise import MEAN, STD, to_input
 from ffssl.errors import UserError
 from ffssl.methods import METHODS
-from ffssl.methods.base import Method
+from ffssl.methods.base import Method, Progress
 from ffssl.parallel.device import (
     describe_precision,
     is_out_of_memory,
@@ -97,6 +97,60 @@ def test_a_step_reads_no_value_of_a_tensor(name):
     for step in range(2):
         run.epoch, result = step, train_step(run, views, step)
     assert result.loss.shape == result.embedding_std.shape == ()
+
+
+LOCAL = ["--augment.local_views=3", "--augment.local_share=0.5"]
+
+
+def two_sizes(views=2, images=16):
+    return batch(images=images, views=views), batch(seed=1, images=images, views=3, side=16)
+
+
+@pytest.mark.parametrize("name", ["simclr", "dino"])
+def test_a_step_with_local_views_is_the_methods_loss_of_both_sizes(name):
+    run = start(options_of(name, *LOCAL, *HARD))
+    run.epoch = 3
+    method, (views, local) = copy.deepcopy(run.method), two_sizes(views=3)
+    method.before_step(Progress(0, run.schedule.total_steps, run.epoch))
+    chosen = hard_augment.choose_views(method, views, run.schedule.selection(3), seed=0)
+    images = to_input(local.flatten(0, 1)).unflatten(0, (16, 3))
+    expected, _ = method.loss(*chosen, local=images)
+    torch.testing.assert_close(train_step(run, (views, local), 0).loss, expected.detach())
+
+
+def test_parts_of_a_batch_have_their_local_views():
+    run = start(options_of("simclr", *LOCAL, "--training.accumulate=2"))
+    method, views = copy.deepcopy(run.method), two_sizes()
+    losses = []
+    for half in (slice(8), slice(8, 16)):
+        (first, second), local = views[0][half].unbind(1), views[1][half]
+        images = to_input(local.flatten(0, 1)).unflatten(0, (8, 3))
+        losses.append(method.loss(to_input(first), to_input(second), local=images)[0])
+    torch.testing.assert_close(train_step(run, views, 0).loss, sum(losses).detach() / 2)
+
+
+def test_a_step_with_all_that_dino_has_reads_no_value_of_a_tensor():
+    more = ["--training.clip_gradient=3", "--training.weight_decay_end=0.4"]
+    meta = torch.device("meta")
+    run = start(options_of("dino", *LOCAL, *HARD, *more), device=meta)
+    views = tuple(part.to("meta") for part in two_sizes(views=3))
+    for step in range(2):
+        run.epoch, result = step, train_step(run, views, step)
+    assert result.loss.shape == ()
+
+
+def test_weight_decay_and_clipped_gradients_reach_the_optimiser():
+    more = ["--training.weight_decay=0.04", "--training.weight_decay_end=0.4"]
+    run = start(options_of("dino", *more, "--training.clip_gradient=0.001"))
+    decays = []
+    for step in range(20):
+        train_step(run, batch(), step)
+        decays.append([group["weight_decay"] for group in run.optimizer.param_groups])
+        norms = [p.grad.norm() for p in run.method.parameters() if p.grad is not None]
+        assert max(norms) < 0.001001 and sum(norm > 0.00099 for norm in norms) > 5
+    expected = [0.4 + (0.04 - 0.4) * (1 + np.cos(np.pi * step / 20)) / 2 for step in range(20)]
+    np.testing.assert_allclose([decay for decay, _ in decays], expected)
+    assert {of_vectors for _, of_vectors in decays} == {0}  # biases and BatchNorm
 
 
 @pytest.mark.gpu
@@ -215,7 +269,7 @@ def memory_for(monkeypatch):
 )
 def test_what_fits_is_found_by_trying(memory_for, images, advice):
     memory_for(images)
-    assert memory_advice(start(options_of("simsiam")), (16, 2, 3, 32, 32)).startswith(advice)
+    assert memory_advice(start(options_of("simsiam")), [(16, 2, 3, 32, 32)]).startswith(advice)
 
 
 def failing(error):
@@ -256,7 +310,7 @@ def test_trying_what_fits_compiles_nothing(memory_for):
         "default",
         backend=lambda graph, inputs: compiled.append(graph) or graph,
     )
-    assert memory_advice(run, (16, 3, 3, 32, 32)).startswith("8 images fit") and compiled == []
+    assert memory_advice(run, [(16, 3, 3, 32, 32)]).startswith("8 images fit") and compiled == []
     train_step(run, batch(views=3)[:8], 0)
     assert len(compiled) == 2
     torch.compiler.reset()

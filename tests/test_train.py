@@ -168,6 +168,10 @@ def test_a_missing_wandb_is_told_before_anything_is_read(tmp_path, monkeypatch):
         "byol --method.predictor=32",
         "mocov2plus --method.queue=128",
         "dino --method.prototypes=64",
+        (
+            "dino --method.prototypes=64 --augment.local_views=2 --training.clip_gradient=0.1 "
+            "--training.weight_decay_end=0.1"
+        ),
         "barlow_twins",
         "vicreg",
     ],
@@ -490,6 +494,18 @@ def test_broken_images_end_a_run_by_name_or_are_replaced_and_counted(betons, tmp
             "--hard_augment.extra_targets: simclr does not predict",
         ),
         ("--augment.policy=none", "unknown policy 'none'"),
+        (
+            "--augment.local_views=2 --method.name=vicreg",
+            "--augment.local_views: vicreg has no use for local views.* byol, dino, mocov2plus,",
+        ),
+        (
+            (
+                "--augment.local_views=2 --augment.local_share=0.25 --resolution.step=8 "
+                "--model.backbone=vit_tiny_patch16_224"
+            ),
+            "--augment.local_share: vit_tiny.* can't take views of 8 px: its patches of 16 px",
+        ),
+        ("--model.drop_path=0.1", "model.drop_path: resnet-small has no stochastic depth"),
         ("--run.device=cuda:99", "cuda:99 can't be used here"),
         ("--run.folder=/dev/null/run", "/dev/null/run can't be made"),
     ],

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,18 +20,21 @@ from ffssl.data.policy import STANDARD_MAGNITUDE, ViewPolicy
 Epoch = Callable[[], int]
 
 
+class Size(NamedTuple):
+    """Views of one size and one policy."""
+
+    views: int
+    side: int
+    policy: ViewPolicy
+
+
 @dataclass(frozen=True)
 class Workload:
-    """The same images as a beton file and as a folder of JPEG files, and what to make of each.
-
-    policy: the views' policy.
-    """
+    """The same images as a beton file and as a folder of JPEG files, and what to make of each."""
 
     beton: Path
     folder: Path
-    views: int
-    resolution: int
-    policy: ViewPolicy
+    sizes: tuple[Size, ...]
     workers: int
     batch_size: int
 
@@ -39,19 +43,20 @@ def ours(workload: Workload, jitter_form: str) -> Epoch:
     """Return epochs of ViewLoader with one of the two forms of colour jitter."""
     from ffssl.data.loader import ViewLoader
 
+    views, sides, policies = zip(*workload.sizes)
     loader = ViewLoader(
         workload.beton,
         batch_size=workload.batch_size,
-        views=workload.views,
-        resolution=workload.resolution,
-        policy=replace(workload.policy, jitter_form=jitter_form),
+        views=views,
+        resolution=sides,
+        policy=[replace(policy, jitter_form=jitter_form) for policy in policies],
         workers=workload.workers,
     )
     epochs = iter(range(10**9))
 
     def epoch() -> int:
         loader.set_epoch(next(epochs))
-        return sum(len(batch.views) for batch in loader)
+        return sum(len(batch.indices) for batch in loader)
 
     return epoch
 
@@ -103,14 +108,14 @@ def stock_ffcv(workload: Workload) -> Epoch:
     from ffcv.pipeline import PipelineSpec
     from ffcv.transforms import RandomHorizontalFlip, ToTensor
 
-    size = (workload.resolution, workload.resolution)
     views = {
-        f"view{v}": PipelineSpec(
+        f"view{side}-{v}": PipelineSpec(
             "image",
-            RandomResizedCropRGBImageDecoder(size, workload.policy.crop_scale),
+            RandomResizedCropRGBImageDecoder((side, side), policy.crop_scale),
             [RandomHorizontalFlip(), ToTensor()],
         )
-        for v in range(workload.views)
+        for number, side, policy in workload.sizes
+        for v in range(number)
     }
     loader = Loader(
         str(workload.beton),
@@ -135,28 +140,24 @@ def torchvision_dataloader(workload: Workload) -> Epoch:
     from torch.utils.data import DataLoader, Dataset
     from torchvision import transforms
 
-    policy = workload.policy
-    jitter = transforms.ColorJitter(
-        policy.brightness, policy.contrast, policy.saturation, policy.hue
-    )
-    make_view = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(workload.resolution, policy.crop_scale, policy.crop_ratio),
-            transforms.RandomHorizontalFlip(policy.flip),
-            transforms.RandomApply([jitter], policy.jitter),
-            transforms.RandomGrayscale(policy.grey),
-            transforms.RandomApply(
-                [
-                    transforms.GaussianBlur(
-                        int(0.1 * workload.resolution) // 2 * 2 + 1, policy.blur_sigma
-                    )
-                ],
-                policy.blur,
-            ),
-            transforms.RandAugment(policy.rand_augment, int(STANDARD_MAGNITUDE)),
-            transforms.PILToTensor(),
-        ]
-    )
+    def view_maker(side: int, policy: ViewPolicy) -> Callable:
+        jitter = transforms.ColorJitter(
+            policy.brightness, policy.contrast, policy.saturation, policy.hue
+        )
+        blur = transforms.GaussianBlur(int(0.1 * side) // 2 * 2 + 1, policy.blur_sigma)
+        return transforms.Compose(
+            [
+                transforms.RandomResizedCrop(side, policy.crop_scale, policy.crop_ratio),
+                transforms.RandomHorizontalFlip(policy.flip),
+                transforms.RandomApply([jitter], policy.jitter),
+                transforms.RandomGrayscale(policy.grey),
+                transforms.RandomApply([blur], policy.blur),
+                transforms.RandAugment(policy.rand_augment, int(STANDARD_MAGNITUDE)),
+                transforms.PILToTensor(),
+            ]
+        )
+
+    makers = [(views, view_maker(side, policy)) for views, side, policy in workload.sizes]
 
     class Images(Dataset):
         def __init__(self):
@@ -167,7 +168,9 @@ def torchvision_dataloader(workload: Workload) -> Epoch:
 
         def __getitem__(self, index):
             image = Image.open(io.BytesIO(self.files[index])).convert("RGB")
-            return torch.stack([make_view(image) for _ in range(workload.views)])
+            return [
+                torch.stack([make_view(image) for _ in range(views)]) for views, make_view in makers
+            ]
 
     loader = DataLoader(
         Images(),
@@ -179,7 +182,7 @@ def torchvision_dataloader(workload: Workload) -> Epoch:
         # Safe here: this process has no other threads, and the class above can't be pickled.
         multiprocessing_context="fork",
     )
-    return lambda: sum(len(views) for views in loader)
+    return lambda: sum(len(views) for views, *_ in loader)
 
 
 def dali(workload: Workload) -> Epoch:
@@ -188,9 +191,7 @@ def dali(workload: Workload) -> Epoch:
     Grey is saturation 0, and RandAugment is DALI's own.
     """
     from nvidia.dali import fn, pipeline_def, types
-    from nvidia.dali.auto_aug.rand_augment import rand_augment
 
-    policy = workload.policy
     files = [str(path) for path in sorted(workload.folder.iterdir())]
 
     @pipeline_def(enable_conditionals=True)
@@ -198,48 +199,9 @@ def dali(workload: Workload) -> Epoch:
         data, _ = fn.readers.file(files=files, random_shuffle=True, name="files")
         image = fn.decoders.image(data, device="cpu", output_type=types.RGB)
         made = []
-        for _ in range(workload.views):
-            view = fn.random_resized_crop(
-                image,
-                size=workload.resolution,
-                random_area=policy.crop_scale,
-                random_aspect_ratio=policy.crop_ratio,
-                antialias=True,
-            )
-            if fn.random.coin_flip(probability=policy.jitter, dtype=types.BOOL):
-                view = fn.color_twist(
-                    view,
-                    brightness=fn.random.uniform(
-                        range=(1 - policy.brightness, 1 + policy.brightness)
-                    ),
-                    contrast=fn.random.uniform(range=(1 - policy.contrast, 1 + policy.contrast)),
-                    saturation=fn.random.uniform(
-                        range=(1 - policy.saturation, 1 + policy.saturation)
-                    ),
-                    hue=fn.random.uniform(range=(-360 * policy.hue, 360 * policy.hue)),
-                )
-            if fn.random.coin_flip(probability=policy.grey, dtype=types.BOOL):
-                view = fn.hsv(view, saturation=0.0)
-            if fn.random.coin_flip(probability=policy.blur, dtype=types.BOOL):
-                view = fn.gaussian_blur(view, sigma=fn.random.uniform(range=policy.blur_sigma))
-            if policy.rand_augment > 0:
-                view = rand_augment(
-                    view,
-                    policy.rand_augment,
-                    int(STANDARD_MAGNITUDE),
-                    shape=(workload.resolution, workload.resolution),
-                    fill_value=0,
-                    interp_type=types.INTERP_NN,
-                    max_translate_rel=150 / 331,
-                )
-            made.append(
-                fn.crop_mirror_normalize(
-                    view,
-                    mirror=fn.random.coin_flip(probability=policy.flip),
-                    dtype=types.UINT8,
-                    output_layout="CHW",
-                )
-            )
+        for number, side, policy in workload.sizes:
+            for _ in range(number):
+                made.append(dali_view(image, side, policy))
         return tuple(made)
 
     pipeline = views(
@@ -255,6 +217,48 @@ def dali(workload: Workload) -> Epoch:
         return batches * workload.batch_size
 
     return epoch
+
+
+def dali_view(image, side: int, policy: ViewPolicy):
+    """Return one view of an image, as nodes of a DALI pipeline with conditionals."""
+    from nvidia.dali import fn, types
+    from nvidia.dali.auto_aug.rand_augment import rand_augment
+
+    view = fn.random_resized_crop(
+        image,
+        size=side,
+        random_area=policy.crop_scale,
+        random_aspect_ratio=policy.crop_ratio,
+        antialias=True,
+    )
+    if fn.random.coin_flip(probability=policy.jitter, dtype=types.BOOL):
+        view = fn.color_twist(
+            view,
+            brightness=fn.random.uniform(range=(1 - policy.brightness, 1 + policy.brightness)),
+            contrast=fn.random.uniform(range=(1 - policy.contrast, 1 + policy.contrast)),
+            saturation=fn.random.uniform(range=(1 - policy.saturation, 1 + policy.saturation)),
+            hue=fn.random.uniform(range=(-360 * policy.hue, 360 * policy.hue)),
+        )
+    if fn.random.coin_flip(probability=policy.grey, dtype=types.BOOL):
+        view = fn.hsv(view, saturation=0.0)
+    if fn.random.coin_flip(probability=policy.blur, dtype=types.BOOL):
+        view = fn.gaussian_blur(view, sigma=fn.random.uniform(range=policy.blur_sigma))
+    if policy.rand_augment > 0:
+        view = rand_augment(
+            view,
+            policy.rand_augment,
+            int(STANDARD_MAGNITUDE),
+            shape=(side, side),
+            fill_value=0,
+            interp_type=types.INTERP_NN,
+            max_translate_rel=150 / 331,
+        )
+    return fn.crop_mirror_normalize(
+        view,
+        mirror=fn.random.coin_flip(probability=policy.flip),
+        dtype=types.UINT8,
+        output_layout="CHW",
+    )
 
 
 CONTENDERS: dict[str, Callable[[Workload], Epoch]] = {

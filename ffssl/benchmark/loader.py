@@ -2,9 +2,11 @@
 
     ffssl benchmark loader
     ffssl benchmark loader --images photos/ --views 6 --resolution 96
+    ffssl benchmark loader --views 2 6 --resolution 224 96
     ffssl benchmark loader --data train.beton --workers 8
 
-The first takes scikit-image's photographs, or drawings if it is not installed.
+The first takes scikit-image's photographs, or drawings if it is not installed. The third makes
+views of two sizes, as multi-crop does. Those of the second size show small parts of the image.
 
 Every contender has a process of its own, and waits there while the others run. They take turns,
 round by round, so that a machine whose speed drifts slows all of them alike. Trust the ratios, not
@@ -27,15 +29,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ffssl.benchmark.contenders import CONTENDERS, Workload
+from ffssl.benchmark.contenders import CONTENDERS, Size, Workload
 from ffssl.benchmark.stages import stage_times
 from ffssl.config import Number
 from ffssl.config.command_line import Parser, checked
+from ffssl.config.options import AugmentOptions
 from ffssl.data.beton.read import MODE_JPEG, read_beton
 from ffssl.data.convert.conversion import ConvertOptions, convert
 from ffssl.data.convert.embedded import EmbeddedDataset
 from ffssl.data.convert.sources.folder import ImageFolder
-from ffssl.data.policy import choose_policies
+from ffssl.data.policy import ViewPolicy, choose_policies, local_policy
 from ffssl.errors import UserError
 from ffssl.run_folder.machine import describe_machine
 from ffssl.tables import table
@@ -75,13 +78,20 @@ def main(arguments: list[str]) -> None:
         ),
     )
     parser.add_argument(
-        "--views", type=count, default=2, help="views of each image (default: %(default)s)"
+        "--views",
+        type=count,
+        nargs="+",
+        default=[2],
+        metavar="N",
+        help="views of each image, of each size (default: 2)",
     )
     parser.add_argument(
         "--resolution",
         type=count,
-        default=224,
-        help="side of the views in pixels (default: %(default)s)",
+        nargs="+",
+        default=[224],
+        metavar="R",
+        help="side of the views in pixels, of each size (default: 224)",
     )
     parser.add_argument("--policy", default="simsiam", help="view policy (default: %(default)s)")
     parser.add_argument(
@@ -100,35 +110,56 @@ def main(arguments: list[str]) -> None:
         help="epochs of each contender that count (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
-    policy = choose_policies(options.policy)[0]
+    sizes = view_sizes(options.views, options.resolution, choose_policies(options.policy)[0])
 
     with tempfile.TemporaryDirectory(prefix="ffssl-benchmark-") as scratch:
         beton, folder = prepare_images(options, Path(scratch))
         workload = Workload(
             beton=beton,
             folder=folder,
-            views=options.views,
-            resolution=options.resolution,
-            policy=policy,
+            sizes=sizes,
             workers=options.workers,
             batch_size=options.batch_size,
         )
         print(describe_machine(PACKAGES))
         print(describe_images(beton, "" if options.data or options.images else stand_ins()))
+        views = " and ".join(f"{size.views} views at {size.side}" for size in sizes)
         print(
-            f"{options.views} views at {options.resolution}, policy {options.policy}, "
+            f"{views}, policy {options.policy}, "
             f"batches of {options.batch_size}, {options.workers} workers\n",
             flush=True,
         )
-        print(rates_table(measure(workload, options.rounds), options.views))
-        stages = stage_times(beton, policy, options.resolution)
+        print(rates_table(measure(workload, options.rounds), sum(options.views)))
+        print_stages(beton, sizes)
+
+
+def view_sizes(views: list[int], sides: list[int], policy: ViewPolicy) -> tuple[Size, ...]:
+    """Return the sizes of a workload. From the second on they are local views of multi-crop."""
+    if len(views) != len(sides):
+        raise UserError(
+            f"--views: {len(views)} numbers for {len(sides)} of --resolution; give one of each for "
+            "each size"
+        )
+    local = local_policy(policy, AugmentOptions.local_crop_scale_max)
+    policies = [policy, *[local] * (len(views) - 1)]
+    return tuple(map(Size, views, sides, policies))
+
+
+def print_stages(beton: Path, sizes: tuple[Size, ...]) -> None:
+    """Print where the time goes on one core, and the rate that follows if nothing else took any."""
+    image = 0.0
+    for views, side, policy in sizes:
+        stages = stage_times(beton, policy, side)
+        image += views * stages["view"]
         times = "  ".join(f"{stage} {ms:.3f}" for stage, ms in stages.items())
-        print("\nmilliseconds on one core   ", times)
-        affine = stage_times(beton, replace(policy, jitter_form="affine"), options.resolution)
+        print(f"\nmilliseconds on one core    {times}")
+        affine = stage_times(beton, replace(policy, jitter_form="affine"), side)
         print(
-            "decode: per image; the others: per view; colour with affine jitter "
+            f"decode: per image; the others: per view at {side}; colour with affine jitter "
             f"{affine['colour']:.3f}"
         )
+    rate = 1000 / (stages["decode"] + image)
+    print(f"\none decode and {sum(size.views for size in sizes)} views: {rate:.0f} image/s a core")
 
 
 def prepare_images(options: Namespace, scratch: Path) -> tuple[Path, Path]:

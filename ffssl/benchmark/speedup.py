@@ -52,6 +52,7 @@ from ffssl.training.compile import COMPILED_METHODS, compile_methods, stage_mode
 from ffssl.training.memory import with_memory_advice
 from ffssl.training.run import Run, start_run
 from ffssl.training.schedule import RunSchedule, StepShape
+from ffssl.training.sizes import Views, made
 from ffssl.training.step import train_step
 from ffssl.training.transfer import to_device
 from ffssl.training.views import open_loader
@@ -246,16 +247,18 @@ def take_first_steps(trial: Trial, seconds: float) -> None:
     """
     options = trial.run.options
     for stage in trial.stages:
-        side, trial.run.epoch = stage.shape.resolution, stage.epochs[0]
+        trial.run.epoch = stage.epochs[0]
         compile_methods(trial.run.method, COMPILED_METHODS, stage.compiled)
-        shape = (options.training.batch_size, stage.shape.views, 3, side, side)
-        views = torch.zeros(shape, dtype=torch.uint8, device=trial.run.device)
+        shapes = stage.shape.of_batch(options.training.batch_size)
+        views = made(
+            lambda shape: torch.zeros(shape, dtype=torch.uint8, device=trial.run.device), shapes
+        )
 
-        def step(views: torch.Tensor = views) -> float:
+        def step(views: Views = views) -> float:
             return seconds_of(lambda: train_step(trial.run, views, 0), trial.run.device)
 
         try:
-            stage.first_step = with_memory_advice(trial.run, shape, step)
+            stage.first_step = with_memory_advice(trial.run, shapes, step)
         except UserError as error:
             raise UserError(f"{trial.name}: {error}") from error
         stage.steps = int(min(max(seconds / step(), FEWEST_STEPS), MOST_STEPS))
@@ -275,9 +278,8 @@ def time_stage(trial: Trial, stage: Stage) -> None:
 
     def first_batch() -> float:
         nonlocal batches, views
-        resolution, views_of_each = stage.shape
         magnitude = run.schedule.magnitude(run.epoch)
-        loader.set_epoch(run.epoch, resolution, magnitude, views=views_of_each)
+        loader.set_epoch(run.epoch, magnitude=magnitude, **stage.shape.for_loader)
         batches = to_device((views for views, _, _ in loader), run.device)
         started = time.perf_counter()
         views = next(batches)

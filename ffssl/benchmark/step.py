@@ -40,6 +40,7 @@ from ffssl.training.memory import with_memory_advice
 from ffssl.training.optimizers import build_optimizer
 from ffssl.training.run import Run, start_run
 from ffssl.training.schedule import RunSchedule, StepShape
+from ffssl.training.sizes import made
 from ffssl.training.step import train_step
 
 PACKAGES = ("ffssl", "torch", "torchvision", "timm")
@@ -90,7 +91,8 @@ def main(arguments: list[str]) -> None:
     )
     shapes = list(run.schedule.first_epochs)
     if given.resolutions:
-        shapes = [StepShape(side, options.augment.views) for side in given.resolutions]
+        views = options.augment.views
+        shapes = [run.schedule.shape_at(side, views) for side in given.resolutions]
     check_resolutions(
         options.model.backbone,
         run.method.backbone,
@@ -121,11 +123,10 @@ def main(arguments: list[str]) -> None:
     }
     for shape in shapes:
         compile_methods(run.method, COMPILED_METHODS, modes[shape])
-        views = (options.training.batch_size, shape.views, 3, shape.resolution, shape.resolution)
         try:
             row = with_memory_advice(
                 run,
-                views,
+                shape.of_batch(options.training.batch_size),
                 functools.partial(
                     time_shape, run, shape, modes[shape], flops[shape], given.steps, given.rounds
                 ),
@@ -223,8 +224,10 @@ def time_shape(
     flops: of the training step.
     """
     options, device, side = run.options, run.device, shape.resolution
-    size = (options.training.batch_size, shape.views, 3, side, side)
-    views = torch.randint(0, 256, size, dtype=torch.uint8, device=device)
+    views = made(
+        lambda size: torch.randint(0, 256, size, dtype=torch.uint8, device=device),
+        shape.of_batch(options.training.batch_size),
+    )
     numbers, watch = itertools.count(), Stopwatch(device)
 
     def step() -> None:

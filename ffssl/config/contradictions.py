@@ -81,6 +81,11 @@ def _check_training(training: TrainingOptions) -> None:
             f"--training.accumulate: {training.accumulate} equal parts of 2 images or more "
             f"can't be made of --training.batch_size={training.batch_size}"
         )
+    if training.weight_decay_end is not None and not training.weight_decay:
+        raise UserError(
+            "--training.weight_decay_end: a --training.weight_decay of 0 stays 0; give more, or "
+            "leave this out"
+        )
     if training.momentum_low > training.momentum_high:
         raise UserError(
             f"--training.momentum_low: {training.momentum_low} is larger than "

@@ -110,6 +110,23 @@ class AugmentOptions:
         "filter that resizes crops, antialiased; bicubic: as the authors of SimCLR, BYOL, DINO, "
         "Barlow Twins and VICReg",
     )
+    local_views: int = option(
+        0,
+        integer(0),
+        "multi-crop: small local views of each image besides, which predict the global ones; "
+        "hard_augment chooses among the global views alone",
+    )
+    local_share: float = option(
+        0.43,
+        number(0.01, 1),
+        "side of the local views, as a share of the epoch's resolution; rounded to a multiple of "
+        "resolution.step",
+    )
+    local_crop_scale_max: float = option(
+        0.14,
+        number(0.001, 1),
+        "largest crop of the local views, as a share of the area; the smallest is 0.05",
+    )
     crop_scale_min: float | None = option(
         None, number(0.001, 1), "smallest crop, as a share of the area; default: the policy's"
     )
@@ -202,6 +219,11 @@ class ModelOptions:
         Choice("imagenet", "cifar"),
         "cifar: 3x3, stride 1 and no pooling, for 64 px and below (resnet18 to 101)",
     )
+    drop_path: float = option(
+        0.0,
+        number(0, 0.99),
+        "rate of stochastic depth in the last block, from 0 in the first (networks of timm)",
+    )
     zero_init_residual: bool = option(
         False,
         Switch(),
@@ -264,6 +286,16 @@ class TrainingOptions:
         0.95, number(0, 0.9999), "momentum under the one-cycle schedules at their ends"
     )
     weight_decay: float = option(1e-4, number(0), "L2 penalty; of adamw, decoupled")
+    weight_decay_end: float | None = option(
+        None,
+        number(0),
+        "weight_decay in the last step, where a half cosine leads; default: weight_decay",
+    )
+    clip_gradient: float = option(
+        0.0,
+        number(0),
+        "largest norm of a parameter's gradient, of each parameter alone; 0: no limit",
+    )
     decay_norm_and_bias: bool | None = option(
         None,
         Switch(),

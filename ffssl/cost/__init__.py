@@ -12,9 +12,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ffssl.hard_augment import Selection, choose_views
+from ffssl.hard_augment import Selection, choose_views, local_argument
 from ffssl.methods.base import Method
 from ffssl.training.schedule import RunSchedule, StepShape
+from ffssl.training.sizes import global_and_local, made
 
 STANDARD, PAPERS = 2, 1  # forward passes that a backward pass counts for
 
@@ -74,12 +75,16 @@ def count_step(
     torch counts them on the meta device, without computing anything.
     """
     clone = copy.deepcopy(method).to("meta").train()
-    size = (batch_size, shape.views, 3, shape.resolution, shape.resolution)
-    images = torch.empty(size, dtype=torch.uint8, device="meta")
+    images, local = global_and_local(
+        made(
+            lambda size: torch.empty(size, dtype=torch.uint8, device="meta"),
+            shape.of_batch(batch_size),
+        )
+    )
     with FlopCounterMode(display=False) as selecting:
         chosen = choose_views(clone, images, selection)
     with FlopCounterMode(display=False) as loss, _WithoutGradient() as teacher:
-        clone.loss(*chosen)
+        clone.loss(*chosen, **local_argument(local))
     return Flops(loss.get_total_flops() - teacher.flops, teacher.flops, selecting.get_total_flops())
 
 

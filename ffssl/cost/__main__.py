@@ -91,7 +91,13 @@ def stage_table(stages: list[Stage]) -> str:
         flops = stage.flops
         parts = flops.forward, STANDARD * flops.forward, flops.teacher, flops.selection
         gflop = (f"{part / 1e9:.3f}" for part in parts)
-        rows.append((stage.shape.resolution, stage.shape.views, stage.epochs, *gflop))
+        sides, views = str(stage.shape.resolution), str(stage.shape.views)
+        if stage.shape.local_views:
+            sides, views = (
+                f"{sides}, {stage.shape.local_resolution}",
+                f"{views} + {stage.shape.local_views}",
+            )
+        rows.append((sides, views, stage.epochs, *gflop))
     titles = ("resolution", "views", "epochs", "forward", "backward", "teacher", "selection")
     return f"GFLOP of an image, by stage:\n\n{table(titles, rows, '>')}"
 

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,12 +40,13 @@ SAMPLES_PER_TASK = 8
 class Batch(NamedTuple):
     """One batch of an epoch.
 
-    views: uint8 (batch, views, 3, R, R).
+    views: uint8 (batch, views, 3, R, R). If the loader was made for several sizes, a tuple with
+        such a tensor for each size.
     labels: int64 (batch,), UNLABELLED (-1) for a sample without one.
     indices: int64 (batch,), the samples' indices in the file.
     """
 
-    views: torch.Tensor
+    views: Any
     labels: torch.Tensor
     indices: torch.Tensor
 
@@ -53,11 +54,11 @@ class Batch(NamedTuple):
 class _BatchUnderWay(NamedTuple):
     """A batch that the threads are rendering.
 
-    views: window on the buffer. planned: the samples of the epoch's order. indices: the samples
-    rendered; the threads put another one in the place of an image that does not decode.
+    views: windows on the buffer, one a size. planned: the samples of the epoch's order. indices:
+    the samples rendered; the threads put another one in the place of an image that does not decode.
     """
 
-    views: torch.Tensor
+    views: tuple[torch.Tensor, ...]
     planned: np.ndarray
     indices: np.ndarray
     tasks: list[Future]
@@ -81,7 +82,8 @@ class ViewLoader:
 
     Which views:
 
-    views, resolution, policy, seed, scaled_decoding: see `ViewSettings`.
+    views, resolution, policy, seed, scaled_decoding: see `ViewSettings`. `views=(2, 6),
+        resolution=(224, 96)` are views of two sizes, from one decode.
     kernel: a function (view, key) of the user's own. Numba compiles it, and it changes every
         finished view in place, see `compile_view_kernel`.
 
@@ -90,8 +92,8 @@ class ViewLoader:
     workers: threads; 0 for one per core.
     batches_ahead: batches in memory: the one being consumed and those rendered meanwhile. With 1
         nothing is rendered meanwhile.
-    max_resolution: the largest resolution to expect, for which buffers are sized; `resolution`
-        by default.
+    max_resolution: the largest resolution to expect, in the form of `resolution`, for which
+        buffers are sized; `resolution` by default.
     loaders_here: loaders like this one on the machine, each of which takes as much memory.
 
     A batch's views are a window on a buffer that is reused. They hold until the next batch is
@@ -112,10 +114,10 @@ class ViewLoader:
         path: str | Path,
         *,
         batch_size: int,
-        views: int,
-        resolution: int,
-        policy: ViewPolicy | Sequence[ViewPolicy] = ViewPolicy(),
-        max_resolution: int | None = None,
+        views: int | Sequence[int],
+        resolution: int | Sequence[int],
+        policy: ViewPolicy | Sequence[ViewPolicy] | Sequence[Sequence[ViewPolicy]] = ViewPolicy(),
+        max_resolution: int | Sequence[int] | None = None,
         indices: Sequence[int] | None = None,
         shuffle: bool = True,
         drop_last: bool = True,
@@ -151,10 +153,6 @@ class ViewLoader:
         ):
             if value < least:
                 raise UserError(f"{path}: {name} is {value}, must be at least {least}")
-        if max_resolution is not None and max_resolution < resolution:
-            raise UserError(
-                f"{path}: resolution {resolution} is more than max_resolution {max_resolution}"
-            )
         if not 0 <= rank < world_size:
             raise UserError(f"{path}: rank {rank} of {world_size}: must lie in 0..{world_size - 1}")
         if broken not in ("stop", "replace"):
@@ -183,8 +181,12 @@ class ViewLoader:
         self.workers = workers or len(os.sched_getaffinity(0))
         self.batches_ahead = batches_ahead
 
-        self._max_resolution = max_resolution or resolution
         self._settings = ViewSettings(views, resolution, policy, seed, scaled_decoding)
+        self._max_sides = self._settings.by_size("max_resolution", max_resolution or resolution)
+        if any(most < size.side for most, size in zip(self._max_sides, self._settings.sizes)):
+            raise UserError(
+                f"{path}: resolution {resolution} is more than max_resolution {max_resolution}"
+            )
         self._kernel = compile_view_kernel(kernel) if kernel is not None else None
         self._start()
         self._require_memory(loaders_here)
@@ -210,11 +212,11 @@ class ViewLoader:
         )
 
     @property
-    def resolution(self) -> int:
+    def resolution(self) -> int | Sequence[int]:
         return self._settings.resolution
 
     @property
-    def views(self) -> int:
+    def views(self) -> int | Sequence[int]:
         return self._settings.views
 
     @property
@@ -228,13 +230,10 @@ class ViewLoader:
 
         They are taken when the first epoch starts and held until `close`.
         """
-        needed = (
-            self.batches_ahead
-            * self.batch_size
-            * self._settings.most_views
-            * 3
-            * self._max_resolution**2
+        pixels = sum(
+            views * side**2 for views, side in zip(self._settings.most_views, self._max_sides)
         )
+        needed = self.batches_ahead * self.batch_size * 3 * pixels
         # Torch pins memory by powers of two.
         return 1 << (needed - 1).bit_length() if self._pins else needed
 
@@ -247,12 +246,14 @@ class ViewLoader:
         """
         images = self.beton.images
         largest = int((images["height"].astype(np.int64) * images["width"]).max())
-        return self.buffer_bytes + self.workers * 3 * (largest + 4 * self._max_resolution**2)
+        return self.buffer_bytes + self.workers * 3 * (largest + 4 * max(self._max_sides) ** 2)
 
     def describe_memory(self) -> str:
         """Say in one line how much memory the loader will hold."""
         batches = f"{self.batches_ahead} batches of {self.batch_size}"
-        views = f"{self._settings.most_views} views at {self._max_resolution} px"
+        sizes = zip(self._settings.most_views, self._max_sides)
+        views = " and ".join(f"{views} views at {side} px" for views, side in sizes)
+        views = f"({views})" if self._settings.several_sizes else views
         scratch = f"{(self.memory_bytes - self.buffer_bytes) / 1e6:.0f} MB"
         return (
             f"the loader will hold {self.memory_bytes / 1e9:.2f} GB: {batches} x {views}, "
@@ -267,10 +268,10 @@ class ViewLoader:
     def set_epoch(
         self,
         epoch: int,
-        resolution: int | None = None,
+        resolution: int | Sequence[int] | None = None,
         magnitude: float = STANDARD_MAGNITUDE,
         *,
-        views: int | None = None,
+        views: int | Sequence[int] | None = None,
         first_batch: int = 0,
     ) -> None:
         """Choose what the next iteration serves, and end an iteration that is under way.
@@ -278,10 +279,10 @@ class ViewLoader:
         An iteration that has served no batch yet is not under way: it serves the new epoch. Some
         frameworks, as Lightning, ask for the iterator before they announce the epoch.
 
-        resolution: in pixels; as before by default.
+        resolution: in pixels, one for each size; as before by default.
         magnitude: strength of the views, see `ViewPolicy`.
-        views: how many of each image's views to serve, the first ones; as before by default, and
-            at most as many as the loader was made for.
+        views: how many of each image's views to serve, the first ones (of each size); as before by
+            default, and at most as many as the loader was made for.
         first_batch: the batch of the epoch to begin with.
         """
         self._stop(begun_only=True)
@@ -294,7 +295,8 @@ class ViewLoader:
         self._settings.set_epoch(
             epoch, resolution, self.views if views is None else views, magnitude
         )
-        self._max_resolution = max(self._max_resolution, self.resolution)
+        sides = (size.side for size in self._settings.sizes)
+        self._max_sides = tuple(map(max, self._max_sides, sides))
         self.epoch, self.first_batch = epoch, first_batch
 
     def __iter__(self) -> Iterator[Batch]:
@@ -388,6 +390,7 @@ class ViewLoader:
         served = order.copy()  # the threads replace images that do not decode
         process = os.getpid()
         slots = self._take_slots()
+        layout = self._settings.layout(self.batch_size)
         starts = iter(
             range(self.first_batch * self.batch_size, len(self) * self.batch_size, self.batch_size)
         )
@@ -396,7 +399,7 @@ class ViewLoader:
         def start_next(slot: torch.Tensor) -> None:
             start = next(starts, None)
             if start is not None:
-                under_way.append(self._start_batch(slot, whole, order, served, start))
+                under_way.append(self._start_batch(slot, layout, whole, order, served, start))
 
         try:
             for slot in slots:
@@ -420,15 +423,16 @@ class ViewLoader:
     def _start_batch(
         self,
         slot: torch.Tensor,
+        layout: np.ndarray,
         whole: np.ndarray,
         order: np.ndarray,
         served: np.ndarray,
         start: int,
     ) -> _BatchUnderWay:
-        """Start rendering the batch that begins at order[start], into `slot`."""
+        """Start rendering the batch that begins at order[start], into `slot`, uint8 (bytes,)."""
         planned = order[start : start + self.batch_size]
         indices = served[start : start + self.batch_size]
-        views = slot[: len(indices)]
+        views = tuple(views[: len(indices)] for views in self._by_size(slot))
         self._file.release()
         self._file.prefetch(self.beton.images["data_ptr"][indices], self.beton.image_sizes[indices])
 
@@ -439,7 +443,9 @@ class ViewLoader:
                 self._pool.submit(
                     self._render,
                     indices[part],
-                    views.numpy()[part],
+                    i,
+                    slot,
+                    layout,
                     self._consumed,
                     whole,
                     start + i,
@@ -457,34 +463,38 @@ class ViewLoader:
             labels = np.full(len(indices), UNLABELLED)
         else:
             labels = self.beton.labels[indices]
-        return Batch(batch.views, torch.from_numpy(labels), torch.from_numpy(indices))
+        views = batch.views if self._settings.several_sizes else batch.views[0]
+        return Batch(views, torch.from_numpy(labels), torch.from_numpy(indices))
 
     def _take_slots(self) -> torch.Tensor:
         if self._buffer is None or len(self._buffer) < self.buffer_bytes:
             self._buffer = None  # before a larger one is taken
             self._require_memory()
             self._buffer = torch.empty(self.buffer_bytes, dtype=torch.uint8, pin_memory=self._pins)
-        shape = (
-            self.batches_ahead,
-            self.batch_size,
-            self._settings.views,
-            3,
-            self.resolution,
-            self.resolution,
-        )
-        return self._buffer[: math.prod(shape)].view(shape)
+        bytes_of_batch = sum(map(math.prod, self._settings.shapes(self.batch_size)))
+        return self._buffer[: self.batches_ahead * bytes_of_batch].view(-1, bytes_of_batch)
+
+    def _by_size(self, slot: torch.Tensor) -> list[torch.Tensor]:
+        """Return the windows on a batch's buffer, uint8 (batch, views, 3, R, R) of each size."""
+        shapes = self._settings.shapes(self.batch_size)
+        parts = slot.split([math.prod(shape) for shape in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes)]
 
     def _render(
         self,
         indices: np.ndarray,
-        views: np.ndarray,
+        position: int,
+        slot: torch.Tensor,
+        layout: np.ndarray,
         after: "torch.cuda.Event | None",
         whole: np.ndarray,
         start: int,
     ) -> None:
-        """Render the views of the samples at `indices` into `views`, in a thread.
+        """Render the views of the samples at `indices` into a batch's `slot`, in a thread.
 
-        after: the event to wait for before `views` may be written.
+        position: place of the first of them in the batch.
+        layout: where the batch's views lie, see `ViewSettings.layout`.
+        after: the event to wait for before `slot` may be written.
         whole: the order of all ranks, from which a broken image's substitute comes.
         start: position of the first of `indices` in this rank's part of that order.
         """
@@ -502,7 +512,9 @@ class ViewLoader:
                     self._settings.counters,
                     self._settings.policy_rows,
                     self._settings.scaled_decoding,
-                    views[done:],
+                    layout,
+                    position + done,
+                    slot.numpy(),
                 )
                 break
             except ValueError as error:
@@ -518,7 +530,9 @@ class ViewLoader:
                 indices[at] = substitute(whole, place, attempts)
                 done = at
         if self._kernel is not None:
-            self._kernel(self._settings.counters, indices, views)
+            part = slice(position, position + len(indices))
+            for size, views in zip(self._settings.sizes, self._by_size(slot)):
+                self._kernel(self._settings.counters, indices, views.numpy()[part], size.first)
 
 
 def substitute(order: np.ndarray, place: int, attempt: int) -> int:

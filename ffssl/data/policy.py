@@ -1,12 +1,15 @@
 """View policies: which random views of an image are rendered."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from ffssl.data.kernels.draw import MOST_OPERATIONS, POLICY_COLUMNS
+from ffssl.data.kernels.layout import layout_of_size
 from ffssl.data.kernels.rand_augment import MOST_MAGNITUDE
 from ffssl.errors import UserError
 
@@ -137,6 +140,9 @@ POLICIES = {
 }
 
 
+LOCAL_CROP_SCALE_MIN = 0.05  # SwAV's and DINO's
+
+
 def choose_policies(
     name: str, *, crop_scale_min: float | None = None, **changes
 ) -> tuple[ViewPolicy, ...]:
@@ -155,49 +161,129 @@ def choose_policies(
     return tuple(replace(policy, **changes) for policy in POLICIES[name])
 
 
+def local_policy(policy: ViewPolicy, crop_scale_max: float) -> ViewPolicy:
+    """Return the policy of multi-crop's local views beside global ones of `policy`.
+
+    They show small parts of an image, from 5 % of its area to `crop_scale_max`. At most half of
+    them are blurred, and none is solarised (SwAV and DINO, the official code of both).
+    """
+    crop_scale = (min(LOCAL_CROP_SCALE_MIN, crop_scale_max), crop_scale_max)
+    return replace(policy, crop_scale=crop_scale, blur=min(policy.blur, 0.5), solarise=0.0)
+
+
+class Size(NamedTuple):
+    """The views of one size.
+
+    first: number of the first of them among all views of an image.
+    views: how many.
+    side: in pixels.
+    """
+
+    first: int
+    views: int
+    side: int
+
+
 class ViewSettings:
     """What to render of each image.
 
-    views: views of each image, at most.
-    resolution: side of a view, in pixels.
-    policy: one for all views, or several, which the views take in turn.
+    views: views of each image, at most. For views of several sizes, a sequence: how many of each
+        size.
+    resolution: side of a view, in pixels. For several sizes a sequence of sides.
+    policy: one for all views, or several, which the views take in turn. For several sizes one for
+        all, or a sequence with such an entry for each size.
     seed: all random numbers follow from it, the epoch, the sample and the view.
     scaled_decoding: decode a JPEG that is large beside its views at 1/2, 1/4 or 1/8 of its size,
         see `choose_denominator`.
 
+    Views are numbered through all sizes. A view keeps its number where fewer views are served.
+
     `set_epoch` changes epoch, resolution, magnitude and number of views without recompiling. The
-    compiled code reads them from two arrays whose addresses never change: `counters` (int64: seed,
-    epoch) and `policy_rows` (float64 (policies, POLICY_COLUMNS)).
+    compiled code reads two of them from arrays whose addresses never change: `counters` (int64:
+    seed, epoch) and `policy_rows` (float64 (views, POLICY_COLUMNS)).
 
     Raises UserError for values out of range.
     """
 
     def __init__(
         self,
-        views: int,
-        resolution: int,
-        policy: ViewPolicy | Sequence[ViewPolicy],
+        views: int | Sequence[int],
+        resolution: int | Sequence[int],
+        policy: ViewPolicy | Sequence[ViewPolicy] | Sequence[Sequence[ViewPolicy]],
         seed: int,
         scaled_decoding: bool = True,
     ):
-        if views < 1:
+        self.several_sizes = isinstance(views, Sequence)
+        self._number_of_sizes = len(views) if isinstance(views, Sequence) else 1
+        self.most_views = self.by_size("views", views)
+        if not self.most_views or min(self.most_views) < 1:
             raise UserError(f"{views} views asked for, at least 1 is needed")
-        self.most_views = views
-        self.policies = (policy,) if isinstance(policy, ViewPolicy) else tuple(policy)
-        if not self.policies:
-            raise UserError("no view policy given, at least one is needed")
+        self.policies = self._policies(policy)
         self.scaled_decoding = scaled_decoding
         self.counters = np.array([seed, 0])
         self.policy_rows = np.zeros((len(self.policies), POLICY_COLUMNS))
         self.set_epoch(0, resolution, views)
 
+    def by_size(self, name: str, value: int | Sequence[int]) -> tuple[int, ...]:
+        """Return a setting's values, one for each size.
+
+        Raises UserError if `value` is not a number, or for several sizes not as many numbers.
+        """
+        values = tuple(value) if isinstance(value, Sequence) else (value,)
+        if isinstance(value, Sequence) != self.several_sizes or (
+            len(values) != self._number_of_sizes
+        ):
+            numbers = f"{self._number_of_sizes} numbers" if self.several_sizes else "a number"
+            raise UserError(f"{name} is {value}, must be {numbers}, one for each size of the views")
+        return values
+
+    def _policies(
+        self, policy: ViewPolicy | Sequence[ViewPolicy] | Sequence[Sequence[ViewPolicy]]
+    ) -> tuple[ViewPolicy, ...]:
+        """Return the policy of each view, by the view's number."""
+        each = [policy] * self._number_of_sizes
+        if self.several_sizes and not isinstance(policy, ViewPolicy):
+            each = list(policy)
+        if len(each) != self._number_of_sizes:
+            raise UserError(
+                f"policy has {len(each)} entries, must be one ViewPolicy, or an entry for each of "
+                f"the {self._number_of_sizes} sizes of the views"
+            )
+        each = [(one,) if isinstance(one, ViewPolicy) else tuple(one) for one in each]
+        if not all(each):
+            raise UserError("no view policy given, at least one is needed")
+        return tuple(
+            policies[v % len(policies)]
+            for policies, views in zip(each, self.most_views)
+            for v in range(views)
+        )
+
     def set_epoch(
-        self, epoch: int, resolution: int, views: int, magnitude: float = STANDARD_MAGNITUDE
+        self,
+        epoch: int,
+        resolution: int | Sequence[int],
+        views: int | Sequence[int],
+        magnitude: float = STANDARD_MAGNITUDE,
     ) -> None:
-        if resolution < 1:
-            raise UserError(f"resolution {resolution} asked for, at least 1 pixel is needed")
-        if not 1 <= views <= self.most_views:
-            raise UserError(f"{views} views asked for, of 1 to {self.most_views}")
+        sides, counts = self.by_size("resolution", resolution), self.by_size("views", views)
+        if min(sides) < 1:
+            raise UserError(f"resolution {min(sides)} asked for, at least 1 pixel is needed")
+        for count, most in zip(counts, self.most_views):
+            if not 1 <= count <= most:
+                raise UserError(f"{count} views asked for, of 1 to {most}")
         self.resolution, self.views = resolution, views
+        firsts = itertools.accumulate(self.most_views, initial=0)
+        self.sizes = tuple(map(Size, firsts, counts, sides))
         self.counters[1] = epoch
         self.policy_rows[:] = [policy.row(magnitude) for policy in self.policies]
+
+    def shapes(self, batch_size: int) -> list[tuple[int, int, int, int, int]]:
+        """Return the shape of a batch's views of each size: (batch, views, 3, side, side)."""
+        return [(batch_size, views, 3, side, side) for _, views, side in self.sizes]
+
+    def layout(self, batch_size: int) -> np.ndarray:
+        """Return where the views of a batch lie, as kernels read it, see `kernels.layout`."""
+        starts = itertools.accumulate(map(math.prod, self.shapes(batch_size)), initial=0)
+        return np.concatenate(
+            [layout_of_size(*size, start) for size, start in zip(self.sizes, starts)]
+        )

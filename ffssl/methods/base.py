@@ -37,6 +37,7 @@ class Method(nn.Module):
     joint_views = False
     # Share of the images that get their hardest pair when Hard Augment begins; it rises from there.
     hard_share = 1.0
+    takes_local_views = False  # whether `loss` takes the small views of multi-crop, as `local`
     decay_all = True  # weight decay on biases and normalisation parameters too
 
     def __init__(self, backbone: Backbone):
@@ -66,8 +67,8 @@ class Method(nn.Module):
         of_first, of_second = torch.cat(projections).chunk(2)
         return of_first, of_second
 
-    def forward(self, *views: Tensor) -> tuple[Tensor, Tensor]:
-        return self.loss(*views)
+    def forward(self, *views: Tensor, **more: Tensor) -> tuple[Tensor, Tensor]:
+        return self.loss(*views, **more)
 
     def targets(self, images: Tensor, projections: Tensor | None = None) -> Tensor:
         """Return targets (N, d') of images (N, 3, R, R), without gradient.

@@ -14,12 +14,12 @@ CENTRE_MOMENTUM = 0.9
 
 
 class DINO(TeacherMethod):
-    """Caron et al. 2021, after the official code, without local crops.
+    """Caron et al. 2021, after the official code.
 
-    The student predicts how the teacher assigns the other view to prototypes. Centring and
-    sharpening of the teacher's assignments prevent a collapse. The authors also clip each
-    parameter's gradient at a norm of 3. BatchNorm in the head, an option of theirs, helps
-    convolutional networks to begin.
+    The student predicts how the teacher assigns the other views to prototypes. Centring and
+    sharpening of the teacher's assignments prevent a collapse. BatchNorm in the head, an option of
+    theirs, helps convolutional networks to begin. What else the authors do is in options of other
+    sections: local views, clipped gradients, a weight decay that rises, stochastic depth.
 
     hidden: width of the projector's hidden layers.
     projection: length of the projections.

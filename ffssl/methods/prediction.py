@@ -16,6 +16,7 @@ class PredictionMethod(Method):
     not its own projections.
     """
 
+    takes_local_views = True
     # Weight of each view's prediction in the loss: 0.5 averages the two, 1 adds them.
     direction_weight = 0.5
 
@@ -37,11 +38,17 @@ class PredictionMethod(Method):
         """Store the pair's targets (N, 2, d') in a queue or a centre. Called after the loss."""
 
     def loss(
-        self, first: Tensor, second: Tensor, extra_targets: Tensor | None = None
+        self,
+        first: Tensor,
+        second: Tensor,
+        extra_targets: Tensor | None = None,
+        local: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the loss and the first views' projections, as in Method.
 
         extra_targets: (N, n, d'), targets of further views of each image, without gradient.
+        local: normalised local views (N, n, 3, r, r). They predict targets and are none. They pass
+            through the networks as one batch (SwAV, section 3.2, and its official code).
 
         Each view's prediction is compared with all targets but its own. The loss is the mean.
         """
@@ -52,9 +59,14 @@ class PredictionMethod(Method):
         targets = pair if extra_targets is None else torch.cat([pair, extra_targets], dim=1)
         distances = self.distances(predictions, targets)
         # Target 0 is prediction 0's own, and target 1 is prediction 1's: leave these two out.
-        others = torch.cat([distances[:, 0, 1:], distances[:, 1, :1], distances[:, 1, 2:]], dim=1)
+        others = [distances[:, 0, 1:], distances[:, 1, :1], distances[:, 1, 2:]]
+        if local is not None:
+            predicted = self.predict(self.project(local.flatten(0, 1)))
+            distances = self.distances(predicted.unflatten(0, local.shape[:2]), targets)
+            others.append(distances.flatten(1))
         self.remember(pair)
-        return 2 * self.direction_weight * others.mean(), projections[0][: len(first)]
+        loss = 2 * self.direction_weight * torch.cat(others, dim=1).mean()
+        return loss, projections[0][: len(first)]
 
     def pair_losses(self, projections: Tensor, targets: Tensor) -> Tensor:
         return self.both_ways(self.predictions(projections), targets)

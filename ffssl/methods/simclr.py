@@ -23,6 +23,7 @@ class SimCLR(Method):
     # The negatives of an image's views differ little: the cosine ranks its pairs as NT-Xent does.
     pair_loss = "cosine"
     policy = "simclr"
+    takes_local_views = True
     joint_views = True  # the authors pass both views at once
     decay_all = False  # the authors exclude biases and BatchNorm parameters from weight decay
 
@@ -41,9 +42,21 @@ class SimCLR(Method):
     def project(self, images: Tensor) -> Tensor:
         return self.projector(self.backbone(images))
 
-    def loss(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, first: Tensor, second: Tensor, local: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss and the first views' projections, as in Method.
+
+        local: normalised local views (N, n, 3, r, r). Each must find the two global views of its
+            image. All pairs of a view and one to be found have the same weight.
+        """
         z1, z2 = self.project_pair(first, second)
-        return nt_xent(z1, z2, self.temperature), z1
+        loss = nt_xent(z1, z2, self.temperature)
+        if local is not None:
+            z = self.project(local.flatten(0, 1)).unflatten(0, local.shape[:2])
+            of_local, n = nt_xent_of_local(z, z1, z2, self.temperature), local.shape[1]
+            loss = (loss + n * of_local) / (1 + n)
+        return loss, z1
 
     def pair_losses(self, projections: Tensor, targets: Tensor) -> Tensor:
         return nt_xent_of_pairs(projections, self.temperature)
@@ -64,6 +77,26 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     own = torch.arange(n, device=z1.device) + rank() * n
     own = torch.cat([own, own + len(everyone) // 2])
     return F.cross_entropy(similarity.scatter(1, own[:, None], float("-inf")), own.roll(n))
+
+
+def nt_xent_of_local(z: Tensor, z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+    """NT-Xent of local views that must find the global views of their image, averaged over all.
+
+    z: projections of n local views of each image, (N, n, d).
+    z1, z2: projections of the global views, (N, d).
+
+    A local view looks for one global view of its image at a time, among those of all images (of all
+    ranks). The other one of its image is no negative.
+    """
+    with full_precision(z):
+        z, z1, z2 = (F.normalize(one.float(), dim=-1) for one in (z, z1, z2))
+        everyone = torch.stack([gather_with_gradient(z1), gather_with_gradient(z2)])
+        similarity = torch.einsum("bnd,gcd->bngc", z, everyone) / temperature
+    own = torch.arange(len(z), device=z.device) + rank() * len(z)
+    own = own[:, None, None, None].expand(*similarity.shape[:3], 1)
+    positive = similarity.gather(3, own).squeeze(3)
+    negatives = similarity.scatter(3, own, float("-inf")).flatten(2).logsumexp(2, keepdim=True)
+    return (torch.logaddexp(negatives, positive) - positive).mean()
 
 
 def nt_xent_of_pairs(z: Tensor, temperature: float) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ffssl.backbones import Backbone
 from ffssl.methods.base import Progress
 from ffssl.methods.prediction import PredictionMethod
-from ffssl.schedules import cosine
+from ffssl.schedules import half_cosine
 
 
 class Teacher(nn.Module):
@@ -94,9 +94,11 @@ class TeacherMethod(PredictionMethod):
 
         It goes from its first value to its last along a half cosine.
         """
-        end = self.teacher_momentum_end
-        return end - cosine(
-            progress.step, total=progress.total_steps, peak=end - self.teacher_momentum
+        return half_cosine(
+            progress.step,
+            total=progress.total_steps,
+            first=self.teacher_momentum,
+            last=self.teacher_momentum_end,
         )
 
     def after_step(self, progress: Progress) -> None:

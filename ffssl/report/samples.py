@@ -108,9 +108,9 @@ def class_name(names: Sequence[str], label: int) -> str:
 def _fixed_views(run: ReportedRun, count: int):
     """Return the run's training loader, over at most `count` images, always the same ones.
 
-    Its views are those of the training.
+    Its views are those of the training, without local ones.
     """
-    options = run.options
+    options = run.options.changed(augment={"local_views": 0})
     total = len(read_beton(options.data.train))
     with open_loader(options.changed(training={"batch_size": min(BATCH, total)})) as loader:
         loader.shuffle, loader.drop_last = False, False

@@ -10,7 +10,7 @@ from ffssl.backbones import Backbone, build_backbone, check_resolutions
 from ffssl.config import Options
 from ffssl.errors import UserError
 from ffssl.files import sha256
-from ffssl.methods import Method, build_method
+from ffssl.methods import METHODS, Method, build_method
 from ffssl.training.schedule import RunSchedule, input_sides, view_policies
 from ffssl.weights import load_weights, read_weights
 
@@ -19,7 +19,10 @@ def random_backbone(options: Options) -> Backbone:
     """Return a run's backbone with random weights. Raise UserError if there is none such."""
     model = options.model
     return build_backbone(
-        model.backbone, zero_init_residual=model.zero_init_residual, stem=model.stem
+        model.backbone,
+        zero_init_residual=model.zero_init_residual,
+        stem=model.stem,
+        drop_path=model.drop_path,
     )
 
 
@@ -68,6 +71,12 @@ def build(options: Options, device: torch.device, backbone: Backbone | None = No
     check_resolutions(model.backbone, backbone, input_sides(options))
     method = build_method(options.method.name, backbone, options.method.settings)
     method.check(training.batch_size)
+    if options.augment.local_views and not method.takes_local_views:
+        takers = ", ".join(name for name, one in METHODS.items() if one.takes_local_views)
+        raise UserError(
+            f"--augment.local_views: {method.name} has no use for local views; leave them out, or "
+            f"take one of {takers}"
+        )
     if options.hard_augment.across_policies and len(view_policies(options)) == 1:
         raise UserError(
             "--hard_augment.across_policies: the views have one policy alone; leave this out, or "

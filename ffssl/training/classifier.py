@@ -81,12 +81,13 @@ class OnlineClassifier:
     def add_gradients(self, targets: Tensor) -> None:
         """Add the gradient of the features kept since the last call.
 
-        targets: int64 (n,), those of the n images whose views have passed the backbone, each view
-        in the images' order.
+        targets: int64 (n,), those of the n images whose pairs of views have passed the backbone,
+        the first views in the images' order, then the second ones. Local views pass it after them,
+        and do not count.
         """
-        features = torch.cat(self._features).float()
+        targets = targets.repeat(2)
+        features = torch.cat(self._features)[: len(targets)].float()
         self._features.clear()
-        targets = targets.repeat(len(features) // len(targets))
         logits = self.layer(features)
         F.cross_entropy(logits, targets, ignore_index=UNLABELLED, reduction="sum").backward()
         self._images += (targets != UNLABELLED).sum()

@@ -14,6 +14,7 @@ from ffssl.parallel.ranks import mean_over_ranks, rank, world_size
 from ffssl.training.gauges import effective_rank
 from ffssl.training.run import Run
 from ffssl.training.schedule import StepShape
+from ffssl.training.sizes import Views
 from ffssl.training.totals import EpochTotals, Meter, StepResult
 from ffssl.training.transfer import RunAheadLimit, views_to_device
 
@@ -26,15 +27,15 @@ SECONDS_BETWEEN_CHECKS = 5.0
 class Epoch:
     """The rest of an epoch, counted into `run.totals`. A context manager.
 
-    Iterating yields uint8 views (B, m, 3, R, R) on the run's device, and their labels int64 (B,) in
-    the host's memory.
+    Iterating yields a batch's views on the run's device, see `ffssl.training.sizes`, and their
+    labels int64 (B,) in the host's memory.
     """
 
     def __init__(self, run: Run, loader: ViewLoader):
         self.run, self.loader = run, loader
-        self.resolution, views = run.schedule.shape(run.epoch)
-        magnitude, done = run.schedule.magnitude(run.epoch), run.totals.steps
-        loader.set_epoch(run.epoch, self.resolution, magnitude, views=views, first_batch=done)
+        shape, magnitude = run.schedule.shape(run.epoch), run.schedule.magnitude(run.epoch)
+        self.resolution, done = shape.resolution, run.totals.steps
+        loader.set_epoch(run.epoch, magnitude=magnitude, first_batch=done, **shape.for_loader)
         self._meter, self._lead = Meter(run.totals, run.joules), RunAheadLimit(run.device)
         self._replaced, self._checked, self._steps_to_check = run.totals.replaced, done, 1
 
@@ -56,7 +57,7 @@ class Epoch:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Views, Tensor]]:
         run, totals = self.run, self.run.totals
         while totals.steps < len(self.loader):
             asked = time.perf_counter()
@@ -160,7 +161,7 @@ def end_epoch(run: Run, loader: ViewLoader, flops: dict[StepShape, int]) -> dict
         "learning_rate": learning_rate,
         "momentum": momentum,
         "noise_scale": run.schedule.noise_scale(last_step, len(loader.samples)),
-        "resolution": loader.resolution,
+        "resolution": run.schedule.resolution(epoch),
         "magnitude": run.schedule.magnitude(epoch),
         "images_per_second": images / totals.seconds,
         "data_wait": totals.waited / totals.seconds,

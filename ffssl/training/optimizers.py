@@ -1,6 +1,7 @@
 """Optimisers by name: what they decay and adapt, and how the schedules set them."""
 
 import itertools
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -114,6 +115,24 @@ def restore_optimizer(optimizer: Optimizer, state: dict) -> None:
     for group in state["param_groups"]:
         group["fused"] = optimizer.defaults["fused"]  # depends on the device
     optimizer.load_state_dict(state)
+
+
+def set_weight_decay(optimizer: Optimizer, weight_decay: float) -> None:
+    """Set the weight decay of the groups that have one, before a step."""
+    for group in optimizer.param_groups:
+        if group["weight_decay"]:
+            group["weight_decay"] = weight_decay
+
+
+@torch.no_grad()
+def clip_each(parameters: Iterable[Tensor], most: float) -> None:
+    """Scale each parameter's gradient in place to a norm of at most about `most`.
+
+    Each parameter is clipped alone, as in DINO's official code.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    torch._foreach_mul_(gradients, (most / (norms + 1e-6)).clamp(max=1).unbind())
 
 
 def set_learning_rate_and_momentum(

@@ -2,7 +2,7 @@
 
 import itertools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ffssl import methods, schedules
 from ffssl.config import Options
@@ -14,12 +14,31 @@ from ffssl.hard_augment import Selection
 class StepShape(NamedTuple):
     """What the cost of a step depends on.
 
-    resolution: side of the views in pixels.
-    views: views of each image.
+    resolution: side of the (global) views in pixels.
+    views: (global) views of each image.
+    local_resolution: side of the local views in pixels.
+    local_views: local views of each image.
     """
 
     resolution: int
     views: int
+    local_resolution: int = 0
+    local_views: int = 0
+
+    @property
+    def for_loader(self) -> dict[str, Any]:
+        """The arguments `resolution` and `views` of the loader."""
+        if not self.local_views:
+            return {"resolution": self.resolution, "views": self.views}
+        return {
+            "resolution": (self.resolution, self.local_resolution),
+            "views": (self.views, self.local_views),
+        }
+
+    def of_batch(self, batch_size: int) -> list[tuple[int, int, int, int, int]]:
+        """Return the shapes (B, m, 3, R, R) of a batch's views: the global ones, then the local."""
+        sizes = [(self.views, self.resolution), (self.local_views, self.local_resolution)]
+        return [(batch_size, views, 3, side, side) for views, side in sizes if views]
 
 
 @dataclass(frozen=True)
@@ -88,7 +107,17 @@ class RunSchedule:
         return Selection(h.select, h.resolution, h.loss, h.extra_targets, share, policies)
 
     def shape(self, epoch: int) -> StepShape:
-        return StepShape(self.resolution(epoch), self.views(epoch))
+        return self.shape_at(self.resolution(epoch), self.views(epoch))
+
+    def shape_at(self, resolution: int, views: int) -> StepShape:
+        """Return the shape of a step with that many (global) views of that side."""
+        augment = self.options.augment
+        if not augment.local_views:
+            return StepShape(resolution, views)
+        side = schedules.local_side(
+            resolution, share=augment.local_share, step=self.options.resolution.step
+        )
+        return StepShape(resolution, views, side, augment.local_views)
 
     @property
     def stages(self) -> list[tuple[StepShape, int]]:
@@ -127,6 +156,14 @@ class RunSchedule:
             momentum_high=t.momentum_high,
         )
 
+    def weight_decay(self, step: int) -> float:
+        t = self.options.training
+        if t.weight_decay_end is None:
+            return t.weight_decay
+        return schedules.half_cosine(
+            step, total=self.total_steps, first=t.weight_decay, last=t.weight_decay_end
+        )
+
     def noise_scale(self, step: int, samples: int) -> float:
         learning_rate, momentum = self.learning_rate_and_momentum(step)
         return schedules.noise_scale(
@@ -155,18 +192,19 @@ def view_policies(options: Options) -> tuple[ViewPolicy, ...]:
 def input_sides(options: Options) -> dict[int, str]:
     """Map each side in pixels of the images that the backbone sees to the option it comes from.
 
-    The images are the training views, those of Hard Augment's selection pass, and those of the
-    evaluation.
+    The images are the training views, global and local, those of Hard Augment's selection pass, and
+    those of the evaluation.
     """
     r, hard_augment = options.resolution, options.hard_augment
     bounds = {r.max: "--resolution.max"}
     if r.stages is None:
         bounds[r.min] = "--resolution.min"
     others = "--resolution.step" if r.stages is None else "--resolution.stages"
-    sides = {
-        side: bounds.get(side, others)
-        for side in RunSchedule(options, steps_per_epoch=1).resolutions
-    }
+    schedule = RunSchedule(options, steps_per_epoch=1)
+    sides = {side: bounds.get(side, others) for side in schedule.resolutions}
+    for shape, _ in schedule.stages:
+        if shape.local_views:
+            sides.setdefault(shape.local_resolution, "--augment.local_share")
     if hard_augment.select == "hard" or hard_augment.extra_targets:
         sides.setdefault(min(hard_augment.resolution, max(sides)), "--hard_augment.resolution")
     if options.data.validation:

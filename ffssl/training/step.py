@@ -12,21 +12,26 @@ from ffssl import hard_augment
 from ffssl.methods import Method
 from ffssl.methods.base import Progress
 from ffssl.training import gauges
-from ffssl.training.optimizers import set_learning_rate_and_momentum
+from ffssl.training.optimizers import (
+    clip_each,
+    set_learning_rate_and_momentum,
+    set_weight_decay,
+)
 from ffssl.training.run import Run
+from ffssl.training.sizes import Views, global_and_local, parts_of
 from ffssl.training.totals import StepResult
 
 
 def train_step(
     run: Run,
-    views: Tensor,
+    views: Views,
     step: int,
     labels: Tensor | None = None,
     mark: Callable[[str], None] = lambda part: None,
 ) -> StepResult:
     """Take one optimiser step on this rank's views, without waiting for the device.
 
-    views: uint8 (B, m, 3, R, R) on the run's device.
+    views: on the run's device, see `ffssl.training.sizes`.
     step: counted from the start of the run.
     labels: int64 (B,), in the host's memory, from which the run's classifier learns; without them
         it takes no step.
@@ -37,13 +42,15 @@ def train_step(
     set_learning_rate_and_momentum(
         run.optimizer, learning_rate, momentum, peak=options.training.learning_rate
     )
+    if options.training.weight_decay_end is not None:
+        set_weight_decay(run.optimizer, run.schedule.weight_decay(step))
     run.method.before_step(progress)
     run.optimizer.zero_grad(set_to_none=True)
     # Once a step, not once a part: the next part adds to the gradients of the one before.
     if run.device.type == "cuda":
         torch.compiler.cudagraph_mark_step_begin()
 
-    parts = views.chunk(options.training.accumulate)
+    parts = parts_of(views, options.training.accumulate)
     # Each part of each step draws its own random pairs.
     seeds = [(options.run.seed + step) * len(parts) + part for part in range(len(parts))]
     targets: Sequence[Tensor | None] = [None] * len(parts)
@@ -61,6 +68,9 @@ def train_step(
     )
 
     run.method.after_backward(progress)
+    if options.training.clip_gradient:
+        run.scaler.unscale_(run.optimizer)
+        clip_each(run.method.parameters(), options.training.clip_gradient)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     if run.classifier is not None and labels is not None:
@@ -86,7 +96,7 @@ def local_gradients(network: nn.Module) -> contextlib.AbstractContextManager:
 
 def add_gradients(
     run: Run,
-    views: Tensor,
+    views: Views,
     seed: int,
     parts: int = 1,
     targets: Tensor | None = None,
@@ -95,26 +105,27 @@ def add_gradients(
 ) -> StepResult:
     """Run the forward and backward pass over one of `parts` equal parts of a batch.
 
-    views: uint8 (B / parts, m, 3, R, R) on the run's device.
+    views: of B / parts images, on the run's device.
     seed: seed of random pairs.
     targets: of the run's classifier, see `OnlineClassifier.targets`.
     mark: as in `train_step`.
     measured: whether to measure the gauges.
     """
     selection = run.schedule.selection(run.epoch)
+    whole, local = global_and_local(views)
     with run.amp:
-        chosen = hard_augment.choose_views(run.method, views, selection, seed)
+        chosen = hard_augment.choose_views(run.method, whole, selection, seed)
     mark("selection")
     # Enter autocast again: before torch 2.10 it caches the weights that the selection cast without
     # gradient, and no gradient would reach the real weights.
     with run.amp:
-        loss, embeddings = run.parallel(*chosen)
+        loss, embeddings = run.parallel(*chosen, **hard_augment.local_argument(local))
     mark("forward")
     readings = None
     if measured:
         with run.amp:
             pair = chosen[0], chosen[1]
-            readings = measure(run.method, views, pair, selection, seed, embeddings.detach())
+            readings = measure(run.method, whole, pair, selection, seed, embeddings.detach())
     run.scaler.scale(loss / parts).backward()
     if run.classifier is not None and targets is not None:
         run.classifier.add_gradients(targets)

@@ -9,21 +9,22 @@ from torch import Tensor
 
 from ffssl.data.loader import Batch
 from ffssl.parallel.device import mark_work
+from ffssl.training.sizes import Views, each
 
 
-def to_device(batches: Iterable[Tensor], device: torch.device) -> Generator[Tensor, None, None]:
+def to_device(batches: Iterable[Views], device: torch.device) -> Generator[Views, None, None]:
     """Yield the batches on `device`.
 
-    All batches have one shape, but the last may be shorter. The memory of a yielded batch is
+    All batches have the same shapes, but the last may be shorter. The memory of a yielded batch is
     reused: on a CPU by the next batch; on a GPU by the next but one. A GPU copies a batch while it
     computes with the one before.
     """
     if device.type != "cuda":
-        yield from (batch.to(device) for batch in batches)
+        yield from (each(lambda part: part.to(device), batch) for batch in batches)
         return
     computing, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
     coming = iter(batches)
-    buffers: list[Tensor] = []
+    buffers: list[Views] = []
     read: list[torch.cuda.Event] = []
     for turn in itertools.cycle((0, 1)):
         # The loader records on this stream when its last batch has been read.
@@ -32,26 +33,30 @@ def to_device(batches: Iterable[Tensor], device: torch.device) -> Generator[Tens
         if batch is None:
             return
         if len(buffers) < 2:
-            buffers.append(torch.empty_like(batch, device=device))
+            buffers.append(each(lambda part: torch.empty_like(part, device=device), batch))
             read.append(computing.record_event())  # work queued earlier may still use the memory
         copying.wait_event(read[turn])
         with torch.cuda.stream(copying):
-            on_device = buffers[turn][: len(batch)].copy_(batch, non_blocking=True)
+            on_device = each(_copy, buffers[turn], batch)
         computing.wait_stream(copying)
         yield on_device
         read[turn] = computing.record_event()
 
 
+def _copy(buffer: Tensor, batch: Tensor) -> Tensor:
+    return buffer[: len(batch)].copy_(batch, non_blocking=True)
+
+
 def views_to_device(
     batches: Iterable[Batch], device: torch.device
-) -> Generator[tuple[Tensor, Tensor], None, None]:
+) -> Generator[tuple[Views, Tensor], None, None]:
     """Yield the views of a loader's batches on `device`, as `to_device`, and their labels.
 
     The labels, int64 (B,), stay in the host's memory.
     """
     labels: collections.deque[Tensor] = collections.deque()
 
-    def views() -> Iterator[Tensor]:
+    def views() -> Iterator[Views]:
         for views, of_batch, _ in batches:
             labels.append(of_batch)
             yield views

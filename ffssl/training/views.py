@@ -4,21 +4,26 @@ import warnings
 
 from ffssl.config import Options
 from ffssl.data.loader import ViewLoader
+from ffssl.data.policy import local_policy
 from ffssl.parallel.ranks import cores_per_rank, rank, ranks_here, world_size
-from ffssl.training.schedule import view_policies
+from ffssl.training.schedule import RunSchedule, view_policies
 
 
 def open_loader(options: Options) -> ViewLoader:
     """Open the loader of a run's training views: this rank's part of every batch."""
-    data = options.data
+    data, augment = options.data, options.augment
+    policies = view_policies(options)
+    local = local_policy(policies[0], augment.local_crop_scale_max)
+    largest = RunSchedule(options, steps_per_epoch=1).shape_at(
+        options.resolution.max, augment.views
+    )
     # Warnings about labels do not matter here.
     with warnings.catch_warnings(action="ignore", category=UserWarning):
         return ViewLoader(
             data.train,
             batch_size=options.training.batch_size // world_size(),
-            views=options.augment.views,
-            policy=view_policies(options),
-            resolution=options.resolution.max,
+            policy=(policies, (local,)) if augment.local_views else policies,
+            **largest.for_loader,
             seed=options.run.seed,
             workers=data.workers or cores_per_rank(),
             batches_ahead=data.batches_ahead,

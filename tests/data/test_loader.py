@@ -17,6 +17,7 @@ from ffssl.data.kernels.draw import uniform, view_key
 from ffssl.data.kernels.own_step import compile_view_kernel
 from ffssl.data.loader import ViewLoader
 from ffssl.data.order import epoch_order, rank_part
+from ffssl.data.policy import POLICIES, ViewPolicy
 from ffssl.errors import UserError
 
 
@@ -264,6 +265,101 @@ def test_a_file_of_broken_images_ends_even_if_they_are_to_be_replaced(beton, tmp
         pytest.raises(UserError, match="image .* does not decode"),
     ):
         next(iter(loader))
+
+
+# Views of several sizes
+
+TWO_SIZES = {"views": (2, 3), "resolution": (24, 10)}
+PART = ViewPolicy(crop_scale=(0.05, 0.3), blur=0)
+
+
+def sizes_of(loader, *settings, **more):
+    """An epoch's views of each size and its indices, each concatenated."""
+    loader.set_epoch(*settings, **more)
+    batches = [(*(part.clone() for part in views), indices) for views, _, indices in loader]
+    return tuple(torch.cat(part) for part in zip(*batches))
+
+
+def test_views_of_each_size_are_those_of_a_loader_of_that_size(beton):
+    words = {"scaled_decoding": False, "drop_last": False}
+    policy = (POLICIES["byol"], PART)
+    with open_loader(beton, policy=policy, **TWO_SIZES, **words) as loader:
+        large, small, indices = sizes_of(loader, 2, (24, 10), 6.0)
+        again = sizes_of(loader, 2, (16, 12), 6.0)
+    assert large.shape == (23, 2, 3, 24, 24) and small.shape == (23, 3, 3, 10, 10)
+    assert [part.shape[-1] for part in again[:2]] == [16, 12]
+    of_views = (*POLICIES["byol"], PART, PART, PART)
+    for side, mine, own in ((24, slice(2), large), (10, slice(2, 5), small)):
+        with open_loader(beton, views=5, resolution=side, policy=of_views, **words) as loader:
+            views, _, theirs = epoch_of(loader, 2, side, 6.0)
+        assert torch.equal(views[:, mine], own) and torch.equal(theirs, indices)
+
+
+def test_views_of_several_sizes_do_not_depend_on_workers_batch_size_ranks_or_restarts(beton):
+    with open_loader(beton, workers=1, drop_last=False, **TWO_SIZES) as loader:
+        *expected, order = sizes_of(loader, 5)
+        *rest, _ = sizes_of(loader, 5, first_batch=2)
+        assert all(torch.equal(a, b[8:]) for a, b in zip(rest, expected))
+    for options in ({"workers": 4, "batches_ahead": 1}, {"batch_size": 7}, {"batches_ahead": 9}):
+        with open_loader(beton, drop_last=False, **TWO_SIZES, **options) as loader:
+            assert_same(sizes_of(loader, 5), (*expected, order))
+    places = {int(index): place for place, index in enumerate(order)}
+    for rank in range(2):
+        with open_loader(beton, rank=rank, world_size=2, **TWO_SIZES) as loader:
+            *shares, indices = sizes_of(loader, 5)
+            taken = [places[int(index)] for index in indices]
+            assert taken and all(torch.equal(a, b[taken]) for a, b in zip(shares, expected))
+
+
+def test_a_view_keeps_its_number_where_fewer_of_another_size_are_served(beton):
+    with open_loader(beton, **TWO_SIZES) as loader:
+        large, small, _ = sizes_of(loader, 1)
+        fewer = sizes_of(loader, 1, views=(1, 2))
+        assert torch.equal(fewer[0], large[:, :1]) and torch.equal(fewer[1], small[:, :2])
+        assert loader.views == (1, 2) and loader.resolution == (24, 10)
+
+
+def test_a_kernel_changes_the_views_of_every_size(beton):
+    plain, changed, words = [], [], {"drop_last": False, "scaled_decoding": False}
+    for served, kernel in ((plain, None), (changed, blank_some)):
+        with open_loader(beton, kernel=kernel, **TWO_SIZES, **words) as loader:
+            served += sizes_of(loader, 3)[:2]
+    with open_loader(beton, kernel=blank_some, views=5, resolution=10, **words) as loader:
+        assert torch.equal(epoch_of(loader, 3)[0][:, 2:], changed[1])
+    for before, after in zip(plain, changed):
+        blank = (after == 0).flatten(2).all(2)
+        assert 0 < blank.sum() < blank.numel()
+        assert torch.equal(after[~blank][..., 1:, :], before[~blank][..., 1:, :])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"resolution": 24}, "resolution is 24, must be 2 numbers"),
+        ({"resolution": (24, 10, 8)}, "resolution is .* must be 2 numbers"),
+        ({"views": 2}, "resolution is .*, must be a number"),
+        ({"views": (2, 0)}, r"\(2, 0\) views asked for"),
+        ({"views": (), "resolution": ()}, r"\(\) views asked for"),
+        ({"resolution": (24, 0)}, "resolution 0 asked for"),
+        ({"policy": [PART, PART, PART]}, "policy has 3 entries"),
+        ({"policy": [PART, ()]}, "no view policy"),
+        ({"max_resolution": 24}, "max_resolution is 24, must be 2 numbers"),
+        ({"max_resolution": (24, 8)}, r"more than max_resolution \(24, 8\)"),
+    ],
+)
+def test_senseless_sizes_are_refused_in_a_line(beton, options, message):
+    with pytest.raises(UserError, match=message) as raised:
+        open_loader(beton, **TWO_SIZES | options)
+    assert "\n" not in str(raised.value)
+
+
+def test_sizes_of_an_epoch_that_do_not_fit_the_loader_are_refused(beton):
+    with open_loader(beton, **TWO_SIZES) as loader:
+        for settings, more in (((1, 16), {}), ((1, (16, 8, 8)), {}), ((1,), {"views": 2})):
+            with pytest.raises(UserError, match="must be 2 numbers, one for each size"):
+                loader.set_epoch(*settings, **more)
+        with pytest.raises(UserError, match="4 views asked for, of 1 to 3"):
+            loader.set_epoch(1, views=(2, 4))
 
 
 # A kernel of the user's own

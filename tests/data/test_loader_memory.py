@@ -293,6 +293,20 @@ def test_a_resolution_that_grows_beyond_the_memory_is_refused_when_its_epoch_beg
         assert next(iter(loader)).views.shape[-1] == 512
 
 
+def test_the_memory_of_several_sizes_is_their_sum(beton):
+    words = {"batch_size": 4, "views": (2, 6), "resolution": (32, 16), "workers": 1}
+    with ViewLoader(beton, **words, max_resolution=(64, 16)) as loader:
+        pixels = 3 * 4 * (2 * 64**2 + 6 * 16**2)
+        assert loader.buffer_bytes == 3 * pixels
+        assert (
+            "3 batches of 4 x (2 views at 64 px and 6 views at 16 px)" in loader.describe_memory()
+        )
+        next(iter(loader))
+        assert loader._buffer.numel() == 3 * pixels
+        loader.set_epoch(0, resolution=(32, 32))
+        assert loader.buffer_bytes == 3 * 3 * 4 * (2 * 64**2 + 6 * 32**2)
+
+
 def machine(root, **files):
     for name, text in files.items():
         path = root / name.replace("__", "/")

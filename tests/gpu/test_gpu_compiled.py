@@ -96,5 +96,5 @@ def test_a_memory_that_does_not_suffice_is_known_and_advice_makes_no_code(made_u
         raise raised.value
     del raised, images
     graphs = counters["stats"]["unique_graphs"]
-    assert "images fit: take --training.batch_size=" in memory_advice(run, batch)
+    assert "images fit: take --training.batch_size=" in memory_advice(run, [batch])
     assert counters["stats"]["unique_graphs"] == graphs

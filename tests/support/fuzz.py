@@ -302,7 +302,7 @@ def render_guarded(data: bytes, beton, sample: int, settings: dict) -> np.ndarra
         file = memory("file").array(len(data), at_end)
         file[:] = np.frombuffer(data, np.uint8)
         file.flags.writeable = False  # as the loader's is; Numba would compile it anew
-        out = memory("views").array(views * 3 * side**2, at_end).reshape(1, views, 3, side, side)
+        out = memory("views").array(views * 3 * side**2, at_end)
         out[:] = 255 * at_end
         try:
             render_samples(
@@ -314,9 +314,11 @@ def render_guarded(data: bytes, beton, sample: int, settings: dict) -> np.ndarra
                 view_settings.counters,
                 view_settings.policy_rows,
                 settings["scaled_decoding"],
+                view_settings.layout(1),
+                0,
                 out,
             )
-            seen.append(out[0].copy())
+            seen.append(out.reshape(views, 3, side, side).copy())
         except ValueError as error:
             if error.args != ("image does not decode", sample):
                 raise

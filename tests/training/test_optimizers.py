@@ -6,7 +6,12 @@ from torch import nn
 
 from ffssl.backbones import build_backbone
 from ffssl.methods import METHODS, build_method
-from ffssl.training.optimizers import OPTIMIZERS, build_optimizer, set_learning_rate_and_momentum
+from ffssl.training.optimizers import (
+    OPTIMIZERS,
+    build_optimizer,
+    clip_each,
+    set_learning_rate_and_momentum,
+)
 
 STEPS = [(0.5, 0.95), (1.0, 0.9), (0.25, 0.85)]  # learning rate and momentum
 
@@ -225,3 +230,21 @@ def test_every_parameter_of_a_method_is_in_one_group_with_the_decay_asked_for(
         assert decay[p] == (
             default[p] if decay_norm_and_bias is None or p.ndim > 1 else 0.01 * decay_norm_and_bias
         )
+
+
+def test_gradients_are_clipped_parameter_by_parameter_as_in_dinos_code():
+    net = network()
+    for i, p in enumerate(net.parameters()):
+        p.grad = gradient(p, i, 0)
+    net[0].bias.grad, frozen = None, net[0].bias
+    expected = []
+    for p in net.parameters():
+        if p is not frozen:
+            norm = sum(float(g) ** 2 for g in p.grad.flatten()) ** 0.5
+            expected.append(p.grad * min(1.5 / (norm + 1e-6), 1))
+    before = [p.grad.clone() for p in net.parameters() if p is not frozen]
+    clip_each(net.parameters(), 1.5)
+    after = [p.grad for p in net.parameters() if p is not frozen]
+    torch.testing.assert_close(after, expected)
+    changed = [not torch.equal(a, b) for a, b in zip(before, after)]
+    assert frozen.grad is None and any(changed) and not all(changed)

@@ -21,6 +21,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ffssl.data.kernels.decode import most_pixels, render_sample
+from ffssl.data.kernels.layout import layout_of_size
 from ffssl.data.policy import STANDARD_MAGNITUDE, ViewPolicy, ViewSettings
 from ffssl.errors import UserError
 
@@ -54,8 +55,8 @@ def _pointer_at(typing_context, address):
 class ViewDecoder(Operation):
     """FFCV decoder: JPEG or raw image to uint8 (batch, views, 3, resolution, resolution).
 
-    Arguments: see `ViewSettings`. Raises ValueError with the sample's index if an image does not
-    decode.
+    Arguments: see `ViewSettings`; all views have one size. Raises ValueError with the sample's
+    index if an image does not decode.
     """
 
     def __init__(
@@ -91,11 +92,21 @@ class ViewDecoder(Operation):
             counters = carray(_pointer_at(counters_at), 2, np.int64)
             policy_rows = carray(_pointer_at(policies_at), policies_shape, np.float64)
             pixels = np.empty(3 * most_pixels(metadata, indices), np.uint8)
+            layout = layout_of_size(0, views.shape[1], views.shape[3], 0)
             for b, sample in enumerate(indices):
                 image = metadata[sample]
                 data = read_file(image["data_ptr"], storage_state)
                 if not render_sample(
-                    data, image, sample, counters, policy_rows, scaled_decoding, pixels, views[b]
+                    data,
+                    image,
+                    sample,
+                    counters,
+                    policy_rows,
+                    scaled_decoding,
+                    pixels,
+                    layout,
+                    b,
+                    views.reshape(-1),
                 ):
                     raise ValueError("image does not decode", sample)
             return views[: len(indices)]

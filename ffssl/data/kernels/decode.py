@@ -21,6 +21,7 @@ from ffssl.data.kernels.draw import (
     view_key,
 )
 from ffssl.data.kernels.jit import compiled
+from ffssl.data.kernels.layout import L_SIDE, L_START, L_STEP, L_VIEW
 from ffssl.data.kernels.render import render
 from ffssl.data.turbojpeg import turbojpeg
 
@@ -111,25 +112,38 @@ def decode(data, mode, height, width, pixels, denominator=1):
 
 
 @compiled
-def choose_denominator(drawn, resolution):
+def choose_denominator(drawn, sides):
     """Return the strongest reduction (8, 4, 2 or 1) that leaves every crop large enough.
 
-    A crop's sides must keep SCALED_PIXELS * `resolution` pixels.
+    A crop's sides must keep SCALED_PIXELS times as many pixels as its view's side has.
 
     drawn: float64 (views, PARAMETER_COLUMNS), crops in full pixels.
+    sides: int64 (views,), of the views, in pixels.
     """
-    smallest = min(drawn[:, P_HEIGHT].min(), drawn[:, P_WIDTH].min())
-    # Turbojpeg infers the scale from the scaled size, which is ambiguous for a few pixels.
-    if smallest < 8:
-        return 1
-    for denominator in (8, 4, 2):
-        if smallest >= SCALED_PIXELS * resolution * denominator:
-            return denominator
-    return 1
+    strongest = 8
+    for v in range(len(sides)):
+        smallest = min(drawn[v, P_HEIGHT], drawn[v, P_WIDTH])
+        # Turbojpeg infers the scale from the scaled size, which is ambiguous for a few pixels.
+        if smallest < 8:
+            return 1
+        while strongest > 1 and smallest < SCALED_PIXELS * sides[v] * strongest:
+            strongest //= 2
+    return strongest
 
 
 @compiled
-def render_sample(data, image, sample, counters, policy_rows, scaled_decoding, pixels, views):
+def render_sample(
+    data,
+    image,
+    sample,
+    counters,
+    policy_rows,
+    scaled_decoding,
+    pixels,
+    layout,
+    position,
+    out,
+):
     """Draw the views of one stored image, decode it as finely as they need, and render them.
 
     Return whether it decoded cleanly.
@@ -139,32 +153,37 @@ def render_sample(data, image, sample, counters, policy_rows, scaled_decoding, p
     sample: its index in the file.
     counters, policy_rows, scaled_decoding: see `policy.ViewSettings`.
     pixels: scratch, see `decode`.
-    views: uint8 (views, 3, R, R), written.
+    layout: where the views go, see `layout`.
+    position: the image's place in the batch.
+    out: uint8 (bytes,), the batch's buffer; the views are written.
     """
     mode, height, width = image["mode"], np.int64(image["height"]), np.int64(image["width"])
-    drawn = np.empty((views.shape[0], PARAMETER_COLUMNS))
-    for v in range(views.shape[0]):
+    drawn = np.empty((layout.shape[0], PARAMETER_COLUMNS))
+    for v in range(layout.shape[0]):
+        view = layout[v, L_VIEW]
         draw(
-            view_key(counters[0], counters[1], sample, v),
+            view_key(counters[0], counters[1], sample, view),
             height,
             width,
-            policy_rows[v % policy_rows.shape[0]],
+            policy_rows[view],
             drawn[v],
         )
 
     denominator = 1
     if scaled_decoding and mode != MODE_RAW:
-        denominator = choose_denominator(drawn, views.shape[2])
+        denominator = choose_denominator(drawn, layout[:, L_SIDE])
     if not decode(data, mode, height, width, pixels, denominator):
         return False
 
     height, width = -(-height // denominator), -(-width // denominator)
     decoded = pixels[: height * width * 3].reshape((height, width, 3))
-    for v in range(views.shape[0]):
-        for side in (P_TOP, P_LEFT, P_HEIGHT, P_WIDTH):
-            drawn[v, side] /= denominator
-        affine = policy_rows[v % policy_rows.shape[0], AFFINE_JITTER] != 0
-        render(decoded, drawn[v], affine, views[v])
+    for v in range(layout.shape[0]):
+        for edge in (P_TOP, P_LEFT, P_HEIGHT, P_WIDTH):
+            drawn[v, edge] /= denominator
+        side = layout[v, L_SIDE]
+        start = layout[v, L_START] + position * layout[v, L_STEP]
+        view = out[start : start + 3 * side * side].reshape((3, side, side))
+        render(decoded, drawn[v], policy_rows[layout[v, L_VIEW], AFFINE_JITTER] != 0, view)
     return True
 
 
@@ -179,7 +198,17 @@ def most_pixels(images, indices):
 
 @compiled
 def render_samples(
-    file, pointers, sizes, images, indices, counters, policy_rows, scaled_decoding, views
+    file,
+    pointers,
+    sizes,
+    images,
+    indices,
+    counters,
+    policy_rows,
+    scaled_decoding,
+    layout,
+    position,
+    out,
 ):
     """Decode the images at `indices` and render their views.
 
@@ -187,7 +216,8 @@ def render_samples(
     pointers, sizes: where stored fields begin, sorted, and their bytes.
     images: the image field's metadata.
     counters, policy_rows, scaled_decoding: see `policy.ViewSettings`.
-    views: uint8 (len(indices), views, 3, R, R), written.
+    layout, out: see `render_sample`.
+    position: the first image's place in the batch.
 
     Raises ValueError with the index of an image that does not decode.
     """
@@ -197,6 +227,15 @@ def render_samples(
         pointer = image["data_ptr"]
         data = file[pointer : pointer + sizes[np.searchsorted(pointers, pointer)]]
         if not render_sample(
-            data, image, sample, counters, policy_rows, scaled_decoding, pixels, views[b]
+            data,
+            image,
+            sample,
+            counters,
+            policy_rows,
+            scaled_decoding,
+            pixels,
+            layout,
+            position + b,
+            out,
         ):
             raise ValueError("image does not decode", sample)

@@ -20,8 +20,9 @@ def compile_view_kernel(kernel: Callable) -> Callable:
     key: uint64. `draw.uniform(key, k)` gives random number k = 0, 1, ... of this view; the policy
         draws none of these numbers.
 
-    The function returned takes (counters, indices, views): see `policy.ViewSettings` for counters;
-    indices: int64 (batch,); views: uint8 (batch, views, 3, R, R), changed in place.
+    The function returned takes (counters, indices, views, first): see `policy.ViewSettings` for
+    counters; indices: int64 (batch,); views: uint8 (batch, views, 3, R, R), changed in place;
+    first: number of the first of these views.
 
     Raises UserError if Numba does not compile the kernel.
     """
@@ -38,10 +39,10 @@ def compile_view_kernel(kernel: Callable) -> Callable:
         ) from error
 
     @njit(nogil=True)
-    def apply(counters, indices, views):
+    def apply(counters, indices, views, first=0):
         for b in range(len(indices)):
             for v in range(views.shape[1]):
-                key_of_policy = view_key(counters[0], counters[1], indices[b], v)
+                key_of_policy = view_key(counters[0], counters[1], indices[b], first + v)
                 step(views[b, v], view_key(key_of_policy, 0, 0, 0))
 
     return apply

@@ -69,21 +69,38 @@ def crops(*sides):
     return drawn
 
 
+def chosen(drawn, side):
+    return choose_denominator(drawn, np.full(len(drawn), side))
+
+
 @pytest.mark.parametrize("denominator", [2, 4, 8])
 def test_the_smallest_side_of_all_crops_decides(denominator):
     enough = int(SCALED_PIXELS * 100 * denominator)
     large = (10 * enough, 10 * enough)
-    assert choose_denominator(crops((enough, enough)), 100) == denominator
-    assert choose_denominator(crops(large, (enough, 2 * enough)), 100) == denominator
-    assert (
-        choose_denominator(crops(large, (2 * enough, enough - 1), large), 100) == denominator // 2
-    )
-    assert choose_denominator(crops(large), 100) == 8
+    assert chosen(crops((enough, enough)), 100) == denominator
+    assert chosen(crops(large, (enough, 2 * enough)), 100) == denominator
+    assert chosen(crops(large, (2 * enough, enough - 1), large), 100) == denominator // 2
+    assert chosen(crops(large), 100) == 8
+
+
+def test_of_views_of_several_sizes_the_largest_need_decides():
+    rng = np.random.default_rng(0)
+    decided = []
+    for _ in range(500):
+        drawn, sides = crops(*rng.integers(1, 1500, (5, 2))), rng.choice([4, 16, 64, 224], 5)
+        if rng.random() < 0.8:
+            drawn *= rng.integers(4, 16)
+        alone = [chosen(one[None], side) for one, side in zip(drawn, sides)]
+        assert choose_denominator(drawn, sides) == min(alone)
+        decided.append((min(alone), int(np.argmin(alone))))
+    denominators, views = zip(*decided)
+    assert {*denominators} == {1, 2, 4, 8} and {*views} == {*range(5)}
 
 
 def test_a_few_pixels_are_decoded_in_full():
-    assert choose_denominator(crops((7, 7)), 1) == 1
-    assert choose_denominator(crops((8, 8)), 1) > 1
+    assert chosen(crops((7, 7)), 1) == 1
+    assert chosen(crops((8, 8)), 1) > 1
+    assert choose_denominator(crops((800, 800), (7, 7)), np.array([8, 1])) == 1
 
 
 # What is decoded
@@ -103,6 +120,23 @@ def test_scaled_jpegs_decode_to_the_pixels_that_pillows_draft_mode_finds(size, d
     difference = np.abs(pixels[: 3 * height * width].reshape(expected.shape).astype(int) - expected)
     assert difference.mean() < 1.5 and difference.max() <= 8
     assert not pixels[3 * height * width :].any()
+
+
+def test_views_of_several_sizes_share_the_finest_decode_that_one_of_them_needs(photographs):
+    words = {"indices": range(4), "policy": WHOLE}  # 1500 x 2000: 1/2 for 400 px, 1/8 for 16
+    with ViewLoader(
+        photographs, batch_size=4, views=(1, 1), resolution=(400, 16), shuffle=False, **words
+    ) as loader:
+        ((large, small), _, _) = next(iter(loader))
+    alone = {
+        (side, scaled): views_of(photographs, scaled, views=1, resolution=side, **words)
+        for side in (400, 16)
+        for scaled in (False, True)
+    }
+    np.testing.assert_array_equal(large, alone[400, True])
+    assert (alone[400, True] != alone[400, False]).any()
+    assert (small.numpy() != alone[16, True]).any() and (small.numpy() != alone[16, False]).any()
+    assert np.abs(small.numpy().astype(int) - alone[16, False]).mean() < 0.5
 
 
 def test_damaged_jpegs_do_not_decode_at_any_scale():
