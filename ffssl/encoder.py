@@ -162,7 +162,14 @@ def _exported(
         load_weights(network, name, tensors)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
-    return Trained(network, name, stem, "", card.get("resolution", {}).get("max"))
+    return Trained(
+        network,
+        name,
+        stem,
+        "",
+        card.get("resolution", {}).get("max"),
+        card.get("data", {}).get("scaled_decoding", True),
+    )
 
 
 def _recognised(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, str]:
@@ -192,7 +199,7 @@ def _card_options(file: Path) -> dict:
     try:
         found = _OPTIONS.search(card.read_text(encoding="utf-8", errors="replace"))
         options = yaml.safe_load(found[1]) if found else {}
-        sections = [options.get("model", {}), options.get("resolution", {})]
+        sections = [options.get(name, {}) for name in ("model", "resolution", "data")]
     except FileNotFoundError:
         return {}
     except (OSError, yaml.YAMLError, AttributeError) as error:

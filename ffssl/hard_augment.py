@@ -1,7 +1,8 @@
 """Hard Augment (section 3.3): of m views of an image, train on the pair with the largest loss.
 
 One forward pass over all views of the batch gives the losses of all pairs, without gradient and at
-a low resolution. They are the losses that are trained (eq. 10). The views that were not chosen may
+a low resolution. They are the losses that are trained (eq. 10), or where a method says so a cheaper
+stand-in that ranks pairs alike (`Method.pair_loss`). The views that were not chosen may
 serve, at that resolution, as extra targets of the chosen two (the paper's Table 9).
 """
 
@@ -32,7 +33,7 @@ class Selection:
     resolution: side in pixels of the selection pass and of the extra targets.
     loss: how pairs are compared: by "method" (the training loss), by "student" (the same with the
         student in its teacher's place), by "cosine" (the negative cosine of the projections: the
-        comment of the paper's Algorithm 1), or by None, the method's `pair_loss`.
+        comment of the paper's Algorithm 1). None: what the method's `pair_loss` says.
     extra_targets: use the views not chosen as further targets.
     share: fraction of the images that get their hardest pair; the others get a random one.
     policies: number of view policies, to which views are assigned in turn. With more than one, the

@@ -129,6 +129,11 @@ class ViewSchedule(pl.Callback):  # type: ignore[name-defined]
                 f"{trainer.world_size}; make it in train_dataloader, with "
                 "rank=self.trainer.global_rank, world_size=self.trainer.world_size"
             )
+        if not isinstance(loader.most_views, int):
+            raise UserError(
+                f"ViewSchedule: {loader.beton.path}: the loader has views of several sizes; call "
+                "its set_epoch in on_train_epoch_start of the module"
+            )
         for name, schedule in self.schedules.items():
             if schedule.epochs != trainer.max_epochs and not trainer.fast_dev_run:
                 raise UserError(

@@ -66,7 +66,7 @@ def load_run(run: str | Path) -> LoadedRun:
     state = checkpoint.read(path)
     if not isinstance(state, dict) or not {"epoch", "spent", "options", "method"} <= state.keys():
         raise UserError(
-            f"{path}: not the checkpoint of a run; ffssl/train.py writes one as "
+            f"{path}: not the checkpoint of a run; ffssl train writes one as "
             f"{checkpoint.NAME} in its --run.folder"
         )
     try:

@@ -1,4 +1,4 @@
-"""`python -m ffssl.benchmark agreement`, on a CPU that stands for a GPU."""
+"""`ffssl benchmark agreement`, on a CPU that stands for a GPU."""
 
 import pytest
 import torch

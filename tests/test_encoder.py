@@ -64,12 +64,12 @@ def test_the_teachers_backbone_too(tmp_path):
 )
 def test_an_exported_file_is_known_by_its_card_or_by_its_weights(tmp_path, name, stem, to, file):
     settings = [f"--model.backbone={name}", f"--model.stem={stem}", "--resolution.max=64"]
-    method = save_run(tmp_path / "run", *settings)
+    method = save_run(tmp_path / "run", *settings, "--data.scaled_decoding=false")
     export(tmp_path / "run", to, tmp_path / file)
     trained = load_trained(tmp_path / file)
     assert trained.weights == fingerprint(method.backbone)
     known = (trained.name, trained.stem, trained.network, trained.resolution)
-    assert known == (name, stem, "", 64)
+    assert known == (name, stem, "", 64) and not trained.scaled_decoding
     card_path(tmp_path / file, to).unlink()
     assert load_trained(tmp_path / file).resolution is None
     with torch.no_grad():

@@ -224,6 +224,11 @@ def test_another_loader_is_refused(betons, tmp_path):
         pytest.raises(UserError, match="that of rank 1 of 2, the Trainer's is 0 of 1; make"),
     ):
         trainer_of(schedule(EPOCHS)).fit(model, loader)
+    with (
+        ViewLoader(betons["train"], batch_size=8, views=(2, 2), resolution=(32, 16)) as loader,
+        pytest.raises(UserError, match="the loader has views of several sizes"),
+    ):
+        trainer_of(schedule(EPOCHS)).fit(model, loader)
 
 
 def test_a_quick_run_of_one_batch_passes(betons, tmp_path):

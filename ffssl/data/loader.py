@@ -220,9 +220,10 @@ class ViewLoader:
         return self._settings.views
 
     @property
-    def most_views(self) -> int:
-        """Views of each image that the loader was made for."""
-        return self._settings.most_views
+    def most_views(self) -> int | tuple[int, ...]:
+        """Views of each image that the loader was made for; a number for each size."""
+        most = self._settings.most_views
+        return most if self._settings.several_sizes else most[0]
 
     @property
     def buffer_bytes(self) -> int:

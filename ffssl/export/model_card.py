@@ -183,7 +183,7 @@ def published_options(options: Options) -> str:
     sections = {
         name: {key: value for key, value in values.items() if value is not None}
         for name, values in options.of_role(Role.EXPERIMENT).items()
-        if name not in ("data", "run")
+        if name != "run"
     }
     if "weights" in sections["model"]:
         sections["model"]["weights"] = Path(sections["model"]["weights"]).name

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from ffssl.errors import Stopped
 from ffssl.parallel.ranks import gather_objects
 
-# Of Ctrl-C; of schedulers and Kubernetes; of Slurm's --signal, a warning.
+# SIGINT: Ctrl-C. SIGTERM: schedulers, Kubernetes. SIGUSR1: Slurm's early warning.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # Signals within so many seconds are one request: a process often gets one from the scheduler and
 # another from its parent.

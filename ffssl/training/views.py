@@ -17,7 +17,7 @@ def open_loader(options: Options) -> ViewLoader:
     largest = RunSchedule(options, steps_per_epoch=1).shape_at(
         options.resolution.max, augment.views
     )
-    # Warnings about labels do not matter here.
+    # The kNN and the linear classifier tell of labels.
     with warnings.catch_warnings(action="ignore", category=UserWarning):
         return ViewLoader(
             data.train,

@@ -1,4 +1,4 @@
-"""python -m ffssl.embed, against the evaluation's features of the converted file."""
+"""ffssl embed, against the evaluation's features of the converted file."""
 
 import csv
 import io

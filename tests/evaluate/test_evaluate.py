@@ -1,4 +1,4 @@
-"""python -m ffssl.evaluate"""
+"""ffssl evaluate"""
 
 import json
 import shutil

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import yaml
-from small_runs import save_run
+from support.small_runs import save_run
 
 from ffssl.errors import UserError
 from ffssl.evaluate.results import add_result
