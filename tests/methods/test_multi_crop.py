@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from small import build, pair, randoms, unlike_the_student, views
+from support.small_methods import build, pair, randoms, unlike_the_student, views
 from torch.nn import functional as F
 
 from ffssl.methods import METHODS
