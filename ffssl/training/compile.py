@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from ffssl.parallel.ranks import world_size
 from ffssl.training.schedule import StepShape
@@ -90,11 +91,15 @@ def keep_code() -> None:
     By default it is in the temporary folder, which many machines empty. TORCHINDUCTOR_CACHE_DIR
     names another folder.
     """
+    # torch puts its default there when it is imported.
+    default = default_cache_dir()
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default) != default:
+        return
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ffssl" / "compiled"
-    with contextlib.suppress(OSError):  # torch's own folder then
+    with contextlib.suppress(OSError):  # the default then
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         if os.access(cache, os.W_OK):
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
 
 
 class StageCompiler:

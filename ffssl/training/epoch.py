@@ -37,7 +37,8 @@ class Epoch:
         self.resolution, done = shape.resolution, run.totals.steps
         loader.set_epoch(run.epoch, magnitude=magnitude, first_batch=done, **shape.for_loader)
         self._meter, self._lead = Meter(run.totals, run.joules), RunAheadLimit(run.device)
-        self._replaced, self._checked, self._steps_to_check = run.totals.replaced, done, 1
+        self._replaced, self._compiled = run.totals.replaced, run.totals.compile_steps
+        self._checked, self._steps_to_check = done, 1
 
     @property
     def step(self) -> int:
@@ -50,7 +51,7 @@ class Epoch:
         with contextlib.ExitStack() as stack:
             stack.callback(self._bar.close)
             stack.callback(self._batches.close)
-            stack.enter_context(self._meter.without_compilation())
+            stack.enter_context(self._meter.noticing_compilation())
             self._stack = stack.pop_all()
         return self
 
@@ -82,6 +83,7 @@ class Epoch:
 
     def add(self, result: StepResult) -> None:
         """Count a step, without waiting for it."""
+        self._meter.end_step()
         self._lead()
         self.run.totals.add(result)
         self.run.totals.replaced = self._replaced + self.loader.replaced
@@ -104,10 +106,12 @@ class Epoch:
         """
         totals = self.run.totals
         losses = torch.stack(totals.losses[self._checked :])
-        pace = self._meter.elapsed() / len(losses)
+        # Unknown after compilation: check after the next step.
+        compiled = totals.compile_steps > self._compiled
+        pace = math.inf if compiled else self._meter.elapsed() / len(losses)
         told = [losses.mean(), losses.new_tensor(saving), losses.new_tensor(pace)]
         loss, saving, pace = mean_over_ranks(torch.stack(told)).tolist()
-        self._checked = totals.steps
+        self._checked, self._compiled = totals.steps, totals.compile_steps
         if self.run.device.type != "cpu":
             steps = int(SECONDS_BETWEEN_CHECKS / pace)
             self._steps_to_check = max(1, min(STEPS_BETWEEN_CHECKS, steps))
@@ -153,7 +157,7 @@ def end_epoch(run: Run, loader: ViewLoader, flops: dict[StepShape, int]) -> dict
 
     last_step = run.epoch * run.schedule.steps_per_epoch - 1
     learning_rate, momentum = run.schedule.learning_rate_and_momentum(last_step)
-    images = totals.steps * run.options.training.batch_size
+    images = (totals.steps - totals.compile_steps) * run.options.training.batch_size
     row = {
         "epoch": run.epoch,
         **run.spent,

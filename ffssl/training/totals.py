@@ -32,6 +32,7 @@ class StepResult(NamedTuple):
 
 
 PER_STEP = ("losses", "embedding_stds", "gauges")
+FIGURES = ("seconds", "compile_seconds", "compile_steps", "waited", "replaced")
 
 
 @dataclass
@@ -42,7 +43,8 @@ class EpochTotals:
     gauges: (3,), one for each step that was measured.
     embeddings: (n, d), of the last steps.
     seconds: training time, including the time `waited` for data, without compile_seconds.
-    compile_seconds: in which torch.compile made code.
+    compile_seconds: of the steps in which torch.compile made code.
+    compile_steps: their number.
     replaced: images that did not decode and were replaced.
     kwh: energy of this rank's GPU; None if all or a part of it was not counted.
     """
@@ -53,6 +55,7 @@ class EpochTotals:
     embeddings: Tensor | None = None
     seconds: float = 0.0
     compile_seconds: float = 0.0
+    compile_steps: float = 0.0
     waited: float = 0.0
     replaced: float = 0.0
     kwh: float | None = None
@@ -85,9 +88,11 @@ class EpochTotals:
                 setattr(self, name, list(mean_over_ranks(torch.stack(values))))
         device = self.losses[0].device
         kwh = float("nan") if self.kwh is None else self.kwh
-        figures = [self.seconds, self.compile_seconds, self.waited, self.replaced, kwh]
+        figures = [*(getattr(self, name) for name in FIGURES), kwh]
         means = mean_over_ranks(torch.tensor(figures, dtype=torch.float64, device=device))
-        self.seconds, self.compile_seconds, self.waited, self.replaced, kwh = means.tolist()
+        *means_of_figures, kwh = means.tolist()
+        for name, mean in zip(FIGURES, means_of_figures):
+            setattr(self, name, mean)
         self.kwh = None if kwh != kwh else kwh
         assert self.embeddings is not None  # a step has been taken
         self._everyones = gather(self.embeddings)
@@ -121,6 +126,7 @@ class EpochTotals:
         return {
             "seconds": self.seconds,
             "compile_seconds": self.compile_seconds,
+            "compile_steps": self.compile_steps,
             "waited": self.waited,
             "replaced": self.replaced * world_size(),
             "kwh": kwh,
@@ -135,7 +141,8 @@ class EpochTotals:
         rows = state["embeddings"].to(device)
         return cls(
             seconds=state["seconds"],
-            compile_seconds=state.get("compile_seconds", 0.0),  # older checkpoints lack it
+            compile_seconds=state.get("compile_seconds", 0.0),  # older checkpoints lack the two
+            compile_steps=state.get("compile_steps", 0.0),
             waited=state["waited"],
             replaced=state["replaced"] / world_size(),
             kwh=kwh,
@@ -153,6 +160,7 @@ class Meter:
     def __init__(self, totals: EpochTotals, joules: Callable[[], float | None]):
         self._totals, self._read_joules = totals, joules
         self._time, self._joules = time.perf_counter(), joules()
+        self._compiling = False
 
     def elapsed(self) -> float:
         """Return the seconds since the last charge."""
@@ -169,24 +177,32 @@ class Meter:
         self._totals.seconds += seconds
 
     @contextlib.contextmanager
-    def without_compilation(self) -> Iterator[None]:
-        """Count torch.compile's work in the block by itself, and its energy not at all."""
-        # It calls them in whichever thread compiles, while the step waits.
-        compiling = torch._dynamo.callback.callback_handler
+    def noticing_compilation(self) -> Iterator[None]:
+        """Notice in the block when torch.compile begins to make code or to record a CUDA graph."""
 
+        # It is called in whichever thread compiles, while the step waits.
         def begin(*_: object) -> None:
-            self.charge()
+            if not self._compiling:
+                self.charge()
+                self._compiling = True
 
-        def end(*_: object) -> None:
-            self._totals.compile_seconds += self._since_the_last()[0]
-
-        compiling.register_start_callback(begin)
-        compiling.register_end_callback(end)
+        handler = torch._dynamo.callback.callback_handler
+        handler.register_start_callback(begin)
         try:
             yield
         finally:
-            compiling.remove_start_callback(begin)
-            compiling.remove_end_callback(end)
+            handler.remove_start_callback(begin)
+
+    def end_step(self) -> None:
+        """Charge a step that has compiled to compilation, and its energy to nothing.
+
+        The whole of it: kernels are finished when they are first launched.
+        """
+        if self._compiling:
+            seconds, _ = self._since_the_last()
+            self._totals.compile_seconds += seconds
+            self._totals.compile_steps += 1
+            self._compiling = False
 
     def _since_the_last(self) -> tuple[float, float | None]:
         """Return the seconds and the joules since this was last called."""
