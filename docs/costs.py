@@ -26,12 +26,12 @@ ROW = re.compile(
 
 
 def commands(text: str) -> dict[str, list[str]]:
-    """Return the arguments of every `python ffssl/train.py` in the bash blocks, by the run's name.
+    """Return the arguments of every `ffssl train` in the bash blocks, by the run's name.
 
     They are as bash expands them.
     """
     blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    stand_in = 'python() { [ "$1" != ffssl/train.py ] || printf "%s\\n" "${*:2}"; }\n'
+    stand_in = 'ffssl() { [ "$1" != train ] || printf "%s\\n" "${*:2}"; }\n'
     output = subprocess.run(
         ["bash", "-euc", stand_in + "\n".join(blocks)], capture_output=True, text=True, check=True
     ).stdout

@@ -4,6 +4,7 @@ import difflib
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from ffssl.__main__ import COMMANDS
+from ffssl.config import named, read_options
 from ffssl.data.convert.conversion import convert
 from ffssl.data.convert.sources.embedded import Embedded
 
@@ -109,6 +112,45 @@ def test_links_lead_somewhere(page):
             target = (page.parent / path).resolve() if path else page
             assert target.exists(), link
             assert not anchor or target.suffix != ".md" or anchor in anchors(target), link
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Return the words of a page's `ffssl` commands, each on lines of its own, as bash has them."""
+    text = re.sub(r"\\\n\s*", "", page.read_text())
+    lines = re.findall(r"^(?: {4}|#   )(?:torchrun .*-m )?ffssl (.*[^.\n])$", text, re.M)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+# docs/reproduce.md has loops, which tests/test_reproduce.py expands.
+TYPED = {
+    f"{page.name}: {' '.join(words)}": words
+    for page in [*PAGES, *named.FOLDER.glob("**/*.yaml")]
+    if page.name != "reproduce.md"
+    for words in commands(page)
+}
+
+
+def test_the_commands_are_found():
+    assert len(TYPED) > 40 and {words[0] for words in TYPED.values()} == {*COMMANDS}
+
+
+@pytest.mark.parametrize("typed", TYPED)
+def test_commands_name_what_there_is(typed, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    name, *words = TYPED[typed]
+    if name == "train":
+        with_files = {"data.train": "train.beton", "run.folder": "runs/a"}
+        assert read_options(words, with_files).run.folder
+        return
+    module = ROOT / (COMMANDS[name][0].replace(".", "/"))
+    sources = module.rglob("*.py") if module.is_dir() else [module.with_suffix(".py")]
+    source = "\n".join(path.read_text() for path in sources)
+    for word in words:
+        option = word.partition("=")[0]
+        if option.startswith("--") and "." not in option and option != "--config":
+            assert f'"{option}"' in source, word
+        if word.endswith(".yaml"):
+            assert named.find("study" if name == "study" else "config", word)
 
 
 def test_the_index_names_every_document_and_the_readme_is_short():

@@ -19,7 +19,7 @@ ROWS = {match["run"]: match[0] for match in costs.ROW.finditer(TEXT)}
 
 def test_the_documents_commands_are_all_found():
     assert len(COMMANDS) == len({*COMMANDS}) > 80
-    loops = len(re.findall(r"^ *python ffssl/train.py", TEXT, flags=re.MULTILINE))
+    loops = len(re.findall(r"^ *ffssl train", TEXT, flags=re.MULTILINE))
     assert len(COMMANDS) > loops
     tables = {run.split("/")[0] for run in COMMANDS}
     assert tables == {*(f"table{n}" for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12)), "figure3"}

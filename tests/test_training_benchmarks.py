@@ -437,5 +437,6 @@ def test_benchmarks_are_listed_and_unknown_ones_named():
     assert all(name in run("--help").stdout for name in ("loader", "step", "speedup"))
     wrong = run("sped")
     assert wrong.returncode == 2 and wrong.stderr.startswith(
-        "error: 'sped': unknown benchmark; known are loader, step, agreement, speedup"
+        "error: 'sped': unknown benchmark; did you mean speedup? (known: loader, step, "
+        "agreement, speedup)"
     )

@@ -154,6 +154,10 @@ def test_mistakes_are_one_line_and_status_2(images, tmp_path):
             ["folder", "--input", images, "--output", tmp_path / "no" / "x.beton"],
             ["does not exist"],
         ),
+        (
+            ["folder", "--input", images, "--output", images / "a" / "0.jpg" / "x.beton"],
+            ["0.jpg is a file, not a folder; choose another place"],
+        ),
         (["folder", "--input", images, "--output", "/dev/null", "--overwrite"], ["is a device"]),
         (["imagenet", *good, "--split", "vall"], ["did you mean val?"]),
         (["embedded", "--size", 0, "--output", out], ["size is 0"]),

@@ -7,7 +7,7 @@ import importlib
 import sys
 
 from ffssl.config.command_line import exit_status
-from ffssl.errors import UserError
+from ffssl.errors import UserError, did_you_mean
 from ffssl.parallel.openmp import share_cores
 
 BENCHMARKS = {
@@ -26,7 +26,8 @@ def main() -> None:
         print("\n".join(f"{name:<11}{about}" for name, about in BENCHMARKS.items()))
         return
     if name not in BENCHMARKS:
-        raise UserError(f"{name!r}: unknown benchmark; known are {', '.join(BENCHMARKS)}")
+        hint = did_you_mean(name, BENCHMARKS)
+        raise UserError(f"{name!r}: unknown benchmark{hint} (known: {', '.join(BENCHMARKS)})")
     if name != "loader":  # it starts processes of its own
         share_cores()
     importlib.import_module(f"ffssl.benchmark.{name}").main(arguments)

@@ -201,6 +201,8 @@ def check_writable(path: Path) -> None:
         )
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: is a device or the like, not a file; choose another name")
+    if path.parent.exists() and not path.parent.is_dir():
+        raise UserError(f"{path}: {path.parent} is a file, not a folder; choose another place")
     if not path.parent.is_dir():
         raise UserError(f"{path}: the folder {path.parent} does not exist; create it first")
     if not os.access(path.parent, os.W_OK | os.X_OK):
