@@ -131,6 +131,12 @@ class AugmentOptions:
         None, number(0.001, 1), "smallest crop, as a share of the area; default: the policy's"
     )
     blur: float | None = option(None, number(0, 1), "probability of blur; default: the policy's")
+    blur_scale: str = option(
+        "fixed",
+        Choice("fixed", "proportional"),
+        "sigma of the blur in pixels; fixed: the same at every side; proportional: smaller with "
+        "the side, from the policy's at resolution.max",
+    )
     magnitude_min: float = option(
         5.0,
         number(0),

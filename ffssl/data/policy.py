@@ -33,6 +33,8 @@ class ViewPolicy:
     brightness, contrast, saturation, hue: torchvision's ranges at the standard magnitude, 5. They
         scale linearly with the magnitude.
     blur_sigma: range, in pixels of the rendered view.
+    blur_side: side in pixels of the view that blur_sigma is meant for. The sigmas of a smaller view
+        are smaller in proportion. 0: they are the same for every view.
     jitter_form: "torchvision" (its four steps in random order, clipped after each) or "affine" (one
         colour matrix a view, cheaper; `operations.colour_matrix` says what differs).
     rand_augment: number of RandAugment's operations. Their magnitude is the run's, clipped to
@@ -55,6 +57,7 @@ class ViewPolicy:
     grey: float = 0.2
     blur: float = 0.5
     blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_side: int = 0
     solarise: float = 0.0
     jitter_form: str = "torchvision"
     rand_augment: int = 0
@@ -81,6 +84,8 @@ class ViewPolicy:
             raise UserError(
                 f"view policy: crop_scale goes up to {self.crop_scale[1]}, must not exceed 1"
             )
+        if self.blur_side < 0:
+            raise UserError(f"view policy: blur_side is {self.blur_side}, must be at least 0")
         self._require_one_of("jitter_form", JITTER_FORMS)
         self._require_one_of("interpolation", INTERPOLATIONS)
         if self.rand_augment not in range(MOST_OPERATIONS + 1):
@@ -95,9 +100,13 @@ class ViewPolicy:
                 f"view policy: {name} is {getattr(self, name)!r}, must be one of {', '.join(known)}"
             )
 
-    def row(self, magnitude: float = STANDARD_MAGNITUDE) -> np.ndarray:
-        """Return the policy at a magnitude as kernels read it: float64 (POLICY_COLUMNS,)."""
+    def row(self, magnitude: float = STANDARD_MAGNITUDE, side: int | None = None) -> np.ndarray:
+        """Return the policy at a magnitude as kernels read it: float64 (POLICY_COLUMNS,).
+
+        side: of the view, in pixels; `blur_side` by default.
+        """
         strength = magnitude / STANDARD_MAGNITUDE
+        blur_scale = side / self.blur_side if side and self.blur_side else 1.0
         return np.array(
             [
                 self.centre_crop,
@@ -112,7 +121,7 @@ class ViewPolicy:
                 min(self.hue * strength, 0.5),
                 self.grey,
                 self.blur,
-                *self.blur_sigma,
+                *(sigma * blur_scale for sigma in self.blur_sigma),
                 self.solarise,
                 self.jitter_form == "affine",
                 self.rand_augment,
@@ -275,7 +284,10 @@ class ViewSettings:
         firsts = itertools.accumulate(self.most_views, initial=0)
         self.sizes = tuple(map(Size, firsts, counts, sides))
         self.counters[1] = epoch
-        self.policy_rows[:] = [policy.row(magnitude) for policy in self.policies]
+        of_views = (side for most, side in zip(self.most_views, sides) for _ in range(most))
+        self.policy_rows[:] = [
+            policy.row(magnitude, side) for policy, side in zip(self.policies, of_views)
+        ]
 
     def shapes(self, batch_size: int) -> list[tuple[int, int, int, int, int]]:
         """Return the shape of a batch's views of each size: (batch, views, 3, side, side)."""

@@ -184,6 +184,7 @@ def view_policies(options: Options) -> tuple[ViewPolicy, ...]:
         augment.policy or methods.METHODS[options.method.name].policy,
         crop_scale_min=augment.crop_scale_min,
         blur=augment.blur,
+        blur_side=options.resolution.max if augment.blur_scale == "proportional" else None,
         jitter_form=augment.jitter_form,
         interpolation=augment.interpolation,
     )

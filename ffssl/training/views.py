@@ -1,6 +1,7 @@
 """The training views of a run."""
 
 import warnings
+from dataclasses import replace
 
 from ffssl.config import Options
 from ffssl.data.loader import ViewLoader
@@ -13,10 +14,12 @@ def open_loader(options: Options) -> ViewLoader:
     """Open the loader of a run's training views: this rank's part of every batch."""
     data, augment = options.data, options.augment
     policies = view_policies(options)
-    local = local_policy(policies[0], augment.local_crop_scale_max)
     largest = RunSchedule(options, steps_per_epoch=1).shape_at(
         options.resolution.max, augment.views
     )
+    local = local_policy(policies[0], augment.local_crop_scale_max)
+    if local.blur_side:
+        local = replace(local, blur_side=largest.local_resolution)
     # The kNN and the linear classifier tell of labels.
     with warnings.catch_warnings(action="ignore", category=UserWarning):
         return ViewLoader(

@@ -1,3 +1,4 @@
+import math
 import multiprocessing
 import os
 import pickle
@@ -5,6 +6,7 @@ import shutil
 import signal
 import time
 import warnings
+from dataclasses import replace
 
 import numba
 import numpy as np
@@ -360,6 +362,43 @@ def test_sizes_of_an_epoch_that_do_not_fit_the_loader_are_refused(beton):
                 loader.set_epoch(*settings, **more)
         with pytest.raises(UserError, match="4 views asked for, of 1 to 3"):
             loader.set_epoch(1, views=(2, 4))
+
+
+# Blur in proportion to the side
+
+SIGMA = 1.5
+BLURRED = ViewPolicy(blur=1, blur_sigma=(SIGMA, SIGMA))
+
+
+def blurred(planes, sigma):
+    """Square planes (..., R, R) weighted by a Gaussian, cut at three sigma and reflected."""
+    side, radius = planes.shape[-1], math.ceil(3 * sigma)
+    weights = np.zeros((side, side))
+    for to in range(side):
+        for k in range(-radius, radius + 1):
+            at = abs(to + k)
+            weights[to, min(at, 2 * (side - 1) - at)] += math.exp(-((k / sigma) ** 2) / 2)
+    weights /= weights.sum(1, keepdims=True)
+    return weights @ planes.double().numpy() @ weights.T
+
+
+@pytest.mark.parametrize("side", [24, 16, 12])
+def test_a_blur_in_proportion_is_narrower_on_smaller_views(beton, side):
+    policies = ViewPolicy(blur=0), replace(BLURRED, blur_side=24)
+    sharp, ours = (epoch_of(open_loader(beton, policy=one), 2, side)[0] for one in policies)
+    off = np.abs(ours.double().numpy() - blurred(sharp, SIGMA * side / 24)).max()
+    assert off <= 1.01  # both are rounded
+
+
+def test_each_size_of_views_has_its_own_full_side_for_the_blur(beton):
+    def served(*policy, sides=(24, 10)):
+        with open_loader(beton, policy=policy, **TWO_SIZES) as loader:
+            return sizes_of(loader, 1, sides)
+
+    policies = replace(BLURRED, blur_side=24), replace(BLURRED, blur_side=10)
+    assert_same(served(*policies), served(BLURRED, BLURRED))
+    halves = [replace(BLURRED, blur_sigma=(SIGMA * share, SIGMA * share)) for share in (0.5, 0.6)]
+    assert_same(served(*policies, sides=(12, 6)), served(*halves, sides=(12, 6)))
 
 
 # A kernel of the user's own

@@ -276,6 +276,7 @@ def test_centre_crop_is_torchvisions_and_nothing_else_happens(height, width, fra
         ("crop_ratio", (2.0, 1.0)),
         ("blur_sigma", (-0.1, 2.0)),
         ("blur_sigma", (2.0, 0.1)),
+        ("blur_side", -1),
         ("jitter_form", "dali"),
         ("interpolation", "lanczos"),
         ("brightness", -0.4),

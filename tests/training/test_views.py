@@ -1,5 +1,7 @@
 """The training views of a run: sizes, numbers and policies by its options."""
 
+from dataclasses import replace
+
 import torch
 
 from ffssl.config import read_options
@@ -63,3 +65,30 @@ def test_a_runs_local_views_show_small_parts_and_its_global_views_stay_as_they_a
             assert views.shape[2:] == (3, 48, 48) and local.shape[1:] == (3, 3, 32, 32)
             assert torch.equal(views, of_plain.views)
             assert torch.equal(local, of_expected.views[:, 2:])
+
+
+def test_a_runs_blur_is_its_policys_at_full_resolution_and_in_proportion_below(betons):
+    options = options_of(betons["train"], "--augment.policy=simsiam", "--augment.blur=1")
+    schedule = RunSchedule(options, steps_per_epoch=5)
+    part = replace(POLICIES["simsiam"][0], crop_scale=(0.05, 0.14), blur=0.5)
+
+    def views_of(options, epoch, policies=None):
+        with open_loader(options) as loader:
+            if policies is not None:
+                loader._settings.policies = policies
+            loader.set_epoch(epoch, **schedule.shape(epoch).for_loader)
+            return [part.clone() for part in next(iter(loader)).views]
+
+    changed = options.changed(augment={"blur_scale": "proportional"})
+    same = views_of(changed, 0), views_of(options, 0)
+    assert schedule.shape(0) == (48, 2, 32, 3)
+    assert all(torch.equal(a, b) for a, b in zip(*same))
+    assert schedule.shape(1) == (16, 2, 16, 3)
+    globals_, locals_ = (
+        replace(policy, blur=blur, blur_sigma=(0.1 * share, 2.0 * share))
+        for policy, blur, share in ((POLICIES["simsiam"][0], 1.0, 1 / 3), (part, 0.5, 1 / 2))
+    )
+    ours = views_of(changed, 1)
+    expected = views_of(options, 1, (globals_,) * 2 + (locals_,) * 3)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected))
+    assert not any(torch.equal(a, b) for a, b in zip(ours, views_of(options, 1)))
