@@ -33,6 +33,7 @@ from ffssl.run_folder.provenance import record_start
 from ffssl.training.build import build, first_backbone, random_backbone
 from ffssl.training.classifier import online_classifier
 from ffssl.training.compile import StageCompiler, describe_modes, stage_modes
+from ffssl.training.precision import advise_bf16, require_bf16
 from ffssl.training.record import NoRecord, Record
 from ffssl.training.run import Run, start_run
 from ffssl.training.schedule import RunSchedule, StepShape
@@ -71,6 +72,8 @@ def prepared(options: Options) -> Iterator[Prepared]:
     folder = Path(options.run.folder)
     # A checkpoint has the weights: their file may be gone by then.
     resumes = checkpoint.exists(folder)
+    if not resumes:  # what began on another machine goes on, slowly
+        require_bf16(options.training.amp, device)
     backbone, weights = (random_backbone(options), {}) if resumes else first_backbone(options)
     method = build(options, device, backbone)
     flops = count_flops(RunSchedule(options, steps_per_epoch=1), method)
@@ -93,8 +96,14 @@ def prepared(options: Options) -> Iterator[Prepared]:
             data = identity(loader.beton)
         require_same({f"--data.train: {name}": value for name, value in data.items()})
 
-        run = start_run(options, method, RunSchedule(options, len(loader)), device)
         t = options.training
+        # Before start_run, after which BatchNorm waits for the other ranks.
+        advice = (
+            advise_bf16(t.amp, device, method.backbone, options.resolution.max)
+            if is_main and not resumes
+            else ""
+        )
+        run = start_run(options, method, RunSchedule(options, len(loader)), device)
         modes = stage_modes(t.compile, flops, method, device, t.accumulate)
         run.data, run.weights = data, weights
         run.classifier = online_classifier(
@@ -104,7 +113,7 @@ def prepared(options: Options) -> Iterator[Prepared]:
 
         record = NoRecord()
         if is_main:
-            announce(run, loader, knn, describe_modes(modes))
+            announce(run, loader, knn, describe_modes(modes), advice)
             record_start(folder, device, run.weights)
             record = stack.enter_context(contextlib.closing(open_record(run, folder)))
         yield Prepared(run, StageCompiler(method, modes), loader, knn, record, stop, flops)
@@ -131,8 +140,13 @@ def resumed_from(folder: Path, run: Run) -> Iterator[None]:
         yield
 
 
-def announce(run: Run, loader: ViewLoader, knn: OnlineKnn | None, compiled: str) -> None:
-    """Print the memory, the device, the precision and the labels that the run uses."""
+def announce(
+    run: Run, loader: ViewLoader, knn: OnlineKnn | None, compiled: str, advice: str
+) -> None:
+    """Print the memory, the device, the precision and the labels that the run uses.
+
+    compiled: the modes of torch.compile. advice: on the precision, or empty.
+    """
     processes = f", {world_size()} processes" if world_size() > 1 else ""
     print(f"{loader.describe_memory()}{', on each process' if processes else ''}", flush=True)
     precision = describe_precision(run.options.training.amp, run.device)
@@ -140,6 +154,8 @@ def announce(run: Run, loader: ViewLoader, knn: OnlineKnn | None, compiled: str)
         f"on {run.device}{processes}: {precision}; torch.compile {compiled}{run.energy_note}",
         flush=True,
     )
+    if advice:
+        print(advice, flush=True)
     if run.weights and not run.resumed:
         print(describe_start(run.weights), flush=True)
     if knn and knn.label_field != LABEL:

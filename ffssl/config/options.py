@@ -329,7 +329,8 @@ class TrainingOptions:
     amp: str = option(
         "auto",
         Choice("auto", "bf16", "fp16", "off"),
-        "mixed precision; auto: bf16 where the GPU has it, else fp16, off on a CPU",
+        "mixed precision; auto: bf16 where the GPU has it, else fp16, off on a CPU, where the "
+        "start says if bf16 is faster",
     )
 
 

@@ -4,11 +4,15 @@ import contextlib
 import ctypes
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from ffssl.errors import UserError
 
+CPU_INFO = Path("/proc/cpuinfo")
+# A CPU's flag of bf16 instructions: on x86 one of the first two, on ARM the last.
+_CPU_BF16 = re.compile(r"^(?:flags|Features)\s*:.*\b(?:avx512_bf16|amx_bf16|bf16)\b", re.M)
 # Messages of the driver and its libraries, which have no class for this error.
 _OUT_OF_MEMORY = re.compile("CUDA(?: error:)? out of memory|CU[A-Z]+_STATUS_ALLOC_FAILED")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
@@ -134,9 +138,14 @@ def precision(amp: str, device: torch.device) -> str:
     return "off" if device.type != "cuda" else "bf16" if has_bf16(device) else "fp16"
 
 
-def has_bf16(gpu: torch.device) -> bool:
-    """Return whether a GPU computes in bf16 natively: an emulation gains nothing."""
-    with torch.cuda.device(gpu):  # torch asks the current one
+def has_bf16(device: torch.device) -> bool:
+    """Return whether a device computes in bf16 natively: an emulation gains nothing."""
+    if device.type == "cpu":
+        try:
+            return _CPU_BF16.search(CPU_INFO.read_text()) is not None
+        except OSError:
+            return False
+    with torch.cuda.device(device):  # torch asks the current one
         return torch.cuda.is_bf16_supported(including_emulation=False)
 
 

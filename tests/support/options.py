@@ -7,7 +7,8 @@ SIDES = [
     "--resolution.step=16",
     "--hard_augment.resolution=16",
 ]
-QUIET = ["--run.tensorboard=false", "--run.device=cpu"]
+# No trial of bf16, which takes time and prints a line on some CPUs.
+QUIET = ["--run.tensorboard=false", "--run.device=cpu", "--training.amp=off"]
 SMALL = [
     *NETWORK,
     *SIDES,
