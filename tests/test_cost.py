@@ -229,10 +229,10 @@ def test_a_step_is_told_apart_by_what_it_is_for():
 def test_the_total_of_a_run_is_what_training_counts():
     costs, options = RunCosts(), options_of("demo_efficient", *NETWORK)
     stages = costs.stages(options)
-    assert [(*stage.shape, stage.epochs) for stage in stages] == [
-        (48, 2, 1),
-        (32, 4, 4),
-        (48, 4, 3),
+    assert [(stage.shape, stage.epochs) for stage in stages] == [
+        (StepShape(48, 2), 1),
+        (StepShape(32, 4), 4),
+        (StepShape(48, 4), 3),
     ]
     method = build_method(
         "simclr",

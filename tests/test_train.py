@@ -93,7 +93,10 @@ def test_a_run_watches_its_pairs_its_predictor_and_the_rank_of_its_embeddings(be
     options = read_options(arguments(betons, tmp_path, *simsiam, "--training.epochs=3"))
     schedule, method = RunSchedule(options, 5), build(options, torch.device("cpu"))
     assert flops[0] == 5 * count_step(method, StepShape(32, 2), batch_size=32).total()
-    assert flops[1] == 5 * count_flops(schedule, method)[16, 3]
+    assert flops[1] == 5 * count_flops(schedule, method)[StepShape(16, 3)]
+
+
+LITERALLY = ["--hard_augment.loss=cosine", "--hard_augment.share_min=1"]  # Algorithm 1
 
 
 def test_the_cosine_turns_simsiams_predictor_round_and_the_default_does_not(tmp_path, capsys):
@@ -116,7 +119,7 @@ def test_the_cosine_turns_simsiams_predictor_round_and_the_default_does_not(tmp_
         "--training.epochs=2",
     ]
     rows = {}
-    for name, more in {"cosine": ["--hard_augment.loss=cosine"], "default": []}.items():
+    for name, more in {"cosine": LITERALLY, "default": []}.items():
         train(read_options([*options, *more, f"--run.folder={tmp_path / name}"]))
         rows[name], told = read_log(tmp_path / name)[-1], capsys.readouterr().err
         warned = "warning: epoch 2: the loss of the chosen pairs" in told

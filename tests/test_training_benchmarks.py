@@ -60,7 +60,7 @@ def test_the_step_is_timed_at_every_resolution_of_the_schedule(tmp_path, capsys)
     )
     found = json.loads((tmp_path / "step.json").read_text())
     shapes = [StepShape(row["resolution"], row["views"]) for row in found["rows"]]
-    assert shapes == [(32, 4), (48, 2), (48, 4)]
+    assert shapes == [StepShape(32, 4), StepShape(48, 2), StepShape(48, 4)]
     options = read_options([*SMALL, *HARD, *SPL, "--data.train=x", "--run.folder=x"])
     flops = count_flops(RunSchedule(options, 10), build(options, torch.device("cpu")))
     for row in found["rows"]:
@@ -305,7 +305,7 @@ def test_the_prediction_is_what_full_runs_take(configs, betons, tmp_path, monkey
         now += 0.0001
         return now
 
-    def paced(run, views, step):
+    def paced(run, views, step, labels=None):
         nonlocal now
         now += views.shape[-1] / 1000
         return StepResult(torch.ones(()), torch.ones(()), torch.ones(len(views), 2), None)

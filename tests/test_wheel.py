@@ -77,7 +77,8 @@ def test_the_wheel_holds_every_source_and_config_and_nothing_else(wheel):
         f"ffssl/configs/{path.relative_to(ROOT / 'rn50_configs')}"
         for path in ROOT.glob("rn50_configs/**/*.yaml")
     }
-    assert len(configs) > 40 and names == sources | configs | {"ffssl/py.typed"}
+    page = {f"ffssl/report/page.{kind}" for kind in ("css", "html.jinja")}
+    assert len(configs) > 40 and names == sources | configs | page | {"ffssl/py.typed"}
     assert fields["Version"] == ffssl.__version__
     assert fields["License-Expression"] == "Apache-2.0"
     assert fields["Author"] == "FFSSL contributors"

@@ -85,9 +85,10 @@ class OnlineClassifier:
         the first views in the images' order, then the second ones. Local views pass it after them,
         and do not count.
         """
-        targets = targets.repeat(2)
-        features = torch.cat(self._features)[: len(targets)].float()
+        features = torch.cat(self._features).float()
         self._features.clear()
+        targets = targets.repeat(min(2, len(features) // len(targets)))
+        features = features[: len(targets)]
         logits = self.layer(features)
         F.cross_entropy(logits, targets, ignore_index=UNLABELLED, reduction="sum").backward()
         self._images += (targets != UNLABELLED).sum()

@@ -14,9 +14,9 @@ Views: TypeAlias = Tensor | tuple[Tensor, ...]
 
 def each(function: Callable[..., Tensor], *views: Views) -> Views:
     """Apply a function to the tensors of each size."""
-    if isinstance(views[0], Tensor):
-        return function(*views)
-    return tuple(map(function, *views))
+    if isinstance(views[0], tuple):
+        return tuple(map(function, *views))
+    return function(*views)
 
 
 def made(make: Callable[[Sequence[int]], Tensor], shapes: Iterable[Sequence[int]]) -> Views:

@@ -9,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ffssl.backbones import SmallResNet
 from ffssl.config import read_options
 from ffssl.methods import METHODS
-from ffssl.training.build import COMPILED_METHODS, build, compile_methods
+from ffssl.training.build import build
 from ffssl.training.classifier import OnlineClassifier, online_classifier
+from ffssl.training.compile import COMPILED_METHODS, compile_methods
 from ffssl.training.run import start_run
 from ffssl.training.schedule import RunSchedule
 from ffssl.training.step import train_step
@@ -235,7 +236,7 @@ def test_compiled_code_keeps_the_same_features_in_one_graph(start):
         torch.compiler.reset()
         run = start(options_of("simsiam", *HARD))
         settings = {} if mode == "off" else {"backend": backend, "fullgraph": True}
-        compile_methods(run.method, COMPILED_METHODS, mode, CPU, **settings)
+        compile_methods(run.method, COMPILED_METHODS, mode, **settings)
         for step in range(2):
             torch.manual_seed(step)
             views, labels = batch(step)

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torchvision
 from safetensors.torch import load_file
-from support.small_runs import SMALL, save_run
+from support.options import SMALL
+from support.small_runs import save_run
 
 from ffssl.config import read_options
 from ffssl.errors import UserError
