@@ -140,7 +140,9 @@ def announce(run: Run, loader: ViewLoader, knn: OnlineKnn | None, compiled: str)
         f"on {run.device}{processes}: {precision}; torch.compile {compiled}{run.energy_note}",
         flush=True,
     )
-    if run.weights and not run.resumed:
+    if run.resumed:
+        print(describe_resumption(run), flush=True)
+    elif run.weights:
         print(describe_start(run.weights), flush=True)
     if knn and knn.label_field != LABEL:
         print(f"labels for the kNN: the field '{knn.label_field}'", flush=True)
@@ -149,6 +151,15 @@ def announce(run: Run, loader: ViewLoader, knn: OnlineKnn | None, compiled: str)
     done = run.epoch or run.totals.steps
     if run.classifier and done and not run.classifier.trained:
         print("the linear classifier begins anew: the checkpoint has none", flush=True)
+
+
+def describe_resumption(run: Run) -> str:
+    """Say in one line where a run stands that is continued."""
+    epochs = run.options.training.epochs
+    if run.epoch == epochs:
+        return f"the run has finished already, with epoch {epochs} of {epochs}"
+    more = f" and step {run.totals.steps} of the next" if run.totals.steps else ""
+    return f"continues after epoch {run.epoch} of {epochs}{more}"
 
 
 def describe_start(weights: dict[str, Any]) -> str:
