@@ -209,6 +209,8 @@ def open_images(
 
     Raise UserError if there are none, and for a label_field of a folder.
     """
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; name a beton file or a folder of images")
     if not path.is_dir():
         images = BetonImages(path, resolution, scaled_decoding, label_field)
         if not labels:
