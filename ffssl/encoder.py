@@ -111,6 +111,8 @@ def load_trained(
 
     Raise UserError, naming the file, if it can't be loaded.
     """
+    if not path.exists():
+        raise UserError(f"{path}: no such run, and no such file; name a run or an exported file")
     file = path / WEIGHTS if (path / WEIGHTS).is_file() else path
     content = read_file(file) if file.is_file() else None
     if file.is_file() and not is_run(content):

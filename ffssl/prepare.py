@@ -156,7 +156,9 @@ def announce(
     )
     if advice:
         print(advice, flush=True)
-    if run.weights and not run.resumed:
+    if run.resumed:
+        print(describe_resumption(run), flush=True)
+    elif run.weights:
         print(describe_start(run.weights), flush=True)
     if knn and knn.label_field != LABEL:
         print(f"labels for the kNN: the field '{knn.label_field}'", flush=True)
@@ -165,6 +167,15 @@ def announce(
     done = run.epoch or run.totals.steps
     if run.classifier and done and not run.classifier.trained:
         print("the linear classifier begins anew: the checkpoint has none", flush=True)
+
+
+def describe_resumption(run: Run) -> str:
+    """Say in one line where a run stands that is continued."""
+    epochs = run.options.training.epochs
+    if run.epoch == epochs:
+        return f"the run has finished already, with epoch {epochs} of {epochs}"
+    more = f" and step {run.totals.steps} of the next" if run.totals.steps else ""
+    return f"continues after epoch {run.epoch} of {epochs}{more}"
 
 
 def describe_start(weights: dict[str, Any]) -> str:

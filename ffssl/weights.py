@@ -53,6 +53,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     Raise UserError if the file can't be read, is damaged, or holds anything else.
     """
+    if path.is_dir():
+        raise UserError(
+            f"{path}: is a folder; name a file of weights in it, or write a run's backbone to a "
+            "file first: ffssl export"
+        )
     content = read_file(path)
     if is_run(content):
         raise UserError(

@@ -240,7 +240,7 @@ HARD = ["--hard_augment.select=hard", "--augment.views=3"]
         ),
         (["--augment.local_share=0"], r"local_share: expected a number from 0\.01 to 1"),
         (["--training.momentum_low=0.96"], r"training\.momentum_low: 0\.96"),
-        (["--augment.views=6"], r"augment\.views: 6 .*hard_augment\.select"),
+        (["--augment.views=6"], r"augment\.views: 6 .*give 2, or --hard_augment\.select"),
         (["--hard_augment.select=hard"], r"augment\.views: 2 .*hard_augment"),
         (["--hard_augment.select=random", "--augment.views=2"], r"augment\.views: 2"),
         (

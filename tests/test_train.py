@@ -2,6 +2,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -229,7 +230,7 @@ def test_every_method_trains_and_goes_on_from_its_checkpoint_with_the_same_weigh
 
 
 def test_a_run_goes_on_with_the_very_next_batch_and_its_sums_and_random_numbers(
-    betons, tmp_path, monkeypatch
+    betons, tmp_path, monkeypatch, capsys
 ):
     steps, shown = [], []
 
@@ -271,6 +272,11 @@ def test_a_run_goes_on_with_the_very_next_batch_and_its_sums_and_random_numbers(
         == [step - 1 for step, _ in runs["unbroken"][1]]
     )
     assert runs["stopped"] == runs["unbroken"]
+    assert re.findall("continues after .*", capsys.readouterr().out) == [
+        "continues after epoch 0 of 2 and step 2 of the next",
+        "continues after epoch 0 of 2 and step 5 of the next",
+        "continues after epoch 1 of 2 and step 1 of the next",
+    ]
     # 3600 J from each of 10 charges to the next.
     assert runs["unbroken"][2][-1]["kwh"] == pytest.approx(0.01)
 
@@ -379,11 +385,13 @@ def test_a_checkpoint_in_an_epoch_is_written_while_the_steps_go_on(betons, tmp_p
     assert in_an_epoch and all(in_an_epoch)
 
 
-def test_a_finished_run_is_not_trained_again(betons, tmp_path):
+def test_a_finished_run_is_not_trained_again(betons, tmp_path, capsys):
     options = arguments(betons, tmp_path, "--training.epochs=1")
     train(read_options(options))
     before = (tmp_path / checkpoint.NAME).stat().st_mtime_ns
+    assert "finished already" not in capsys.readouterr().out
     train(read_options(options))
+    assert "the run has finished already, with epoch 1 of 1\n" in capsys.readouterr().out
     assert (tmp_path / checkpoint.NAME).stat().st_mtime_ns == before
 
 

@@ -137,7 +137,7 @@ def test_damaged_and_other_files_are_named_in_a_line(tmp_path):
     refused(written(tmp_path / "b.pth", [torch.zeros(1)]), "holds no state dict")
     refused(written(tmp_path / "b.pth", {"a": 1}), "holds no state dict")
     refused(tmp_path / "absent.pth", "can't be read: No such file or directory")
-    refused(tmp_path, "can't be read: Is a directory")
+    refused(tmp_path, "is a folder; name a file of weights in it")
     save_run(tmp_path / "run")
     refused(tmp_path / "run" / "checkpoint.pt", "is the checkpoint of a run; .*ffssl.export")
 

@@ -96,7 +96,7 @@ def _check_training(training: TrainingOptions) -> None:
 def _check_views(views: int, select: str) -> None:
     if select == "off" and views > 2:
         raise UserError(
-            f"--augment.views: {views} views, of which only 2 would be used; set "
+            f"--augment.views: {views} views, of which only 2 would be used; give 2, or "
             "--hard_augment.select=hard"
         )
     if select != "off" and views < 3:

@@ -48,6 +48,7 @@ class Images(ABC):
 
     def __init__(self, resolution: int, scaled_decoding: bool):
         self.settings = ViewSettings(1, resolution, EVALUATION, 0, scaled_decoding)
+        self._layout = self.settings.layout(1)  # each image is a batch of its own
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -89,7 +90,9 @@ class Images(ABC):
                 settings.counters,
                 settings.policy_rows,
                 settings.scaled_decoding,
-                view,
+                self._layout,
+                0,
+                view.reshape(-1),
             )
         except ValueError:
             return False
@@ -206,6 +209,8 @@ def open_images(
 
     Raise UserError if there are none, and for a label_field of a folder.
     """
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; name a beton file or a folder of images")
     if not path.is_dir():
         images = BetonImages(path, resolution, scaled_decoding, label_field)
         if not labels:

@@ -150,11 +150,13 @@ def read_runs(folders: list[Path]) -> list[ReportedRun]:
 
 
 def _read_run(folder: Path, name: str) -> ReportedRun:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; name the run.folder of a run of ffssl train")
     rows = read_log(folder)
     if not rows:
         raise UserError(
             f"{folder}: has no {NAME} with an epoch in it; name the run.folder of a run of "
-            "ffssl/train.py"
+            "ffssl train"
         )
     try:
         if not (folder / checkpoint.NAME).exists():

@@ -1,5 +1,7 @@
 """Write the report's files."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from ffssl.errors import UserError
@@ -17,18 +19,28 @@ def write_report(folders: list[Path], output: Path, device: str = "auto") -> Pat
     Raise UserError if a folder holds no run, or if nothing can be written.
     """
     place = choose_device(device, "--device")
-    page, pictures = compose(read_runs(folders), place)
+    runs = read_runs(folders)
+    if output.is_dir():
+        raise UserError(f"--output: {output} is a folder; name the page, as {output}/report.html")
     beside = output.with_name(f"{output.stem}_pictures")
-    try:
+    with _writing(output):  # before what takes minutes
         beside.mkdir(parents=True, exist_ok=True)
+    page, pictures = compose(runs, place)
+    with _writing(output):
         for path, content in (
             *((beside / name, png) for name, png in pictures.items()),
             (output, page.encode("utf-8", "backslashreplace")),
         ):
             with replacing(path) as partial:
                 partial.write_bytes(content)
+    return beside
+
+
+@contextlib.contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"--output: {output} and the pictures beside it can't be written: {error.strerror}"
         ) from error
-    return beside

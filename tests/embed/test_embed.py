@@ -187,7 +187,7 @@ def test_a_parquet_file_has_names_labels_and_features(tmp_path, photos, method, 
     [
         ("run photos --output a.txt", "--output: a.txt: must end in .npy or .parquet"),
         ("run empty --output a.npy", "empty: no images in it"),
-        ("run absent --output a.npy", "absent: no such file"),
+        ("run absent --output a.npy", "absent: no such file or folder"),
         ("run photos --output absent/a.npy", "--output: absent/a.npy can't be written: No such f"),
         ("run photos --output there.npy", "there.npy exists already; pass --overwrite"),
         ("run photos --output x.npy", "--output: x.csv exists already; pass --overwrite"),

@@ -419,13 +419,31 @@ def test_a_folder_without_a_run_is_refused_in_a_line(tmp_path, monkeypatch, caps
         runpy.run_module("ffssl.report", run_name="__main__")
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
+    assert "nothing: no such folder" in error
     assert not (tmp_path / "report.html").exists()
 
 
-def test_a_page_that_can_not_be_written_is_an_error(folder, tmp_path):
+def test_a_page_that_can_not_be_written_is_told_before_it_is_composed(
+    folder, tmp_path, monkeypatch
+):
+    def computed(*arguments):
+        raise AssertionError("the page was composed")
+
+    monkeypatch.setattr("ffssl.report.write.compose", computed)
+    (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--output: .*can't be written"):
-        (tmp_path / "file").write_text("")
         write_report([folder / "hard"], tmp_path / "file" / "report.html", "cpu")
+    with pytest.raises(UserError, match="--output: .* is a folder; name the page"):
+        write_report([folder / "hard"], tmp_path, "cpu")
+
+
+def test_a_picture_that_can_not_be_written_is_an_error(folder, tmp_path, monkeypatch):
+    # Composing takes seconds, and here only the writing matters.
+    monkeypatch.setattr("ffssl.report.write.compose", lambda *_: ("page", {"a.png": b"picture"}))
+    (tmp_path / "report_pictures" / ".a.png.partial").mkdir(parents=True)
+    with pytest.raises(UserError, match="--output: .*can't be written"):
+        write_report([folder / "hard"], tmp_path / "report.html", "cpu")
+    assert not (tmp_path / "report.html").exists()
 
 
 @pytest.mark.parametrize("width", [1280, 390])
