@@ -100,6 +100,8 @@ def test_every_option_arrives(images, tmp_path):
         3,
         "--white-level",
         4095,
+        "--part",
+        "2/2",
     ]
     run(
         "folder",
@@ -122,10 +124,11 @@ def test_every_option_arrives(images, tmp_path):
         "compressed_share": 0.5,
         "subset": 4,
         "subset_seed": 3,
+        "part": "2/2",
         "skip_broken": True,
     }
     beton = read_beton(out)
-    assert len(beton) == 4 and set(beton.images["width"]) == {40} and set(beton.labels) == {-1}
+    assert len(beton) == 2 and set(beton.images["width"]) == {40} and set(beton.labels) == {-1}
 
 
 def test_mistakes_are_one_line_and_status_2(images, tmp_path):
@@ -143,6 +146,9 @@ def test_mistakes_are_one_line_and_status_2(images, tmp_path):
         (["folder", *good, "--white-level", 0], ["--white-level", "1 to 65535"]),
         (["folder", *good, "--workers", 0], ["--workers"]),
         (["folder", *good, "--subset", 7], ["only 6 images"]),
+        (["folder", *good, "--part", "2"], ["--part", "expected K/N, as 3/8, got '2'"]),
+        (["folder", *good, "--part", "3/2"], ["part 3/2", "--part"]),
+        (["folder", *good, "--part", "1/7"], ["only 6 images"]),
         (["folder", "--output", out], ["--input", "see write_datasets.py folder --help"]),
         (["folder", "--input", tmp_path / "none", "--output", out], ["none: no such folder"]),
         (

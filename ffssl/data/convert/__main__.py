@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -111,6 +112,14 @@ def _common_options() -> Parser:
         "--subset-seed", type=int, default=0, metavar="S", help="draw another subset (default: 0)"
     )
     run.add_argument(
+        "--part",
+        type=_part,
+        default=(1, 1),
+        metavar="K/N",
+        help="only the K-th of N parts of the images, from 1, so that N machines share the work; "
+        "train on all N files together (default: 1/1, all)",
+    )
+    run.add_argument(
         "--skip-broken",
         action="store_true",
         help="leave broken images out and list them, instead of stopping at the first",
@@ -127,6 +136,13 @@ def _common_options() -> Parser:
         help="no progress bar (there is none either when stderr is not a terminal)",
     )
     return common
+
+
+def _part(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"expected K/N, as 3/8, got {text!r}")
+    return int(match[1]), int(match[2])
 
 
 def _add_input(source: Parser, metavar: str, text: str, **options) -> None:
@@ -285,6 +301,7 @@ def run(options: argparse.Namespace) -> None:
         workers=options.workers,
         subset=options.subset,
         subset_seed=options.subset_seed,
+        part=options.part,
         skip_broken=options.skip_broken,
         overwrite=options.overwrite,
         progress=not options.no_progress,

@@ -60,6 +60,9 @@ class ConvertOptions:
     subset: number of samples to take, in the source's order; all by default. They are those with
         the least hash of (subset_seed, index): random, repeatable, and a smaller subset is part of
         a larger one.
+    part: (k, n), the k-th of n parts of these samples, from 1: a run of consecutive samples. The
+        parts of a source hold each sample once, and their lengths differ by one at most. Labels
+        and class names are those of the whole source.
     skip_broken: leave broken images out instead of stopping.
     overwrite: replace a file that exists.
     progress: show a progress bar on a terminal.
@@ -72,6 +75,7 @@ class ConvertOptions:
     workers: int = 1
     subset: int | None = None
     subset_seed: int = 0
+    part: tuple[int, int] = (1, 1)
     skip_broken: bool = False
     overwrite: bool = False
     progress: bool = True
@@ -85,6 +89,9 @@ class ConvertOptions:
             raise UserError(f"{self.workers} workers: must be at least 1 (--workers)")
         if self.subset is not None and self.subset < 1:
             raise UserError(f"subset {self.subset}: must be at least 1 (--subset)")
+        k, n = self.part
+        if not 1 <= k <= n:
+            raise UserError(f"part {k}/{n}: must be the k-th of n parts, from 1 (--part)")
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,9 @@ def convert(
     path = Path(path)
     started = time.monotonic()
     check_output(path, options.overwrite)
-    indices = select_subset(len(source), options.subset, options.subset_seed)
+    indices = select_part(
+        select_subset(len(source), options.subset, options.subset_seed), *options.part
+    )
     counts: Counter[str] = Counter()
     labels: Counter[int] = Counter()
     skipped: list[tuple[str, str]] = []
@@ -285,6 +294,16 @@ def select_subset(count: int, subset: int | None, seed: int) -> np.ndarray:
     return np.sort(np.argsort(_hash(np.arange(count), seed), kind="stable")[:subset])
 
 
+def select_part(indices: np.ndarray, k: int, n: int) -> np.ndarray:
+    """Return the k-th of n parts of `indices`, from 1: consecutive ones.
+
+    Raises UserError if there are fewer than n indices, since a part would be empty.
+    """
+    if len(indices) < n:
+        raise UserError(f"part {k}/{n}: there are only {len(indices)} images (--part)")
+    return np.array_split(indices, n)[k - 1]
+
+
 def is_compressed(indices: np.ndarray, share: float) -> np.ndarray:
     """Return which samples are stored as JPEG: bool, of the shape of `indices`.
 
@@ -412,6 +431,7 @@ def _write_description(summary: Summary, source: Source, options: ConvertOptions
             "compressed_share": options.compressed_share,
             "subset": options.subset,
             "subset_seed": options.subset_seed,
+            "part": "{}/{}".format(*options.part),
             "skip_broken": options.skip_broken,
         },
         "counts": summary.counts,

@@ -527,6 +527,9 @@ def test_options_are_checked():
         lambda: Encoding(white_level=1 << 16),
         lambda: ConvertOptions(workers=0),
         lambda: ConvertOptions(subset=0),
+        lambda: ConvertOptions(part=(0, 2)),
+        lambda: ConvertOptions(part=(3, 2)),
+        lambda: ConvertOptions(part=(1, 0)),
         lambda: ConvertOptions(compressed_share=1.1),
         lambda: ConvertOptions(compressed_share=float("nan")),
     ):
@@ -650,6 +653,33 @@ def test_another_file_beside_the_description_is_refused(folder):
     assert identity(read_beton(path)) | {
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest()
     } == identity(read_beton(other))
+
+
+@pytest.mark.parametrize("parts, options", [(3, {}), (5, {"subset": 17, "compressed_share": 0.5})])
+def test_the_parts_of_a_source_hold_each_of_its_samples_once_as_the_whole_file_does(
+    folder, parts, options
+):
+    whole, summary = convert_folder(folder, **options)
+    stored, labels = [], []
+    for k in range(1, parts + 1):  # of 24 samples in the order of their classes
+        path, part = convert_folder(folder, f"{k}.beton", part=(k, parts), **options)
+        assert part.class_names == summary.class_names == ["a", "b"]
+        assert abs(part.samples - summary.samples / parts) < 1
+        stored += stored_images(path)
+        labels += read_beton(path).labels.tolist()
+    assert stored == stored_images(whole)
+    assert labels == read_beton(whole).labels.tolist()
+
+
+def stored_images(path):
+    beton, data = read_beton(path), path.read_bytes()
+    begins = beton.images["data_ptr"].tolist()
+    return [data[begin:][:size] for begin, size in zip(begins, beton.image_sizes.tolist())]
+
+
+def test_a_part_without_an_image_is_refused(folder):
+    with pytest.raises(UserError, match=r"part 25/25: there are only 24 images \(--part\)"):
+        convert_folder(folder, part=(25, 25))
 
 
 def test_bytes_do_not_depend_on_workers(folder):
