@@ -1,10 +1,11 @@
-"""Atomic writes to files, and folders locked by one process at a time."""
+"""Atomic writes to files, their natural order, and folders locked by one process at a time."""
 
 import contextlib
 import fcntl
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,3 +105,11 @@ def exclusive_folder(folder: Path, what: str, option: str) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def natural_order(text: str) -> list[tuple[bool, int, str]]:
+    """Return a sort key by which shard-9 comes before shard-10."""
+    return [
+        (part.isdecimal(), int(part) if part.isdecimal() else 0, part)
+        for part in re.split(r"(\d+)", text)
+    ]

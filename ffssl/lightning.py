@@ -124,7 +124,7 @@ class ViewSchedule(pl.Callback):  # type: ignore[name-defined]
             )
         if (loader.rank, loader.world_size) != (trainer.global_rank, trainer.world_size):
             raise UserError(
-                f"ViewSchedule: {loader.beton.path}: the loader is that of rank {loader.rank} of "
+                f"ViewSchedule: {loader.beton.name}: the loader is that of rank {loader.rank} of "
                 f"{loader.world_size}, the Trainer's is {trainer.global_rank} of "
                 f"{trainer.world_size}; make it in train_dataloader, with "
                 "rank=self.trainer.global_rank, world_size=self.trainer.world_size"

@@ -38,7 +38,7 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from ffssl import schedules
-from ffssl.data.beton.read import read_beton
+from ffssl.data.beton.several import read_betons
 from ffssl.data.loader import ViewLoader
 from ffssl.errors import UserError
 from ffssl.files import make_folder, write_json
@@ -166,7 +166,7 @@ def validation_views(
     count = max(images // size, 1)
     changed: dict[str, dict[str, object]] = {"augment": {"views": 2, "local_views": 0}}
     if options.data.validation:
-        found = len(read_beton(options.data.validation))
+        found = len(read_betons(options.data.validation))
         if found < count * size:
             raise UserError(
                 f"--data.validation: {options.data.validation} has {found} images, of which "
@@ -190,7 +190,7 @@ def held_out(loader: ViewLoader, count: int, seed: int) -> tuple[np.ndarray, np.
     total = len(loader.samples)
     if total < count + loader.batch_size:
         raise UserError(
-            f"{loader.beton.path}: of {total} images, {count} can't be held out and batches of "
+            f"{loader.beton.name}: of {total} images, {count} can't be held out and batches of "
             f"{loader.batch_size} be trained on; give --data.validation, or fewer "
             "--validation-images, or a smaller --training.batch_size"
         )

@@ -10,8 +10,8 @@ import torch
 
 from ffssl.config import Options, Role, dotted, shared_options
 from ffssl.cost import count_flops
+from ffssl.data.beton.description import identity, same_samples
 from ffssl.data.beton.read import LABEL
-from ffssl.data.convert.conversion import identity, same_samples
 from ffssl.data.loader import ViewLoader
 from ffssl.errors import UserError
 from ffssl.evaluate.online import OnlineKnn

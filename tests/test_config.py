@@ -91,6 +91,19 @@ def test_switches_take_true_and_false(config, word, value):
     assert options(config(f"run: {{tensorboard: {word}}}")).run.tensorboard is value
 
 
+def test_files_are_a_text_or_a_list(config):
+    for text, expected in (
+        ("train-*.beton", "train-*.beton"),
+        ("[a.beton, b-*.beton]", "a.beton,b-*.beton"),
+        ("12", "12"),
+    ):
+        file = config(f"data: {{validation: {text}}}")
+        assert options(file).data.validation == expected
+    for text in ("[]", "['a,b.beton']", "[[a]]", "[1]"):
+        by = "--data.validation: expected a path, several with commas or in a list, or a pattern"
+        refused(config(f"data: {{validation: {text}}}"), by=by)
+
+
 def test_numbers_in_scientific_notation_are_numbers(config):
     assert options("--training.weight_decay=1e-6").training.weight_decay == 1e-6
     # A string to YAML 1.1.

@@ -15,13 +15,13 @@ from PIL import Image
 
 from ffssl.__main__ import COMMANDS
 from ffssl.config import named, read_options
-from ffssl.data.convert.conversion import convert
+from ffssl.data.convert.conversion import ConvertOptions, convert
 from ffssl.data.convert.sources.embedded import Embedded
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 5  # in an epoch of 8 images a batch
 # How many blocks of Python each document has, those of docs/levers.md by section.
-DOCUMENTS = {"loader.md": 4, "coming-from.md": 3}
+DOCUMENTS = {"loader.md": 5, "coming-from.md": 3}
 SECTIONS = {"What each saves": 1, "A PyTorch loop": 4, "lightly": 4, "Lightning": 5}
 
 
@@ -47,7 +47,10 @@ def test_the_documents_have_their_examples():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs")
-    convert(Embedded("train", 8 * STEPS), folder / "train.beton")
+    source = Embedded("train", 8 * STEPS)
+    convert(source, folder / "train.beton")
+    for k in (1, 2):
+        convert(source, folder / f"part-{k}.beton", ConvertOptions(part=(k, 2)))
     return folder
 
 

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from ffssl.errors import UserError
-from ffssl.files import exclusive_folder, replacing, write_json
+from ffssl.files import exclusive_folder, natural_order, replacing, write_json
 
 
 def test_a_file_has_the_old_content_until_the_new_is_whole(tmp_path):
@@ -71,3 +71,14 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, cap
             f"warning: {tmp_path}: no lock can be had (Function not implemented)"
             in capsys.readouterr().err
         )
+
+
+def test_natural_order():
+    assert sorted(["a10", "a9", "b1", "a-2", "1", "a"], key=natural_order) == [
+        "1",
+        "a",
+        "a9",
+        "a10",
+        "a-2",
+        "b1",
+    ]

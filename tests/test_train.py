@@ -19,8 +19,9 @@ from support.options import SMALL
 from ffssl import train as train_module
 from ffssl.config import read_options
 from ffssl.cost import count_flops, count_step
+from ffssl.data.beton.description import description_path
 from ffssl.data.beton.read import read_beton
-from ffssl.data.convert.conversion import ConvertOptions, convert, description_path
+from ffssl.data.convert.conversion import ConvertOptions, convert
 from ffssl.data.convert.sources.embedded import Embedded
 from ffssl.errors import Stopped, UserError
 from ffssl.run_folder import checkpoint
@@ -440,6 +441,27 @@ def test_a_file_of_other_pixels_is_refused_where_both_are_described(betons, tmp_
             else contextlib.nullcontext()
         ):
             train(read_options(arguments(own, tmp_path / "run", "--training.epochs=1")))
+
+
+def test_a_run_on_the_parts_of_a_set_is_that_on_the_whole(betons, tmp_path):
+    for k in (1, 2, 3):
+        options = ConvertOptions(part=(k, 3), progress=False)
+        convert(Embedded("train", 160), tmp_path / f"train-{k}.beton", options)
+    parts = betons | {"train": tmp_path / "train-*.beton"}
+    more = ["--training.epochs=2", f"--data.validation={betons['val']}"]
+    train(read_options(arguments(betons, tmp_path / "whole", *more)))
+    train(read_options(arguments(parts, tmp_path / "parts", *more)))
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    last = [read_log(tmp_path / name)[-1] for name in ("whole", "parts")]
+    assert last[0]["knn"] == last[1]["knn"] and last[0]["linear_top1"] == last[1]["linear_top1"]
+
+    (tmp_path / "train-3.beton").unlink()  # the run is trained on three
+    with pytest.raises(UserError, match=r"train-\*.beton does not hold the images"):
+        train(read_options(arguments(parts, tmp_path / "parts", *more)))
+    for path in tmp_path.glob("train-*.beton"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"train-\*.beton: no file matches this pattern"):
+        train(read_options(arguments(parts, tmp_path / "none", *more)))
 
 
 def test_a_damaged_checkpoint_costs_no_more_than_the_steps_since_the_one_before(

@@ -77,7 +77,7 @@ def decode_only(workload: Workload) -> Epoch:
             decode(data, image["mode"], np.int64(image["height"]), np.int64(image["width"]), pixels)
 
     beton = read_beton(workload.beton)
-    file = np.memmap(beton.path, np.uint8, "r")
+    file = np.memmap(beton.files[0].path, np.uint8, "r")
     parts = np.array_split(np.arange(len(beton)), 16 * workload.workers)
     pool = ThreadPoolExecutor(workload.workers)
 

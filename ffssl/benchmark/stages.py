@@ -35,7 +35,7 @@ def stage_times(path: Path, policy: ViewPolicy, resolution: int) -> dict[str, fl
     rest.
     """
     beton = read_beton(path)
-    file = np.memmap(beton.path, np.uint8, "r")
+    file = np.memmap(beton.files[0].path, np.uint8, "r")
     row = policy.row()
     images, drawn = [], np.zeros((min(SAMPLES, len(beton)), PARAMETER_COLUMNS))
     stored = []

@@ -74,6 +74,20 @@ def read_stages(text: str) -> list[tuple[int, float]]:
     return [(int(side), float(share)) for side, share in stages]
 
 
+class Files(Checker):
+    """Paths or patterns, in a text with commas or a list. A path in a list has no comma."""
+
+    def check(self, value: object) -> str:
+        if not isinstance(value, list):
+            return str(value)
+        if not value or any(not isinstance(path, str) or "," in path for path in value):
+            raise ValueError
+        return ",".join(value)
+
+    def help(self) -> str:
+        return "a path, several with commas or in a list, or a pattern"
+
+
 class Text(Checker):
     """Any text."""
 

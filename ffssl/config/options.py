@@ -12,7 +12,7 @@ from typing import Any
 
 from fastargs.validation import Checker
 
-from ffssl.config.checks import Choice, Stages, Switch, Text, integer, number
+from ffssl.config.checks import Choice, Files, Stages, Switch, Text, integer, number
 from ffssl.config.method_options import MethodOption, method_options
 from ffssl.schedules import LEARNING_RATE_SCHEDULES, RESOLUTION_SCHEDULES
 
@@ -49,11 +49,16 @@ class DataOptions:
     """Where the images come from."""
 
     train: str = option(
-        "", Text(), "beton file to train on", Role.DATA, required=True, of_a_rank=True
+        "",
+        Files(),
+        "beton file to train on, or several as one set, as 'train-*.beton'",
+        Role.DATA,
+        required=True,
+        of_a_rank=True,
     )
     validation: str | None = option(
         None,
-        Text(),
+        Files(),
         "beton file with labels for the online evaluations; none: no evaluation",
         Role.DATA,
         of_a_rank=True,

@@ -6,7 +6,7 @@ import torch
 
 from ffssl.config import Options
 from ffssl.cost import STANDARD, Flops, Stage, count_step, stages, step_options
-from ffssl.data.beton.read import read_beton
+from ffssl.data.beton.several import read_betons
 from ffssl.errors import UserError
 from ffssl.methods import Method
 from ffssl.training.build import build
@@ -60,4 +60,4 @@ def number_of_images(images: str | None, file: str) -> int:
             "--images: how many images the runs train on is not known; give a number, "
             f"{' or '.join(IMAGES)}, or a --data.train=FILE"
         )
-    return len(read_beton(file))
+    return len(read_betons(file))

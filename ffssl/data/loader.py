@@ -16,14 +16,16 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from ffssl.data.beton.mapped import ImageFile
-from ffssl.data.beton.read import FLOAT_FIELD, INT_FIELD, UNLABELLED, describe_fields, read_beton
+from ffssl.data.beton.description import description_or_empty
+from ffssl.data.beton.files import Files
+from ffssl.data.beton.mapped import ImageFiles
+from ffssl.data.beton.read import UNLABELLED, describe_fields
+from ffssl.data.beton.several import read_betons
 from ffssl.data.kernels.decode import render_samples
 from ffssl.data.kernels.own_step import compile_view_kernel
 from ffssl.data.memory import available_memory
@@ -43,7 +45,8 @@ class Batch(NamedTuple):
     views: uint8 (batch, views, 3, R, R). If the loader was made for several sizes, a tuple with
         such a tensor for each size.
     labels: int64 (batch,), UNLABELLED (-1) for a sample without one.
-    indices: int64 (batch,), the samples' indices in the file.
+    indices: int64 (batch,), the samples' indices in the file; in several files, counted on from
+        file to file, see `ViewLoader.beton.place`.
     """
 
     views: Any
@@ -65,11 +68,14 @@ class _BatchUnderWay(NamedTuple):
 
 
 class ViewLoader:
-    """Iterates over a beton file, an epoch at a time.
+    """Iterates over a beton file, or several as one, an epoch at a time.
 
     Which samples, in which batches:
 
-    path: a beton file with an image field.
+    files: a beton file with an image field, or several: a sequence of paths, a text with commas
+        between them, or a pattern ("train-*.beton"), see `beton_files` and `read_betons`. An epoch
+        is one order of all their samples. A sample's number, on which its views depend, is its
+        index in its file and the samples in the files before it.
     batch_size: samples in a batch of this rank.
     indices: the samples to visit; all by default.
     shuffle: draw a new order every epoch, from `seed` and epoch; it is the same on all ranks.
@@ -111,7 +117,7 @@ class ViewLoader:
 
     def __init__(
         self,
-        path: str | Path,
+        files: Files,
         *,
         batch_size: int,
         views: int | Sequence[int],
@@ -132,10 +138,9 @@ class ViewLoader:
         broken: str = "stop",
         label_field: str | None = None,
     ):
-        self.beton = read_beton(path, label_field)
-        if self.beton.labels is None and any(
-            kind in (FLOAT_FIELD, INT_FIELD) for _, kind in self.beton.fields
-        ):
+        self.beton = read_betons(files, label_field)
+        path = self.beton.name
+        if self.beton.labels is None and self.beton.may_have_labels:
             fields = describe_fields(self.beton.fields)
             warnings.warn(
                 f"{path}: no labels are served, since it is not clear which field holds them; "
@@ -190,7 +195,7 @@ class ViewLoader:
         self._kernel = compile_view_kernel(kernel) if kernel is not None else None
         self._start()
         self._require_memory(loaders_here)
-        self._file = ImageFile(self.beton.path)
+        self._file = ImageFiles(self.beton.files)
 
     def _start(self) -> None:
         """Set up what belongs to one process.
@@ -208,7 +213,7 @@ class ViewLoader:
 
     def __reduce__(self):
         raise UserError(
-            f"{self.beton.path}: a ViewLoader can't be sent to another process; open one there"
+            f"{self.beton.name}: a ViewLoader can't be sent to another process; open one there"
         )
 
     @property
@@ -289,7 +294,7 @@ class ViewLoader:
         self._stop(begun_only=True)
         if not 0 <= first_batch <= len(self):
             raise UserError(
-                f"{self.beton.path}: an epoch of {len(self)} batches can't begin at "
+                f"{self.beton.name}: an epoch of {len(self)} batches can't begin at "
                 f"batch {first_batch}"
             )
         resolution = self.resolution if resolution is None else resolution
@@ -330,7 +335,7 @@ class ViewLoader:
             running.end()
 
     def _checked_indices(self, indices: Sequence[int]) -> np.ndarray:
-        chosen, path, total = np.asarray(indices), self.beton.path, len(self.beton)
+        chosen, path, total = np.asarray(indices), self.beton.name, len(self.beton)
         if len(chosen) == 0:
             raise UserError(
                 f"{path}: no indices given; leave them out to visit all {total} samples"
@@ -356,7 +361,7 @@ class ViewLoader:
         if available is not None and loaders * self.memory_bytes > available:
             each = f" on each of {loaders} processes" if loaders > 1 else ""
             raise UserError(
-                f"{self.beton.path}: {self.describe_memory()}{each}; "
+                f"{self.beton.name}: {self.describe_memory()}{each}; "
                 f"{available / 1e9:.2f} GB are available: "
                 + self._what_saves_memory(available // loaders)
             )
@@ -366,18 +371,17 @@ class ViewLoader:
         index = int(sizes.argmax())
         if 2 * self.workers * 3 * int(sizes[index]) < self.memory_bytes:
             return "lower batch_size, views, batches_ahead or the largest resolution"
-        # Not imported for every training: it changes Pillow's limits.
-        from ffssl.data.convert.conversion import description_or_empty
-
         width, height = (int(self.beton.images[side][index]) for side in ("width", "height"))
-        noted = description_or_empty(self.beton.path).get("largest", {})
+        path, place = self.beton.place(index)
+        noted = description_or_empty(path).get("largest", {})
         is_it = (noted.get("width"), noted.get("height")) == (width, height)
         name = f" ({noted['name']})" if is_it else ""
+        where = f"{place} of {path}" if len(self.beton.files) > 1 else place
         each = (self.memory_bytes - self.buffer_bytes) // self.workers
         threads = (available - self.buffer_bytes) // each
         fewer = f"lower workers to {threads}, or " if threads > 0 else ""
         return (
-            f"image {index}{name} measures {width} x {height}, "
+            f"image {where}{name} measures {width} x {height}, "
             f"which is {3 * width * height / 1e9:.2f} GB in each thread: "
             f"{fewer}write the file again with --max-side, or without this image"
         )
@@ -523,8 +527,9 @@ class ViewLoader:
                 at = done + int(np.flatnonzero(indices[done:] == broken)[0])
                 attempts = attempts + 1 if at == done else 1
                 if self.broken == "stop" or attempts > len(whole):
+                    path, place = self.beton.place(int(broken))
                     raise UserError(
-                        f"{self.beton.path}: image {broken} does not decode; to leave it out, "
+                        f"{path}: image {place} does not decode; to leave it out, "
                         "write the file again with --skip-broken and without --quick-check"
                     ) from error
                 place = (start + at) * self.world_size + self.rank

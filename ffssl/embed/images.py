@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ffssl.data.beton.mapped import ImageFile
+from ffssl.data.beton.description import description_or_empty, identity
+from ffssl.data.beton.mapped import ImageFiles
 from ffssl.data.beton.read import IMAGE_TYPE, UNLABELLED, read_beton
-from ffssl.data.convert.conversion import description_or_empty, identity
 from ffssl.data.convert.encode import BrokenImage, EncodedImage, Encoding, encode_image
 from ffssl.data.convert.sources.folder import ImageFolder
 from ffssl.data.kernels.decode import render_samples
@@ -108,7 +108,7 @@ class BetonImages(Images):
         super().__init__(resolution, scaled_decoding)
         self.source = path
         self._beton = read_beton(path, label_field)
-        self._file = ImageFile(path)
+        self._file = ImageFiles(self._beton.files)
         self.labels = self._beton.labels
         self.class_names = description_or_empty(path).get("class_names")
 

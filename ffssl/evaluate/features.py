@@ -4,8 +4,8 @@ The backbone is in evaluation mode: BatchNorm uses its running statistics. Nothi
 """
 
 import collections
+import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ffssl.config.options import DataOptions
+from ffssl.data.beton.files import Files
 from ffssl.data.loader import ViewLoader
 from ffssl.data.normalise import to_input
 from ffssl.data.policy import EVALUATION
@@ -27,8 +28,8 @@ Other = TypeVar("Other")
 IMAGES_AT_ONCE = 256
 
 
-def open_views(path: str | Path, data: DataOptions, resolution: int, **settings) -> ViewLoader:
-    """Return a loader of one view of every image: its centre crop, in the file's order.
+def open_views(files: Files, data: DataOptions, resolution: int, **settings) -> ViewLoader:
+    """Return a loader of one view of every image: its centre crop, in the files' order.
 
     `settings` of the loader override this. data: the options of the section data.
     """
@@ -41,7 +42,7 @@ def open_views(path: str | Path, data: DataOptions, resolution: int, **settings)
         "scaled_decoding": data.scaled_decoding,
         "label_field": data.label_field,
     }
-    return ViewLoader(path, views=1, resolution=resolution, drop_last=False, **usual | settings)
+    return ViewLoader(files, views=1, resolution=resolution, drop_last=False, **usual | settings)
 
 
 def labelled_images(loader: ViewLoader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -117,7 +118,7 @@ def extract_features(
     backbone.eval()
     batches = tqdm(
         labelled_images(loader, device),
-        desc=f"features of {loader.beton.path.name}",
+        desc=f"features of {os.path.basename(loader.beton.name)}",
         total=len(loader),
         unit="batch",
         leave=False,

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ffssl.backbones import check_resolutions
 from ffssl.config import Options
-from ffssl.data.beton.read import read_beton
-from ffssl.data.convert.conversion import read_description
+from ffssl.data.beton.description import read_description
+from ffssl.data.beton.files import file_names
+from ffssl.data.beton.several import read_betons
 from ffssl.errors import UserError
 from ffssl.evaluate.features import extract_features, open_views
 from ffssl.evaluate.knn import knn_accuracy
@@ -58,7 +59,7 @@ class FrozenRun:
     @cached_property
     def images(self) -> int:
         """The number of training images."""
-        return len(read_beton(self.train))
+        return len(read_betons(self.train))
 
     def knn(self, *, k: int, temperature: float) -> dict:
         """Return the accuracy of the weighted kNN vote of all training images.
@@ -190,7 +191,7 @@ def freeze(
     options = options.changed(data={k: v for k, v in changed.items() if v is not None})
     classes = torch.from_numpy(
         shared_classes(
-            *(read_beton(path, options.data.label_field) for path in (train, validation)),
+            *(read_betons(path, options.data.label_field) for path in (train, validation)),
             "--label-field",
         )
     )
@@ -224,15 +225,15 @@ def precision(amp: torch.autocast, device: torch.device) -> str:
 
 
 def describe(path: Path, label_field: str | None = None) -> dict:
-    """Return a beton file's name, its number of images, and a digest.
+    """Return the name of a beton file or of several, the number of images, and a digest.
 
-    The digest tells the file from others of its name. It covers the labels, the images' sizes and
-    the checksum in the file's description. Without a description, other raw images of the same
-    sizes have the same digest.
+    The digest tells the files from others of their names. It covers the labels, the images' sizes
+    and the checksum in the description. Without a description, other raw images of the same sizes
+    have the same digest.
     """
-    beton = read_beton(path, label_field)
+    beton = read_betons(path, label_field)
     checksum = (read_description(path) or {}).get("sha256", "")
     digest = hashlib.sha256(
         beton.labels.tobytes() + beton.image_sizes.tobytes() + checksum.encode()
     ).hexdigest()
-    return {"file": path.name, "images": len(beton), "digest": digest[:16]}
+    return {"file": file_names(path), "images": len(beton), "digest": digest[:16]}

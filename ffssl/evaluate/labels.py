@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from ffssl.data.beton.description import class_names
 from ffssl.data.beton.read import UNLABELLED, Beton, describe_fields
-from ffssl.data.convert.conversion import read_description
 from ffssl.errors import UserError
 
 
@@ -27,20 +27,18 @@ def shared_classes(
     for beton in (train, validation):
         if beton.labels is None:
             raise UserError(
-                f"{beton.path}: an evaluation needs labels, and it is not clear which field of "
+                f"{beton.name}: an evaluation needs labels, and it is not clear which field of "
                 f"this file holds them, if any: {describe_fields(beton.fields)}; "
                 f"name it with {option}, convert class folders, or take another file"
             )
         missing = int((beton.labels == UNLABELLED).sum())
         if missing and not (partly and beton is train and missing < len(beton)):
             raise UserError(
-                f"{beton.path}: an evaluation needs labels, and {missing} of {len(beton)} images "
+                f"{beton.name}: an evaluation needs labels, and {missing} of {len(beton)} images "
                 f"have none ({UNLABELLED}); convert class folders, or take another file"
             )
-    differ = f"{validation.path}: its classes are not those of {train.path}"
-    names = [
-        (read_description(beton.path) or {}).get("class_names") for beton in (train, validation)
-    ]
+    differ = f"{validation.name}: its classes are not those of {train.name}"
+    names = [class_names([file.path for file in beton.files]) for beton in (train, validation)]
     if None not in names and names[0] != names[1]:
         alone = sorted(set(names[0]) ^ set(names[1]))
         how = f"{alone[0]!r} is in one of them only" if alone else "the order is another"
@@ -53,6 +51,6 @@ def shared_classes(
         raise UserError(f"{differ}: label {label}{name} has no training image")
     if len(classes) < 2:
         raise UserError(
-            f"{train.path}: all images have one label; an evaluation needs two classes or more"
+            f"{train.name}: all images have one label; an evaluation needs two classes or more"
         )
     return classes

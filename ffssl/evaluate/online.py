@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from ffssl.config import Options
-from ffssl.data.beton.read import UNLABELLED, read_beton
+from ffssl.data.beton.read import UNLABELLED
+from ffssl.data.beton.several import read_betons
 from ffssl.errors import UserError
 from ffssl.evaluate.features import extract_features, open_views
 from ffssl.evaluate.knn import knn_accuracy
@@ -30,7 +31,7 @@ class OnlineKnn:
     def __init__(self, options: Options, device: torch.device):
         self._options, self._device = options.evaluate, device
         bank, queries = (
-            read_beton(path, options.data.label_field)
+            read_betons(path, options.data.label_field)
             for path in (options.data.train, options.data.validation)
         )
         try:

@@ -1,13 +1,11 @@
 """What a folder for Hugging Face's hub has beside the weights: timm's config.json, front matter."""
 
-from pathlib import Path
-
 import yaml
 from torch import nn
 
 from ffssl.backbones import ResizableViT
 from ffssl.config import Options
-from ffssl.data.convert.conversion import description_or_empty
+from ffssl.data.beton.description import description_or_empty
 from ffssl.data.normalise import MEAN, STD
 from ffssl.data.policy import EVALUATION
 from ffssl.evaluate.results import describe_settings
@@ -66,7 +64,7 @@ def front_matter(options: Options, records: list[dict], licence: str | None) -> 
     }
     if licence:
         matter["license"] = licence
-    kind = description_or_empty(Path(options.data.train)).get("source", {}).get("kind")
+    kind = description_or_empty(options.data.train).get("source", {}).get("kind")
     if kind in DATASETS:
         matter["datasets"] = [DATASETS[kind]]
     if records:

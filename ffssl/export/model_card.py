@@ -11,7 +11,8 @@ from torch import nn
 from ffssl.backbones import RESNETS, ResizableViT, TimmModel
 from ffssl.config import Options, Role
 from ffssl.config.options import ModelOptions
-from ffssl.data.convert.conversion import description_or_empty
+from ffssl.data.beton.description import description_or_empty
+from ffssl.data.beton.files import file_names
 from ffssl.data.normalise import MEAN, STD
 from ffssl.evaluate.results import markdown_table, read_results
 from ffssl.export.hugging_face import CARD, front_matter
@@ -128,7 +129,7 @@ def training(run: LoadedRun) -> list[str]:
         f"{epoch} epochs"
         if epoch == epochs
         else f"{epoch} of {epochs} epochs{steps}: the run had not finished",
-        f"images: {describe_images(Path(options.data.train))}",
+        f"images: {describe_images(options.data.train)}",
         f"{options.training.optimizer} by the schedule {options.training.schedule}, "
         f"views of {resolution}",
         f"{state['spent']['flops']:.4g} FLOPs (a backward pass counted as two forward passes), "
@@ -163,14 +164,14 @@ def starting_weights(weights: dict) -> list[str]:
     return [f"started from the weights of {weights['file']} (sha256 {weights['sha256']}): {told}"]
 
 
-def describe_images(beton: Path) -> str:
-    """Return the file's name, and what its converter noted of it."""
-    description = description_or_empty(beton)
+def describe_images(files: str) -> str:
+    """Return the names of beton files, and what their converter noted of them."""
+    description, names = description_or_empty(files), file_names(files)
     if not description:
-        return beton.name
+        return names
     classes = f" of {len(description['class_names'])} classes" if description["class_names"] else ""
     return (
-        f"{beton.name}, {description['samples']}{classes}, "
+        f"{names}, {description['samples']}{classes}, "
         f"source {description['source']['kind']}, sha256 {description['sha256']}"
     )
 
@@ -196,7 +197,7 @@ def online_scores(options: Options, folder: Path, epoch: int) -> list[str]:
     crops = f"centre crops of {options.resolution.max} px of"
     for row in read_log(folder):
         if row["epoch"] == epoch and "knn" in row:
-            images = f"{crops} {Path(options.data.validation).name}"
+            images = f"{crops} {file_names(options.data.validation)}"
             lines.append(
                 f"Online kNN after epoch {epoch}: {row['knn']:.2%} (k = {e.k}, "
                 f"T = {e.temperature:g}, at most {e.bank_samples} training images; {images})"

@@ -5,8 +5,8 @@ from functools import cached_property
 from pathlib import Path
 
 from ffssl.config import Options, dotted
-from ffssl.data.beton.read import read_beton
-from ffssl.data.convert.conversion import description_or_empty
+from ffssl.data.beton.description import description_or_empty
+from ffssl.data.beton.several import read_betons
 from ffssl.errors import UserError
 from ffssl.evaluate.labels import shared_classes
 from ffssl.load import load_run
@@ -101,7 +101,7 @@ class ReportedRun:
             return None
         data = self.options.data
         try:
-            betons = [read_beton(path, data.label_field) for path in (data.train, data.validation)]
+            betons = [read_betons(path, data.label_field) for path in (data.train, data.validation)]
         except UserError:  # gone since
             return None
         try:
@@ -130,11 +130,11 @@ class Data:
 
 
 def describe_data(path: str | None) -> Data:
-    """Read a beton file's description.
+    """Read the description of a beton file, or of several.
 
-    identity: equal for copies of a file if the description exists, else the path.
+    identity: equal for copies of the files if the description exists, else the path.
     """
-    description = description_or_empty(Path(path)) if path else {}
+    description = description_or_empty(path) if path else {}
     return Data(
         path or "none",
         description.get("sha256") or str(Path(path or "none").resolve()),

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ffssl.data.beton.read import UNLABELLED, Beton, read_beton
+from ffssl.data.beton.read import UNLABELLED, Beton
+from ffssl.data.beton.several import read_betons
 from ffssl.data.loader import ViewLoader
 from ffssl.evaluate.features import extract_features, open_views
 from ffssl.evaluate.labels import shared_classes
@@ -111,7 +112,7 @@ def _fixed_views(run: ReportedRun, count: int):
     Its views are those of the training, without local ones.
     """
     options = run.options.changed(augment={"local_views": 0})
-    total = len(read_beton(options.data.train))
+    total = len(read_betons(options.data.train))
     with open_loader(options.changed(training={"batch_size": min(BATCH, total)})) as loader:
         loader.shuffle, loader.drop_last = False, False
         loader.samples = spread(total, count)
@@ -246,7 +247,7 @@ def embed(run: ReportedRun, method: Method) -> Embedding:
     If there are many classes, the images are of a few of them.
     """
     path = evaluation_path(run)
-    beton = read_beton(path, run.options.data.label_field)
+    beton = read_betons(path, run.options.data.label_field)
     labels = np.full(len(beton), UNLABELLED) if beton.labels is None else beton.labels
     classes = _classes(beton)
     indices = np.arange(len(beton))
@@ -303,7 +304,7 @@ def nearest_neighbours(run: ReportedRun, method: Method) -> Neighbours:
     Raise UserError if both files have labels, but of different classes.
     """
     path, bank_path = evaluation_path(run), run.options.data.train
-    asked, trained = (read_beton(one, run.options.data.label_field) for one in (path, bank_path))
+    asked, trained = (read_betons(one, run.options.data.label_field) for one in (path, bank_path))
     if all(len(_classes(beton)) for beton in (asked, trained)) and path != bank_path:
         shared_classes(trained, asked)
     queries, bank = _examples(asked, QUERIES), spread(len(trained), BANK)

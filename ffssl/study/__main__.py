@@ -12,6 +12,7 @@ replaced. A study file:
 
     title: Warm-up and magnitude
     data: {train: train.beton, validation: val.beton}
+    # or several files as one set: train: part-*.beton, or [a.beton, b.beton]
     # or drawn on the spot: embedded: {train: 4000, validation: 1000}
     seeds: [0, 1, 2]
     # Of the runs that name none, relative to this file, or one of FFSSL's; may be left out.
@@ -47,8 +48,9 @@ from pathlib import Path
 from ffssl.config import dotted, read_options
 from ffssl.config.command_line import Parser, command, exit_status
 from ffssl.config.named import find
-from ffssl.data.beton.read import read_beton
-from ffssl.data.convert.conversion import identity, same_samples
+from ffssl.data.beton.description import identity, same_samples
+from ffssl.data.beton.files import beton_files
+from ffssl.data.beton.several import read_betons
 from ffssl.errors import UserError
 from ffssl.evaluate.labels import shared_classes
 from ffssl.files import exclusive_folder, make_folder, write_json
@@ -85,16 +87,18 @@ def conduct(study: Study, folder: Path) -> int:
     make_folder(folder, "--folder")
     with exclusive_folder(folder, "study", "--folder") as lock:
         data = {
-            split: identity(read_beton(path)) for split, path in study.data.items() if path.exists()
+            split: identity(read_betons(files))
+            for split, files in study.data.items()
+            if exist(files)
         }
         check_classes(study, folder)
         for seed, run in todo:
             check_unchanged(study, run, seed, folder, data)
         for split, count in study.embedded.items():
-            if not study.data[split].exists():
-                study.data[split].parent.mkdir(exist_ok=True)
+            if not exist(study.data[split]):
+                Path(study.data[split]).parent.mkdir(exist_ok=True)
                 words = ["embedded", "--split", EMBEDDED_SPLITS[split], "--size", str(count)]
-                words += ["--output", str(study.data[split])]
+                words += ["--output", study.data[split]]
                 if status := execute("convert", words, lock):
                     return status
         failed: dict[tuple[str, int], int] = {}
@@ -120,7 +124,7 @@ def train(study: Study, run: Run, seed: int, study_folder: Path, lock: int) -> i
     record = {
         "command": shlex.join(["ffssl", "train", *arguments]),
         "options": comparable(read_options(arguments)),
-        "data": {split: identity(read_beton(path)) for split, path in study.data.items()},
+        "data": {split: identity(read_betons(files)) for split, files in study.data.items()},
     }
     write_record(folder, record)
     status = execute("train", arguments, lock)
@@ -184,16 +188,20 @@ def write_record(folder: Path, record: dict) -> None:
     write_json(folder / RECORD, record)
 
 
+def exist(files: str) -> bool:
+    return all(path.exists() for path in beton_files(files))
+
+
 def check_classes(study: Study, folder: Path) -> None:
     """Raise UserError if the files exist and their labels are of different classes.
 
     This is checked before any run takes hours.
     """
-    if all(path.exists() for path in study.data.values()):
+    if all(map(exist, study.data.values())):
         commands = [run.command(folder, study.seeds[0]) for run in study.runs]
         for field in {read_options(command).data.label_field for command in commands}:
             try:
-                betons = (read_beton(study.data[split], field) for split in SPLITS)
+                betons = (read_betons(study.data[split], field) for split in SPLITS)
                 shared_classes(*betons, partly=True)
             except UserError as error:
                 raise UserError(f"{study.path}: {error}") from error

@@ -10,6 +10,7 @@ import yaml
 
 from ffssl.config import Options, Role, read_options
 from ffssl.config.named import find
+from ffssl.data.beton.files import beton_files
 from ffssl.errors import UserError, did_you_mean
 
 SPLITS = ("train", "validation")
@@ -44,7 +45,7 @@ class Study:
     path: Path
     title: str
     seeds: list[int]
-    data: dict[str, Path]  # beton files: "train", "validation"
+    data: dict[str, str]  # "train", "validation": beton files, as `beton_files` takes them
     embedded: dict[str, int]  # how many images to draw for which of them
     runs: list[Run]
 
@@ -64,7 +65,7 @@ def read_study(path: Path, folder: Path, overrides: list[str]) -> Study:
     data, embedded = _data(content, path, folder, given)
     seeds = _seeds(content.get("seeds", ["0"]), path)
     runs = list(
-        _grid(content, path, {f"data.{split}": str(file) for split, file in data.items()} | given)
+        _grid(content, path, {f"data.{split}": files for split, files in data.items()} | given)
     )
     seen: dict[str, str] = {}
     for run in runs:
@@ -89,7 +90,9 @@ def comparable(options: Options) -> dict[str, dict]:
     sections = options.of_role(Role.EXPERIMENT, Role.DATA, Role.EVALUATION)
     del sections["run"]
     for split in SPLITS:
-        sections["data"][split] = str(Path(sections["data"][split]).resolve())
+        sections["data"][split] = ",".join(
+            str(path.resolve()) for path in beton_files(sections["data"][split])
+        )
     return sections
 
 
@@ -174,14 +177,14 @@ def _overrides(words: list[str]) -> dict[str, str]:
 
 def _data(
     content: dict, path: Path, folder: Path, given: dict[str, str]
-) -> tuple[dict[str, Path], dict[str, int]]:
-    """Return the beton files, and how many images are to be drawn for which.
+) -> tuple[dict[str, str], dict[str, int]]:
+    """Return the beton files (see `beton_files`), and how many images are to be drawn for which.
 
     Takes the data options out of `given`.
     """
     where = f"{path}: data"
     files = {
-        split: Path(_word(file, f"{where}.{split}"))
+        split: _files(file, f"{where}.{split}")
         for split, file in _keys(content.get("data"), where, SPLITS).items()
     }
     counts = _keys(content.get("embedded"), f"{path}: embedded", SPLITS)
@@ -190,10 +193,8 @@ def _data(
     for split, count in counts.items():
         if not (isinstance(count, str) and count.isdecimal() and int(count)):
             raise UserError(f"{path}: embedded: {split} must be a number of images, got {count!r}")
-        files[split] = folder / "data" / f"{split}-{count}.beton"
-    named = {
-        split: Path(given.pop(f"data.{split}")) for split in SPLITS if f"data.{split}" in given
-    }
+        files[split] = str(folder / "data" / f"{split}-{count}.beton")
+    named = {split: given.pop(f"data.{split}") for split in SPLITS if f"data.{split}" in given}
     files |= named
     for option in given:
         _not_own(option, f"--{option}")
@@ -204,12 +205,27 @@ def _data(
                 f"{path}: no {split} images; give data: {{train: FILE, validation: FILE}} "
                 f"or --data.{split}=FILE, or embedded"
             )
-        if split not in embedded and not files[split].is_file():
-            raise UserError(
-                f"{path}: data.{split}: {files[split]} not found; make it with "
-                f"ffssl convert, or give --data.{split}=FILE"
-            )
+        if split not in embedded:
+            _require(files[split], f"{path}: data.{split}", split)
     return {split: files[split] for split in SPLITS}, embedded
+
+
+def _files(value: object, where: str) -> str:
+    """Return the text of a list of files, or of one, see `beton_files`."""
+    files = value if isinstance(value, list) else [value]
+    return ",".join(_word(file, where) for file in files)
+
+
+def _require(files: str, where: str, split: str) -> None:
+    try:
+        missing = [path for path in beton_files(files) if not path.is_file()]
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    if missing:
+        raise UserError(
+            f"{where}: {missing[0]} not found; make it with ffssl convert, or give "
+            f"--data.{split}=FILE"
+        )
 
 
 def _seeds(words: object, path: Path) -> list[int]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from ffssl.data.convert.conversion import read_description
+from ffssl.data.beton.description import read_description
 from ffssl.files import replacing, write_json, write_text
 from ffssl.plots import COLOURS, MARKERS, any_script, drawable, flop_unit, label
 from ffssl.run_folder.log import read_log
@@ -74,7 +74,7 @@ def write_report(
         "code": sorted({start["git"] for start in starts if start["git"]}),
         "dates": sorted({start["started"].partition("T")[0] for start in starts}),
         "seeds": study.seeds,
-        "data": {split: _describe_data(path) for split, path in study.data.items()},
+        "data": {split: _describe_data(files) for split, files in study.data.items()},
         "knn": [f"k = {k}, T = {temperature:g}" for k, temperature in settings],
         "slowed": describe_slowed(
             {
@@ -195,13 +195,13 @@ def _format_header(header: dict) -> str:
     return "\n".join(lines)
 
 
-def _describe_data(path: Path) -> str:
-    """Return the file's path, and what its description says, if there is one."""
-    description = read_description(path)
+def _describe_data(files: str) -> str:
+    """Return the path of a file, or of several, and what the description says, if there is one."""
+    description = read_description(files)
     if description is None:
-        return str(path)
+        return files
     return (
-        f"{path} ({description['samples']} from {description['source']['kind']}, sha256 "
+        f"{files} ({description['samples']} from {description['source']['kind']}, sha256 "
         f"{description['sha256'][:12]})"
     )
 

@@ -269,6 +269,71 @@ def test_a_file_of_broken_images_ends_even_if_they_are_to_be_replaced(beton, tmp
         next(iter(loader))
 
 
+# Several files
+
+
+@pytest.fixture(scope="module")
+def parts(images, tmp_path_factory):
+    """The file of the fixture `beton` in three, of 9, 9 and 5 images."""
+    folder = tmp_path_factory.mktemp("parts")
+    labels = [10 * i for i in range(23)]
+    for part in range(3):
+        own = slice(9 * part, 9 * part + 9)
+        write_beton(folder / f"part-{part + 9}.beton", images[own], labels[own])
+    return folder / "part-*.beton"  # part-10 after part-9
+
+
+def test_parts_of_a_file_are_served_as_the_whole_file_is(beton, parts):
+    for options in ({}, {"drop_last": False}, {"shuffle": False}, {"scaled_decoding": False}):
+        with open_loader(beton, **options) as one, open_loader(parts, **options) as several:
+            for epoch in (0, 5):
+                assert_same(epoch_of(several, epoch, 16, 6.0), epoch_of(one, epoch, 16, 6.0))
+
+
+def test_an_epoch_of_parts_is_resumed_and_shared_as_one_of_the_whole_file_is(beton, parts):
+    for options in ({"rank": 1, "world_size": 2}, {}):
+        with open_loader(beton, **options) as one, open_loader(parts, **options) as several:
+            several.set_epoch(3, first_batch=1)
+            one.set_epoch(3, first_batch=1)
+            assert_same(collected(several), collected(one))
+
+
+def test_views_depend_on_the_files_order_and_the_samples_before(parts):
+    names = sorted(parts.parent.glob("*.beton"))  # 10, 11, 9
+    with (
+        open_loader(parts, drop_last=False) as loader,
+        open_loader(names, drop_last=False) as other,
+    ):
+        in_order, reordered = epoch_of(loader, 0), epoch_of(other, 0)
+    assert torch.equal(in_order[1].sort()[0], reordered[1].sort()[0])
+    by_label = dict(zip(reordered[1].tolist(), reordered[0]))
+    same = [torch.equal(view, by_label[int(i)]) for view, i, _ in zip(*in_order)]
+    assert not any(same)
+
+
+def test_a_broken_image_of_several_files_is_named_by_its_file_or_replaced(beton, parts, tmp_path):
+    files = sorted(parts.parent.glob("part-9*")) + sorted(parts.parent.glob("part-1*"))
+    files[1] = break_images(files[1], tmp_path / "broken.beton", [4])
+    with (
+        open_loader(files, drop_last=False) as loader,
+        pytest.raises(UserError, match=r"^\S*broken.beton: image 4 does not decode"),
+    ):
+        list(loader)
+    whole = break_images(beton, tmp_path / "whole.beton", [13])
+    replaced = {"broken": "replace", "drop_last": False}
+    with open_loader(files, **replaced) as loader, open_loader(whole, **replaced) as one:
+        assert_same(epoch_of(loader, 1), epoch_of(one, 1))
+        assert loader.replaced == one.replaced == 1
+
+
+def test_one_of_several_files_that_is_cut_short_in_use_is_told(parts, tmp_path):
+    files = [shutil.copy(path, tmp_path) for path in sorted(parts.parent.glob("*.beton"))]
+    with open_loader(files, batches_ahead=1) as loader:
+        os.truncate(files[2], os.path.getsize(files[2]) - 1)
+        with pytest.raises(UserError, match="part-9.beton: was cut short or written over while"):
+            list(loader)
+
+
 # Views of several sizes
 
 TWO_SIZES = {"views": (2, 3), "resolution": (24, 10)}

@@ -13,8 +13,8 @@ import PIL.Image
 import pytest
 
 from ffssl.data import loader as loader_module
-from ffssl.data.beton.mapped import ImageFile
-from ffssl.data.beton.read import MODE_RAW
+from ffssl.data.beton.mapped import ImageFiles
+from ffssl.data.beton.read import MODE_RAW, read_beton
 from ffssl.data.beton.write import BetonWriter
 from ffssl.data.convert.conversion import ConvertOptions, convert
 from ffssl.data.convert.sources.folder import ImageFolder
@@ -115,13 +115,14 @@ def test_prefetched_ranges_and_no_others_are_read_from_the_disk(large_beton):
         """
         import numpy as np
         from ffssl.data import read_beton
-        from ffssl.data.beton.mapped import ImageFile
+        from ffssl.data.beton.mapped import ImageFiles
 
         def bytes_read():
             with open("/proc/self/io") as file:
                 return next(int(line.split()[1]) for line in file if line.startswith("read_bytes"))
 
-        beton, file = read_beton(path), ImageFile(path)
+        beton = read_beton(path)
+        file = ImageFiles(beton.files)
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -352,7 +353,7 @@ def test_what_was_read_leaves_the_process_and_comes_back(large_beton):
                 1024 * int(line.split()[1]) for line in status if line.startswith("RssFile")
             )
 
-    file = ImageFile(large_beton)
+    file = ImageFiles(read_beton(large_beton).files)
     before = resident_of_files()
     total = file.data[10_000:60_000_000].sum()
     assert resident_of_files() - before > 55e6

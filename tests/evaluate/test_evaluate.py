@@ -13,8 +13,9 @@ from support.small_runs import save_run
 from torch.nn import functional as F
 
 from ffssl.config.command_line import exit_status
+from ffssl.data.beton.description import description_path
 from ffssl.data.beton.read import read_beton
-from ffssl.data.convert.conversion import ConvertOptions, convert, description_path
+from ffssl.data.convert.conversion import ConvertOptions, convert
 from ffssl.data.convert.sources.embedded import Embedded
 from ffssl.data.convert.sources.folder import ImageFolder
 from ffssl.data.loader import ViewLoader

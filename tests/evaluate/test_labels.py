@@ -15,9 +15,9 @@ from support.options import SMALL
 from support.small_runs import save_run
 
 from ffssl.config import read_options
+from ffssl.data.beton.description import description_path
 from ffssl.data.beton.read import MODE_JPEG, read_beton
 from ffssl.data.beton.write import BetonWriter
-from ffssl.data.convert.conversion import description_path
 from ffssl.demo import raw_pixel_accuracy
 from ffssl.errors import UserError
 from ffssl.evaluate.features import extract_features

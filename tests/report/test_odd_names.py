@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from support.small_runs import save_run
 
 from ffssl.config.command_line import exit_status
-from ffssl.data.convert.conversion import description_path
+from ffssl.data.beton.description import description_path
 from ffssl.export.__main__ import main as export
 from ffssl.plots import _fonts_for, any_script, drawable
 from ffssl.printable import printable

@@ -322,7 +322,15 @@ def test_a_second_study_in_the_same_folder_is_refused(toy):
             {"embedded": {"train": "all", "validation": 20}},
             "train must be a number of images, got 'all'",
         ),
-        ({"embedded": None, "data": {"train": ["a.beton"]}}, "data.train: expected one value"),
+        ({"embedded": None, "data": {"train": [["a.beton"]]}}, "data.train: expected one value"),
+        (
+            {"embedded": None, "data": {"train": "none-*.beton", "validation": "b.beton"}},
+            "data.train: none-.*.beton: no file matches this pattern",
+        ),
+        (
+            {"embedded": None, "data": {"train": ["b.beton", "a.beton"], "validation": "b.beton"}},
+            "data.train: b.beton: cannot be read",
+        ),
         ({"config": {"training": {}}}, "run baseline: config: expected one value"),
         ({"runs": {"a": {"against": ["b"]}}}, "run a: against must name another run"),
         ({"data": {"train": "a.beton"}}, "give either data or embedded"),
@@ -355,6 +363,19 @@ def test_a_file_that_is_no_study_is_named(tmp_path, text, message):
         read_study(tmp_path / "toy.yaml", tmp_path / "study", [])
     with pytest.raises(UserError, match="gone.yaml: the study can't be read"):
         read_study(tmp_path / "gone.yaml", tmp_path / "study", [])
+
+
+def test_a_study_takes_several_files_as_one_set_and_compares_them_by_their_places(tmp_path):
+    for name in ("part-9.beton", "part-10.beton", "val.beton"):
+        (tmp_path / name).touch()
+    parts = [str(tmp_path / f"part-{k}.beton") for k in (9, 10)]
+    compared = []
+    for train in (str(tmp_path / "part-*.beton"), parts):
+        data = {"train": train, "validation": str(tmp_path / "val.beton")}
+        study = read_study(write(tmp_path, embedded=None, data=data), tmp_path / "study", [])
+        command = study.runs[0].command(tmp_path / "study", 0)
+        compared.append(comparable(read_options(command))["data"]["train"])
+    assert compared == 2 * [",".join(parts)]
 
 
 @pytest.mark.parametrize(

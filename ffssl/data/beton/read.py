@@ -15,8 +15,10 @@ The types are those of ffcv/types.py and ffcv/fields. They are declared again he
 ffcv takes seconds.
 """
 
+import dataclasses
 import hashlib
 import os
+from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,10 +75,25 @@ def metadata_type(field_types: list[int]) -> np.dtype:
     )
 
 
+@dataclass(frozen=True)
+class BetonFile:
+    """One of the files of a `Beton`.
+
+    size: in bytes. start: address of the file's first byte, as pointers count. first: index of its
+    first sample.
+    """
+
+    path: Path
+    size: int
+    start: int = 0
+    first: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class Beton:
     """The tables of a beton file: all that it holds but the images' bytes.
 
+    Those of several files are joined as if the files lay one behind the other, see `read_betons`.
     All arrays are read-only.
 
     images: IMAGE_TYPE (n,): mode (MODE_JPEG or MODE_RAW), width, height, data_ptr.
@@ -90,7 +107,7 @@ class Beton:
         None if there is no such field.
     """
 
-    path: Path
+    files: tuple[BetonFile, ...]
     images: np.ndarray
     image_sizes: np.ndarray
     labels: np.ndarray | None
@@ -103,6 +120,28 @@ class Beton:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def name(self) -> str:
+        """The file, for a message; of several, the first and how many more."""
+        more = f" and {len(self.files) - 1} more" if len(self.files) > 1 else ""
+        return f"{self.files[0].path}{more}"
+
+    @property
+    def may_have_labels(self) -> bool:
+        """Whether there is a field of numbers."""
+        return any(kind in (FLOAT_FIELD, INT_FIELD) for _, kind in self.fields)
+
+    def place(self, sample: int) -> tuple[Path, int]:
+        """Return the file that holds a sample, and the sample's index in that file."""
+        file = self.files[bisect_right(self.files, sample, key=lambda file: file.first) - 1]
+        return file.path, sample - file.first
+
+    def protect(self) -> None:
+        """Make the arrays read-only."""
+        for field in dataclasses.fields(self):
+            if isinstance(array := getattr(self, field.name), np.ndarray):
+                array.setflags(write=False)
 
     def digest(self) -> str:
         """Return 16 hexadecimal digits that tell these samples from others.
@@ -172,11 +211,8 @@ def _read(path: Path, file, file_size: int, label_field: str | None) -> Beton:
     page_size = int(header["page_size"])
     image_sizes = _check_images(path, images, pointers, sizes, page_size)
 
-    for array in (images, image_sizes, labels, named_labels, pointers, sizes):
-        if array is not None:
-            array.setflags(write=False)
-    return Beton(
-        path,
+    beton = Beton(
+        (BetonFile(path, file_size),),
         images,
         image_sizes,
         labels,
@@ -187,6 +223,8 @@ def _read(path: Path, file, file_size: int, label_field: str | None) -> Beton:
         label_field,
         named_labels,
     )
+    beton.protect()
+    return beton
 
 
 def _damaged(path: Path, what: str) -> UserError:

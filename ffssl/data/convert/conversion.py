@@ -13,7 +13,6 @@ A description, `photos.beton.json`, is written beside the file: class names, opt
 was left out, and the file's checksum.
 """
 
-import json
 import os
 import re
 import time
@@ -27,7 +26,8 @@ import numpy as np
 from tqdm import tqdm
 
 import ffssl
-from ffssl.data.beton.read import Beton, read_beton
+from ffssl.data.beton.description import description_path
+from ffssl.data.beton.read import read_beton
 from ffssl.data.beton.write import BetonWriter, check_writable
 from ffssl.data.convert.encode import (
     BrokenImage,
@@ -232,54 +232,6 @@ def check_output(path: Path, overwrite: bool) -> None:
         )
     if path.exists() and not overwrite:
         raise UserError(f"{path}: exists already; pass --overwrite to replace it")
-
-
-def description_path(path: Path) -> Path:
-    return path.with_name(path.name + ".json")
-
-
-def read_description(beton: Path) -> dict | None:
-    """Read the converter's description of a beton file; return None if there is none.
-
-    Raises UserError for a description that can't be read.
-    """
-    path = description_path(beton)
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: not a readable description ({error}); "
-            f"convert {beton.name} again, or delete it"
-        ) from error
-
-
-def description_or_empty(beton: Path) -> dict:
-    """Read the converter's description; return an empty one if it is missing or damaged."""
-    try:
-        return read_description(beton) or {}
-    except UserError:
-        return {}
-
-
-def identity(beton: Beton) -> dict[str, object]:
-    """Return what tells a beton file's samples from others.
-
-    That is their number, a digest of the tables and, if the file has a description, its sha256.
-    Raises UserError if the description beside the file is of other samples.
-    """
-    found = {"samples": len(beton), "digest": beton.digest()}
-    description = read_description(beton.path) or {}
-    if description.get("digest", found["digest"]) != found["digest"]:
-        raise UserError(
-            f"{beton.path}: damaged, or not the file that "
-            f"{description_path(beton.path).name} describes; write or copy both again"
-        )
-    return found | {name: description[name] for name in ("sha256",) if name in description}
-
-
-def same_samples(one: dict[str, object], other: dict[str, object]) -> bool:
-    """Return whether two identities agree in all that both of them state."""
-    return all(one[name] == other[name] for name in one.keys() & other.keys())
 
 
 def select_subset(count: int, subset: int | None, seed: int) -> np.ndarray:

@@ -22,13 +22,13 @@ import pytest
 from PIL.PngImagePlugin import PngInfo
 from support.damage import behind_start, frame_size_at, segment
 
+from ffssl.data.beton.description import identity
 from ffssl.data.beton.read import MODE_JPEG, MODE_RAW, read_beton
 from ffssl.data.convert import workers
 from ffssl.data.convert.conversion import (
     ConversionError,
     ConvertOptions,
     convert,
-    identity,
     is_compressed,
     select_subset,
 )

@@ -15,7 +15,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from ffssl.data.convert.sources.base import PackedStrings, natural_order
+from ffssl.data.convert.sources.base import PackedStrings
 from ffssl.data.convert.sources.embedded import Embedded
 from ffssl.data.convert.sources.folder import ImageFolder
 from ffssl.data.convert.sources.imagenet import ImageNet
@@ -54,17 +54,6 @@ def test_packed_strings():
     assert list(packed) == strings
     with pytest.raises(IndexError):
         packed[6]
-
-
-def test_natural_order():
-    assert sorted(["a10", "a9", "b1", "a-2", "1", "a"], key=natural_order) == [
-        "1",
-        "a",
-        "a9",
-        "a10",
-        "a-2",
-        "b1",
-    ]
 
 
 def test_class_folders_agree_with_torchvision(tmp_path):

@@ -120,14 +120,6 @@ class PackedStrings(Sequence):
         return os.fsdecode(self._bytes[start : self._ends[index]])
 
 
-def natural_order(text: str) -> list[tuple[bool, int, str]]:
-    """Return a sort key by which shard-9 comes before shard-10."""
-    return [
-        (part.isdecimal(), int(part) if part.isdecimal() else 0, part)
-        for part in re.split(r"(\d+)", text)
-    ]
-
-
 def number_classes(names: Iterable[str | None]) -> tuple[list[str], np.ndarray]:
     """Return the different names, sorted, and each name's rank: int64, UNLABELLED for None."""
     names = list(names)

@@ -13,7 +13,6 @@ from ffssl.data.convert.sources.base import (
     PassedOver,
     Source,
     as_label,
-    natural_order,
     number_classes,
 )
 from ffssl.data.convert.sources.file_tree import LINK_AGAIN, FileTree
@@ -27,6 +26,7 @@ from ffssl.data.convert.sources.shards import (
     split_of,
 )
 from ffssl.errors import UserError
+from ffssl.files import natural_order
 
 _USUAL_LABELS = ("label", "labels", "fine_label")
 

@@ -17,7 +17,6 @@ from ffssl.data.convert.sources.base import (
     PassedOver,
     Source,
     kind_of_name,
-    natural_order,
     number_classes,
 )
 from ffssl.data.convert.sources.shards import (
@@ -29,6 +28,7 @@ from ffssl.data.convert.sources.shards import (
 )
 from ffssl.data.convert.sources.tar_shard import INSTEAD, Caption, Label, scan
 from ffssl.errors import UserError
+from ffssl.files import natural_order
 
 _COMPRESSED = re.compile(
     r"\.(tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zstd?|lz4|lzma|z|br))$", re.IGNORECASE
