@@ -39,10 +39,11 @@ def read_betons(files: Files, label_field: str | None = None) -> Beton:
 
 def _joined(parts: list[Beton]) -> Beton:
     sizes = [part.files[0].size for part in parts]
-    starts = np.cumsum([0, *(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)])
-    firsts = np.cumsum([0, *map(len, parts)])
+    counts = [len(part) for part in parts]
+    starts = np.cumsum([0, *(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)])[:-1]
+    firsts = np.cumsum([0, *counts])[:-1]
     images = np.concatenate([part.images for part in parts])
-    images["data_ptr"] += np.repeat(starts[:-1].astype(np.uint64), [len(part) for part in parts])
+    images["data_ptr"] += np.repeat(starts.astype(np.uint64), counts)
     pointers = [part.pointers + np.uint64(start) for part, start in zip(parts, starts)]
     model = _with_field_of_labels(parts)
     labels = None if model.labels is None else np.concatenate(_labels_by_name(parts))
@@ -50,9 +51,7 @@ def _joined(parts: list[Beton]) -> Beton:
     joined = Beton(
         tuple(
             BetonFile(part.files[0].path, size, start, first)
-            for part, size, start, first in zip(
-                parts, sizes, starts.tolist(), firsts.tolist(), strict=False
-            )
+            for part, size, start, first in zip(parts, sizes, starts.tolist(), firsts.tolist())
         ),
         images,
         np.concatenate([part.image_sizes for part in parts]),
