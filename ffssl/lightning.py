@@ -131,7 +131,7 @@ class ViewSchedule(pl.Callback):  # type: ignore[name-defined]
             )
         if not isinstance(loader.most_views, int):
             raise UserError(
-                f"ViewSchedule: {loader.beton.path}: the loader has views of several sizes; call "
+                f"ViewSchedule: {loader.beton.name}: the loader has views of several sizes; call "
                 "its set_epoch in on_train_epoch_start of the module"
             )
         for name, schedule in self.schedules.items():
