@@ -188,11 +188,14 @@ def _format_header(header: dict) -> str:
     lines = [f"# {header['title']}", "", f"`{header['command']}`", ""]
     lines += [f"- machine: {machine}" for machine in header["machines"]]
     lines += [
-        f"- {name}: {', '.join(map(str, header[name]))}" for name in ("code", "dates", "seeds")
+        f"- {name}: {', '.join(map(str, header[name]))}"
+        for name in ("code", "dates", "seeds")  # an installed package has no revision
+        if header[name]
     ]
     lines += [f"- {split} images: {description}" for split, description in header["data"].items()]
-    lines += [f"- kNN: {'; '.join(header['knn'])}", ""]
-    return "\n".join(lines)
+    if header["knn"]:
+        lines.append(f"- kNN: {'; '.join(header['knn'])}")
+    return "\n".join([*lines, ""])
 
 
 def _describe_data(files: str) -> str:

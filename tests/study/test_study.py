@@ -25,7 +25,14 @@ from ffssl.run_folder.log import read_log
 from ffssl.study import __main__ as program
 from ffssl.study.__main__ import check_unchanged, comparable, finished, write_record
 from ffssl.study.recipes import Run, read_study
-from ffssl.study.table_and_picture import draw, first_reached, format_table, mean_curve, summarise
+from ffssl.study.table_and_picture import (
+    draw,
+    first_reached,
+    format_table,
+    mean_curve,
+    summarise,
+    write_report,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = {
@@ -550,6 +557,14 @@ def test_the_linear_classifiers_accuracies_are_in_the_table_where_runs_have_them
 def test_an_untrained_network_reaches_nothing():
     assert first_reached(mean_curve({0: log(0.9, 0.1, cost=1)}), 0.5) is None
     assert mean_curve({}) == []
+
+
+def test_what_is_not_known_of_a_study_has_no_line(tmp_path):
+    study = read_study(write(tmp_path), tmp_path, [])
+    write_report(study, tmp_path, {}, {}, command="ffssl study toy.yaml")
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert "- seeds: 0, 1" in lines
+    assert not [line for line in lines if line.startswith("- ") and line.endswith(": ")]
 
 
 def test_picture_of_an_unfinished_study_is_drawn(tmp_path):
