@@ -448,7 +448,7 @@ def test_a_run_on_the_parts_of_a_set_is_that_on_the_whole(betons, tmp_path):
         options = ConvertOptions(part=(k, 3), progress=False)
         convert(Embedded("train", 160), tmp_path / f"train-{k}.beton", options)
     parts = betons | {"train": tmp_path / "train-*.beton"}
-    more = ["--training.epochs=2", f"--data.validation={betons['val']}"]
+    more = ["--training.epochs=1", f"--data.validation={betons['val']}"]
     train(read_options(arguments(betons, tmp_path / "whole", *more)))
     train(read_options(arguments(parts, tmp_path / "parts", *more)))
     assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
