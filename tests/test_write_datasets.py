@@ -302,11 +302,40 @@ def processes_below(pid):
     return found[1:]
 
 
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 def exists(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.parametrize("signal_number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_while_the_workers_start(tmp_path, signal_number, status):
+    command = [*PROGRAM, "embedded", "--size", "99", "--workers", "2"]
+    process = subprocess.Popen(
+        [*command, "--output", str(tmp_path / "out.beton")],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 600
+    while "forkserver" not in "".join(map(command_line, processes_below(process.pid))):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    if signal_number == signal.SIGINT:
+        os.killpg(process.pid, signal_number)  # as a terminal does
+    else:
+        process.send_signal(signal_number)
+    _, stderr = process.communicate(timeout=600)  # of the workers, too
+    assert (process.returncode, stderr.count("\n")) == (status, int(status == 130)), stderr
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -3,6 +3,7 @@
 It keeps the order, bounds its memory, notices killed workers and stops at once.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -70,6 +71,8 @@ def map_in_order(
     context.set_forkserver_preload([function.__class__.__module__])
     pool = ProcessPoolExecutor(workers, context, _start_worker, (function,))
     try:
+        with _signals_held_back():
+            pool.submit(int)  # starts the fork server and all workers
         yield from _in_chunks(pool, items, 2 * workers + 2, size_of)
         pool.shutdown()
     except WorkerDied as error:
@@ -81,6 +84,31 @@ def map_in_order(
         raise
     finally:
         _stop(pool)
+
+
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Let SIGINT and SIGTERM take effect when the block ends.
+
+    An exception while a worker starts would leave it to itself: it would miss the pool's semaphores
+    and print a traceback. So would the fork server, if Ctrl-C reached it before it ignores that: it
+    inherits the mask.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # no signal is handled here
+        return
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = {each: signal.signal(each, lambda which, _: came.append(which)) for each in numbers}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def _in_chunks(
