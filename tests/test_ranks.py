@@ -422,7 +422,7 @@ def test_a_run_of_one_process_goes_on_with_torchrun_which_writes_and_tells_once(
     assert status == 0, errors
     told = output.splitlines()
     assert [line.split()[1] for line in told if line.startswith("epoch ")] == ["3/4", "4/4"]
-    assert len(told) == 4 and "on cpu, 2 processes: " in output
+    assert len(told) == 5 and "on cpu, 2 processes: " in output
     ours, theirs = read_log(tmp_path / "run"), read_log(tmp_path / "alone")
     assert [row["epoch"] for row in ours] == [0, 1, 2, 3, 4]
     assert ["hardness" in row for row in ours[1:]] == [False, True, True, True]

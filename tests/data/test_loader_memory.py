@@ -83,8 +83,9 @@ def test_memory_at_its_peak_is_what_was_announced(large_beton):
             for _ in loader:
                 pass
             grown = resident("VmHWM") - before
-            # Of the file, while its batch is in memory; of photographs it would be a tenth.
-            mapped = 3 * 128 * 320 * 320 * 3
+            # Of the file, while its batch is in memory, and what the kernel maps around it; of
+            # photographs it would be a tenth.
+            mapped = 1.3 * 3 * 128 * 320 * 320 * 3
             most = 1.3 * loader.buffer_bytes + mapped
             assert 0.9 * loader.buffer_bytes < grown < most, (grown, loader.buffer_bytes)
             del _  # a window on the buffers
@@ -169,7 +170,7 @@ def test_fifty_epochs_left_early_keep_memory_threads_and_descriptors_flat(
         loaders(0, 40)
         memory = state()[0]
         loaders(40, 90)
-        assert state()[1:] == (threads - 2, files - 1)
+        assert state()[1:] == (threads - 2, files)  # a mapped file needs none
         assert state()[0] - memory < 16e6, state()[0] - memory  # their buffers are 240 MB
         """,
         beton,

@@ -238,7 +238,8 @@ def test_the_magnitude_changes_by_the_epoch_without_compiling(beton):
         served, signatures = [], []
         for magnitude in (3.0, 3.0, 12.5):
             loader.set_epoch(0, 32, magnitude)
-            served.append(next(iter(loader)).views.numpy().copy())
+            # To the epoch's end: no thread is loading code while the signatures are read.
+            served.append([batch.views.numpy().copy() for batch in loader][0])
             signatures.append(list(render_samples.signatures))
     np.testing.assert_array_equal(served[0], served[1])
     assert (served[0] != served[2]).any()
