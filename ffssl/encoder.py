@@ -15,7 +15,7 @@ from ffssl.data.normalise import MEAN, STD
 from ffssl.errors import UserError
 from ffssl.export.hugging_face import WEIGHTS
 from ffssl.export.model_card import card_path
-from ffssl.load import backbone_of, fingerprint, load_run
+from ffssl.load import LoadedRun, backbone_of, fingerprint, load_run, restored
 from ffssl.run_folder import checkpoint
 from ffssl.weights import is_run, load_weights, native_network, read_file, state_dict_in
 
@@ -115,14 +115,20 @@ def load_trained(
         raise UserError(f"{path}: no such run, and no such file; name a run or an exported file")
     file = path / WEIGHTS if (path / WEIGHTS).is_file() else path
     content = read_file(file) if file.is_file() else None
-    if file.is_file() and not is_run(content):
+    if content is not None and not is_run(content):
         if network != "student":
             raise UserError(f"--network: {path} holds one network alone; leave this out")
         trained = _exported(file, state_dict_in(file, content), backbone, stem)
     else:
         if backbone or stem:
             raise UserError(f"--backbone: {path} is a run, which knows its own; leave this out")
-        trained = _of_run(path, network)
+        if path.is_dir() and not checkpoint.exists(path):
+            raise UserError(
+                f"{path}: holds neither {checkpoint.NAME} nor {WEIGHTS}; name the folder of a run, "
+                "or an exported file or folder"
+            )
+        run = load_run(path) if content is None else restored(path, content)
+        trained = _of_run(run, network)
     trained.backbone.eval()
     return trained
 
@@ -132,15 +138,10 @@ def check_side(trained: Trained, side: int) -> None:
     check_resolutions(trained.name, trained.backbone, {side: "--resolution"})
 
 
-def _of_run(path: Path, network: str) -> Trained:
-    if path.is_dir() and not checkpoint.exists(path):
-        raise UserError(
-            f"{path}: holds neither {checkpoint.NAME} nor {WEIGHTS}; name the folder of a run, or "
-            "an exported file or folder"
-        )
-    options, method, _ = load_run(path)
+def _of_run(run: LoadedRun, network: str) -> Trained:
+    options = run.options
     return Trained(
-        backbone_of(method, network),
+        backbone_of(run.method, network),
         options.model.backbone,
         options.model.stem,
         network,

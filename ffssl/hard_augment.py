@@ -256,14 +256,19 @@ def targets_of(
 def small_input(views: Tensor, resolution: int) -> Tensor:
     """Return a network's input (B n, 3, r, r) from uint8 views (B, n, 3, R, R).
 
-    Views larger than `resolution` are downsampled to it, with antialiasing. Then they are
-    normalised in float32, channels_last.
+    They are `small_images`, normalised in float32, channels_last.
+    """
+    # Downsample first: normalising all views at full resolution would take longer than this does.
+    return to_input(small_images(views, resolution))
+
+
+def small_images(views: Tensor, resolution: int) -> Tensor:
+    """Return views (B, n, C, R, R), uint8 or floating, as images (B n, C, r, r).
+
+    Those larger than `resolution` are `shrunk` to it.
     """
     images = views.flatten(0, 1)
-    # Downsample first: normalising all views at full resolution would take longer than this does.
-    if images.shape[-1] > resolution:
-        images = shrunk(images, resolution)
-    return to_input(images)
+    return shrunk(images, resolution) if images.shape[-1] > resolution else images
 
 
 def shrunk(images: Tensor, resolution: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from ffssl.methods import Method
 from ffssl.methods.teacher import TeacherMethod
 from ffssl.run_folder import checkpoint
 from ffssl.training.build import build
+from ffssl.weights import is_run
 
 
 class LoadedRun(NamedTuple):
@@ -63,8 +64,12 @@ def load_run(run: str | Path) -> LoadedRun:
     there is no checkpoint, if it is not a run's, or if its weights do not fit its options.
     """
     path = checkpoint_path(run)
-    state = checkpoint.read(path)
-    if not isinstance(state, dict) or not {"epoch", "spent", "options", "method"} <= state.keys():
+    return restored(path, checkpoint.read(path))
+
+
+def restored(path: Path, state: Any) -> LoadedRun:
+    """Return the run of a checkpoint that has been read from `path`. Raise as `load_run` does."""
+    if not is_run(state):
         raise UserError(
             f"{path}: not the checkpoint of a run; ffssl train writes one as "
             f"{checkpoint.NAME} in its --run.folder"

@@ -12,7 +12,7 @@ import warnings
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -85,7 +85,9 @@ def state_dict_in(path: Path, content: object) -> dict[str, Tensor]:
 
 def is_run(content: object) -> bool:
     """Return whether what a file holds is the checkpoint of a run."""
-    return isinstance(content, Mapping) and {"epoch", "options", "method"} <= content.keys()
+    return isinstance(content, Mapping) and (
+        {"epoch", "spent", "options", "method"} <= content.keys()
+    )
 
 
 def read_file(path: Path) -> object:
@@ -99,17 +101,12 @@ def read_file(path: Path) -> object:
             if path.suffix == ".safetensors":
                 return safetensors.torch.load_file(path)
             if zipfile.is_zipfile(file):
-                with zipfile.ZipFile(file) as archive:
-                    if bad := archive.testzip():  # torch.load doesn't look at the checksums
-                        raise zipfile.BadZipFile(f"{bad} has changed")
+                require_whole(file)
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file may raise anything
-        if isinstance(error, MemoryError) or is_out_of_memory(error):
-            raise
-        # An OSError without a number or with EINVAL comes from the archive, others from the disk.
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            raise UserError(f"{path}: can't be read: {error.strerror}") from error
+        if failure := disk_failure(error):
+            raise UserError(f"{path}: can't be read: {failure}") from error
         named = re.search(r"GLOBAL (\S+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and named:
             raise UserError(
@@ -119,6 +116,29 @@ def read_file(path: Path) -> object:
         raise UserError(
             f"{path}: damaged, or not a file of weights ({type(error).__name__}); copy it again"
         ) from error
+
+
+def require_whole(file: BinaryIO) -> None:
+    """Raise BadZipFile if a byte of an archive of torch.save has changed.
+
+    torch.load doesn't look at the checksums.
+    """
+    with zipfile.ZipFile(file) as archive:
+        if bad := archive.testzip():
+            raise zipfile.BadZipFile(f"{bad} has changed")
+
+
+def disk_failure(error: Exception) -> str | None:
+    """Return what the disk says, if it has failed under a read, and None if the content is bad.
+
+    Raise the error itself if memory is short: then nothing is known of the file.
+    """
+    if isinstance(error, MemoryError) or is_out_of_memory(error):
+        raise error
+    # An OSError without a number or with EINVAL comes from the archive, others from the disk.
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        return error.strerror or str(error)
+    return None
 
 
 def _bare(name: str) -> str:

@@ -16,7 +16,6 @@ from ffssl.errors import UserError, did_you_mean
 from ffssl.printable import printable
 
 NOT_READ = 128 + signal.SIGPIPE
-NETWORKS = ("student", "teacher")  # choices of an option --network
 # Of a run, like all with a dot, as --data.train: programs may pass them on to `read_options`.
 OPTIONS_OF_RUNS = ("--config", "--config-file")
 
@@ -56,6 +55,29 @@ class Parser(argparse.ArgumentParser):
         except argparse.ArgumentError as error:
             error.message += did_you_mean(value, action.choices or ())
             raise
+
+
+def add_network(parser: Parser, help_text: str = "whose backbone") -> None:
+    """Declare --network, which says whose backbone of a run is meant."""
+    parser.add_argument(
+        "--network",
+        default="student",
+        choices=("student", "teacher"),
+        help=f"{help_text} (default: %(default)s)",
+    )
+
+
+def add_device_and_amp(parser: Parser) -> None:
+    """Declare --device and --amp of a program that computes with a frozen backbone."""
+    parser.add_argument(
+        "--device", default="auto", help="cuda, cuda:N or cpu (default: a GPU where there is one)"
+    )
+    parser.add_argument(
+        "--amp",
+        default="auto",
+        choices=("auto", "bf16", "fp16", "off"),
+        help="mixed precision of the backbone (default: off on CPU)",
+    )
 
 
 def checked(checker: Checker) -> Callable[[str], object]:

@@ -15,7 +15,13 @@ import sys
 from pathlib import Path
 
 from ffssl.config import Number
-from ffssl.config.command_line import NETWORKS, Parser, checked, exit_status
+from ffssl.config.command_line import (
+    Parser,
+    add_device_and_amp,
+    add_network,
+    checked,
+    exit_status,
+)
 
 
 def main() -> None:
@@ -78,12 +84,7 @@ def parser() -> Parser:
         action="store_true",
         help="leave images out that can't be read, and list them, instead of stopping",
     )
-    add(
-        "--network",
-        default="student",
-        choices=NETWORKS,
-        help="whose backbone, of a run (default: %(default)s)",
-    )
+    add_network(whole, "whose backbone, of a run")
     add("--backbone", metavar="NAME", help="of an exported file without its card")
     add("--stem", choices=("imagenet", "cifar"), help="likewise (default: imagenet)")
     add(
@@ -112,13 +113,7 @@ def parser() -> Parser:
         metavar="N",
         help="threads that decode images; 0, the default: one per core",
     )
-    add("--device", default="auto", help="cuda, cuda:N or cpu (default: a GPU where there is one)")
-    add(
-        "--amp",
-        default="auto",
-        choices=("auto", "bf16", "fp16", "off"),
-        help="mixed precision of the backbone (default: off on CPU)",
-    )
+    add_device_and_amp(whole)
     return whole
 
 

@@ -15,7 +15,13 @@ import sys
 from pathlib import Path
 
 from ffssl.config import Number
-from ffssl.config.command_line import NETWORKS, Parser, checked, exit_status
+from ffssl.config.command_line import (
+    Parser,
+    add_device_and_amp,
+    add_network,
+    checked,
+    exit_status,
+)
 
 
 def main() -> None:
@@ -54,12 +60,7 @@ def parser() -> Parser:
     common.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a checkpoint file"
     )
-    common.add_argument(
-        "--network",
-        default="student",
-        choices=NETWORKS,
-        help="whose backbone (default: %(default)s)",
-    )
+    add_network(common)
     common.add_argument(
         "--train",
         type=Path,
@@ -84,15 +85,7 @@ def parser() -> Parser:
         metavar="N",
         help="threads that render views; 0: one per core",
     )
-    common.add_argument(
-        "--device", default="auto", help="cuda, cuda:N or cpu (default: a GPU where there is one)"
-    )
-    common.add_argument(
-        "--amp",
-        default="auto",
-        choices=("auto", "bf16", "fp16", "off"),
-        help="mixed precision of the backbone (default: off on CPU)",
-    )
+    add_device_and_amp(common)
     whole = Parser("evaluate", description=__doc__)
     commands = whole.add_subparsers(dest="evaluation", required=True, metavar="{knn,linear}")
     knn = commands.add_parser(

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ffssl.backbones import RESNETS
-from ffssl.config.command_line import NETWORKS, Parser, exit_status
+from ffssl.config.command_line import Parser, add_network, exit_status
 from ffssl.config.options import ModelOptions
 from ffssl.errors import UserError
 from ffssl.export import hugging_face
@@ -52,12 +52,7 @@ def main() -> None:
         metavar="FILE",
         help="replaced if it is there; a folder for huggingface",
     )
-    parser.add_argument(
-        "--network",
-        default="student",
-        choices=NETWORKS,
-        help="whose backbone (default: %(default)s)",
-    )
+    add_network(parser)
     parser.add_argument(
         "--licence",
         metavar="ID",

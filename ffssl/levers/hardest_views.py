@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ffssl.errors import UserError
-from ffssl.hard_augment import hardest_pair, pairs, shrunk, take_pair, without_trace
+from ffssl.hard_augment import hardest_pair, pairs, small_images, take_pair, without_trace
 from ffssl.methods.base import cosines
 
 
@@ -123,10 +123,8 @@ def _modules_of(function: object) -> list[nn.Module]:
 
 def _small(views: Tensor, resolution: int, normalise: Callable[[Tensor], Tensor] | None) -> Tensor:
     """Return the input (B m, C, r, r) of the pass."""
-    images = views.flatten(0, 1)
-    if images.shape[-1] > resolution:
-        images = shrunk(images, resolution)
-    elif not images.is_floating_point():
+    images = small_images(views, resolution)
+    if not images.is_floating_point():
         images = images.float()
     return images if normalise is None else normalise(images)
 

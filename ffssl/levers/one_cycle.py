@@ -68,7 +68,7 @@ class FixedOneCycleLR(LRScheduler):
         cycle = {"total": self.total_steps, "warmup": self.warmup_steps}
         if self.momentum is not None:
             low, high = self.momentum
-            _set_momentum(self.optimizer, anti_phase_momentum(step, **cycle, low=low, high=high))
+            set_momentum(self.optimizer, anti_phase_momentum(step, **cycle, low=low, high=high))
         return [f1_clr(step, **cycle, peak=peak) for peak in self.max_lrs]
 
 
@@ -86,7 +86,8 @@ def _check_momentum(momentum: tuple[float, float], optimizer: Optimizer) -> None
         )
 
 
-def _set_momentum(optimizer: Optimizer, momentum: float) -> None:
+def set_momentum(optimizer: Optimizer, momentum: float) -> None:
+    """Set SGD's momentum, or Adam's beta1, in all groups."""
     for group in optimizer.param_groups:
         if "betas" in group:
             group["betas"] = (momentum, *group["betas"][1:])

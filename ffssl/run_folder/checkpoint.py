@@ -1,19 +1,17 @@
 """Checkpoints: complete or absent, the last few kept, loaded without running code from the file."""
 
 import contextlib
-import errno
 import functools
 import os
 import sys
-import zipfile
 from pathlib import Path
 
 import torch
 
 from ffssl.errors import UserError
 from ffssl.files import replacing, sync_folder
-from ffssl.parallel.device import is_out_of_memory
 from ffssl.run_folder.machine import describe_machine
+from ffssl.weights import disk_failure, require_whole
 
 NAME = "checkpoint.pt"
 _PACKAGES = ("ffssl", "torch", "torchvision", "timm", "ffcv")
@@ -110,17 +108,12 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict:
     """
     try:
         with open(path, "rb") as file:
-            with zipfile.ZipFile(file) as archive:
-                if bad := archive.testzip():  # torch.load doesn't look at the checksums
-                    raise zipfile.BadZipFile(f"{bad} has changed")
+            require_whole(file)
             file.seek(0)
             return torch.load(file, map_location=device, weights_only=True)
     except Exception as error:  # a damaged archive may raise anything
-        if isinstance(error, MemoryError) or is_out_of_memory(error):
-            raise
-        # An OSError without a number or with EINVAL comes from the archive, others from the disk.
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            raise UserError(f"{path}: the checkpoint can't be read: {error.strerror}") from error
+        if failure := disk_failure(error):
+            raise UserError(f"{path}: the checkpoint can't be read: {failure}") from error
         raise Damaged(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
 
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
+from ffssl.levers.one_cycle import set_momentum
+
 OPTIMIZERS = ("sgd", "lars", "adamw")  # values of training.optimizer
 TRUST = 0.001  # of LARS: norm of a step at a learning rate of 1, as a fraction of the weight's norm
 
@@ -144,7 +146,4 @@ def set_learning_rate_and_momentum(
     """
     for group in optimizer.param_groups:
         group["lr"] = peak if group.get("constant_lr") else learning_rate
-        if "betas" in group:
-            group["betas"] = (momentum, group["betas"][1])
-        else:
-            group["momentum"] = momentum
+    set_momentum(optimizer, momentum)
