@@ -68,7 +68,8 @@ def map_in_order(
     # Forking a process with threads may deadlock, and ours may have torch's and ffcv's threads. The
     # fork server has none.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([function.__class__.__module__])
+    unblock = "ffssl.data.convert.fork_server"
+    context.set_forkserver_preload([unblock, function.__class__.__module__])
     pool = ProcessPoolExecutor(workers, context, _start_worker, (function,))
     try:
         with _signals_held_back():
@@ -92,7 +93,7 @@ def _signals_held_back() -> Iterator[None]:
 
     An exception while a worker starts would leave it to itself: it would miss the pool's semaphores
     and print a traceback. So would the fork server, if Ctrl-C reached it before it ignores that: it
-    inherits the mask.
+    inherits the mask, see `ffssl.data.convert.fork_server`.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # no signal is handled here

@@ -928,22 +928,26 @@ from ffssl.data.convert.sources.folder import ImageFolder
 """
 
 
+def run_program(folder: Path, program: str) -> subprocess.CompletedProcess:
+    (folder / "program.py").write_text(program)
+    root = Path(__file__).resolve().parents[3]
+    return subprocess.run(
+        [sys.executable, "program.py"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
 @pytest.mark.parametrize(
     "program",
     [CONVERT.format(""), CONVERT.format("if __name__ != '__main__': raise SystemExit('no')\n")],
     ids=["calls again", "fails"],
 )
 def test_a_program_that_workers_cannot_import_is_told(folder, program):
-    (folder.parent / "program.py").write_text(program)
-    root = Path(__file__).resolve().parents[3]
-    result = subprocess.run(
-        [sys.executable, "program.py"],
-        cwd=folder.parent,
-        env=os.environ | {"PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    result = run_program(folder.parent, program)
     assert result.returncode == 1 and result.stderr.count("Traceback") == 1, result.stderr
     last = result.stderr.splitlines()[-1]
     assert (
@@ -951,6 +955,29 @@ def test_a_program_that_workers_cannot_import_is_told(folder, program):
         and '`if __name__ == "__main__":`' in last
     )
     assert sorted(os.listdir(folder.parent)) == ["images", "program.py"]
+
+
+def test_programs_own_processes_hear_of_ctrl_c_after_a_conversion(folder):
+    """All that are forked by one server, which conversion may have started."""
+    result = run_program(
+        folder.parent,
+        """
+import multiprocessing, signal
+
+def check():
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+if __name__ == "__main__":"""
+        + CONVERT.format("").replace("\n", "\n    ")
+        + """
+    process = multiprocessing.get_context("forkserver").Process(target=check)
+    process.start()
+    process.join()
+    raise SystemExit(process.exitcode)
+""",
+    )
+    assert result.returncode == 0, result.stderr
 
 
 def test_photographs_keep_their_bytes(shared_data, tmp_path):

@@ -194,7 +194,7 @@ def test_policies_are_dealt_out_to_the_views_in_turn(tmp_path):
 def test_changing_resolution_magnitude_views_or_batch_compiles_nothing(beton):
     with ViewLoader(beton, batch_size=2, views=2, resolution=32) as loader:
         next(iter(loader))
-    compiled = list(render_samples.signatures)
+    compiled = len(render_samples.overloads)
     for views, batch_size in ((2, 2), (6, 5)):
         with ViewLoader(
             beton, batch_size=batch_size, views=views, resolution=32, policy=POLICIES["byol"]
@@ -202,7 +202,7 @@ def test_changing_resolution_magnitude_views_or_batch_compiles_nothing(beton):
             for epoch, resolution in enumerate((32, 16, 48)):
                 loader.set_epoch(epoch, resolution, magnitude=4 + epoch)
                 next(iter(loader))
-    assert render_samples.signatures == compiled
+    assert len(render_samples.overloads) == compiled
 
 
 def import_compiled(folder):
