@@ -28,6 +28,7 @@ from ffssl.parallel.device import (
 )
 from ffssl.training.build import build
 from ffssl.training.compile import COMPILED_METHODS, compile_methods
+from ffssl.training.gauges import hardness
 from ffssl.training.memory import memory_advice
 from ffssl.training.run import start_run
 from ffssl.training.schedule import RunSchedule
@@ -97,6 +98,20 @@ def test_a_step_reads_no_value_of_a_tensor(name):
     for step in range(2):
         run.epoch, result = step, train_step(run, views, step)
     assert result.loss.shape == result.embedding_std.shape == ()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_measures_hardness_before_its_loss_changes_the_method(name):
+    """MoCo's loss puts the keys of the chosen views into the queue."""
+    run, step = start(options_of(name, *HARD)), 3 * 5 + 2
+    run.epoch = 3
+    method, views = copy.deepcopy(run.method), batch(views=3)
+    method.before_step(Progress(step, run.schedule.total_steps, run.epoch))
+    selection = run.schedule.selection(3)
+    first, second = hard_augment.choose_views(method, views, selection, seed=step)
+    expected = hardness(method, views, (first, second), selection, seed=step)
+    result = train_step(run, views, step)
+    torch.testing.assert_close(result.gauges[:2], torch.stack(expected))
 
 
 LOCAL = ["--augment.local_views=3", "--augment.local_share=0.5"]

@@ -1,6 +1,7 @@
 """One optimiser step."""
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,7 +10,6 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from ffssl import hard_augment
-from ffssl.methods import Method
 from ffssl.methods.base import Progress
 from ffssl.training import gauges
 from ffssl.training.optimizers import (
@@ -116,16 +116,24 @@ def add_gradients(
     with run.amp:
         chosen = hard_augment.choose_views(run.method, whole, selection, seed)
     mark("selection")
+    readings = None
+    if measured:
+        readings = torch.full((3,), math.nan, device=run.device)
+        if selection.select == "hard" and whole.shape[1] > 2:
+            # Before the loss, in which MoCo puts the keys of the chosen views into its queue.
+            with run.amp:
+                pair = chosen[0], chosen[1]
+                hardness = gauges.hardness(run.method, whole, pair, selection, seed)
+                readings[:2] = torch.stack(hardness)
     # Enter autocast again: before torch 2.10 it caches the weights that the selection cast without
     # gradient, and no gradient would reach the real weights.
     with run.amp:
         loss, embeddings = run.parallel(*chosen, **hard_augment.local_argument(local))
+        if readings is not None:
+            cosine = gauges.predictor_cosine(run.method, embeddings.detach())
+            if cosine is not None:
+                readings[2] = cosine
     mark("forward")
-    readings = None
-    if measured:
-        with run.amp:
-            pair = chosen[0], chosen[1]
-            readings = measure(run.method, whole, pair, selection, seed, embeddings.detach())
     run.scaler.scale(loss / parts).backward()
     if run.classifier is not None and targets is not None:
         run.classifier.add_gradients(targets)
@@ -133,24 +141,6 @@ def add_gradients(
     # Copy them: CUDA graphs write the next results to the same memory.
     loss, embeddings = loss.detach().clone(), embeddings.detach().clone()
     return StepResult(loss, embedding_std(embeddings), embeddings, readings)
-
-
-def measure(
-    method: Method,
-    views: Tensor,
-    chosen: tuple[Tensor, Tensor],
-    selection: hard_augment.Selection,
-    seed: int,
-    embeddings: Tensor,
-) -> Tensor:
-    """Return the gauges of a step, (3,) as in `StepResult`: NaN for those that are not measured."""
-    readings = embeddings.new_full((3,), float("nan"), dtype=torch.float32)
-    if selection.select == "hard" and views.shape[1] > 2:
-        readings[:2] = torch.stack(gauges.hardness(method, views, chosen, selection, seed))
-    cosine = gauges.predictor_cosine(method, embeddings)
-    if cosine is not None:
-        readings[2] = cosine
-    return readings
 
 
 def embedding_std(embeddings: Tensor) -> Tensor:
