@@ -125,7 +125,13 @@ def hardest_pair(losses: Tensor, policies: int = 1) -> Tensor:
     losses: (B, m, m), symmetric.
     """
     candidates = pairs(losses.shape[1], losses.device, policies)
-    return candidates[losses[:, candidates[:, 0], candidates[:, 1]].argmax(1)]
+    return candidates[by_pair(losses, policies).argmax(1)]
+
+
+def by_pair(losses: Tensor, policies: int = 1) -> Tensor:
+    """Return the losses of the candidate pairs, in their order: (B, m, m) to (B, pairs)."""
+    candidates = pairs(losses.shape[1], losses.device, policies)
+    return losses[:, candidates[:, 0], candidates[:, 1]]
 
 
 def random_pair(batch: int, views: int, generator: torch.Generator, policies: int = 1) -> Tensor:

@@ -159,6 +159,7 @@ def test_a_mistyped_option_is_answered_with_the_nearest_known_one(config):
         ("training.epochs", ""),
         ("training.learning_rate", "-1"),
         ("training.learning_rate", ".nan"),
+        ("training.learning_rate", ".inf"),
         ("training.learning_rate", "fast"),
         ("training.schedule", "linear"),
         ("training.schedule", "5"),

@@ -512,3 +512,14 @@ def test_what_is_saved_of_an_epoch_goes_on_in_another_number_of_ranks(monkeypatc
         assert (goes_on.replaced * ranks, goes_on.kwh * ranks) == (6, 2)
         assert (goes_on.seconds, goes_on.waited, goes_on.steps) == (10, 1, 3)
         assert goes_on.compile_seconds == 5
+
+
+def test_each_of_any_number_of_ranks_goes_on_with_its_part_of_the_embeddings(monkeypatch):
+    totals = EpochTotals(embeddings=torch.arange(1024.0)[:, None])
+    saved = totals.state()
+    monkeypatch.setattr("ffssl.training.totals.world_size", lambda: 48)
+    parts = []
+    for each in range(48):
+        monkeypatch.setattr("ffssl.training.totals.rank", lambda: each)
+        parts.append(EpochTotals.restored(saved, torch.device("cpu")).embeddings)
+    assert torch.equal(torch.cat(parts), totals.embeddings)

@@ -13,13 +13,12 @@ precision rounds, so its differences are only shown. On a machine without a GPU 
 with itself.
 """
 
-from types import SimpleNamespace
-
 import torch
 
 from ffssl.benchmark.timing import where
-from ffssl.config import read_options
+from ffssl.config import Options, read_options
 from ffssl.config.command_line import Parser
+from ffssl.config.method_options import method_options
 from ffssl.data.convert.embedded import EmbeddedDataset
 from ffssl.errors import UserError
 from ffssl.hard_augment import select_hardest
@@ -38,12 +37,7 @@ CPU = torch.device("cpu")
 IMAGES, VIEWS, SIDE, SMALL, STEPS = 16, 4, 48, 32, 4
 MOST_OFF, FEWEST_SAME = 0.01, 0.9
 WRONG = "WRONG"
-NETWORKS = {
-    "mocov2plus": ["--method.queue=64"],
-    "dino": ["--method.prototypes=24"],
-    "simsiam": ["--method.predictor=8"],
-    "byol": ["--method.predictor=8"],
-}
+SIZES = {"hidden": 32, "projection": 16, "predictor": 8, "prototypes": 24, "queue": 64}
 
 
 def main(arguments: list[str]) -> None:
@@ -118,15 +112,15 @@ def first_steps(name: str, device: torch.device, amp: str) -> tuple[torch.Tensor
     return torch.stack(losses), torch.stack(pairs)
 
 
-def options_of(name: str, amp: str) -> SimpleNamespace:
+def options_of(name: str, amp: str) -> Options:
+    sizes = [option.name for option in method_options()[name] if option.name in SIZES]
     return read_options(
         [
             "--data.train=none",
             "--run.folder=none",
             "--model.backbone=resnet-small",
             f"--method.name={name}",
-            "--method.hidden=32",
-            "--method.projection=16",
+            *(f"--method.{size}={SIZES[size]}" for size in sizes),
             f"--resolution.max={SIDE}",
             "--resolution.step=16",
             f"--training.batch_size={IMAGES}",
@@ -136,7 +130,6 @@ def options_of(name: str, amp: str) -> SimpleNamespace:
             f"--augment.views={VIEWS}",
             "--hard_augment.select=hard",
             f"--hard_augment.resolution={SMALL}",
-            *NETWORKS.get(name, []),
         ]
     )
 

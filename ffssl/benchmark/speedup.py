@@ -186,11 +186,15 @@ class Stage:
 
 @dataclass
 class Trial:
-    """A config under test."""
+    """A config under test.
+
+    samples: the loader's, int64; a stage visits as many of them as it has steps for.
+    """
 
     name: str
     run: Run
     loader: ViewLoader
+    samples: np.ndarray
     flops: dict[StepShape, int]  # of a step
     stages: list[Stage]
 
@@ -215,7 +219,7 @@ def start_trial(
     for epoch in range(t.epochs):
         epochs[schedule.shape(epoch)].append(epoch)
     stages = [Stage(shape, which, modes[shape]) for shape, which in epochs.items()]
-    return Trial(name, run, loader, flops, stages)
+    return Trial(name, run, loader, loader.samples, flops, stages)
 
 
 def measure(trials: list[Trial], rounds: int, seconds: float, caches: Path | None) -> None:
@@ -273,7 +277,7 @@ def time_stage(trial: Trial, stage: Stage) -> None:
     run, loader, steps = trial.run, trial.loader, stage.steps
     run.epoch = stage.epochs[0]
     compile_methods(run.method, COMPILED_METHODS, stage.compiled)
-    loader.samples = np.resize(loader.samples, (steps + 1) * loader.batch_size)
+    loader.samples = np.resize(trial.samples, (steps + 1) * loader.batch_size)
     numbers = itertools.count()
 
     def first_batch() -> float:

@@ -1,5 +1,6 @@
 """Checks of option values, as fastargs' checkers. None of them imports torch."""
 
+import math
 from typing import Any, TypeAlias
 
 from fastargs.validation import Checker
@@ -16,7 +17,7 @@ class Number(Checker):
 
     def check(self, value: Any) -> float:
         number = self.kind(value)
-        in_bounds = self.low <= number <= self.high
+        in_bounds = self.low <= number <= self.high and math.isfinite(number)
         if isinstance(value, bool) or not in_bounds or number != float(value):
             raise ValueError
         return number

@@ -68,7 +68,7 @@ class DataOptions:
         Text(),
         "field of the files that holds the labels, integers or whole numbers; default: label, or "
         "else the only such field",
-        Role.RUNNING,
+        Role.EVALUATION,
     )
     workers: int = option(
         0, integer(0), "threads that render views; 0: one per core", Role.RUNNING, of_a_rank=True

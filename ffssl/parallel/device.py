@@ -108,7 +108,10 @@ def choose_device(name: str, option: str = "--run.device") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        if device.type == "cuda" and device.index is None:
+            torch.cuda.init()  # takes no memory on GPU 0, which may be another rank's
+        else:
+            torch.empty(1, device=device)
         if device.type == "cuda" and device.index is not None:
             # Pinned memory and events belong to the current GPU.
             torch.cuda.set_device(device)

@@ -19,7 +19,7 @@ from ffssl.data.beton.several import read_betons
 from ffssl.data.loader import ViewLoader
 from ffssl.evaluate.features import extract_features, open_views
 from ffssl.evaluate.labels import shared_classes
-from ffssl.hard_augment import hardest_pair, losses_of_pairs, pairs
+from ffssl.hard_augment import by_pair, losses_of_pairs, pairs, select_hardest
 from ffssl.methods import Method
 from ffssl.methods.base import Progress
 from ffssl.printable import printable
@@ -38,8 +38,9 @@ THUMBNAIL = 112  # pixels at most
 class EpochViews:
     """The views of some images in one epoch.
 
-    views: uint8 (n, m, 3, R, R). chosen: int64 (n, 2), the views trained on; None if the run does
-    not choose by the loss.
+    views: uint8 (n, m, 3, R, R). chosen: int64 (n, 2), the views to train on: an image's hardest
+    pair, or a random one if the epoch's share of hard pairs leaves it out; None if the run does not
+    choose by the loss.
     """
 
     epoch: int
@@ -139,8 +140,9 @@ def views_by_epoch(run: ReportedRun, method: Method) -> list[EpochViews]:
             for views, _, _ in loader:
                 chosen = None
                 if selection.select == "hard":
-                    losses = losses_of_pairs(method, views.to(device), selection).cpu()
-                    chosen = hardest_pair(losses, selection.policies)[kept]
+                    pass_alone = replace(selection, extra_targets=False)
+                    chosen, _ = select_hardest(method, views.to(device), pass_alone, epoch)
+                    chosen = chosen.cpu()[kept]
                 shown.append(EpochViews(epoch, resolution, magnitude, views[kept].clone(), chosen))
     return shown
 
@@ -185,15 +187,6 @@ def examine_choice(run: ReportedRun, method: Method) -> Choice:
         rank_of(of_pairs, chosen),
         {name: value.mean().item() for name, value in means.items()},
     )
-
-
-def by_pair(losses: Tensor, policies: int = 1) -> Tensor:
-    """Return the losses of the candidate pairs: (B, m, m) to (B, pairs).
-
-    They are in the order of `hard_augment.pairs`.
-    """
-    candidates = pairs(losses.shape[1], policies=policies)
-    return losses[:, candidates[:, 0], candidates[:, 1]]
 
 
 def rank_of(losses: Tensor, chosen: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ class Record(NoRecord):
         self._log.write(row)
         print(summary(row, run.options.training.epochs), flush=True)
         if row.get("hardness", 0) < -2 * row.get("hardness_error", 0):  # beyond chance
-            print(upside_down(row, run.options.hard_augment.loss), file=sys.stderr, flush=True)
+            print(upside_down(row, run), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         with contextlib.closing(self._log):
@@ -76,11 +76,12 @@ def summary(row: dict[str, float], epochs: int) -> str:
     )
 
 
-def upside_down(row: dict[str, float], loss: str | None) -> str:
+def upside_down(row: dict[str, float], run: Run) -> str:
     """Return a warning for an epoch in which the chosen pairs were easier than random ones."""
+    loss = run.options.hard_augment.loss or run.method.pair_loss
     advice = (
         "compare them by the method's loss, --hard_augment.loss=method"
-        if loss == "cosine"
+        if loss != "method" and run.method.has_pair_losses
         else "begin later, --hard_augment.start_epoch, or set --hard_augment.share_max below 1"
     )
     return (

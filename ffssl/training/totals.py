@@ -146,7 +146,7 @@ class EpochTotals:
             waited=state["waited"],
             replaced=state["replaced"] / world_size(),
             kwh=kwh,
-            embeddings=rows.chunk(world_size())[rank()] if len(rows) else None,
+            embeddings=rows.tensor_split(world_size())[rank()] if len(rows) else None,
             **lists,
         )
 

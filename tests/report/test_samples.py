@@ -4,9 +4,17 @@ import pytest
 import torch
 from support.small_runs import save_run
 
-from ffssl.hard_augment import hardest_pair, pairs
+from ffssl.hard_augment import by_pair, hardest_pair, losses_of_pairs, pairs
 from ffssl.report.runs import read_runs
-from ffssl.report.samples import by_pair, examine_choice, project, rank_of, spread, views_by_epoch
+from ffssl.report.samples import (
+    BATCH,
+    _fixed_views,
+    examine_choice,
+    project,
+    rank_of,
+    spread,
+    views_by_epoch,
+)
 
 
 def test_spread_goes_from_end_to_end():
@@ -18,13 +26,6 @@ def test_spread_goes_from_end_to_end():
 def losses(images, views, seed=0):
     values = torch.rand(images, views, views, generator=torch.Generator().manual_seed(seed))
     return values + values.mT
-
-
-@pytest.mark.parametrize("policies", [1, 2])
-def test_the_chosen_pair_is_that_of_the_selection(policies):
-    values = losses(50, 4)
-    chosen = by_pair(values, policies).argmax(1)
-    assert torch.equal(pairs(4, policies=policies)[chosen], hardest_pair(values, policies))
 
 
 def test_the_rank_counts_the_harder_pairs():
@@ -64,6 +65,32 @@ def test_the_choice_is_at_the_teachers_temperature_of_the_epoch(tmp_path, betons
     temperatures.clear()
     examine_choice(run, run.method)
     assert temperatures and temperatures == pytest.approx([0.055] * len(temperatures))
+
+
+def test_the_views_shown_as_chosen_are_those_that_the_epoch_trains_on(tmp_path, betons):
+    """Of SimSiam's images none has its hardest pair in the first epoch, and all in the last."""
+    save_run(
+        tmp_path,
+        f"--data.train={betons['train']}",
+        "--method.name=simsiam",
+        "--augment.views=6",
+        "--hard_augment.select=hard",
+        "--hard_augment.start_epoch=0",
+    )
+    (tmp_path / "log.jsonl").write_text(json.dumps({"epoch": 3}) + "\n")
+    (run,) = read_runs([tmp_path])
+    first, *_, last = shown = views_by_epoch(run, run.method)
+    assert [len(one.chosen) for one in shown] == [4] * 3
+    selection = run.schedule.selection(2)
+    with _fixed_views(run, BATCH) as loader:
+        equal = []
+        for one in (first, last):
+            loader.set_epoch(one.epoch, one.resolution, one.magnitude, views=6)
+            views = next(iter(loader)).views
+            hardest = hardest_pair(losses_of_pairs(run.method.train(), views, selection))
+            kept = spread(len(views), len(one.chosen))
+            equal.append((hardest[kept] == one.chosen).all(1).float().mean().item())
+    assert equal[0] < 1 and equal[1] == 1
 
 
 def test_pca_keeps_the_distances_of_what_lies_in_a_plane():

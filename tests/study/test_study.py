@@ -469,9 +469,13 @@ def test_threads_and_places_may_change_between_two_calls(tmp_path):
     for word in ("--data.workers=1", "--run.device=cuda"):
         changed = read_study(study.path, tmp_path, [word])
         check_unchanged(changed, changed.runs[0], 0, tmp_path, {})
-    changed = read_study(study.path, tmp_path, ["--evaluate.k=6"])
-    with pytest.raises(UserError, match="evaluate.k is 6, .* started with 5"):
-        check_unchanged(changed, changed.runs[0], 0, tmp_path, {})
+    for word, message in (
+        ("--evaluate.k=6", "evaluate.k is 6, .* started with 5"),
+        ("--data.label_field=class", "data.label_field is class, .* started with None"),
+    ):
+        changed = read_study(study.path, tmp_path, [word])
+        with pytest.raises(UserError, match=message):
+            check_unchanged(changed, changed.runs[0], 0, tmp_path, {})
 
 
 def log(*accuracies: float, cost: float) -> list[dict]:
