@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
 
 from ffssl.errors import UserError, did_you_mean
+from ffssl.parallel.device import full_precision
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -114,7 +115,7 @@ def resample_positions(embedding: Tensor, old: tuple[int, int], new: tuple[int, 
         return embedding
     prefix = embedding.shape[1] - old[0] * old[1]
     # Autocast would round the positions.
-    with torch.autocast("cuda" if embedding.is_cuda else "cpu", enabled=False):
+    with full_precision(embedding):
         patches = _resampling_matrix(old, new, embedding.device) @ embedding[:, prefix:].float()
     return torch.cat([embedding[:, :prefix], patches.to(embedding.dtype)], dim=1)
 

@@ -1,9 +1,9 @@
 """Hard Augment (section 3.3): of m views of an image, train on the pair with the largest loss.
 
 One forward pass over all views of the batch gives the losses of all pairs, without gradient and at
-a low resolution. They are the losses that are trained (eq. 10), or where a method says so a cheaper
-stand-in that ranks pairs alike (`Method.pair_loss`). The views that were not chosen may
-serve, at that resolution, as extra targets of the chosen two (the paper's Table 9).
+a low resolution. The loss is the one that is trained (eq. 10). Some methods take a cheaper one,
+which ranks pairs nearly alike (`Method.pair_loss`). The views that were not chosen may serve, at
+that resolution, as extra targets of the chosen two (the paper's Table 9).
 """
 
 import functools
@@ -18,10 +18,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ffssl.data.normalise import to_input
 from ffssl.errors import UserError
-from ffssl.methods.base import Method, cosines, full_precision
+from ffssl.methods.base import Method, cosines
 from ffssl.methods.prediction import PredictionMethod
 from ffssl.methods.teacher import TeacherMethod
-from ffssl.parallel.device import autocast_dtype
+from ffssl.parallel.device import autocast_dtype, full_precision
 from ffssl.parallel.ranks import rank, world_size
 
 
@@ -145,9 +145,9 @@ def random_pair(batch: int, views: int, generator: torch.Generator, policies: in
 
 
 def random_choice(views: Tensor, selection: Selection, seed: int) -> tuple[Tensor, Tensor]:
-    """Draw random pairs and which images get their hardest pair, for this rank's views (B, m, ...).
+    """Draw a random pair for each of this rank's images, and whether it gets its hardest instead.
 
-    The draws do not depend on the number of ranks. Return a random pair for each image, int64 (B,
+    views: (B, m, ...). The draws do not depend on the number of ranks. Return the pairs, int64 (B,
     2), and whether the image gets its hardest pair, bool (B,), with probability `selection.share`.
     """
     # A GPU draws its own numbers: copying them from the host would make it wait.

@@ -70,9 +70,9 @@ def prepared(options: Options) -> Iterator[Prepared]:
     device = local_device(choose_device(options.run.device))
     torch.manual_seed(options.run.seed)
     folder = Path(options.run.folder)
-    # A checkpoint has the weights: their file may be gone by then.
+    # A resumed run takes its weights from the checkpoint. The weights file may be gone.
     resumes = checkpoint.exists(folder)
-    if not resumes:  # what began on another machine goes on, slowly
+    if not resumes:  # a run in bf16 may resume on a CPU that only emulates it
         require_bf16(options.training.amp, device)
     backbone, weights = (random_backbone(options), {}) if resumes else first_backbone(options)
     method = build(options, device, backbone)

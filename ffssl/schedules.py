@@ -18,7 +18,7 @@ def f1_clr(step: int, *, total: int, warmup: int, peak: float) -> float:
     """
     if step < warmup:
         return peak * (1 - math.cos(math.pi * step / warmup)) / 2
-    return peak * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+    return cosine(step - warmup, total=total - warmup, peak=peak)
 
 
 def anti_phase_momentum(step: int, *, total: int, warmup: int, low: float, high: float) -> float:

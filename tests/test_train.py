@@ -508,8 +508,8 @@ def test_broken_images_end_a_run_by_name_or_are_replaced_and_counted(betons, tmp
         ("--method.name=simclrr", "unknown method 'simclrr'; known are .*simclr, simsiam"),
         ("--method.predictor=8", "simclr has no such option"),
         (
-            "--method.name=mocov2plus --method.queue=100",
-            "--method.queue: 100 must be a multiple of --training.batch_size=32",
+            "--method.name=mocov2plus --method.queue=60",
+            "--method.queue: 60 must be at least twice --training.batch_size=32",
         ),
         (
             (

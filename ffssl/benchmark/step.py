@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from ffssl.backbones import build_backbone, check_resolutions
+from ffssl.backbones import check_resolutions
 from ffssl.benchmark.timing import Stopwatch, peak_flops, seconds_of, where
 from ffssl.config import Number, Options, read_options
 from ffssl.config.command_line import Parser, checked
@@ -34,7 +34,7 @@ from ffssl.files import make_folder, write_json
 from ffssl.parallel.device import autocast_dtype, choose_device, describe_precision
 from ffssl.run_folder.machine import describe_machine
 from ffssl.tables import Table
-from ffssl.training.build import build
+from ffssl.training.build import build, random_backbone
 from ffssl.training.compile import COMPILED_METHODS, compile_methods, describe_modes, stage_modes
 from ffssl.training.memory import with_memory_advice
 from ffssl.training.optimizers import build_optimizer
@@ -195,11 +195,7 @@ def supervised_step(run: Run, side: int, compiled: str) -> Callable[[], None]:
 
 
 def classifier(options: Options, device: torch.device) -> nn.Module:
-    backbone = build_backbone(
-        options.model.backbone,
-        zero_init_residual=options.model.zero_init_residual,
-        stem=options.model.stem,
-    )
+    backbone = random_backbone(options)
     return (
         nn.Sequential(backbone, nn.Linear(backbone.features, CLASSES))
         .to(device, memory_format=torch.channels_last)

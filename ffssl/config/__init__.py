@@ -1,6 +1,6 @@
 """The options of a run: declared in `options`, read from YAML files and command lines."""
 
-from ffssl.config.checks import Choice, Number, Switch
+from ffssl.config.checks import Number
 from ffssl.config.options import Options, Role, declarations, dotted
 from ffssl.config.read import (
     command_line_options,
@@ -11,11 +11,9 @@ from ffssl.config.read import (
 )
 
 __all__ = [
-    "Choice",
     "Number",
     "Options",
     "Role",
-    "Switch",
     "command_line_options",
     "declarations",
     "dotted",

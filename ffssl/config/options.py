@@ -83,8 +83,8 @@ class DataOptions:
     broken: str = option(
         "stop",
         Choice("stop", "replace"),
-        "what an image that does not decode does: stop the run, or be replaced by another, and "
-        "counted in the log",
+        "stop: an image that does not decode ends the run; replace: another one takes its place, "
+        "and the log counts it",
         Role.RUNNING,
     )
     scaled_decoding: bool = option(

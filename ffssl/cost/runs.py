@@ -41,7 +41,7 @@ class RunCosts:
 
 
 def petaflop(stages: list[Stage], images: int, backward: int = STANDARD) -> float:
-    """Return the PFLOP of all images in every epoch, as the paper counts.
+    """Return the PFLOP of a run in which every epoch sees all images.
 
     A run itself leaves out the last batch of an epoch if it is not full.
     """

@@ -2,7 +2,8 @@ from torch import Tensor, nn
 
 from ffssl.backbones import Backbone
 from ffssl.config.checks import Size, Weight
-from ffssl.methods.base import Method, full_precision, mlp, wide_product
+from ffssl.methods.base import Method, mlp, wide_product
+from ffssl.parallel.device import full_precision
 from ffssl.parallel.ranks import mean_over_ranks
 
 
@@ -34,9 +35,6 @@ class BarlowTwins(Method):
         )
         self.norm = nn.BatchNorm1d(projection, affine=False)
         self.redundancy = redundancy
-
-    def project(self, images: Tensor) -> Tensor:
-        return self.projector(self.backbone(images))
 
     def loss(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         z1, z2 = self.project_pair(first, second)

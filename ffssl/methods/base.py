@@ -1,6 +1,5 @@
 """The interface of a self-supervised method, as the training loop uses it."""
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ffssl.backbones import Backbone
+from ffssl.parallel.device import full_precision
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,14 @@ class Method(nn.Module):
     """A backbone with the heads and the loss of one method.
 
     A subclass sets `name` (the value of the option `method.name`) and `policy` (the name of its
-    authors' view policy, in `ffssl.data.policy.POLICIES`). It defines `project` and `loss`, and
-    declares its options as keyword arguments with defaults. Its `loss` must pass the views through
-    its networks as `batches` gives them, which `project_pair` does.
+    authors' view policy, in `ffssl.data.policy.POLICIES`). It makes a `projector`, or defines
+    `project`, and defines `loss`. It declares its options as keyword arguments with defaults. Its
+    `loss` must pass the views through its networks as `batches` gives them, which `project_pair`
+    does.
     """
 
     name: ClassVar[str]
+    projector: nn.Module
     policy = "simsiam"
     # Pass both views through a network as one batch, which BatchNorm normalises together. If not,
     # pass one after the other.
@@ -46,7 +48,7 @@ class Method(nn.Module):
 
     def project(self, images: Tensor) -> Tensor:
         """Return projections (N, d) of images (N, 3, R, R). Hard Augment compares views by them."""
-        raise NotImplementedError
+        return self.projector(self.backbone(images))
 
     def loss(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss of a batch of positive pairs, a scalar, and the first views' projections.
@@ -107,7 +109,8 @@ class Method(nn.Module):
         """How Hard Augment compares pairs by default: "method", "student" or "cosine".
 
         By default it is the method's own loss, if the method has a loss of single images, else
-        "cosine". A subclass may set another that ranks pairs alike at a lower cost.
+        "cosine". A subclass may set another. Methods with a teacher take "student", which costs
+        less. DINO keeps "method", since its student ranks pairs badly.
         """
         return "method" if self.has_pair_losses else "cosine"
 
@@ -165,14 +168,6 @@ def mlp(
     if last_norm is not None:
         layers.append(nn.BatchNorm1d(widths[-1], affine=last_norm))
     return nn.Sequential(*layers)
-
-
-def full_precision(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Return a context that turns autocast off on the tensor's device.
-
-    Half precision can't tell views that look alike apart, and temperatures magnify its errors.
-    """
-    return torch.autocast("cuda" if tensor.is_cuda else "cpu", enabled=False)
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:

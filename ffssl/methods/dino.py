@@ -5,8 +5,9 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from ffssl.backbones import Backbone
 from ffssl.config.checks import Count, Fraction, Size, Temperature
-from ffssl.methods.base import Progress, full_precision
+from ffssl.methods.base import Progress
 from ffssl.methods.teacher import Teacher, TeacherMethod
+from ffssl.parallel.device import full_precision
 from ffssl.parallel.ranks import mean_over_ranks
 
 FIRST_TEACHER_TEMPERATURE = 0.04

@@ -5,8 +5,9 @@ from torch.nn import functional as F
 from ffssl.backbones import Backbone
 from ffssl.config.checks import Fraction, Size, Temperature
 from ffssl.errors import UserError
-from ffssl.methods.base import cosines, full_precision
+from ffssl.methods.base import cosines
 from ffssl.methods.teacher import Teacher, TeacherMethod
+from ffssl.parallel.device import full_precision
 from ffssl.parallel.ranks import gather
 
 
@@ -22,7 +23,7 @@ class MoCoV2Plus(TeacherMethod):
     hidden: width of the projector's hidden layers.
     projection: length of the projections.
     temperature: temperature of the softmax.
-    queue: keys of past views; a multiple of the batch size.
+    queue: keys of past views; at least those of one step, two an image.
     teacher_momentum: momentum of the teacher's average, in the first step.
     teacher_momentum_end: momentum of the teacher's average, in the last step.
     """
@@ -60,10 +61,10 @@ class MoCoV2Plus(TeacherMethod):
 
     def check(self, batch_size: int) -> None:
         length = len(self.queue)
-        if length % batch_size or length < 2 * batch_size:
+        if length < 2 * batch_size:
             raise UserError(
-                f"--method.queue: {length} must be a multiple of "
-                f"--training.batch_size={batch_size}, and at least twice that"
+                f"--method.queue: {length} must be at least twice "
+                f"--training.batch_size={batch_size}"
             )
 
     def predict(self, projections: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ from torch.nn import functional as F
 
 from ffssl.backbones import Backbone
 from ffssl.config.checks import Size, Temperature
-from ffssl.methods.base import Method, full_precision, mlp
+from ffssl.methods.base import Method, mlp
+from ffssl.parallel.device import full_precision
 from ffssl.parallel.ranks import gather, gather_with_gradient, rank
 
 
@@ -38,9 +39,6 @@ class SimCLR(Method):
         super().__init__(backbone)
         self.projector = mlp([backbone.features, hidden, projection], last_norm=True)
         self.temperature = temperature
-
-    def project(self, images: Tensor) -> Tensor:
-        return self.projector(self.backbone(images))
 
     def loss(
         self, first: Tensor, second: Tensor, local: Tensor | None = None

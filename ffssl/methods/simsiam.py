@@ -36,9 +36,6 @@ class SimSiam(PredictionMethod):
         self.predictor = mlp([projection, predictor, projection], last_norm=None)
         self.constant_predictor_lr = constant_predictor_lr
 
-    def project(self, images: Tensor) -> Tensor:
-        return self.projector(self.backbone(images))
-
     def predict(self, projections: Tensor) -> Tensor:
         return self.predictor(projections)
 

@@ -65,9 +65,6 @@ class TeacherMethod(PredictionMethod):
         """Return the modules that the teacher follows, in the order in which images pass them."""
         return self.backbone, self.projector
 
-    def project(self, images: Tensor) -> Tensor:
-        return self.projector(self.backbone(images))
-
     def targets(self, images: Tensor, projections: Tensor | None = None) -> Tensor:
         return self.teacher(images)
 

@@ -4,7 +4,8 @@ from torch.nn import functional as F
 
 from ffssl.backbones import Backbone
 from ffssl.config.checks import Size, Weight
-from ffssl.methods.base import Method, full_precision, mlp, wide_product
+from ffssl.methods.base import Method, mlp, wide_product
+from ffssl.parallel.device import full_precision
 from ffssl.parallel.ranks import gather_with_gradient
 
 
@@ -43,9 +44,6 @@ class VICReg(Method):
             last_bias=False,
         )
         self.weights = invariance, variance, covariance
-
-    def project(self, images: Tensor) -> Tensor:
-        return self.projector(self.backbone(images))
 
     def loss(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         z1, z2 = self.project_pair(first, second)

@@ -122,6 +122,14 @@ def choose_device(name: str, option: str = "--run.device") -> torch.device:
     return device
 
 
+def full_precision(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Return a context that turns autocast off on the tensor's device.
+
+    Half precision can't tell views that look alike apart, and temperatures magnify its errors.
+    """
+    return torch.autocast("cuda" if tensor.is_cuda else "cpu", enabled=False)
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype of convolutions on `device` under the current autocast.
 

@@ -26,8 +26,9 @@ class ReportedRun:
     """A run as its folder has it.
 
     rows: the log, never empty. method: on the CPU with the checkpoint's weights, or the reason why
-    there is none; then options are None. trained_on: the identity of the training images, as
-    `data.convert.identity`; empty if the checkpoint has none. starts: see `run_folder.provenance`.
+    there is none; then options are None. trained_on: the identity of the training images, see
+    `ffssl.data.beton.description.identity`; empty if the checkpoint has none. starts: see
+    `run_folder.provenance`.
     """
 
     folder: Path

@@ -54,9 +54,9 @@ class Saver:
         if copied is not None:
             wait_in_thread(copied)
         # Check the weights too: the gradient of a finite loss may be infinite.
-        # Use NumPy: torch would start OpenMP threads of this thread's own for a reduction. With
-        # more OpenMP threads than cores those of the training stop spinning between operations,
-        # from then on: a step of small images took 1.35 times as long.
+        # Use NumPy. A reduction by torch would start OpenMP threads in this thread, too. With more
+        # threads than cores those of the training would no longer spin between operations: a step
+        # of small images took 1.35 times as long.
         for name, tensor in state.get("method", {}).items():
             if tensor.is_floating_point() and not np.isfinite(tensor.float().numpy()).all():
                 raise FloatingPointError(

@@ -11,13 +11,9 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 from ffssl.errors import UserError
 from ffssl.files import write_text
-
-if TYPE_CHECKING:
-    pass
 
 NAME = "log.jsonl"
 

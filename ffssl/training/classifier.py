@@ -65,7 +65,7 @@ class OnlineClassifier:
         backbone.register_forward_hook(self._keep)
 
     def _keep(self, backbone: nn.Module, images: tuple[Tensor], features: Tensor) -> None:
-        # Without gradient pass Hard Augment's selection, the gauges and the evaluations.
+        # The selection pass, the gauges and the evaluations have no gradient.
         if torch.is_grad_enabled():
             self._features.append(features.detach())
 

@@ -21,9 +21,9 @@ SHAPES_COMPILED = 64
 # Modes that record a step's kernels as CUDA graphs. The host then launches graphs, not kernels.
 GRAPHS = "reduce-overhead"
 WITH_GRAPHS = (GRAPHS, "max-autotune")
-# FLOPs of a step for each parameter tensor, below which the fastest GPUs wait for the host: of code
-# without graphs it takes some 0.1 ms to launch a tensor's kernels, selection and backward pass
-# included. On slower GPUs graphs gain less below it, and cost no more than memory.
+# FLOPs of a step for each parameter tensor. Below this the fastest GPUs wait for the host, which
+# takes some 0.1 ms to launch a tensor's kernels, selection and backward pass included. Slower GPUs
+# gain less by graphs. Graphs cost only memory.
 FLOPS_TO_LAUNCH = 3e10
 
 

@@ -104,7 +104,7 @@ def _by_kind(group: dict, weight_decay: float, decay_norm_and_bias: bool | None)
     decay = (
         group["weight_decay"] if decay_norm_and_bias is None else weight_decay * decay_norm_and_bias
     )
-    # LARS does not adapt groups with a decay of 0. Weights are adapted even then.
+    # LARS adapts a group that has a weight decay. It is to adapt weights in any case.
     parts = [
         {**group, "params": weights, "always_adapt": True},
         {**group, "params": vectors, "weight_decay": decay},

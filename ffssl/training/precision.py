@@ -11,7 +11,7 @@ from torch import nn
 from ffssl.errors import UserError
 from ffssl.parallel.device import has_bf16
 
-SECONDS = 0.5  # of all passes, but for the two rounds that any trial has
+SECONDS = 0.5  # after which a trial ends, if it has had two rounds
 ROUNDS = 9
 MOST_IMAGES = 16
 PIXELS = MOST_IMAGES * 48**2  # of all images

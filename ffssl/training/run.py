@@ -39,7 +39,7 @@ class Run:
     epoch: int = 0  # epochs finished
     totals: EpochTotals = field(default_factory=EpochTotals)  # of the epoch under way
     spent: dict[str, float] = field(default_factory=lambda: {"seconds": 0.0, "flops": 0.0})
-    # Identifies the training images, see `ffssl.data.convert.conversion.identity`.
+    # Identifies the training images, see `ffssl.data.beton.description.identity`.
     data: dict[str, object] = field(default_factory=dict)
     # The file of weights it started from, see `ffssl.training.build.first_backbone`.
     weights: dict[str, object] = field(default_factory=dict)

@@ -20,7 +20,7 @@ def open_loader(options: Options) -> ViewLoader:
     local = local_policy(policies[0], augment.local_crop_scale_max)
     if local.blur_side:
         local = replace(local, blur_side=largest.local_resolution)
-    # The kNN and the linear classifier tell of labels.
+    # Without the loader's warning about labels: the evaluations print what they use.
     with warnings.catch_warnings(action="ignore", category=UserWarning):
         return ViewLoader(
             data.train,

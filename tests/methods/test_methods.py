@@ -165,7 +165,7 @@ def test_unknown_methods_and_options_are_named():
 def test_only_a_queue_asks_for_batches_of_a_certain_size():
     def refuses(method):
         try:
-            method.check(7)  # no divisor of the queue's 40
+            method.check(21)  # 42 keys for a queue of 40
         except UserError:
             return True
         return False
