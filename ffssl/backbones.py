@@ -5,7 +5,8 @@ Images are (N, 3, R, R), features (N, features).
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,12 +98,24 @@ class ResizableViT(TimmModel):
         if height % patch[0] or width % patch[1]:
             raise ValueError(f"its patches of {patch[0]} px do not divide {height} px")
         embedding = self.network.pos_embed
-        if embedding is None:
+        if embedding is None or self.network.dynamic_img_size:  # timm then resamples them itself
             return super().forward(images)
         resampled = resample_positions(
             embedding, self.network.patch_embed.grid_size, (height // patch[0], width // patch[1])
         )
         return functional_call(self.network, {"pos_embed": resampled}, (images,))
+
+
+@contextmanager
+def all_patches(model: nn.Module) -> Iterator[None]:
+    """Let vision transformers that drop patches in training see them all inside the block."""
+    layers = [m.network.patch_drop for m in model.modules() if isinstance(m, ResizableViT)]
+    dropping = [layer.eval() for layer in layers if layer.training]
+    try:
+        yield
+    finally:
+        for layer in dropping:
+            layer.train()
 
 
 def resample_positions(embedding: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
@@ -143,6 +156,7 @@ def build_backbone(
     zero_init_residual: bool = False,
     stem: str = "imagenet",
     drop_path: float = 0.0,
+    patch_drop: float = 0.0,
 ) -> Backbone:
     """Return a backbone with random weights.
 
@@ -154,6 +168,9 @@ def build_backbone(
         stride 1 and no pooling, as in SimCLR on CIFAR-10 (section B.9).
     drop_path: rate of stochastic depth in training (Huang et al. 2016), for networks of timm. It
         rises linearly from 0 in the first block to this in the last.
+    patch_drop: share of the patches, at least 0 and below 1, that a vision transformer leaves out
+        in training (PatchDropout: Liu et al., WACV 2023). For each image it draws others. The
+        blocks compute with a sequence that is so much shorter.
 
     Raise UserError for an unknown name, with close ones, for a network without pooled features, and
     for what a network does not have.
@@ -163,11 +180,30 @@ def build_backbone(
             f"model.drop_path: {name} has no stochastic depth; leave it 0, or take a vision "
             "transformer"
         )
-    if name in RESNETS:
-        return _torchvision_resnet(name, zero_init_residual, stem)
-    if stem != "imagenet":
+    if stem != "imagenet" and name not in RESNETS:
         raise UserError(f"model.stem: {name} has no {stem} stem; {', '.join(RESNETS)} have one")
-    return SmallResNet() if name == "resnet-small" else _timm_model(name, drop_path)
+    backbone: Backbone
+    if name in RESNETS:
+        backbone = _torchvision_resnet(name, zero_init_residual, stem)
+    elif name == "resnet-small":
+        backbone = SmallResNet()
+    else:
+        backbone = _timm_model(name, drop_path)
+    if patch_drop:
+        _drop_patches(name, backbone, patch_drop)
+    return backbone
+
+
+def _drop_patches(name: str, backbone: Backbone, share: float) -> None:
+    if not isinstance(backbone, ResizableViT):
+        raise UserError(
+            f"model.patch_drop: {name} can't drop patches; leave it 0, or take a vision transformer"
+        )
+    from timm.layers import PatchDropout
+
+    # timm's own argument would drop a second prefix token, which some networks add later.
+    network = backbone.network
+    network.patch_drop = PatchDropout(share, num_prefix_tokens=network.num_prefix_tokens)
 
 
 def _torchvision_resnet(name: str, zero_init_residual: bool, stem: str) -> Backbone:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ffssl.backbones import all_patches
 from ffssl.data.normalise import to_input
 from ffssl.errors import UserError
 from ffssl.methods.base import Method, cosines
@@ -180,10 +181,11 @@ def batch_statistics_untracked(model: nn.Module) -> Iterator[None]:
 def without_trace(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Run forward passes that leave no gradients and no statistics.
 
-    The random state, from which dropout draws, is restored when the block ends.
+    The random state, from which dropout draws, is restored when the block ends. No patches are
+    dropped: views are compared by the whole of what they show.
     """
     random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    with torch.no_grad(), random_state, batch_statistics_untracked(model):
+    with torch.no_grad(), random_state, batch_statistics_untracked(model), all_patches(model):
         yield
 
 

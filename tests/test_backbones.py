@@ -72,7 +72,8 @@ def test_an_unknown_name_is_answered_with_those_that_are_close(name, message):
 # Vision transformers
 
 
-# With one prefix token that has a position, with two, and with one that has none.
+# With one prefix token that has a position, with two, and with one that has none; and one that timm
+# resizes by default.
 @pytest.mark.parametrize(
     "name, side",
     [
@@ -81,6 +82,7 @@ def test_an_unknown_name_is_answered_with_those_that_are_close(name, message):
         (TINY_VIT, 256),
         ("deit_tiny_distilled_patch16_224", 96),
         ("deit3_small_patch16_224", 96),
+        ("test_vit", 96),
     ],
 )
 def test_a_vision_transformer_is_timms_at_any_size(name, side):
@@ -171,6 +173,68 @@ def test_a_teacher_has_no_stochastic_depth():
     assert torch.equal(teacher(images), teacher(images))
     with torch.no_grad():
         assert not torch.equal(student(images), student(images))
+
+
+@pytest.mark.parametrize("name", [TINY_VIT, "test_vit"])
+def test_patches_are_dropped_as_by_timm(name):
+    torch.manual_seed(0)
+    backbone, images = build_backbone(name, patch_drop=0.3), torch.randn(4, 3, 96, 96)
+    theirs = timm.create_model(name, num_classes=0, dynamic_img_size=True, patch_drop_rate=0.3)
+    theirs.load_state_dict(backbone.network.state_dict())
+    for mode in (True, False):
+        outputs = []
+        for network in (backbone.train(mode), theirs.train(mode)):
+            torch.manual_seed(1)
+            outputs.append(network(images))
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+
+
+def tokens_seen(network, images):
+    """The sequence (N, tokens, width) that the first block of a vision transformer is given."""
+    seen, [block] = [], [m for name, m in network.named_modules() if name.endswith("blocks.0")]
+    hook = block.register_forward_pre_hook(lambda block, given: seen.append(given[0]))
+    with torch.no_grad():
+        network(images)
+    hook.remove()
+    [tokens] = seen
+    return tokens
+
+
+@pytest.mark.parametrize(
+    "name, prefix, side, share, kept",
+    [
+        (TINY_VIT, 1, 64, 0.5, 8),
+        (TINY_VIT, 1, 64, 0.3, 11),
+        (TINY_VIT, 1, 48, 0.5, 4),
+        (TINY_VIT, 1, 16, 0.9, 1),
+        ("deit_tiny_distilled_patch16_224", 2, 64, 0.5, 8),
+    ],
+)
+def test_a_student_sees_some_patches_of_each_image_and_evaluation_and_teacher_all(
+    name, prefix, side, share, kept
+):
+    torch.manual_seed(0)
+    student, images = build_backbone(name, patch_drop=share), torch.randn(6, 3, side, side)
+    teacher = Teacher(student).train()
+    every, some = (tokens_seen(student.train(mode), images) for mode in (False, True))
+    assert every.shape == (6, prefix + (side // 16) ** 2, 192)
+    assert torch.equal(tokens_seen(teacher, images), every)
+    # Where each token that is left was, by comparing it with all.
+    where = (some[:, :, None] == every[:, None]).all(-1)
+    assert where.shape[1] == prefix + kept and (where.sum(2) == 1).all()
+    assert (where.sum(1) <= 1).all()
+    assert where[:, range(prefix), range(prefix)].all()  # the tokens that are no patches stay
+    if side > 16:
+        assert len({tuple(places) for places in where.any(1).tolist()}) > 1
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet-small", "vgg11", "swin_tiny_patch4_window7_224"]
+)
+def test_dropping_patches_is_refused_where_there_are_none(name):
+    message = f"model.patch_drop: {name} can't drop patches; leave it 0, or take a vision"
+    with pytest.raises(UserError, match=message), torch.device("meta"):
+        build_backbone(name, patch_drop=0.5)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet-small", "vgg11"])

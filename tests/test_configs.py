@@ -32,8 +32,6 @@ HEADS = {
     "vicreg": {"hidden": 32, "projection": 32},
 }
 REDUCED = [
-    "--model.backbone=resnet-small",
-    "--model.drop_path=0",
     "--training.batch_size=8",
     "--training.epochs=3",
     *SIDES,
@@ -62,9 +60,11 @@ def run(config, beton, folder, *more):
     counts.
     """
     given = [f"--config={config}", f"--data.train={beton}", f"--run.folder={folder}"]
-    method = read_options(given).method.name
-    heads = [f"--method.{name}={value}" for name, value in HEADS[method].items()]
-    options = read_options([*given, *REDUCED, *heads, *more])
+    whole = read_options(given)
+    vit = whole.model.backbone.startswith("vit_")
+    backbone = f"--model.backbone={'test_vit' if vit else 'resnet-small'}"
+    heads = [f"--method.{name}={value}" for name, value in HEADS[whole.method.name].items()]
+    options = read_options([*given, *REDUCED, backbone, *heads, *more])
     train(options)
     return options, read_log(folder)
 
@@ -84,6 +84,17 @@ def test_each_method_has_a_baseline_and_an_efficient_config_on_both_datasets():
             f"imagenette_{prefix}efficient",
         ):
             assert of[name] == method
+
+
+def test_dino_and_moco_have_both_configs_with_a_vision_transformer():
+    for method in ("dino", "mocov2plus"):
+        for name, schedule in (("", "cosine-warmup"), ("_efficient", "f1-clr")):
+            path = CONFIGS / f"{method}_vit_small{name}.yaml"
+            options = read_options([f"--config={path}", "--data.train=x", "--run.folder=x"])
+            assert options.method.name == method
+            assert options.model.backbone == "vit_small_patch16_224"
+            assert options.training.optimizer == "adamw"
+            assert options.training.schedule == schedule
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from support.options import NETWORK
 from support.printed_tables import rows_of
 from torch import nn
@@ -52,6 +53,42 @@ def test_forward_pass_of_a_backbone_costs_what_is_known(name, forward):
     assert count_step(method, StepShape(224, 2), batch_size=2).total(0) == pytest.approx(
         2 * 2 * forward, rel=0.005
     )
+
+
+def tiny_vit_forward(side, share):
+    """FLOPs of an image through a ViT-Ti/16 that drops a share of the patches, by hand."""
+    width, patches = 192, (side // 16) ** 2
+    tokens = 1 + int(patches * (1 - share))
+    attention = 2 * 2 * tokens * tokens * width
+    weights = (3 + 1 + 4 + 4) * width * width
+    return 2 * patches * 3 * 16 * 16 * width + 12 * (2 * tokens * weights + attention)
+
+
+def tiny_vit(share):
+    with torch.device("meta"):
+        return build_backbone("vit_tiny_patch16_224", patch_drop=share)
+
+
+@pytest.mark.parametrize("side, share", [(224, 0.5), (96, 0.3)])
+def test_patches_that_are_dropped_cost_their_embedding_alone(side, share):
+    positions = (
+        2 * (side // 16) ** 2 * 14 * 14 * 192 if side != 224 else 0
+    )  # resampled, once a pass
+    counted = count_step(BackboneAlone(tiny_vit(share)), StepShape(side, 2), batch_size=3).total(0)
+    assert counted == 2 * (3 * tiny_vit_forward(side, share) + positions)
+
+
+def test_a_teacher_and_the_selection_cost_as_much_where_the_student_drops_patches():
+    flops = {}
+    for share in (0, 0.5):
+        with torch.device("meta"):
+            method = build_method("byol", tiny_vit(share), {})
+        shape, selection = StepShape(224, 4), Selection("hard", 64, "method")
+        flops[share] = count_step(method, shape, batch_size=2, selection=selection)
+    assert flops[0.5].teacher == flops[0].teacher > 0
+    assert flops[0.5].selection == flops[0].selection > 0
+    saved = tiny_vit_forward(224, 0) - tiny_vit_forward(224, 0.5)
+    assert flops[0].forward - flops[0.5].forward == 2 * 2 * saved
 
 
 def test_a_linear_layer_costs_two_flops_a_weight():

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import functional as V
 
-from ffssl.backbones import SmallResNet
+from ffssl.backbones import SmallResNet, build_backbone
 from ffssl.data.normalise import MEAN, STD
 from ffssl.errors import UserError
 from ffssl.hard_augment import (
@@ -385,6 +385,28 @@ def test_choosing_views_leaves_no_trace(name, selection):
     if not selection.extra_targets:
         method(*chosen)
         assert not torch.equal(random_state, torch.get_rng_state())  # dropout does draw
+
+
+@pytest.mark.parametrize("name", ["simsiam", "dino"])
+def test_the_selection_sees_all_patches_of_a_student_that_trains_on_half(name):
+    method = build_method(
+        name, build_backbone("vit_tiny_patch16_224", patch_drop=0.5), OPTIONS[name]
+    )
+    lengths = []
+    for part, module in method.train().named_modules():
+        if part.endswith("blocks.0"):
+            who = "teacher" if part.startswith("teacher") else "student"
+            module.register_forward_pre_hook(
+                lambda block, given, who=who: lengths.append((who, given[0].shape[1]))
+            )
+    targets = [("teacher", 10)] if name == "dino" else []  # 9 patches and the class token
+    for loss in ("method", "cosine"):
+        chosen = choose_views(method, uint8_views(2, 3, 3, 48, 48), Selection("hard", 48, loss))
+        assert lengths == [("student", 10), *(targets if loss == "method" else [])]
+        lengths.clear()
+        method.loss(*chosen)
+        assert {*lengths} == {("student", 5), *targets}
+        lengths.clear()
 
 
 def test_statistics_are_tracked_again_after_an_error(method):

@@ -177,6 +177,10 @@ def test_a_missing_wandb_is_told_before_anything_is_read(tmp_path, monkeypatch):
             "dino --method.prototypes=64 --augment.local_views=2 --training.clip_gradient=0.1 "
             "--training.weight_decay_end=0.1"
         ),
+        (
+            "mocov2plus --method.queue=128 --model.backbone=test_vit "
+            "--model.patch_drop=0.5 --training.optimizer=adamw --training.learning_rate=1e-3"
+        ),
         "barlow_twins",
         "vicreg",
     ],
@@ -539,6 +543,14 @@ def test_broken_images_end_a_run_by_name_or_are_replaced_and_counted(betons, tmp
             "--augment.local_share: vit_tiny.* can't take views of 8 px: its patches of 16 px",
         ),
         ("--model.drop_path=0.1", "model.drop_path: resnet-small has no stochastic depth"),
+        (
+            "--model.patch_drop=0.5 --data.train=missing.beton",
+            "^model.patch_drop: resnet-small can't drop patches; leave it 0, or take a vision",
+        ),
+        (
+            "--model.patch_drop=1.5 --data.train=missing.beton",
+            "^--model.patch_drop: expected a number from 0 to 0.99, got '1.5'",
+        ),
         ("--run.device=cuda:99", "cuda:99 can't be used here"),
         ("--run.folder=/dev/null/run", "/dev/null/run can't be made"),
     ],

@@ -235,6 +235,12 @@ class ModelOptions:
         number(0, 0.99),
         "rate of stochastic depth in the last block, from 0 in the first (networks of timm)",
     )
+    patch_drop: float = option(
+        0.0,
+        number(0, 0.99),
+        "share of an image's patches that the student drops in training, at random; teacher, "
+        "selection and evaluations see them all (vision transformers)",
+    )
     zero_init_residual: bool = option(
         False,
         Switch(),

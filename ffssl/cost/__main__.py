@@ -78,8 +78,10 @@ def report(configs: list[str], overrides: list[str], images: str | None = None) 
 
 
 def describe(config: str, options: Options, images: int) -> str:
+    model = options.model
+    dropped = f" without {model.patch_drop:.0%} of its patches" if model.patch_drop else ""
     return (
-        f"{Path(config).stem}: {options.method.name}, {options.model.backbone}, "
+        f"{Path(config).stem}: {options.method.name}, {model.backbone}{dropped}, "
         f"{options.training.epochs} epochs of {images:,} images"
     )
 

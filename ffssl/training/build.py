@@ -23,6 +23,7 @@ def random_backbone(options: Options) -> Backbone:
         zero_init_residual=model.zero_init_residual,
         stem=model.stem,
         drop_path=model.drop_path,
+        patch_drop=model.patch_drop,
     )
 
 
