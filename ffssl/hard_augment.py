@@ -2,8 +2,8 @@
 
 One forward pass over all views of the batch gives the losses of all pairs, without gradient and at
 a low resolution. The loss is the one that is trained (eq. 10). Some methods take a cheaper one,
-which ranks pairs nearly alike (`Method.pair_loss`). The views that were not chosen may serve, at
-that resolution, as extra targets of the chosen two (the paper's Table 9).
+which ranks pairs nearly alike (`Method.compares_pairs_by`). The views that were not chosen may
+serve, at that resolution, as extra targets of the chosen two (the paper's Table 9).
 """
 
 import functools
@@ -34,7 +34,7 @@ class Selection:
     resolution: side in pixels of the selection pass and of the extra targets.
     loss: how pairs are compared: by "method" (the training loss), by "student" (the same with the
         student in its teacher's place), by "cosine" (the negative cosine of the projections: the
-        comment of the paper's Algorithm 1). None: what the method's `pair_loss` says.
+        comment of the paper's Algorithm 1). None: what the method's `compares_pairs_by` says.
     extra_targets: use the views not chosen as further targets.
     share: fraction of the images that get their hardest pair; the others get a random one.
     policies: number of view policies, to which views are assigned in turn. With more than one, the
@@ -83,9 +83,9 @@ def choose_views(
     pair, targets = (views[:, 0], views[:, 1]), None
     if selection.select != "off" and views.shape[1] > 2:
         if selection.select == "hard":
-            chosen, targets = select_hardest(method, views, selection, seed)
+            chosen, targets = selection_pass(method, views, selection, seed)
         else:
-            chosen, _ = random_choice(views, selection, seed)
+            chosen, _ = draw_pairs(views, selection, seed)
             if selection.extra_targets:
                 targets = targets_of(method, take_rest(views, chosen), selection.resolution)
         pair = take_pair(views, chosen)
@@ -120,7 +120,7 @@ def pairs(views: int, device: torch.device | None = None, policies: int = 1) -> 
     return torch.cat([torch.stack([first, first + d], dim=1) for first, d in firsts])
 
 
-def hardest_pair(losses: Tensor, policies: int = 1) -> Tensor:
+def hardest_pairs(losses: Tensor, policies: int = 1) -> Tensor:
     """Return the pair of views with the largest loss, for each image: int64 (B, 2).
 
     losses: (B, m, m), symmetric.
@@ -135,17 +135,17 @@ def by_pair(losses: Tensor, policies: int = 1) -> Tensor:
     return losses[:, candidates[:, 0], candidates[:, 1]]
 
 
-def random_pair(batch: int, views: int, generator: torch.Generator, policies: int = 1) -> Tensor:
+def random_pairs(batch: int, views: int, generator: torch.Generator, policies: int = 1) -> Tensor:
     """Return a random pair of views for each image: int64 (batch, 2).
 
-    The comparison to `hardest_pair`.
+    The control of `hardest_pairs`.
     """
     candidates = pairs(views, generator.device, policies)
     drawn = torch.randint(len(candidates), (batch,), generator=generator, device=generator.device)
     return candidates[drawn]
 
 
-def random_choice(views: Tensor, selection: Selection, seed: int) -> tuple[Tensor, Tensor]:
+def draw_pairs(views: Tensor, selection: Selection, seed: int) -> tuple[Tensor, Tensor]:
     """Draw a random pair for each of this rank's images, and whether it gets its hardest instead.
 
     views: (B, m, ...). The draws do not depend on the number of ranks. Return the pairs, int64 (B,
@@ -155,7 +155,7 @@ def random_choice(views: Tensor, selection: Selection, seed: int) -> tuple[Tenso
     device = views.device if views.device.type == "cuda" else "cpu"
     generator = torch.Generator(device).manual_seed(seed)
     images = len(views) * world_size()
-    drawn = random_pair(images, views.shape[1], generator, selection.policies)
+    drawn = random_pairs(images, views.shape[1], generator, selection.policies)
     hard = torch.rand(images, generator=generator, device=device) < selection.share
     mine = slice(rank(), None, world_size())  # the ranks take the images in turn
     return drawn[mine].to(views.device), hard[mine].to(views.device)
@@ -189,7 +189,7 @@ def without_trace(model: nn.Module, device: torch.device) -> Iterator[None]:
         yield
 
 
-def select_hardest(
+def selection_pass(
     method: Method, views: Tensor, selection: Selection, seed: int = 0
 ) -> tuple[Tensor, Tensor | None]:
     """Run the selection pass over uint8 views (B, m, 3, R, R).
@@ -200,10 +200,10 @@ def select_hardest(
     on the remaining views.
     """
     with without_trace(method, views.device):
-        losses, projections, targets = _compare_small(method, views, selection)
-        chosen = hardest_pair(losses, selection.policies)
+        losses, projections, targets = _compare_at_low_resolution(method, views, selection)
+        chosen = hardest_pairs(losses, selection.policies)
         if selection.share < 1:
-            others, hard = random_choice(views, selection, seed)
+            others, hard = draw_pairs(views, selection, seed)
             chosen = torch.where(hard[:, None], chosen, others)
         if not selection.extra_targets:
             return chosen, None
@@ -213,23 +213,23 @@ def select_hardest(
         return chosen, targets_of(method, rest, selection.resolution, their_projections)
 
 
-def losses_of_pairs(method: Method, views: Tensor, selection: Selection) -> Tensor:
+def selection_losses(method: Method, views: Tensor, selection: Selection) -> Tensor:
     """Return the losses that the selection pass compares: (B, m, m), symmetric.
 
     views: uint8 (B, m, 3, R, R).
     """
     with without_trace(method, views.device):
-        return _compare_small(method, views, selection)[0]
+        return _compare_at_low_resolution(method, views, selection)[0]
 
 
-def _compare_small(
+def _compare_at_low_resolution(
     method: Method, views: Tensor, selection: Selection
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     images = small_input(views, selection.resolution)
-    return compare(method, images, views.shape[:2], selection.loss or method.pair_loss)
+    return compare_by(method, images, views.shape[:2], selection.loss or method.compares_pairs_by)
 
 
-def compare(
+def compare_by(
     method: Method, images: Tensor, batch: Sequence[int], loss: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Compare all pairs of views by the loss "method", "student" or "cosine".
@@ -242,7 +242,7 @@ def compare(
     projections = method.project(images).unflatten(0, batch)
     if loss == "student":
         assert isinstance(method, TeacherMethod)  # `check` refuses the others
-        return method.student_losses(projections), projections, None
+        return method.student_pair_losses(projections), projections, None
     return -cosines(projections, projections), projections, None
 
 

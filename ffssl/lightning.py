@@ -150,7 +150,7 @@ class ViewSchedule(pl.Callback):  # type: ignore[name-defined]
         loader.set_epoch(epoch, views=views, **settings)
 
 
-def hard_pair(
+def training_pair(
     embed: Callable[[Tensor], Any],
     views: Tensor | Sequence[Tensor],
     loss: Callable[[Any, Any], Tensor] | None = None,

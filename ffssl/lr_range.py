@@ -48,12 +48,12 @@ from ffssl.parallel.device import choose_device
 from ffssl.run_folder import checkpoint
 from ffssl.run_folder import log as run_log
 from ffssl.training.build import build, first_backbone
+from ffssl.training.loader import open_loader
 from ffssl.training.memory import with_memory_advice
 from ffssl.training.run import Run, start_run
-from ffssl.training.schedule import RunSchedule
-from ffssl.training.sizes import Views, each
+from ffssl.training.run_schedule import RunSchedule
 from ffssl.training.step import train_step
-from ffssl.training.views import open_loader
+from ffssl.training.views import Views, map_sizes
 
 CURVE, PICTURE = "lr_range.json", "lr_range.png"
 # Fractions of the validation loss's fall at the lower limit and at the upper.
@@ -125,7 +125,7 @@ def sweep(
     progress = tqdm(range(steps), unit="step", leave=False, disable=None)
     for step, views in zip(progress, batches(run, loader)):
         learning_rate, _ = run.schedule.learning_rate_and_momentum(step)
-        result = train_step(run, each(lambda part: part.to(run.device), views), step)
+        result = train_step(run, map_sizes(lambda part: part.to(run.device), views), step)
         losses = {
             "training_loss": result.loss.item(),
             "validation_loss": validation_loss(run, validation),

@@ -33,12 +33,12 @@ from ffssl.run_folder.provenance import record_start
 from ffssl.training.build import build, first_backbone, random_backbone
 from ffssl.training.classifier import online_classifier
 from ffssl.training.compile import StageCompiler, describe_modes, stage_modes
+from ffssl.training.loader import open_loader
 from ffssl.training.precision import advise_bf16, require_bf16
-from ffssl.training.record import NoRecord, Record
+from ffssl.training.record import RankZeroRecord, Record
 from ffssl.training.run import Run, start_run
-from ffssl.training.schedule import RunSchedule, StepShape
+from ffssl.training.run_schedule import RunSchedule, StepShape
 from ffssl.training.signals import StopRequest, stop_on_signals
-from ffssl.training.views import open_loader
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Prepared:
     compiler: StageCompiler
     loader: ViewLoader
     knn: OnlineKnn | None
-    record: NoRecord
+    record: Record
     stop: StopRequest
     flops: dict[StepShape, int]
 
@@ -111,7 +111,7 @@ def prepared(options: Options) -> Iterator[Prepared]:
         )
         stack.enter_context(resumed_from(folder, run))
 
-        record = NoRecord()
+        record = Record()
         if is_main:
             announce(run, loader, knn, describe_modes(modes), advice)
             record_start(folder, device, run.weights)
@@ -204,7 +204,7 @@ def open_record(run: Run, folder: Path) -> Record:
         wandb=r.wandb,
         options=run.options.as_dict(),
     )
-    return Record(log, Saver(folder, run.device, keep=r.keep, minutes=r.checkpoint_minutes))
+    return RankZeroRecord(log, Saver(folder, run.device, keep=r.keep, minutes=r.checkpoint_minutes))
 
 
 def resume(run: Run, folder: Path) -> bool:

@@ -19,7 +19,7 @@ from ffssl.run_folder import checkpoint
 from ffssl.run_folder.log import read_log
 from ffssl.train import train
 from ffssl.training.build import build
-from ffssl.training.schedule import RunSchedule, StepShape
+from ffssl.training.run_schedule import RunSchedule, StepShape
 
 CONFIGS = Path(__file__).resolve().parent.parent / "rn50_configs"
 HEADS = {

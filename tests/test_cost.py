@@ -23,7 +23,7 @@ from ffssl.errors import UserError
 from ffssl.hard_augment import Selection
 from ffssl.methods import build_method
 from ffssl.methods.base import Method
-from ffssl.training.schedule import RunSchedule, StepShape
+from ffssl.training.run_schedule import RunSchedule, StepShape
 
 CONFIGS = Path(__file__).parent.parent / "rn50_configs"
 IMAGENETTE, IMAGENET = IMAGES["imagenette"], IMAGES["imagenet"]

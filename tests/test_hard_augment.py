@@ -15,11 +15,11 @@ from ffssl.hard_augment import (
     batch_statistics_untracked,
     check,
     choose_views,
-    hardest_pair,
-    losses_of_pairs,
+    hardest_pairs,
     pairs,
-    random_pair,
-    select_hardest,
+    random_pairs,
+    selection_losses,
+    selection_pass,
     take_pair,
     take_rest,
 )
@@ -100,7 +100,7 @@ def test_pairs_are_all_the_pairs():
 def test_hardest_pair_is_that_of_the_least_cosine(views):
     projections = torch.randn(40, views, 12, generator=torch.Generator().manual_seed(views))
     for z, chosen in zip(
-        projections.double(), hardest_pair(-cosines(projections, projections)).tolist()
+        projections.double(), hardest_pairs(-cosines(projections, projections)).tolist()
     ):
         cosine = {
             (i, j): torch.dot(z[i] / z[i].norm(), z[j] / z[j].norm()).item()
@@ -117,12 +117,12 @@ def test_mixed_precision_around_it_does_not_change_the_hardest_pair():
         50, 6, 64, generator=generator
     )
     with torch.autocast("cpu", torch.bfloat16):
-        chosen = hardest_pair(-cosines(projections, projections))
-    assert torch.equal(chosen, hardest_pair(-cosines(projections, projections)))
+        chosen = hardest_pairs(-cosines(projections, projections))
+    assert torch.equal(chosen, hardest_pairs(-cosines(projections, projections)))
 
 
 def test_random_pairs_are_uniform_over_all_pairs():
-    chosen = random_pair(6000, 4, torch.Generator().manual_seed(0))
+    chosen = random_pairs(6000, 4, torch.Generator().manual_seed(0))
     counts = dict.fromkeys(itertools.combinations(range(4), 2), 0)
     for pair in chosen.tolist():
         counts[tuple(pair)] += 1
@@ -137,20 +137,20 @@ def test_only_views_of_different_policies_are_paired(views, policies):
     assert sorted(tuple(p) for p in pairs(views, policies=policies).tolist()) == expected
     losses = torch.rand(50, views, views, generator=torch.Generator().manual_seed(0))
     losses = losses + losses.mT
-    for one, chosen in zip(losses, hardest_pair(losses, policies).tolist()):
+    for one, chosen in zip(losses, hardest_pairs(losses, policies).tolist()):
         assert tuple(chosen) == max(expected, key=lambda pair: one[pair].item())
-    drawn = random_pair(500, views, torch.Generator().manual_seed(0), policies)
+    drawn = random_pairs(500, views, torch.Generator().manual_seed(0), policies)
     assert {tuple(pair) for pair in drawn.tolist()} == set(expected)
 
 
 def test_a_share_of_the_images_gets_its_hardest_pair_and_the_others_random_ones(method):
     views = uint8_views(400, 4, 3, 16, 16)
-    hardest, _ = select_hardest(method, views, Selection("hard", 16))
+    hardest, _ = selection_pass(method, views, Selection("hard", 16))
     for share in (0.0, 0.25, 0.75):
-        chosen, _ = select_hardest(method, views, Selection("hard", 16, share=share), seed=7)
+        chosen, _ = selection_pass(method, views, Selection("hard", 16, share=share), seed=7)
         same = (chosen == hardest).all(1).float().mean().item()
         assert same == pytest.approx(share + (1 - share) / 6, abs=0.08)
-        again, _ = select_hardest(method, views, Selection("hard", 16, share=share), seed=7)
+        again, _ = selection_pass(method, views, Selection("hard", 16, share=share), seed=7)
         assert torch.equal(chosen, again)
 
 
@@ -159,10 +159,10 @@ def test_a_student_in_its_teachers_place_has_the_teachers_losses_once_it_is_its_
     method = without_dropout(build(name)).eval()
     views = uint8_views(6, 4, 3, 32, 32)
     by_student, by_method = (Selection("hard", 16, loss) for loss in ("student", "method"))
-    losses = losses_of_pairs(method, views, by_student)
-    assert not torch.allclose(losses, losses_of_pairs(method, views, by_method), atol=1e-3)
+    losses = selection_losses(method, views, by_student)
+    assert not torch.allclose(losses, selection_losses(method, views, by_method), atol=1e-3)
     method.teacher.layers.load_state_dict(nn.Sequential(*method.student()).state_dict())
-    torch.testing.assert_close(losses, losses_of_pairs(method, views, by_method))
+    torch.testing.assert_close(losses, selection_losses(method, views, by_method))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -174,8 +174,8 @@ def test_by_default_a_method_says_what_its_pairs_are_compared_by(name):
         loss = "student"
     elif name in ("simclr", "barlow_twins"):
         loss = "cosine"
-    default = losses_of_pairs(method, views, Selection("hard", 16))
-    assert torch.equal(default, losses_of_pairs(method, views, Selection("hard", 16, loss)))
+    default = selection_losses(method, views, Selection("hard", 16))
+    assert torch.equal(default, selection_losses(method, views, Selection("hard", 16, loss)))
 
 
 def test_take_pair_takes_the_chosen_views_of_each_image():
@@ -211,7 +211,7 @@ def test_selection_is_the_hardest_pair_of_one_forward_pass_over_all_views(method
                 )
             )
         )
-    chosen, extra = select_hardest(method, views, Selection("hard", 32, "cosine"))
+    chosen, extra = selection_pass(method, views, Selection("hard", 32, "cosine"))
     assert chosen.tolist() == expected and extra is None
 
 
@@ -242,7 +242,7 @@ def test_selection_by_the_methods_loss_is_that_of_a_loop_over_images_and_pairs(n
                     losses[i, j][b], _ = copy.deepcopy(method).loss(
                         images[b : b + 1, i], images[b : b + 1, j]
                     )
-        chosen, _ = select_hardest(method, views, Selection("hard", 32, "method"))
+        chosen, _ = selection_pass(method, views, Selection("hard", 32, "method"))
     expected = [max(losses, key=lambda pair: losses[pair][b].item()) for b in range(7)]
     assert [tuple(pair) for pair in chosen.tolist()] == expected
     assert len(set(expected)) > 1
@@ -257,9 +257,9 @@ def test_extra_targets_are_those_of_the_other_views_at_the_selections_side(name,
     if loss == "student" and name not in WITH_A_TEACHER:
         pytest.skip("has no teacher")
     selection = Selection("hard", 16, loss, extra_targets=True)
-    chosen, extra = select_hardest(method, views, selection)
+    chosen, extra = selection_pass(method, views, selection)
     assert (
-        torch.equal(chosen, select_hardest(method, views, Selection("hard", 16, loss))[0])
+        torch.equal(chosen, selection_pass(method, views, Selection("hard", 16, loss))[0])
         and not extra.requires_grad
     )
     for b in range(5):
@@ -275,7 +275,7 @@ def test_random_pairs_may_have_extra_targets_too(name):
     images = by_torchvision(views)
     selection = Selection("random", 16, extra_targets=True)
     first, second, extra = choose_views(method, views, selection, seed=3)
-    chosen = random_pair(5, 4, torch.Generator().manual_seed(3))
+    chosen = random_pairs(5, 4, torch.Generator().manual_seed(3))
     torch.testing.assert_close(first, images[range(5), chosen[:, 0]])
     torch.testing.assert_close(second, images[range(5), chosen[:, 1]])
     small = F.interpolate(
@@ -298,7 +298,7 @@ def test_the_pair_is_in_autocasts_precision_rounded_once(method):
         pair = choose_views(method, views, Selection("hard", 16))
     assert [view.dtype for view in pair] == [torch.bfloat16] * 2
     with torch.autocast("cpu", torch.bfloat16):
-        chosen, _ = select_hardest(method, views, Selection("hard", 16))
+        chosen, _ = selection_pass(method, views, Selection("hard", 16))
     for view, exact in zip(pair, take_pair(by_torchvision(views), chosen)):
         # Half of bfloat16's last place.
         torch.testing.assert_close(view.float(), exact, rtol=2**-8, atol=1e-6)
@@ -330,12 +330,12 @@ def test_what_a_method_has_not_is_refused(name):
 def test_selection_sees_antialiased_views_and_never_enlarges_them():
     views = uint8_views(2, 3, 3, 96, 96)
     recorder = Recorder()
-    select_hardest(recorder, views, Selection("hard", 32, "cosine"))
+    selection_pass(recorder, views, Selection("hard", 32, "cosine"))
     torch.testing.assert_close(
         recorder.seen, V.resize(by_torchvision(views).flatten(0, 1), [32, 32], antialias=True)
     )
     assert recorder.seen.is_contiguous(memory_format=torch.channels_last)
-    select_hardest(recorder, views, Selection("hard", 128, "cosine"))
+    selection_pass(recorder, views, Selection("hard", 128, "cosine"))
     torch.testing.assert_close(recorder.seen, by_torchvision(views).flatten(0, 1))
 
 

@@ -13,7 +13,7 @@ from ffssl import FixedOneCycleLR, ProgressiveMagnitude, ProgressiveResolution, 
 from ffssl.backbones import SmallResNet
 from ffssl.data import POLICIES, ViewLoader
 from ffssl.errors import UserError
-from ffssl.lightning import OneCycle, ViewSchedule, hard_pair
+from ffssl.lightning import OneCycle, ViewSchedule, training_pair
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Lightning, on what a small test lacks
 
@@ -52,7 +52,7 @@ class SimSiam(pl.LightningModule):
         return z.detach(), self.predictor(z)
 
     def training_step(self, batch, batch_idx):
-        x0, x1 = hard_pair(self, batch.views, loss_of, resolution=8)
+        x0, x1 = training_pair(self, batch.views, loss_of, resolution=8)
         chosen = [
             [
                 next(
@@ -239,7 +239,7 @@ def test_a_quick_run_of_one_batch_passes(betons, tmp_path):
 def test_views_of_lightlys_transforms_are_left_as_they_are(betons, tmp_path):
     model = SimSiam(betons["train"], tmp_path).eval()
     views = list(torch.rand(4, 5, 3, 24, 24))
-    first, second = hard_pair(model, views[:2], loss_of, normalise=None)
+    first, second = training_pair(model, views[:2], loss_of, normalise=None)
     assert first is views[0] and second is views[1]
-    first, _ = hard_pair(model, views, loss_of, normalise=None)
+    first, _ = training_pair(model, views, loss_of, normalise=None)
     assert all(any(torch.equal(x, view[i]) for view in views) for i, x in enumerate(first))

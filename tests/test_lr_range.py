@@ -23,9 +23,9 @@ from ffssl.lr_range import (
 )
 from ffssl.methods.base import Method
 from ffssl.training.build import build
+from ffssl.training.loader import open_loader
 from ffssl.training.run import start_run
 from ffssl.training.step import train_step
-from ffssl.training.views import open_loader
 
 TOY = [*SMALL, "--method.name=simsiam", "--resolution.max=16"]
 RATES = np.geomspace(1e-3, 1, 200)

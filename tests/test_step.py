@@ -31,7 +31,7 @@ from ffssl.training.compile import COMPILED_METHODS, compile_methods
 from ffssl.training.gauges import hardness
 from ffssl.training.memory import memory_advice
 from ffssl.training.run import start_run
-from ffssl.training.schedule import RunSchedule
+from ffssl.training.run_schedule import RunSchedule
 from ffssl.training.step import train_step
 from ffssl.training.transfer import to_device
 

@@ -29,7 +29,7 @@ from ffssl.run_folder.background_writer import Saver
 from ffssl.run_folder.log import RunLog, read_log
 from ffssl.train import train
 from ffssl.training.build import build
-from ffssl.training.schedule import RunSchedule, StepShape
+from ffssl.training.run_schedule import RunSchedule, StepShape
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = [*SMALL, "--training.batch_size=32", "--training.learning_rate=0.05"]

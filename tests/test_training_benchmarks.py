@@ -22,7 +22,7 @@ from ffssl.errors import UserError
 from ffssl.methods.base import Method
 from ffssl.schedules import resolution
 from ffssl.training.build import build
-from ffssl.training.schedule import RunSchedule, StepShape
+from ffssl.training.run_schedule import RunSchedule, StepShape
 from ffssl.training.totals import StepResult
 
 ROOT = Path(__file__).resolve().parent.parent

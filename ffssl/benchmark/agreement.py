@@ -21,7 +21,7 @@ from ffssl.config.command_line import Parser
 from ffssl.config.method_options import method_options
 from ffssl.data.convert.embedded import EmbeddedDataset
 from ffssl.errors import UserError
-from ffssl.hard_augment import select_hardest
+from ffssl.hard_augment import selection_pass
 from ffssl.methods import METHODS
 from ffssl.parallel.device import choose_device, has_bf16
 from ffssl.parallel.energy import energy_counter
@@ -29,7 +29,7 @@ from ffssl.run_folder.machine import describe_machine
 from ffssl.tables import Table
 from ffssl.training.build import build
 from ffssl.training.run import start_run
-from ffssl.training.schedule import RunSchedule
+from ffssl.training.run_schedule import RunSchedule
 from ffssl.training.step import train_step
 
 PACKAGES = ("ffssl", "torch", "torchvision", "timm", "numba", "numpy", "ffcv")
@@ -107,7 +107,7 @@ def first_steps(name: str, device: torch.device, amp: str) -> tuple[torch.Tensor
     for step in range(STEPS):
         views = drawn_views(step).to(device)
         with run.amp:
-            pairs.append(select_hardest(method, views, run.schedule.selection(0))[0].cpu())
+            pairs.append(selection_pass(method, views, run.schedule.selection(0))[0].cpu())
         losses.append(train_step(run, views, step).loss.cpu())
     return torch.stack(losses), torch.stack(pairs)
 

@@ -49,13 +49,13 @@ from ffssl.run_folder.log import read_log
 from ffssl.run_folder.machine import describe_machine
 from ffssl.training.build import build
 from ffssl.training.compile import COMPILED_METHODS, compile_methods, stage_modes
+from ffssl.training.loader import open_loader
 from ffssl.training.memory import with_memory_advice
 from ffssl.training.run import Run, start_run
-from ffssl.training.schedule import RunSchedule, StepShape
-from ffssl.training.sizes import Views, made
+from ffssl.training.run_schedule import RunSchedule, StepShape
 from ffssl.training.step import train_step
 from ffssl.training.transfer import to_device
-from ffssl.training.views import open_loader
+from ffssl.training.views import Views, make_views
 
 PACKAGES = ("ffssl", "torch", "torchvision", "timm", "numba", "ffcv")
 JSON, TABLE, PICTURE = "speedup.json", "speedup.md", "speedup.png"
@@ -254,7 +254,7 @@ def take_first_steps(trial: Trial, seconds: float) -> None:
         trial.run.epoch = stage.epochs[0]
         compile_methods(trial.run.method, COMPILED_METHODS, stage.compiled)
         shapes = stage.shape.of_batch(options.training.batch_size)
-        views = made(
+        views = make_views(
             lambda shape: torch.zeros(shape, dtype=torch.uint8, device=trial.run.device), shapes
         )
 

@@ -39,9 +39,9 @@ from ffssl.training.compile import COMPILED_METHODS, compile_methods, describe_m
 from ffssl.training.memory import with_memory_advice
 from ffssl.training.optimizers import build_optimizer
 from ffssl.training.run import Run, start_run
-from ffssl.training.schedule import RunSchedule, StepShape
-from ffssl.training.sizes import made
+from ffssl.training.run_schedule import RunSchedule, StepShape
 from ffssl.training.step import train_step
+from ffssl.training.views import make_views
 
 PACKAGES = ("ffssl", "torch", "torchvision", "timm")
 PARTS = ("selection", "forward", "backward", "optimiser", "teacher")
@@ -220,7 +220,7 @@ def time_shape(
     flops: of the training step.
     """
     options, device, side = run.options, run.device, shape.resolution
-    views = made(
+    views = make_views(
         lambda size: torch.randint(0, 256, size, dtype=torch.uint8, device=device),
         shape.of_batch(options.training.batch_size),
     )

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ffssl.hard_augment import Selection, choose_views, local_argument
 from ffssl.methods.base import Method
-from ffssl.training.schedule import RunSchedule, StepShape
-from ffssl.training.sizes import global_and_local, made
+from ffssl.training.run_schedule import RunSchedule, StepShape
+from ffssl.training.views import global_and_local, make_views
 
 STANDARD, PAPERS = 2, 1  # forward passes that a backward pass counts for
 
@@ -76,7 +76,7 @@ def count_step(
     """
     clone = copy.deepcopy(method).to("meta").train()
     images, local = global_and_local(
-        made(
+        make_views(
             lambda size: torch.empty(size, dtype=torch.uint8, device="meta"),
             shape.of_batch(batch_size),
         )

@@ -10,7 +10,7 @@ from ffssl.cost.runs import IMAGES, RunCosts, petaflop
 from ffssl.methods import METHODS
 from ffssl.methods.teacher import TeacherMethod
 from ffssl.tables import table
-from ffssl.training.schedule import RunSchedule
+from ffssl.training.run_schedule import RunSchedule
 
 TOLERANCE = 0.02
 

@@ -10,7 +10,7 @@ from ffssl.data.beton.several import read_betons
 from ffssl.errors import UserError
 from ffssl.methods import Method
 from ffssl.training.build import build
-from ffssl.training.schedule import RunSchedule, StepShape
+from ffssl.training.run_schedule import RunSchedule, StepShape
 
 IMAGES = {"imagenet": 1_281_167, "imagenette": 9_469}  # in their training sets
 

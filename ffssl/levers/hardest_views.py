@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ffssl.errors import UserError
-from ffssl.hard_augment import hardest_pair, pairs, small_images, take_pair, without_trace
+from ffssl.hard_augment import hardest_pairs, pairs, small_images, take_pair, without_trace
 from ffssl.methods.base import cosines
 
 
@@ -66,7 +66,7 @@ def hardest_views(
     # Before torch 2.10 autocast keeps the weights that it has cast here, without gradient, and no
     # gradient would reach the real ones.
     torch.clear_autocast_cache()
-    return take_pair(stacked, hardest_pair(losses))
+    return take_pair(stacked, hardest_pairs(losses))
 
 
 def _stacked(views: Tensor | Sequence[Tensor]) -> Tensor:

@@ -19,7 +19,9 @@ class BarlowTwins(Method):
 
     name = "barlow_twins"
     policy = "byol"
-    decay_all = False  # the authors exclude biases and BatchNorm parameters from weight decay
+    decay_norm_and_bias = (
+        False  # the authors exclude biases and BatchNorm parameters from weight decay
+    )
 
     def __init__(
         self,

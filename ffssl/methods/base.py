@@ -38,9 +38,9 @@ class Method(nn.Module):
     # pass one after the other.
     joint_views = False
     # Share of the images that get their hardest pair when Hard Augment begins; it rises from there.
-    hard_share = 1.0
+    first_hard_share = 1.0
     takes_local_views = False  # whether `loss` takes the small views of multi-crop, as `local`
-    decay_all = True  # weight decay on biases and normalisation parameters too
+    decay_norm_and_bias = True  # weight decay on biases and normalisation parameters too
 
     def __init__(self, backbone: Backbone):
         super().__init__()
@@ -105,7 +105,7 @@ class Method(nn.Module):
         return self.pair_losses(projections, targets), projections, targets
 
     @property
-    def pair_loss(self) -> str:
+    def compares_pairs_by(self) -> str:
         """How Hard Augment compares pairs by default: "method", "student" or "cosine".
 
         By default it is the method's own loss, if the method has a loss of single images, else
@@ -139,8 +139,8 @@ class Method(nn.Module):
         A group with `constant_lr` keeps the peak learning rate throughout.
         """
         parameters = [p for p in self.parameters() if p.requires_grad]
-        decayed = [p for p in parameters if self.decay_all or p.ndim > 1]
-        rest = [p for p in parameters if not self.decay_all and p.ndim <= 1]
+        decayed = [p for p in parameters if self.decay_norm_and_bias or p.ndim > 1]
+        rest = [p for p in parameters if not self.decay_norm_and_bias and p.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": weight_decay}]
         return groups + ([{"params": rest, "weight_decay": 0.0}] if rest else [])
 

@@ -21,7 +21,9 @@ class BYOL(TeacherMethod):
 
     name = "byol"
     policy = "byol"
-    decay_all = False  # the authors exclude biases and BatchNorm parameters from weight decay
+    decay_norm_and_bias = (
+        False  # the authors exclude biases and BatchNorm parameters from weight decay
+    )
     direction_weight = 1.0  # the authors add the two directions
 
     def __init__(

@@ -37,10 +37,12 @@ class DINO(TeacherMethod):
 
     name = "dino"
     # With the student in the teacher's place the pairs are only 79 % as hard (docs/methods.md).
-    pair_loss = "method"
+    compares_pairs_by = "method"
     policy = "byol"
     joint_views = True  # the authors pass views of one size at once
-    decay_all = False  # the authors exclude biases and normalisation parameters from weight decay
+    decay_norm_and_bias = (
+        False  # the authors exclude biases and normalisation parameters from weight decay
+    )
 
     teacher_temperature: Tensor
     centre: Tensor

@@ -22,11 +22,13 @@ class SimCLR(Method):
 
     name = "simclr"
     # The negatives of an image's views differ little: the cosine ranks its pairs as NT-Xent does.
-    pair_loss = "cosine"
+    compares_pairs_by = "cosine"
     policy = "simclr"
     takes_local_views = True
     joint_views = True  # the authors pass both views at once
-    decay_all = False  # the authors exclude biases and BatchNorm parameters from weight decay
+    decay_norm_and_bias = (
+        False  # the authors exclude biases and BatchNorm parameters from weight decay
+    )
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ class SimSiam(PredictionMethod):
     name = "simsiam"
     # With the hardest pairs alone from the start its embeddings lose rank on photographs, where
     # nothing else, neither negatives nor a teacher, holds images apart (docs/methods.md).
-    hard_share = 0.0
+    first_hard_share = 0.0
 
     def __init__(
         self,

@@ -52,7 +52,7 @@ class TeacherMethod(PredictionMethod):
     Teacher(*self.student())` after it has made its heads.
     """
 
-    pair_loss = "student"
+    compares_pairs_by = "student"
 
     projector: nn.Module
     teacher: Teacher
@@ -68,7 +68,7 @@ class TeacherMethod(PredictionMethod):
     def targets(self, images: Tensor, projections: Tensor | None = None) -> Tensor:
         return self.teacher(images)
 
-    def student_losses(self, projections: Tensor) -> Tensor:
+    def student_pair_losses(self, projections: Tensor) -> Tensor:
         """Return the losses of all pairs with the student in its teacher's place.
 
         They rank pairs nearly as `pair_losses` does, without the teacher's pass over all views.

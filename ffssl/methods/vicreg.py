@@ -24,7 +24,9 @@ class VICReg(Method):
 
     name = "vicreg"
     policy = "byol"
-    decay_all = False  # the authors exclude biases and BatchNorm parameters from weight decay
+    decay_norm_and_bias = (
+        False  # the authors exclude biases and BatchNorm parameters from weight decay
+    )
 
     def __init__(
         self,

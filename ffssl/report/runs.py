@@ -16,7 +16,7 @@ from ffssl.run_folder import checkpoint
 from ffssl.run_folder.log import NAME, read_log
 from ffssl.run_folder.provenance import read_starts
 from ffssl.schedules import noise_scale
-from ffssl.training.schedule import RunSchedule
+from ffssl.training.run_schedule import RunSchedule
 
 POINTS = 400  # in a schedule's curve, at least
 

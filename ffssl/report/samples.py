@@ -19,12 +19,12 @@ from ffssl.data.beton.several import read_betons
 from ffssl.data.loader import ViewLoader
 from ffssl.evaluate.features import extract_features, open_views
 from ffssl.evaluate.labels import shared_classes
-from ffssl.hard_augment import by_pair, losses_of_pairs, pairs, select_hardest
+from ffssl.hard_augment import by_pair, pairs, selection_losses, selection_pass
 from ffssl.methods import Method
 from ffssl.methods.base import Progress
 from ffssl.printable import printable
 from ffssl.report.runs import ReportedRun, describe_data
-from ffssl.training.views import open_loader
+from ffssl.training.loader import open_loader
 
 BATCH = 64  # images in a selection pass: BatchNorm normalises by them
 SHOWN_IMAGES, SHOWN_EPOCHS = 4, 5
@@ -141,7 +141,7 @@ def views_by_epoch(run: ReportedRun, method: Method) -> list[EpochViews]:
                 chosen = None
                 if selection.select == "hard":
                     pass_alone = replace(selection, extra_targets=False)
-                    chosen, _ = select_hardest(method, views.to(device), pass_alone, epoch)
+                    chosen, _ = selection_pass(method, views.to(device), pass_alone, epoch)
                     chosen = chosen.cpu()[kept]
                 shown.append(EpochViews(epoch, resolution, magnitude, views[kept].clone(), chosen))
     return shown
@@ -170,7 +170,7 @@ def examine_choice(run: ReportedRun, method: Method) -> Choice:
             images = views.to(device)
             for losses, resolution in ((small, selection.resolution), (large, loader.resolution)):
                 at_it = replace(selection, resolution=resolution)
-                losses.append(losses_of_pairs(method, images, at_it).float().cpu())
+                losses.append(selection_losses(method, images, at_it).float().cpu())
         resolution = loader.resolution
     cheap, of_pairs = (by_pair(torch.cat(x), selection.policies) for x in (small, large))
     chosen = cheap.argmax(1)

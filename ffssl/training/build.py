@@ -11,7 +11,7 @@ from ffssl.config import Options
 from ffssl.errors import UserError
 from ffssl.files import sha256
 from ffssl.methods import METHODS, Method, build_method
-from ffssl.training.schedule import RunSchedule, input_sides, view_policies
+from ffssl.training.run_schedule import RunSchedule, input_sides, view_policies
 from ffssl.weights import load_weights, read_weights
 
 

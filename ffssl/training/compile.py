@@ -11,7 +11,7 @@ from torch import nn
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from ffssl.parallel.ranks import world_size
-from ffssl.training.schedule import StepShape
+from ffssl.training.run_schedule import StepShape
 
 # The methods of a Method that run its networks.
 COMPILED_METHODS = ("loss", "project", "targets", "compare")

@@ -13,10 +13,10 @@ from ffssl.data.loader import ViewLoader
 from ffssl.parallel.ranks import mean_over_ranks, rank, world_size
 from ffssl.training.gauges import effective_rank
 from ffssl.training.run import Run
-from ffssl.training.schedule import StepShape
-from ffssl.training.sizes import Views
+from ffssl.training.run_schedule import StepShape
 from ffssl.training.totals import EpochTotals, Meter, StepResult
 from ffssl.training.transfer import RunAheadLimit, views_to_device
+from ffssl.training.views import Views
 
 # Reading the loss waits for the GPU; once in so many steps that costs nothing.
 STEPS_BETWEEN_CHECKS = 50
@@ -27,7 +27,7 @@ SECONDS_BETWEEN_CHECKS = 5.0
 class Epoch:
     """The rest of an epoch, counted into `run.totals`. A context manager.
 
-    Iterating yields a batch's views on the run's device, see `ffssl.training.sizes`, and their
+    Iterating yields a batch's views on the run's device, see `ffssl.training.views`, and their
     labels int64 (B,) in the host's memory.
     """
 

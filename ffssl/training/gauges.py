@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ffssl.data.normalise import to_input
-from ffssl.hard_augment import Selection, compare, random_choice, take_pair, without_trace
+from ffssl.hard_augment import Selection, compare_by, draw_pairs, take_pair, without_trace
 from ffssl.methods.base import Method, cosines
 from ffssl.methods.prediction import PredictionMethod
 
@@ -44,13 +44,13 @@ def hardness(
     state changes.
     """
     images = max(len(views) // 2, 2)
-    drawn, _ = random_choice(views, selection, seed)
+    drawn, _ = draw_pairs(views, selection, seed)
     others = (to_input(view[:images], chosen[0].dtype) for view in take_pair(views, drawn))
     four = torch.stack([*(view[:images] for view in chosen), *others], dim=1)
     loss = "method" if method.has_pair_losses else "cosine"
     # In eager mode: torch.compile would compile once more for this shape.
     with without_trace(method, views.device), torch.compiler.set_stance("force_eager"):
-        losses, _, _ = compare(method, four.flatten(0, 1), four.shape[:2], loss)
+        losses, _, _ = compare_by(method, four.flatten(0, 1), four.shape[:2], loss)
     difference = losses[:, 0, 1] - losses[:, 2, 3]
     return difference.mean(), difference.var() / images
 

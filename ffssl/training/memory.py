@@ -9,8 +9,8 @@ from ffssl.errors import UserError
 from ffssl.parallel.device import until_out_of_memory
 from ffssl.parallel.ranks import world_size
 from ffssl.training.run import Run
-from ffssl.training.sizes import made
 from ffssl.training.step import add_gradients
+from ffssl.training.views import make_views
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ def memory_advice(run: Run, shapes: Sequence[Sequence[int]]) -> str:
         run.optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         with until_out_of_memory(), torch.compiler.set_stance("force_eager"):
-            part = made(
+            part = make_views(
                 lambda shape: torch.zeros(*shape, dtype=torch.uint8, device=run.device),
                 ((images, *shape[1:]) for shape in shapes),
             )

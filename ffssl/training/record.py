@@ -8,7 +8,7 @@ from ffssl.run_folder.log import RunLog
 from ffssl.training.run import Run
 
 
-class NoRecord:
+class Record:
     """The record of the other ranks, which keep nothing."""
 
     def due(self) -> bool:
@@ -31,7 +31,7 @@ class NoRecord:
         """Wait until everything is written."""
 
 
-class Record(NoRecord):
+class RankZeroRecord(Record):
     """The record of rank 0."""
 
     def __init__(self, log: RunLog, saver: Saver):
@@ -78,7 +78,7 @@ def summary(row: dict[str, float], epochs: int) -> str:
 
 def upside_down(row: dict[str, float], run: Run) -> str:
     """Return a warning for an epoch in which the chosen pairs were easier than random ones."""
-    loss = run.options.hard_augment.loss or run.method.pair_loss
+    loss = run.options.hard_augment.loss or run.method.compares_pairs_by
     advice = (
         "compare them by the method's loss, --hard_augment.loss=method"
         if loss != "method" and run.method.has_pair_losses

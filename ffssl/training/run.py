@@ -17,7 +17,7 @@ from ffssl.parallel.energy import energy_counter
 from ffssl.parallel.ranks import world_size
 from ffssl.training.classifier import OnlineClassifier
 from ffssl.training.optimizers import build_optimizer, restore_optimizer
-from ffssl.training.schedule import RunSchedule
+from ffssl.training.run_schedule import RunSchedule
 from ffssl.training.totals import EpochTotals
 
 

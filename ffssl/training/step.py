@@ -18,8 +18,8 @@ from ffssl.training.optimizers import (
     set_weight_decay,
 )
 from ffssl.training.run import Run
-from ffssl.training.sizes import Views, global_and_local, parts_of
 from ffssl.training.totals import StepResult
+from ffssl.training.views import Views, global_and_local, split_batch
 
 
 def train_step(
@@ -31,7 +31,7 @@ def train_step(
 ) -> StepResult:
     """Take one optimiser step on this rank's views, without waiting for the device.
 
-    views: on the run's device, see `ffssl.training.sizes`.
+    views: on the run's device, see `ffssl.training.views`.
     step: counted from the start of the run.
     labels: int64 (B,), in the host's memory, from which the run's classifier learns; without them
         it takes no step.
@@ -50,7 +50,7 @@ def train_step(
     if run.device.type == "cuda":
         torch.compiler.cudagraph_mark_step_begin()
 
-    parts = parts_of(views, options.training.accumulate)
+    parts = split_batch(views, options.training.accumulate)
     # Each part of each step draws its own random pairs.
     seeds = [(options.run.seed + step) * len(parts) + part for part in range(len(parts))]
     targets: Sequence[Tensor | None] = [None] * len(parts)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ffssl.data.loader import Batch
 from ffssl.parallel.device import mark_work
-from ffssl.training.sizes import Views, each
+from ffssl.training.views import Views, map_sizes
 
 
 def to_device(batches: Iterable[Views], device: torch.device) -> Generator[Views, None, None]:
@@ -20,7 +20,7 @@ def to_device(batches: Iterable[Views], device: torch.device) -> Generator[Views
     computes with the one before.
     """
     if device.type != "cuda":
-        yield from (each(lambda part: part.to(device), batch) for batch in batches)
+        yield from (map_sizes(lambda part: part.to(device), batch) for batch in batches)
         return
     computing, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
     coming = iter(batches)
@@ -33,11 +33,11 @@ def to_device(batches: Iterable[Views], device: torch.device) -> Generator[Views
         if batch is None:
             return
         if len(buffers) < 2:
-            buffers.append(each(lambda part: torch.empty_like(part, device=device), batch))
+            buffers.append(map_sizes(lambda part: torch.empty_like(part, device=device), batch))
             read.append(computing.record_event())  # work queued earlier may still use the memory
         copying.wait_event(read[turn])
         with torch.cuda.stream(copying):
-            on_device = each(_copy, buffers[turn], batch)
+            on_device = map_sizes(_copy, buffers[turn], batch)
         computing.wait_stream(copying)
         yield on_device
         read[turn] = computing.record_event()

@@ -1,39 +1,39 @@
-"""The training views of a run."""
+"""The views of a batch: of one size, or global and local ones.
 
-import warnings
-from dataclasses import replace
+Views of one size are a tensor, uint8 (B, m, 3, R, R). With local views they are a tuple of two such
+tensors, the global ones first.
+"""
 
-from ffssl.config import Options
-from ffssl.data.loader import ViewLoader
-from ffssl.data.policy import local_policy
-from ffssl.parallel.ranks import cores_per_rank, rank, ranks_here, world_size
-from ffssl.training.schedule import RunSchedule, view_policies
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
+
+from torch import Tensor
+
+Views: TypeAlias = Tensor | tuple[Tensor, ...]
 
 
-def open_loader(options: Options) -> ViewLoader:
-    """Open the loader of a run's training views: this rank's part of every batch."""
-    data, augment = options.data, options.augment
-    policies = view_policies(options)
-    largest = RunSchedule(options, steps_per_epoch=1).shape_at(
-        options.resolution.max, augment.views
-    )
-    local = local_policy(policies[0], augment.local_crop_scale_max)
-    if local.blur_side:
-        local = replace(local, blur_side=largest.local_resolution)
-    # Without the loader's warning about labels: the evaluations print what they use.
-    with warnings.catch_warnings(action="ignore", category=UserWarning):
-        return ViewLoader(
-            data.train,
-            batch_size=options.training.batch_size // world_size(),
-            policy=(policies, (local,)) if augment.local_views else policies,
-            **largest.for_loader,
-            seed=options.run.seed,
-            workers=data.workers or cores_per_rank(),
-            batches_ahead=data.batches_ahead,
-            scaled_decoding=data.scaled_decoding,
-            broken=data.broken,
-            label_field=data.label_field,
-            rank=rank(),
-            world_size=world_size(),
-            loaders_here=ranks_here(),
-        )
+def map_sizes(function: Callable[..., Tensor], *views: Views) -> Views:
+    """Apply a function to the tensors of each size."""
+    if isinstance(views[0], tuple):
+        return tuple(map(function, *views))
+    return function(*views)
+
+
+def make_views(make: Callable[[Sequence[int]], Tensor], shapes: Iterable[Sequence[int]]) -> Views:
+    """Return views of the given shapes, one for each size."""
+    tensors = tuple(map(make, shapes))
+    return tensors[0] if len(tensors) == 1 else tensors
+
+
+def global_and_local(views: Views) -> tuple[Tensor, Tensor | None]:
+    if isinstance(views, Tensor):
+        return views, None
+    whole, local = views
+    return whole, local
+
+
+def split_batch(views: Views, count: int) -> list[Views]:
+    """Return `count` equal parts of a batch, one after the other."""
+    if isinstance(views, Tensor):
+        return list(views.chunk(count))
+    return list(zip(*(of_size.chunk(count) for of_size in views)))

@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 from ffssl.parallel.device import is_out_of_memory, until_out_of_memory
 from ffssl.training.compile import COMPILED_METHODS, GRAPHS, StageCompiler, compile_methods
 from ffssl.training.memory import memory_advice
-from ffssl.training.schedule import StepShape
+from ffssl.training.run_schedule import StepShape
 from ffssl.training.step import train_step
 
 METHODS = ["simsiam", "byol", "simclr", "mocov2plus", "dino"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.small_runs import save_run
 
-from ffssl.hard_augment import by_pair, hardest_pair, losses_of_pairs, pairs
+from ffssl.hard_augment import by_pair, hardest_pairs, pairs, selection_losses
 from ffssl.report.runs import read_runs
 from ffssl.report.samples import (
     BATCH,
@@ -87,7 +87,7 @@ def test_the_views_shown_as_chosen_are_those_that_the_epoch_trains_on(tmp_path, 
         for one in (first, last):
             loader.set_epoch(one.epoch, one.resolution, one.magnitude, views=6)
             views = next(iter(loader)).views
-            hardest = hardest_pair(losses_of_pairs(run.method.train(), views, selection))
+            hardest = hardest_pairs(selection_losses(run.method.train(), views, selection))
             kept = spread(len(views), len(one.chosen))
             equal.append((hardest[kept] == one.chosen).all(1).float().mean().item())
     assert equal[0] < 1 and equal[1] == 1

@@ -8,7 +8,7 @@ from support.options import NO_FILES, SMALL, of_method
 from ffssl.config import read_options
 from ffssl.training.build import build
 from ffssl.training.run import start_run
-from ffssl.training.schedule import RunSchedule
+from ffssl.training.run_schedule import RunSchedule
 
 GPU = torch.device("cuda", 0)
 

@@ -13,7 +13,7 @@ from ffssl.training.build import build
 from ffssl.training.classifier import OnlineClassifier, online_classifier
 from ffssl.training.compile import COMPILED_METHODS, compile_methods
 from ffssl.training.run import start_run
-from ffssl.training.schedule import RunSchedule
+from ffssl.training.run_schedule import RunSchedule
 from ffssl.training.step import train_step
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from ffssl.run_folder.log import read_log
 from ffssl.train import train
 from ffssl.training import compile as stages
 from ffssl.training.compile import GRAPHS, StageCompiler, describe_modes, keep_code, stage_modes
-from ffssl.training.schedule import StepShape
+from ffssl.training.run_schedule import StepShape
 from ffssl.training.totals import EpochTotals, Meter
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

@@ -8,7 +8,7 @@ from test_hard_augment import build, uint8_views, without_dropout
 from torch.nn import functional as F
 
 from ffssl.data.normalise import to_input
-from ffssl.hard_augment import Selection, choose_views, random_pair
+from ffssl.hard_augment import Selection, choose_views, random_pairs
 from ffssl.methods import METHODS
 from ffssl.training.gauges import (
     STEPS_BETWEEN,
@@ -49,7 +49,7 @@ def test_the_hardness_is_the_difference_of_the_losses_of_chosen_and_random_pairs
     selection = Selection("hard", 16)
     chosen = choose_views(method, views, selection)
     found, variance = hardness(method, views, chosen, selection, seed=5)
-    drawn = random_pair(9, 4, torch.Generator().manual_seed(5))
+    drawn = random_pairs(9, 4, torch.Generator().manual_seed(5))
     every = to_input(views.flatten(0, 1)).unflatten(0, (9, 4))
     differences = []
     for i in range(4):  # half of the images

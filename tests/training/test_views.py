@@ -7,8 +7,8 @@ import torch
 from ffssl.config import read_options
 from ffssl.data.loader import ViewLoader
 from ffssl.data.policy import POLICIES, ViewPolicy
-from ffssl.training.schedule import RunSchedule, StepShape
-from ffssl.training.views import open_loader
+from ffssl.training.loader import open_loader
+from ffssl.training.run_schedule import RunSchedule, StepShape
 
 
 def options_of(data, *more):

@@ -94,7 +94,7 @@ class RunSchedule:
         if h.select == "off" or epoch < self.selection_start:
             return Selection()
         policies = len(view_policies(self.options)) if h.across_policies is not False else 1
-        low = methods.METHODS[self.options.method.name].hard_share
+        low = methods.METHODS[self.options.method.name].first_hard_share
         if h.share_min is not None:
             low = h.share_min
         share = schedules.hard_share(

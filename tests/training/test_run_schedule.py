@@ -1,5 +1,5 @@
 from ffssl.config import read_options
-from ffssl.training.schedule import RunSchedule, input_sides
+from ffssl.training.run_schedule import RunSchedule, input_sides
 
 STAGES = ["--resolution.schedule=stages", "--resolution.stages=96:0.5, 192:0.25, 224:0.25"]
 
