@@ -127,10 +127,16 @@ def test_each_step_is_taken_as_often_as_the_policy_says(views, name, what):
     assert abs(changed.mean() - 0.3) < 5 * np.sqrt(0.3 * 0.7 / 400)
 
 
-def angle(colours):
-    """Return the angle of a hue in degrees, of colours (n, 3)."""
-    r, g, b = colours.T
-    return np.degrees(np.arctan2(np.sqrt(3) * (g - b), 2 * r - g - b))
+PLANES = {  # of colours without their lightness: the circle of hues, and the YIQ space
+    "hues": np.array([[2, -1, -1], [0, 3**0.5, -(3**0.5)]]),
+    "YIQ": np.array([[0.596, -0.274, -0.322], [0.211, -0.523, 0.312]]),
+}
+
+
+def turned(views, plane="hues"):
+    """Return by what part of a circle the colour of views has turned, from (170, 110, 110)."""
+    (x, y), (x0, y0) = PLANES[plane] @ views.mean((2, 3)).T, PLANES[plane] @ (170, 110, 110)
+    return (np.arctan2(y, x) - np.arctan2(y0, x0)) / (2 * np.pi)
 
 
 TWO_TONES = plain((100, 100, 100))
@@ -139,7 +145,7 @@ JITTER = {  # an image, and what is read off its views: 1 where nothing has chan
     "brightness": (plain((110, 110, 110)), lambda v: v.mean((1, 2, 3)) / 110),
     "contrast": (TWO_TONES, lambda v: v.std((1, 2, 3)) / 25),
     "saturation": (plain((190, 110, 90)), lambda v: (v[:, 0] - v[:, 2]).mean((1, 2)) / 100),
-    "hue": (plain((170, 110, 110)), lambda v: 1 + angle(v.mean((2, 3))) / 360),
+    "hue": (plain((170, 110, 110)), lambda v: 1 + turned(v)),
 }
 
 
@@ -147,19 +153,20 @@ JITTER = {  # an image, and what is read off its views: 1 where nothing has chan
 @pytest.mark.parametrize("name", WHOLE_POLICY)
 def test_jitter_ranges_are_the_policys(views, name, what):
     image, factor_of = JITTER[what]
+    if (name, what) == ("DALI, CPU", "hue"):
+
+        def factor_of(v):
+            return 1 + turned(v, "YIQ")
+
     strength = getattr(SIMSIAM, what)
     none = dict.fromkeys(JITTER, 0.001)  # DALI takes no empty range
     factors = factor_of(
         views(name, image, replace(NOTHING, jitter=1.0, **{**none, what: strength}), 400)
     )
-    # DALI turns hues in the YIQ space, where angles are others than on the circle of hues.
-    tolerance = 0.05 if (name, what) == ("DALI, CPU", "hue") else 0.02 + 0.03 * strength
-    for found, expected in (
-        (factors.min(), 1 - strength),
-        (factors.max(), 1 + strength),
-        (factors.mean(), 1),  # within four of its standard errors, of a uniform draw
-    ):
-        assert abs(found - expected) < max(tolerance, 0.12 * strength), (found, expected)
+    tolerance = 0.15 * strength + 0.01  # of the mean, six standard errors
+    assert abs(factors.min() - (1 - strength)) < tolerance
+    assert abs(factors.max() - (1 + strength)) < tolerance
+    assert abs(factors.mean() - 1) < tolerance
 
 
 @pytest.mark.parametrize("name", WHOLE_POLICY)
@@ -174,8 +181,8 @@ def test_blur_sigmas_are_the_policys(views, name):
     # A Gaussian of sigma leaves exp(-2 (pi sigma / period)^2) of a wave.
     sigmas = 8 / np.pi * np.sqrt(np.maximum(-np.log(after / before), 0) / 2)
     low, high = SIMSIAM.blur_sigma
-    assert sigmas.min() < low + 0.25 and abs(sigmas.max() - high) < 0.12
-    assert abs(sigmas.mean() - (low + high) / 2) < 0.2
+    assert sigmas.min() < low + 0.25 and abs(sigmas.max() - high) < 0.25
+    assert abs(sigmas.mean() - (low + high) / 2) < 0.2  # five standard errors
 
 
 @pytest.mark.parametrize(
