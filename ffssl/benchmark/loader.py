@@ -8,19 +8,24 @@
 The first takes scikit-image's photographs, or drawings if it is not installed. The third makes
 views of two sizes, as multi-crop does. Those of the second size show small parts of the image.
 
-Every contender has a process of its own, and waits there while the others run. They take turns,
-round by round, so that a machine whose speed drifts slows all of them alike. Trust the ratios, not
-the images/s.
+Every contender has processes of its own, which are stopped while the others run. They take turns,
+round by round, so that a machine whose speed drifts slows all of them alike, and each round in
+another order. Trust the ratios, not the images/s.
 """
 
+import contextlib
 import importlib.util
 import io
+import itertools
 import multiprocessing
 import os
+import random
+import signal
 import statistics
 import tempfile
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -29,8 +34,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ffssl.benchmark.contenders import CONTENDERS, Size, Workload
+from ffssl.benchmark.contenders import CONTENDERS
 from ffssl.benchmark.stages import stage_times
+from ffssl.benchmark.workload import Batches, Size, Workload
 from ffssl.config import Number
 from ffssl.config.command_line import Parser, checked
 from ffssl.config.options import AugmentOptions
@@ -38,7 +44,7 @@ from ffssl.data.beton.read import MODE_JPEG, read_beton
 from ffssl.data.convert.conversion import ConvertOptions, convert
 from ffssl.data.convert.embedded import EmbeddedDataset
 from ffssl.data.convert.sources.folder import ImageFolder
-from ffssl.data.policy import ViewPolicy, choose_policies, local_policy
+from ffssl.data.policy import POLICIES, ViewPolicy, choose_policies, local_policy
 from ffssl.errors import UserError
 from ffssl.run_folder.machine import describe_machine
 from ffssl.tables import table
@@ -53,8 +59,13 @@ PACKAGES = (
     "nvidia-dali-cuda130",
     "nvidia-dali-cuda120",
     "pillow",
+    "albumentations",
+    "albumentationsx",
+    "opencv-python",
+    "opencv-python-headless",
 )
-LIMIT_S = 300  # a contender that has not served an epoch by then counts as failed
+INSTALL = {"nvidia": "nvidia-dali-cuda130"}  # where a package is not called as its module
+LIMIT_S = 300  # a contender that has not answered by then counts as failed
 
 
 def main(arguments: list[str]) -> None:
@@ -73,8 +84,7 @@ def main(arguments: list[str]) -> None:
         default=1000,
         metavar="N",
         help=(
-            "images an epoch: fewer are repeated, of more so many are drawn at random "
-            "(default: %(default)s)"
+            "images: fewer are repeated, of more so many are drawn at random (default: %(default)s)"
         ),
     )
     parser.add_argument(
@@ -93,7 +103,13 @@ def main(arguments: list[str]) -> None:
         metavar="R",
         help="side of the views in pixels, of each size (default: 224)",
     )
-    parser.add_argument("--policy", default="simsiam", help="view policy (default: %(default)s)")
+    parser.add_argument(
+        "--policy",
+        default="simsiam",
+        # The peers render random views only.
+        choices=[name for name, (policy, *_) in POLICIES.items() if not policy.centre_crop],
+        help="view policy (default: %(default)s)",
+    )
     parser.add_argument(
         "--workers",
         type=count,
@@ -107,7 +123,19 @@ def main(arguments: list[str]) -> None:
         "--rounds",
         type=count,
         default=5,
-        help="epochs of each contender that count (default: %(default)s)",
+        help="times that each contender is measured (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=checked(Number(float, 0.001)),
+        default=5.0,
+        help="of each time, at least (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=checked(Number(int, 0)),
+        default=0,
+        help="of the contenders' order in each round (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
     sizes = view_sizes(options.views, options.resolution, choose_policies(options.policy)[0])
@@ -126,10 +154,13 @@ def main(arguments: list[str]) -> None:
         views = " and ".join(f"{size.views} views at {size.side}" for size in sizes)
         print(
             f"{views}, policy {options.policy}, "
-            f"batches of {options.batch_size}, {options.workers} workers\n",
-            flush=True,
+            f"batches of {options.batch_size}, {options.workers} workers\n"
         )
-        print(rates_table(measure(workload, options.rounds), sum(options.views)))
+        orders = draw_orders(options.rounds, options.seed)
+        for number, order in enumerate(orders, 1):
+            print(f"round {number}, at least {options.seconds:g} s each: {'; '.join(order)}")
+        print(flush=True)
+        print(rates_table(measure(workload, orders, options.seconds), sum(options.views)))
         print_stages(beton, sizes)
 
 
@@ -266,8 +297,16 @@ def describe_images(path: Path, origin: str = "") -> str:
     )
 
 
-def measure(workload: Workload, rounds: int) -> dict[str, list[float] | str]:
-    """Return the images/s of each contender in each round.
+def draw_orders(rounds: int, seed: int) -> list[list[str]]:
+    """Return the order of the contenders in each round."""
+    generator = random.Random(seed)
+    return [generator.sample([*CONTENDERS], len(CONTENDERS)) for _ in range(rounds)]
+
+
+def measure(
+    workload: Workload, orders: list[list[str]], seconds: float
+) -> dict[str, list[float] | str]:
+    """Return the images/s of each contender in each round, over at least `seconds`.
 
     For one that is not installed or fails, return why.
     """
@@ -275,60 +314,91 @@ def measure(workload: Workload, rounds: int) -> dict[str, list[float] | str]:
     running: dict[str, tuple[BaseProcess, Connection]] = {}
     results: dict[str, list[float] | str] = {name: [] for name in CONTENDERS}
 
-    def serve_epoch(name: str) -> float | None:
+    def serve(name: str, seconds: float) -> float | None:
         process, connection = running[name]
-        answer = _ask(connection)
+        answer = _ask(connection, seconds)
         if isinstance(answer, float):
+            # What it has begun to read ahead must not go on beside the others.
+            _signal(process, signal.SIGSTOP)
             return answer
         results[name] = answer
-        process.kill()  # one that only hangs would go on to disturb the others
+        _kill(process)  # one that only hangs would go on to disturb the others
         del running[name]
 
     try:
-        for name in CONTENDERS:  # one at a time, so that none compiles while another warms up
+        for name, contender in CONTENDERS.items():  # none compiles while another warms up
             connection, other_end = context.Pipe()
-            process = context.Process(target=_serve, args=(name, workload, other_end))
+            process = context.Process(target=_serve, args=(contender, workload, other_end))
             process.start()
             other_end.close()
             running[name] = process, connection
-            serve_epoch(name)
-        for _ in range(rounds):
-            for name in list(running):
-                rate = serve_epoch(name)
-                if rate is not None:
-                    results[name].append(rate)
+            serve(name, seconds / 5)
+        for name in itertools.chain.from_iterable(orders):
+            if name not in running:
+                continue
+            _signal(running[name][0], signal.SIGCONT)
+            rate = serve(name, seconds)
+            if rate is not None:
+                results[name].append(rate)
     finally:
         for process, _ in running.values():
-            process.kill()
+            _kill(process)
     return results
 
 
-def _ask(connection: Connection) -> float | str:
-    """Return a contender's images/s in one more epoch, or what went wrong."""
+def _signal(process: BaseProcess, number: signal.Signals) -> None:
+    """Send a signal to a contender's processes, all of them."""
+    with contextlib.suppress(ProcessLookupError):  # ended, or not yet begun
+        os.killpg(process.pid, number)
+
+
+def _kill(process: BaseProcess) -> None:
+    _signal(process, signal.SIGKILL)
+    process.kill()  # it may not lead its group yet
+    process.join()
+
+
+def _ask(connection: Connection, seconds: float) -> float | str:
+    """Return a contender's images/s over at least `seconds`, or what went wrong."""
     try:
-        connection.send("epoch")
+        connection.send(seconds)
         return connection.recv() if connection.poll(LIMIT_S) else f"no answer within {LIMIT_S} s"
     except (EOFError, ConnectionError):
         return "its process ended"
 
 
-def _serve(name: str, workload: Workload, connection: Connection) -> None:
-    """Run one contender's process: an epoch for every message."""
+def _serve(
+    contender: Callable[[Workload], Batches], workload: Workload, connection: Connection
+) -> None:
+    """Run one contender's process: for every message, serve batches for so many seconds."""
+    os.setpgrp()  # with its own processes, to be stopped together
     try:
-        epoch = CONTENDERS[name](workload)
+        batches = contender(workload)
         while True:
-            connection.recv()
-            started = time.perf_counter()
-            images = epoch()
-            connection.send(images / (time.perf_counter() - started))
+            connection.send(_images_per_second(batches, workload.workers, connection.recv()))
     except EOFError:
         pass
-    except ImportError as error:
-        connection.send(f"not installed ({error.name}): pip install '.[bench]'")
+    except ModuleNotFoundError as error:
+        package = str(error.name).split(".")[0]
+        connection.send(f"not installed: pip install {INSTALL.get(package, package)}")
     except Exception as error:  # a peer that fails must not stop the benchmark
         connection.send(
             f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         )
+
+
+def _images_per_second(batches: Batches, workers: int, seconds: float) -> float:
+    """Return images/s over at least `seconds`.
+
+    Batches are counted by as many as there are workers. Where each worker makes one of its own,
+    as in a DataLoader, they come so many at a time.
+    """
+    images, started = 0, time.perf_counter()
+    while True:
+        images += sum(len(batch[0]) for batch in itertools.islice(batches, workers))
+        passed = time.perf_counter() - started
+        if passed >= seconds:
+            return images / passed
 
 
 def rates_table(results: dict[str, list[float] | str], views: int) -> str:
