@@ -3,7 +3,6 @@ import subprocess
 import sys
 import threading
 import time
-from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
@@ -155,8 +154,7 @@ def test_of_a_large_file_some_images_are_drawn(betons, tmp_path):
     names = ("first", "again")
     taken = []
     for name in names:
-        options = Namespace(data=betons["train"], images=None, samples=12)
-        beton, folder = loader.prepare_images(options, tmp_path / name)
+        beton, folder = loader.prepare_images(tmp_path / name, 12, data=betons["train"])
         taken.append([path.read_bytes() for path in sorted(folder.iterdir())])
         assert len(read_beton(beton)) == 12
     stored = loader.stored_files(betons["train"], 160)
@@ -169,9 +167,7 @@ def test_of_a_large_file_some_images_are_drawn(betons, tmp_path):
 
 
 def test_fewer_images_than_asked_for_are_repeated(betons, tmp_path):
-    _, folder = loader.prepare_images(
-        Namespace(data=betons["val"], images=None, samples=100), tmp_path
-    )
+    _, folder = loader.prepare_images(tmp_path, 100, data=betons["val"])
     files = [path.read_bytes() for path in sorted(folder.iterdir())]
     assert len(files) == 100 and files[:40] == files[40:80] and len({*files}) == 40
 

@@ -24,7 +24,6 @@ import signal
 import statistics
 import tempfile
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -141,7 +140,9 @@ def main(arguments: list[str]) -> None:
     sizes = view_sizes(options.views, options.resolution, choose_policies(options.policy)[0])
 
     with tempfile.TemporaryDirectory(prefix="ffssl-benchmark-") as scratch:
-        beton, folder = prepare_images(options, Path(scratch))
+        beton, folder = prepare_images(
+            Path(scratch), options.samples, data=options.data, images=options.images
+        )
         workload = Workload(
             beton=beton,
             folder=folder,
@@ -193,19 +194,18 @@ def print_stages(beton: Path, sizes: tuple[Size, ...]) -> None:
     print(f"\none decode and {sum(size.views for size in sizes)} views: {rate:.0f} image/s a core")
 
 
-def prepare_images(options: Namespace, scratch: Path) -> tuple[Path, Path]:
+def prepare_images(
+    scratch: Path, samples: int, *, data: Path | None = None, images: Path | None = None
+) -> tuple[Path, Path]:
     """Write a beton file of `samples` images, and a folder of the same JPEG files.
 
-    Images are repeated if there are fewer.
+    They are those of the beton file `data`, or of the folder `images`, or else `stand_ins`. Images
+    are repeated if there are fewer.
     """
-    files = (
-        stored_files(options.data, options.samples)
-        if options.data
-        else encoded_photographs(options.images, options.samples)
-    )
+    files = stored_files(data, samples) if data else encoded_photographs(images, samples)
     folder = scratch / "files"
     (folder / "photos").mkdir(parents=True)
-    for i in range(options.samples):
+    for i in range(samples):
         (folder / "photos" / f"{i:07}.jpg").write_bytes(files[i % len(files)])
     beton = scratch / "images.beton"
     convert(ImageFolder(folder), beton, ConvertOptions(progress=False))

@@ -26,7 +26,6 @@ import statistics
 import subprocess
 import tempfile
 import time
-from argparse import Namespace
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +36,7 @@ import torch
 from ffssl.benchmark.loader import describe_images, prepare_images, stand_ins
 from ffssl.benchmark.speedup_report import draw, table_of
 from ffssl.benchmark.timing import seconds_of, where
-from ffssl.config import Number, read_options
+from ffssl.config import Number, Options, read_options
 from ffssl.config.command_line import Parser, checked, command
 from ffssl.cost import count_flops
 from ffssl.cost.runs import number_of_images
@@ -124,10 +123,7 @@ def main(arguments: list[str]) -> None:
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ffssl-speedup-")))
         most = max(one.training.batch_size for one in options.values())
-        data = (
-            given.data
-            or prepare_images(Namespace(data=None, images=None, samples=most), scratch)[0]
-        )
+        data = given.data or prepare_images(scratch, most)[0]
         images = number_of_images(given.images or (None if given.data else "imagenet"), str(data))
         trials = []
         for name, one in options.items():
@@ -200,7 +196,7 @@ class Trial:
 
 
 def start_trial(
-    name: str, options: Namespace, images: int, device: torch.device, stack: contextlib.ExitStack
+    name: str, options: Options, images: int, device: torch.device, stack: contextlib.ExitStack
 ) -> Trial:
     torch.manual_seed(options.run.seed)
     method = build(options, device)
