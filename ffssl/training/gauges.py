@@ -8,6 +8,8 @@ predictor_cosine: the cosine between a view's projection and its prediction, for
 effective_rank: how many dimensions the embeddings use (RankMe: Garrido et al., ICML 2023).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -70,10 +72,14 @@ def predictor_cosine(method: Method, projections: Tensor) -> Tensor | None:
 def effective_rank(embeddings: Tensor) -> float:
     """RankMe (eq. 1) of embeddings (N, d).
 
-    It is the exponential of the entropy of the singular values.
+    It is the exponential of the entropy of the singular values, and NaN if a value is not finite.
     """
     z = embeddings.double()
-    squares = torch.linalg.eigvalsh(z @ z.T if len(z) < z.shape[1] else z.T @ z)
+    # On the host: for so small a matrix a GPU is not faster, and would load cuSOLVER for it.
+    products = (z @ z.T if len(z) < z.shape[1] else z.T @ z).cpu()
+    if not products.isfinite().all():
+        return math.nan
+    squares = torch.linalg.eigvalsh(products)
     singular = squares.clamp(min=0).sqrt()
     shares = singular / singular.sum()
     return torch.special.entr(shares).sum().exp().item()

@@ -35,6 +35,13 @@ def test_the_effective_rank_of_k_equal_directions_is_k():
     assert effective_rank(torch.ones(30, 16)) == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_effective_rank_of_numbers_that_are_not_finite_is_none(value):
+    z = torch.ones(30, 16)
+    z[3, 5] = value
+    assert math.isnan(effective_rank(z))
+
+
 @pytest.mark.parametrize("steps", [1, 2, 10, 62, 63, 64, 65, 200, 2500])
 def test_an_epoch_is_measured_once_in_so_many_steps_and_at_least_once(steps):
     due = [step for step in range(steps) if is_due(step, steps)]
