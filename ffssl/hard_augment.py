@@ -126,12 +126,11 @@ def hardest_pairs(losses: Tensor, policies: int = 1) -> Tensor:
     losses: (B, m, m), symmetric.
     """
     candidates = pairs(losses.shape[1], losses.device, policies)
-    return candidates[by_pair(losses, policies).argmax(1)]
+    return candidates[by_pair(losses, candidates).argmax(1)]
 
 
-def by_pair(losses: Tensor, policies: int = 1) -> Tensor:
-    """Return the losses of the candidate pairs, in their order: (B, m, m) to (B, pairs)."""
-    candidates = pairs(losses.shape[1], losses.device, policies)
+def by_pair(losses: Tensor, candidates: Tensor) -> Tensor:
+    """Return the losses (B, pairs) of `candidates`, int64 (pairs, 2), from losses (B, m, m)."""
     return losses[:, candidates[:, 0], candidates[:, 1]]
 
 

@@ -19,9 +19,8 @@ class BarlowTwins(Method):
 
     name = "barlow_twins"
     policy = "byol"
-    decay_norm_and_bias = (
-        False  # the authors exclude biases and BatchNorm parameters from weight decay
-    )
+    # The authors exclude biases and BatchNorm parameters from weight decay.
+    decay_norm_and_bias = False
 
     def __init__(
         self,

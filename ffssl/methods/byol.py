@@ -21,9 +21,8 @@ class BYOL(TeacherMethod):
 
     name = "byol"
     policy = "byol"
-    decay_norm_and_bias = (
-        False  # the authors exclude biases and BatchNorm parameters from weight decay
-    )
+    # The authors exclude biases and BatchNorm parameters from weight decay.
+    decay_norm_and_bias = False
     direction_weight = 1.0  # the authors add the two directions
 
     def __init__(

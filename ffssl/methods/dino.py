@@ -40,9 +40,8 @@ class DINO(TeacherMethod):
     compares_pairs_by = "method"
     policy = "byol"
     joint_views = True  # the authors pass views of one size at once
-    decay_norm_and_bias = (
-        False  # the authors exclude biases and normalisation parameters from weight decay
-    )
+    # The authors exclude biases and normalisation parameters from weight decay.
+    decay_norm_and_bias = False
 
     teacher_temperature: Tensor
     centre: Tensor

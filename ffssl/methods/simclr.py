@@ -26,9 +26,8 @@ class SimCLR(Method):
     policy = "simclr"
     takes_local_views = True
     joint_views = True  # the authors pass both views at once
-    decay_norm_and_bias = (
-        False  # the authors exclude biases and BatchNorm parameters from weight decay
-    )
+    # The authors exclude biases and BatchNorm parameters from weight decay.
+    decay_norm_and_bias = False
 
     def __init__(
         self,

@@ -172,7 +172,8 @@ def examine_choice(run: ReportedRun, method: Method) -> Choice:
                 at_it = replace(selection, resolution=resolution)
                 losses.append(selection_losses(method, images, at_it).float().cpu())
         resolution = loader.resolution
-    cheap, of_pairs = (by_pair(torch.cat(x), selection.policies) for x in (small, large))
+    candidates = pairs(views.shape[1], policies=selection.policies)
+    cheap, of_pairs = (by_pair(torch.cat(x), candidates) for x in (small, large))
     chosen = cheap.argmax(1)
     means = {
         "chosen": of_pairs.gather(1, chosen[:, None]),
@@ -180,7 +181,7 @@ def examine_choice(run: ReportedRun, method: Method) -> Choice:
         "random": of_pairs,
     }
     return Choice(
-        pairs(views.shape[1], policies=selection.policies),
+        candidates,
         min(selection.resolution, resolution),
         resolution,
         chosen,

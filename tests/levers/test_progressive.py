@@ -10,14 +10,7 @@ PAPERS = ProgressiveResolution(epochs=480, warmup_epochs=80, low=96, high=224)
 
 def test_the_stages_are_the_papers_six_of_eighty_epochs():
     assert PAPERS.stages == [(side, 80) for side in (224, 96, 128, 160, 192, 224)]
-    assert [PAPERS(epoch) for epoch in (0, 79, 80, 159, 160, 479)] == [
-        224,
-        224,
-        96,
-        96,
-        128,
-        224,
-    ]
+    assert [PAPERS(epoch) for epoch in (0, 79, 80, 159, 160, 479)] == [224, 224, 96, 96, 128, 224]
 
 
 @pytest.mark.parametrize("epochs, warmup, low, high, step", [(7, 0, 32, 96, 32), (23, 4, 8, 20, 4)])

@@ -30,13 +30,13 @@ def losses(images, views, seed=0):
 
 def test_the_rank_counts_the_harder_pairs():
     low, high = losses(50, 4), losses(50, 4, seed=1)
-    chosen = by_pair(low).argmax(1)
-    for image, rank in enumerate(rank_of(by_pair(high), chosen).tolist()):
+    chosen = by_pair(low, pairs(4)).argmax(1)
+    for image, rank in enumerate(rank_of(by_pair(high, pairs(4)), chosen).tolist()):
         ordered = sorted(
             ((high[image, a, b].item(), (a, b)) for a, b in pairs(4).tolist()), reverse=True
         )
         assert ordered[rank][1] == tuple(pairs(4)[chosen[image]].tolist())
-    assert rank_of(by_pair(low), chosen).sum() == 0
+    assert rank_of(by_pair(low, pairs(4)), chosen).sum() == 0
 
 
 def test_the_choice_is_at_the_teachers_temperature_of_the_epoch(tmp_path, betons, monkeypatch):
