@@ -19,6 +19,8 @@ class BarlowTwins(Method):
 
     name = "barlow_twins"
     policy = "byol"
+    # Before, the hardest pairs keep its embeddings at a low rank (docs/methods.md).
+    share_before_hard_augment = 0.5
     # The authors exclude biases and BatchNorm parameters from weight decay.
     decay_norm_and_bias = False
 

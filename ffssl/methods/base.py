@@ -37,6 +37,8 @@ class Method(nn.Module):
     # Pass both views through a network as one batch, which BatchNorm normalises together. If not,
     # pass one after the other.
     joint_views = False
+    # Share of the run that passes before Hard Augment begins, if that is later than the warm-up.
+    share_before_hard_augment = 0.0
     # Share of the images that get their hardest pair when Hard Augment begins; it rises from there.
     first_hard_share = 1.0
     takes_local_views = False  # whether `loss` takes the small views of multi-crop, as `local`

@@ -79,10 +79,13 @@ class RunSchedule:
     def selection_start(self) -> int:
         """The first epoch in which Hard Augment chooses pairs.
 
-        By default it is the one after the warm-up.
+        By default it is the one after the warm-up, or the method's own, if that is later.
         """
-        start, epochs = self.options.hard_augment.start_epoch, self.options.training.epochs
-        return min(round(self.warmup_epochs), epochs - 1) if start is None else start
+        if self.options.hard_augment.start_epoch is not None:
+            return self.options.hard_augment.start_epoch
+        epochs, method = self.options.training.epochs, methods.METHODS[self.options.method.name]
+        start = max(self.warmup_epochs, method.share_before_hard_augment * epochs)
+        return min(round(start), epochs - 1)
 
     def views(self, epoch: int) -> int:
         """Return the number of views rendered of each image: 2 before pairs are chosen."""
