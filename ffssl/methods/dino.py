@@ -39,6 +39,9 @@ class DINO(TeacherMethod):
     # With the student in the teacher's place the pairs are only 79 % as hard (docs/methods.md).
     compares_pairs_by = "method"
     policy = "byol"
+    # Before, it does not begin to learn from the hardest pairs where runs are short
+    # (docs/methods.md).
+    share_before_hard_augment = 0.5
     joint_views = True  # the authors pass views of one size at once
     # The authors exclude biases and normalisation parameters from weight decay.
     decay_norm_and_bias = False

@@ -26,6 +26,7 @@ def test_a_run_follows_free_stages_from_its_first_epoch_on():
         (["--method.name=byol"], 0),
         (["--method.name=byol", "--training.schedule=f1-clr", "--training.warmup_epochs=3"], 3),
         (["--method.name=barlow_twins"], 5),
+        (["--method.name=dino"], 5),
         (
             [
                 "--method.name=barlow_twins",
