@@ -192,8 +192,8 @@ class HardAugmentOptions:
         None,
         integer(0),
         "first epoch in which pairs are chosen, counted from 0; before it two views are rendered; "
-        "default: after the warm-up; for dino and barlow_twins in the middle of the run, if that is "
-        "later",
+        "default: after the warm-up; for dino and barlow_twins in the middle of the run, if that "
+        "is later",
     )
     share_min: float | None = option(
         None,
