@@ -50,6 +50,7 @@ def test_the_choice_is_at_the_teachers_temperature_of_the_epoch(tmp_path, betons
         "--augment.views=3",
         "--hard_augment.select=hard",
         "--hard_augment.loss=method",
+        "--hard_augment.start_epoch=0",
     )
     (tmp_path / "log.jsonl").write_text(json.dumps({"epoch": 2}) + "\n")
     (run,) = read_runs([tmp_path])
