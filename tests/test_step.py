@@ -36,7 +36,12 @@ from ffssl.training.step import train_step
 from ffssl.training.transfer import to_device
 
 CPU = torch.device("cpu")
-HARD = ["--augment.views=3", "--hard_augment.select=hard", "--hard_augment.resolution=16"]
+HARD = [
+    "--augment.views=3",
+    "--hard_augment.select=hard",
+    "--hard_augment.resolution=16",
+    "--hard_augment.start_epoch=0",
+]
 
 
 def options_of(name, *more):

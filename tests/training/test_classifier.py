@@ -24,7 +24,12 @@ OPTIONS = {
     "mocov2plus": ["--method.queue=64"],
     "dino": ["--method.prototypes=24"],
 }
-HARD = ["--augment.views=3", "--hard_augment.select=hard", "--hard_augment.resolution=16"]
+HARD = [
+    "--augment.views=3",
+    "--hard_augment.select=hard",
+    "--hard_augment.resolution=16",
+    "--hard_augment.start_epoch=0",
+]
 
 
 class Features(nn.Module):
