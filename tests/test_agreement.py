@@ -6,6 +6,8 @@ from support.printed_tables import rows_of
 
 from ffssl.benchmark import agreement
 from ffssl.errors import UserError
+from ffssl.methods import METHODS
+from ffssl.training.run_schedule import RunSchedule
 
 
 def test_a_cpu_agrees_with_itself_in_float32_and_half_precision_is_told_beside_it(capsys):
@@ -36,3 +38,9 @@ def test_the_machine_alone_is_described_without_a_step(monkeypatch, capsys):
     monkeypatch.setattr(agreement, "first_steps", None)
     agreement.main(["--describe"])
     assert "torch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_pairs_compared_are_chosen_from_the_first_step_on_with_every_method(name):
+    schedule = RunSchedule(agreement.options_of(name, "off"), steps_per_epoch=1)
+    assert schedule.selection(0).select == "hard"

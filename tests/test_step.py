@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from support.options import NO_FILES, SMALL, of_method
+from support.options import HARD, NO_FILES, SMALL, of_method
 from torchvision.transforms import functional as V
 
 from ffssl import hard_augment
@@ -36,12 +36,6 @@ from ffssl.training.step import train_step
 from ffssl.training.transfer import to_device
 
 CPU = torch.device("cpu")
-HARD = [
-    "--augment.views=3",
-    "--hard_augment.select=hard",
-    "--hard_augment.resolution=16",
-    "--hard_augment.start_epoch=0",
-]
 
 
 def options_of(name, *more):

@@ -130,6 +130,7 @@ def options_of(name: str, amp: str) -> Options:
             f"--augment.views={VIEWS}",
             "--hard_augment.select=hard",
             f"--hard_augment.resolution={SMALL}",
+            "--hard_augment.start_epoch=0",
         ]
     )
 

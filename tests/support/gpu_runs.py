@@ -27,6 +27,7 @@ def start(name, *more, batch_size=32):
             "--augment.views=4",
             "--hard_augment.select=hard",
             "--hard_augment.resolution=32",
+            "--hard_augment.start_epoch=0",
             *more,
         ]
     )

@@ -17,6 +17,13 @@ SMALL = [
     "--training.batch_size=16",
     "--evaluate.k=5",
 ]
+# From the first epoch on, also with a method that begins later by default.
+HARD = [
+    "--augment.views=3",
+    "--hard_augment.select=hard",
+    "--hard_augment.resolution=16",
+    "--hard_augment.start_epoch=0",
+]
 NO_FILES = ["--data.train=none.beton", "--run.folder=none"]  # where none is opened
 _ELSE = {
     "simsiam": ["--method.predictor=8"],

@@ -3,6 +3,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from support.options import HARD
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,12 +25,6 @@ OPTIONS = {
     "mocov2plus": ["--method.queue=64"],
     "dino": ["--method.prototypes=24"],
 }
-HARD = [
-    "--augment.views=3",
-    "--hard_augment.select=hard",
-    "--hard_augment.resolution=16",
-    "--hard_augment.start_epoch=0",
-]
 
 
 class Features(nn.Module):

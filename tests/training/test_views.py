@@ -32,7 +32,7 @@ def options_of(data, *more):
 
 
 def test_local_views_follow_the_schedules_and_are_all_served_where_pairs_are_not_chosen_yet():
-    hard = ["--hard_augment.select=hard", "--augment.views=4"]
+    hard = ["--hard_augment.select=hard", "--hard_augment.start_epoch=1", "--augment.views=4"]
     schedule = RunSchedule(options_of("none", *hard), steps_per_epoch=5)
     assert schedule.stages == [
         (StepShape(48, 2, 32, 3), 1),
