@@ -7,7 +7,7 @@ from ffssl.config import Options, read_options
 from ffssl.config.named import FOLDER
 from ffssl.cost import PAPERS, STANDARD
 from ffssl.cost.runs import IMAGES, RunCosts, petaflop
-from ffssl.methods import METHODS
+from ffssl.methods import method_class
 from ffssl.methods.teacher import TeacherMethod
 from ffssl.tables import table
 from ffssl.training.run_schedule import RunSchedule
@@ -148,7 +148,7 @@ def full_epochs(options: Options) -> float:
     The unit is one epoch of the method at full resolution. The run selects hard pairs or none.
     """
     schedule, hard = RunSchedule(options, steps_per_epoch=1), options.hard_augment
-    forward_passes = 8 if issubclass(METHODS[options.method.name], TeacherMethod) else 6
+    forward_passes = 8 if issubclass(method_class(options.method.name), TeacherMethod) else 6
     selection = options.augment.views * hard.resolution**2 / forward_passes
     costs = (
         schedule.resolution(epoch) ** 2

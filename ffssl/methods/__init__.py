@@ -32,22 +32,26 @@ def discover() -> dict[str, type[Method]]:
 METHODS = discover()
 
 
+def method_class(name: str) -> type[Method]:
+    """Return the class of a method. Raise UserError for an unknown name."""
+    if name not in METHODS:
+        raise UserError(f"method.name: unknown method {name!r}; known are {', '.join(METHODS)}")
+    return METHODS[name]
+
+
 def build_method(name: str, backbone: Backbone, options: Mapping[str, object]) -> Method:
     """Return a method over `backbone`. Options that are None keep the method's default.
 
     Raise UserError for an unknown name, and for an option that the method does not have.
     """
-    if name not in METHODS:
-        raise UserError(f"method.name: unknown method {name!r}; known are {', '.join(METHODS)}")
+    method = method_class(name)
     given = {option: value for option, value in options.items() if value is not None}
     known = [
-        p
-        for p in inspect.signature(METHODS[name].__init__).parameters
-        if p not in ("self", "backbone")
+        p for p in inspect.signature(method.__init__).parameters if p not in ("self", "backbone")
     ]
     for option in given:
         if option not in known:
             raise UserError(
                 f"method.{option}: {name} has no such option; it has {', '.join(known)}"
             )
-    return METHODS[name](backbone, **given)
+    return method(backbone, **given)

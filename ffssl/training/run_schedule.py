@@ -83,7 +83,8 @@ class RunSchedule:
         """
         if self.options.hard_augment.start_epoch is not None:
             return self.options.hard_augment.start_epoch
-        epochs, method = self.options.training.epochs, methods.METHODS[self.options.method.name]
+        epochs = self.options.training.epochs
+        method = methods.method_class(self.options.method.name)
         start = max(self.warmup_epochs, method.share_before_hard_augment * epochs)
         return min(round(start), epochs - 1)
 
@@ -97,7 +98,7 @@ class RunSchedule:
         if h.select == "off" or epoch < self.selection_start:
             return Selection()
         policies = len(view_policies(self.options)) if h.across_policies is not False else 1
-        low = methods.METHODS[self.options.method.name].first_hard_share
+        low = methods.method_class(self.options.method.name).first_hard_share
         if h.share_min is not None:
             low = h.share_min
         share = schedules.hard_share(
@@ -184,7 +185,7 @@ def view_policies(options: Options) -> tuple[ViewPolicy, ...]:
     """
     augment = options.augment
     return choose_policies(
-        augment.policy or methods.METHODS[options.method.name].policy,
+        augment.policy or methods.method_class(options.method.name).policy,
         crop_scale_min=augment.crop_scale_min,
         blur=augment.blur,
         blur_side=options.resolution.max if augment.blur_scale == "proportional" else None,
