@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ffssl.backbones import check_resolutions
 from ffssl.data.beton.read import UNLABELLED, Beton
 from ffssl.data.beton.several import read_betons
 from ffssl.data.loader import ViewLoader
+from ffssl.errors import UserError
 from ffssl.evaluate.features import extract_features, open_views
 from ffssl.evaluate.labels import shared_classes
 from ffssl.hard_augment import by_pair, pairs, selection_losses, selection_pass
@@ -29,6 +31,7 @@ from ffssl.training.loader import open_loader
 BATCH = 64  # images in a selection pass: BatchNorm normalises by them
 SHOWN_IMAGES, SHOWN_EPOCHS = 4, 5
 COMPARED_IMAGES = 256
+OTHER_PASSES = (3 / 4, 3 / 2, 2)  # sides at which the pass might be run instead, over its own
 EMBEDDED_IMAGES, EMBEDDED_CLASSES = 800, 8
 QUERIES, NEIGHBOURS, BANK = 6, 8, 1500
 THUMBNAIL = 112  # pixels at most
@@ -57,6 +60,8 @@ class Choice:
     candidates: int64 (pairs, 2). positions: int64 (n,), the chosen pair's index among the
     candidates. ranks: int64 (n,), at the resolution of the training: 0 if the chosen pair has the
     largest loss there too. losses: mean loss there, of the chosen, the hardest and a random pair.
+    reached: by the side of a pass, the hardness there of the pairs that it chooses, where random
+    pairs have 0 and the hardest 1. Of the run's own pass and of a few others below `resolution`.
     """
 
     candidates: Tensor
@@ -65,6 +70,7 @@ class Choice:
     positions: Tensor
     ranks: Tensor
     losses: dict[str, float]
+    reached: dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -158,36 +164,48 @@ def examine_choice(run: ReportedRun, method: Method) -> Choice:
     epoch = max(run.epoch - 1, schedule.selection_start)
     selection = schedule.selection(epoch)
     method.before_step(Progress(epoch * schedule.steps_per_epoch, schedule.total_steps, epoch))
-    small, large = [], []
+    resolution = schedule.resolution(epoch)
+    cheap = min(selection.resolution, resolution)
+    sides = _sides_of_passes(run, method, cheap, resolution)
+    losses: dict[int, list[Tensor]] = {side: [] for side in (*sides, resolution)}
     with _fixed_views(run, COMPARED_IMAGES) as loader:
-        loader.set_epoch(
-            epoch,
-            schedule.resolution(epoch),
-            schedule.magnitude(epoch),
-            views=schedule.views(epoch),
-        )
+        loader.set_epoch(epoch, resolution, schedule.magnitude(epoch), views=schedule.views(epoch))
         for views, _, _ in loader:
             images = views.to(device)
-            for losses, resolution in ((small, selection.resolution), (large, loader.resolution)):
-                at_it = replace(selection, resolution=resolution)
-                losses.append(selection_losses(method, images, at_it).float().cpu())
-        resolution = loader.resolution
+            for side, found in losses.items():
+                at_it = replace(selection, resolution=side)
+                found.append(selection_losses(method, images, at_it).float().cpu())
     candidates = pairs(views.shape[1], policies=selection.policies)
-    cheap, of_pairs = (by_pair(torch.cat(x), candidates) for x in (small, large))
-    chosen = cheap.argmax(1)
-    means = {
-        "chosen": of_pairs.gather(1, chosen[:, None]),
-        "hardest": of_pairs.max(1).values,
-        "random": of_pairs,
-    }
+    of_pairs = {side: by_pair(torch.cat(found), candidates) for side, found in losses.items()}
+    trained = of_pairs[resolution]
+    chosen = {side: of_pairs[side].argmax(1) for side in losses}
+    means = {side: trained.gather(1, pair[:, None]).mean().item() for side, pair in chosen.items()}
+    random, hardest = trained.mean().item(), means[resolution]
     return Choice(
         candidates,
-        min(selection.resolution, resolution),
+        cheap,
         resolution,
-        chosen,
-        rank_of(of_pairs, chosen),
-        {name: value.mean().item() for name, value in means.items()},
+        chosen[cheap],
+        rank_of(trained, chosen[cheap]),
+        {"chosen": means[cheap], "hardest": hardest, "random": random},
+        {side: (means[side] - random) / (hardest - random) for side in sides}
+        if hardest > random
+        else {},
     )
+
+
+def _sides_of_passes(run: ReportedRun, method: Method, cheap: int, resolution: int) -> list[int]:
+    """Return the sides below `resolution` of the run's pass and of those that might replace it."""
+    sides = [cheap, *(round(cheap * times) for times in OTHER_PASSES)]
+    return sorted(side for side in sides if side < resolution and _takes(run, method, side))
+
+
+def _takes(run: ReportedRun, method: Method, side: int) -> bool:
+    try:
+        check_resolutions(run.options.model.backbone, method.backbone, {side: "side"})
+    except UserError:
+        return False
+    return True
 
 
 def rank_of(losses: Tensor, chosen: Tensor) -> Tensor:

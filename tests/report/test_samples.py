@@ -1,13 +1,15 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 from support.small_runs import save_run
 
-from ffssl.hard_augment import by_pair, hardest_pairs, pairs, selection_losses
+from ffssl.hard_augment import Selection, by_pair, hardest_pairs, pairs, selection_losses
 from ffssl.report.runs import read_runs
 from ffssl.report.samples import (
     BATCH,
+    COMPARED_IMAGES,
     _fixed_views,
     examine_choice,
     project,
@@ -92,6 +94,45 @@ def test_the_views_shown_as_chosen_are_those_that_the_epoch_trains_on(tmp_path, 
             kept = spread(len(views), len(one.chosen))
             equal.append((hardest[kept] == one.chosen).all(1).float().mean().item())
     assert equal[0] < 1 and equal[1] == 1
+
+
+def test_the_hardness_that_other_passes_would_reach_is_by_the_loss_at_the_resolution_trained(
+    tmp_path, betons
+):
+    save_run(
+        tmp_path,
+        f"--data.train={betons['train']}",
+        "--method.name=simsiam",
+        "--augment.views=4",
+        "--resolution.max=64",
+        "--hard_augment.select=hard",
+        "--hard_augment.resolution=24",
+        "--hard_augment.start_epoch=0",
+    )
+    (tmp_path / "log.jsonl").write_text(json.dumps({"epoch": 1}) + "\n")
+    (run,) = read_runs([tmp_path])
+    choice = examine_choice(run, run.method)
+    assert list(choice.reached) == [18, 24, 36, 48] and choice.resolution == 64
+    expected = {side: [] for side in choice.reached}
+    trained, hardest = [], []
+    with _fixed_views(run, COMPARED_IMAGES) as loader:
+        loader.set_epoch(0, 64, run.schedule.magnitude(0), views=4)
+        for views, _, _ in loader:
+            at = {
+                side: selection_losses(run.method.train(), views, Selection("hard", side))
+                for side in (*expected, 64)
+            }
+            for image, losses in enumerate(at[64].tolist()):
+                trained += [losses[a][b] for a in range(4) for b in range(a)]
+                for side in expected:
+                    small = at[side][image].tolist()
+                    _, a, b = max((small[a][b], a, b) for a in range(4) for b in range(a))
+                    expected[side].append(losses[a][b])
+                hardest.append(max(losses[a][b] for a in range(4) for b in range(a)))
+    floor, top = np.mean(trained), np.mean(hardest)
+    for side, reached in choice.reached.items():
+        assert reached == pytest.approx((np.mean(expected[side]) - floor) / (top - floor), abs=1e-4)
+    assert choice.losses["hardest"] == pytest.approx(top, abs=1e-5)
 
 
 def test_pca_keeps_the_distances_of_what_lies_in_a_plane():
