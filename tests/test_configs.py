@@ -64,7 +64,8 @@ def run(config, beton, folder, *more):
     vit = whole.model.backbone.startswith("vit_")
     backbone = f"--model.backbone={'test_vit' if vit else 'resnet-small'}"
     heads = [f"--method.{name}={value}" for name, value in HEADS[whole.method.name].items()]
-    options = read_options([*given, *REDUCED, backbone, *heads, *more])
+    stages = ["--resolution.stages=16:0.75,32:0.25"] if whole.resolution.stages else []
+    options = read_options([*given, *REDUCED, backbone, *heads, *stages, *more])
     train(options)
     return options, read_log(folder)
 
@@ -104,9 +105,8 @@ def test_every_config_trains(path, beton, tmp_path):
     assert len(rows) == 3 and all(
         isfinite(row["loss"]) and row["embedding_std"] > 0 for row in rows
     )
-    assert [row["resolution"] for row in rows] == (
-        [32, 16, 32] if options.resolution.schedule == "spl" else [32] * 3
-    )
+    sides = {"spl": [32, 16, 32], "stages": [16, 16, 32], "constant": [32] * 3}
+    assert [row["resolution"] for row in rows] == sides[options.resolution.schedule]
 
 
 # The switches of the paper, by table

@@ -240,6 +240,15 @@ def test_the_efficient_recipe_on_imagenette_saves_what_the_design_states():
     assert full_epochs(runs[0]) / full_epochs(runs[1]) == pytest.approx(2.356, abs=5e-4)
 
 
+def test_the_stages_of_efficient_plus_cost_as_much_as_super_progressive_learning():
+    costs = RunCosts()
+    spl, stages = (
+        petaflop(costs.stages(options_of(name)), IMAGES["imagenet"])
+        for name in ("efficient", "efficient_plus")
+    )
+    assert stages == pytest.approx(spl, rel=0.005)
+
+
 def test_a_step_is_told_apart_by_what_it_is_for():
     options = {"batch_size": 4, "selection": Selection("hard", 64, "cosine")}
     shape = StepShape(128, 6)
