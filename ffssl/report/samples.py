@@ -181,6 +181,10 @@ def examine_choice(run: ReportedRun, method: Method) -> Choice:
     chosen = {side: of_pairs[side].argmax(1) for side in losses}
     means = {side: trained.gather(1, pair[:, None]).mean().item() for side, pair in chosen.items()}
     random, hardest = trained.mean().item(), means[resolution]
+    # With two views there is one pair, and nothing to reach.
+    reached = {
+        side: (means[side] - random) / (hardest - random) for side in sides if hardest > random
+    }
     return Choice(
         candidates,
         cheap,
@@ -188,24 +192,21 @@ def examine_choice(run: ReportedRun, method: Method) -> Choice:
         chosen[cheap],
         rank_of(trained, chosen[cheap]),
         {"chosen": means[cheap], "hardest": hardest, "random": random},
-        {side: (means[side] - random) / (hardest - random) for side in sides}
-        if hardest > random
-        else {},
+        reached,
     )
 
 
 def _sides_of_passes(run: ReportedRun, method: Method, cheap: int, resolution: int) -> list[int]:
-    """Return the sides below `resolution` of the run's pass and of those that might replace it."""
-    sides = [cheap, *(round(cheap * times) for times in OTHER_PASSES)]
-    return sorted(side for side in sides if side < resolution and _takes(run, method, side))
+    """Return the sides below `resolution` of the run's pass and of those that might replace it.
 
-
-def _takes(run: ReportedRun, method: Method, side: int) -> bool:
-    try:
-        check_resolutions(run.options.model.backbone, method.backbone, {side: "side"})
-    except UserError:
-        return False
-    return True
+    Those that the backbone can't take are left out.
+    """
+    sides = []
+    for side in (cheap, *(round(cheap * times) for times in OTHER_PASSES)):
+        with contextlib.suppress(UserError):
+            check_resolutions(run.options.model.backbone, method.backbone, {side: "side"})
+            sides.append(side)
+    return sorted(side for side in sides if side < resolution)
 
 
 def rank_of(losses: Tensor, chosen: Tensor) -> Tensor:

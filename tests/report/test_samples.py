@@ -41,21 +41,27 @@ def test_the_rank_counts_the_harder_pairs():
     assert rank_of(by_pair(low, pairs(4)), chosen).sum() == 0
 
 
+def run_that_chooses(folder, betons, *options, epoch):
+    """A run with Hard Augment from the first epoch on, after some epochs."""
+    hard = ["--hard_augment.select=hard", "--hard_augment.start_epoch=0"]
+    save_run(folder, f"--data.train={betons['train']}", *hard, *options)
+    (folder / "log.jsonl").write_text(json.dumps({"epoch": epoch}) + "\n")
+    (run,) = read_runs([folder])
+    return run
+
+
 def test_the_choice_is_at_the_teachers_temperature_of_the_epoch(tmp_path, betons, monkeypatch):
-    save_run(
+    run = run_that_chooses(
         tmp_path,
-        f"--data.train={betons['train']}",
+        betons,
         "--method.name=dino",
         "--method.prototypes=32",
         "--method.teacher_temperature=0.07",
         "--method.teacher_temperature_epochs=3",
         "--augment.views=3",
-        "--hard_augment.select=hard",
         "--hard_augment.loss=method",
-        "--hard_augment.start_epoch=0",
+        epoch=2,
     )
-    (tmp_path / "log.jsonl").write_text(json.dumps({"epoch": 2}) + "\n")
-    (run,) = read_runs([tmp_path])
     temperatures, pair_losses = [], run.method.pair_losses
 
     def observed(*arguments):
@@ -72,16 +78,13 @@ def test_the_choice_is_at_the_teachers_temperature_of_the_epoch(tmp_path, betons
 
 def test_the_views_shown_as_chosen_are_those_that_the_epoch_trains_on(tmp_path, betons):
     """Of SimSiam's images none has its hardest pair in the first epoch, and all in the last."""
-    save_run(
+    run = run_that_chooses(
         tmp_path,
-        f"--data.train={betons['train']}",
+        betons,
         "--method.name=simsiam",
         "--augment.views=6",
-        "--hard_augment.select=hard",
-        "--hard_augment.start_epoch=0",
+        epoch=3,
     )
-    (tmp_path / "log.jsonl").write_text(json.dumps({"epoch": 3}) + "\n")
-    (run,) = read_runs([tmp_path])
     first, *_, last = shown = views_by_epoch(run, run.method)
     assert [len(one.chosen) for one in shown] == [4] * 3
     selection = run.schedule.selection(2)
@@ -99,18 +102,15 @@ def test_the_views_shown_as_chosen_are_those_that_the_epoch_trains_on(tmp_path, 
 def test_the_hardness_that_other_passes_would_reach_is_by_the_loss_at_the_resolution_trained(
     tmp_path, betons
 ):
-    save_run(
+    run = run_that_chooses(
         tmp_path,
-        f"--data.train={betons['train']}",
+        betons,
         "--method.name=simsiam",
         "--augment.views=4",
         "--resolution.max=64",
-        "--hard_augment.select=hard",
         "--hard_augment.resolution=24",
-        "--hard_augment.start_epoch=0",
+        epoch=1,
     )
-    (tmp_path / "log.jsonl").write_text(json.dumps({"epoch": 1}) + "\n")
-    (run,) = read_runs([tmp_path])
     choice = examine_choice(run, run.method)
     assert list(choice.reached) == [18, 24, 36, 48] and choice.resolution == 64
     expected = {side: [] for side in choice.reached}
