@@ -133,8 +133,8 @@ def test_a_run_killed_while_it_saves_loses_at_most_that_checkpoint(
     )
     assert program.status() == -signal.SIGKILL, program.output
     assert (tmp_path / f".{checkpoint.NAME}.partial").exists() == (stage != "folder")
-    epoch, steps = position(tmp_path)
-    assert epoch == 0 and steps >= 3
+    # The first is of step 0. While one is written, steps pass without: more where the disk is slow.
+    assert position(tmp_path) >= (0, 3)
     assert_ends_as(unbroken, betons, tmp_path)
 
 
