@@ -14,6 +14,7 @@ from ffssl.parallel.ranks import mean_over_ranks, rank, world_size
 from ffssl.training.gauges import effective_rank
 from ffssl.training.run import Run
 from ffssl.training.run_schedule import StepShape
+from ffssl.training.step import draws_seed
 from ffssl.training.totals import EpochTotals, Meter, StepResult
 from ffssl.training.transfer import RunAheadLimit, views_to_device
 from ffssl.training.views import Views
@@ -64,9 +65,8 @@ class Epoch:
             asked = time.perf_counter()
             views, labels = next(self._batches)
             totals.waited += time.perf_counter() - asked
-            # Dropout's random numbers must not depend on where a run was resumed. Each rank has
-            # its own.
-            torch.manual_seed(run.options.run.seed + self.step + (rank() << 32))
+            # Dropout's random numbers must not depend on where a run was resumed.
+            torch.manual_seed(draws_seed(run.options.run.seed, "dropout", self.step, rank()))
             yield views, labels
             self._bar.update(run.options.training.batch_size)
 

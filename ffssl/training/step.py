@@ -3,7 +3,9 @@
 import contextlib
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -51,8 +53,7 @@ def train_step(
         torch.compiler.cudagraph_mark_step_begin()
 
     parts = split_batch(views, options.training.accumulate)
-    # Each part of each step draws its own random pairs.
-    seeds = [(options.run.seed + step) * len(parts) + part for part in range(len(parts))]
+    seeds = [draws_seed(options.run.seed, "pairs", step, part) for part in range(len(parts))]
     targets: Sequence[Tensor | None] = [None] * len(parts)
     if run.classifier is not None and labels is not None:
         targets = run.classifier.targets(labels).chunk(len(parts))
@@ -82,6 +83,15 @@ def train_step(
     losses, stds, embeddings, readings = zip(*results)
     loss, std = torch.stack(losses).mean(), torch.stack(stds).mean()
     return StepResult(loss, std, torch.cat(embeddings), readings[-1])
+
+
+def draws_seed(seed: int, of: Literal["pairs", "dropout"], step: int, part: int) -> int:
+    """Return the seed, of 64 bits, of what one part of a batch, or one rank, draws in a step.
+
+    Unlike a sum, it gives runs of neighbouring seeds nothing in common (numpy's SeedSequence).
+    """
+    key = (("pairs", "dropout").index(of), step, part)
+    return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0])
 
 
 def local_gradients(network: nn.Module) -> contextlib.AbstractContextManager:
