@@ -9,7 +9,13 @@ import signal
 import time
 
 import pytest
-from support.harmed import Program, hang_while_saving, kill_while_saving, limit_files
+from support.harmed import (
+    Program,
+    hang_while_saving,
+    kill_while_saving,
+    limit_files,
+    signal_itself,
+)
 from test_train import arguments, assert_equal, weights
 
 from ffssl.config import read_options
@@ -143,18 +149,18 @@ def test_a_run_killed_while_it_saves_loses_at_most_that_checkpoint(
 )
 def test_a_signal_saves_within_the_epoch_and_leaves(unbroken, betons, tmp_path, number, status):
     program = Program(
-        command(betons, tmp_path, "--run.checkpoint_minutes=0"), tmp_path / "output.txt"
+        command(betons, tmp_path, "--run.checkpoint_minutes=0"),
+        tmp_path / "output.txt",
+        functools.partial(signal_itself, number, 3),
     )
-    program.wait_until(lambda: (tmp_path / checkpoint.NAME).exists())
-    program.signal(number)
-    assert program.status() == status
+    assert program.status() == status, program.output
     assert (
         program.output.endswith(
             f"stopped by {number.name}; the same command continues where it was\n"
         )
         and "Traceback" not in program.output
     )
-    assert position(tmp_path)[1] > 0
+    assert position(tmp_path) == (0, 3)
     assert_ends_as(unbroken, betons, tmp_path)
 
 

@@ -114,6 +114,22 @@ def kill_while_saving(stage: str, checkpoint: int) -> None:
         harmed(os, stage.split()[0], calls[stage], die)
 
 
+def signal_itself(number: int, after: int) -> None:
+    """Have this process sent a signal once it has taken so many steps."""
+    from ffssl.training.epoch import Epoch
+
+    add, left = Epoch.add, after
+
+    def counted(epoch: Epoch, result: object) -> None:
+        nonlocal left
+        add(epoch, result)
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), number)
+
+    Epoch.add = counted
+
+
 def limit_files(size: int) -> None:
     """No file may grow beyond `size` bytes, as on a full disk."""
     import resource
