@@ -14,13 +14,13 @@ from ffssl.plots import COLOURS, ink
 
 DOCS = Path(__file__).resolve().parent
 MEAN = r"\| (\d+\.\d) ± (\d+\.\d) \| (\d+\.\d) "  # kNN accuracy, its deviation, TFLOP
-ROW = re.compile(rf"^\| ([^|]+) \| (\d+) \| \d+ {MEAN}{MEAN}", re.MULTILINE)
+ROW = re.compile(rf"^\| ([^|]+) \| \d+ {MEAN}{MEAN}", re.MULTILINE)
 
 
 def draw(text: str, path: Path) -> None:
     figure, axis = pyplot.subplots(figsize=(9, 5), layout="constrained")
-    for (method, side, *numbers), colour in zip(ROW.findall(text), COLOURS):
-        values = list(map(float, numbers))
+    rows = [(method, *map(float, numbers)) for method, *numbers in ROW.findall(text)]
+    for (method, *values), colour in zip(rows, COLOURS):
         ends = []
         for (accuracy, deviation, cost), filling in ((values[:3], "white"), (values[3:], colour)):
             axis.errorbar(
@@ -29,10 +29,11 @@ def draw(text: str, path: Path) -> None:
             ends.append((cost, accuracy))
         arrow = {"arrowstyle": "->", "color": colour, "shrinkA": 8, "shrinkB": 8}
         axis.annotate("", ends[1], ends[0], arrowprops=arrow)
+        crowded = any(0 < other[4] - values[3] < 1 for other in rows)  # by a label just above
         axis.annotate(
-            f"{method}, {side} px",
+            method,
             ends[1],
-            (-8, 3),
+            (-8, -12 if crowded else 3),
             textcoords="offset points",
             ha="right",
             color=ink(colour),
