@@ -118,13 +118,13 @@ def test_the_cosine_turns_simsiams_predictor_round_and_the_default_does_not(tmp_
         "--hard_augment.start_epoch=0",
         "--training.optimizer=adamw",
         "--training.learning_rate=0.004",
-        "--training.epochs=2",
+        "--training.epochs=4",
     ]
     rows = {}
     for name, more in {"cosine": LITERALLY, "default": []}.items():
         train(read_options([*options, *more, f"--run.folder={tmp_path / name}"]))
         rows[name], told = read_log(tmp_path / name)[-1], capsys.readouterr().err
-        warned = "warning: epoch 2: the loss of the chosen pairs" in told
+        warned = re.search(r"warning: epoch \d: the loss of the chosen pairs", told) is not None
         assert warned == (name == "cosine")
         assert told.count("--hard_augment.loss=method") == told.count("warning")
     assert rows["cosine"]["predictor_cosine"] < -0.2 < 0 < rows["default"]["predictor_cosine"]

@@ -144,7 +144,8 @@ def test_a_probe_leaves_the_backbone_alone_and_says_what_it_was_trained_on(
         *["--cached"] * cached,
     ]
     assert evaluate(monkeypatch, *words) == 0
-    told = capsys.readouterr().out
+    told, warned = capsys.readouterr()
+    assert "with 160 images, at a learning rate of 0.5, it may end before" in warned
     label = "on cached features: no augmentation" if cached else "on random crops and flips"
     assert f"linear probe {label}: epoch 2/2, loss " in told
     assert f"| 2 epochs {label}, learning rate 0.5, batch 40; 32 px, float32 |" in told
@@ -165,6 +166,8 @@ def test_a_probe_leaves_the_backbone_alone_and_says_what_it_was_trained_on(
     assert record["scores"] == {"top1": pytest.approx(right[1]), "top5": pytest.approx(right[5])}
     assert evaluate(monkeypatch, *words) == 0
     assert "continued after epoch 2" in capsys.readouterr().out and len(read_results(run)) == 1
+    assert evaluate(monkeypatch, *words, "--learning-rate", 4) == 0
+    assert not capsys.readouterr().err
 
 
 def test_a_probes_batch_size_suits_the_training_images(run, monkeypatch):
