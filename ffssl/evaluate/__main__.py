@@ -30,7 +30,7 @@ def main() -> None:
 
     # Imports torch, which takes seconds: not for --help and a mistyped option.
     from ffssl.evaluate.frozen_run import freeze
-    from ffssl.evaluate.linear import FEW_IMAGES, Recipe, usual_batch_size
+    from ffssl.evaluate.linear import Recipe, usual_batch_size
     from ffssl.evaluate.results import add_result, markdown_table, require_recordable
 
     names = "network train validation label_field resolution workers device amp".split()
@@ -45,9 +45,10 @@ def main() -> None:
             if evaluation == "knn":
                 record = frozen.knn(**arguments)
             else:
-                batch_size = arguments["batch_size"] or usual_batch_size(frozen.images)
-                recipe = Recipe(**arguments | {"batch_size": batch_size})
-                if frozen.images < FEW_IMAGES and recipe.learning_rate <= Recipe.learning_rate:
+                usual = usual_batch_size(frozen.images)
+                recipe = Recipe(**arguments | {"batch_size": arguments["batch_size"] or usual})
+                few = usual < Recipe.batch_size
+                if few and recipe.learning_rate <= Recipe.learning_rate:
                     warn_of_few_images(frozen.images, recipe.learning_rate)
                 record = frozen.linear(recipe)
             results.append((str(run), record))
@@ -59,8 +60,8 @@ def main() -> None:
 
 def warn_of_few_images(images: int, learning_rate: float) -> None:
     print(
-        f"linear probe: with {images} images, at a learning rate of {learning_rate:g}, it may end "
-        "before it has converged, and rank runs wrongly; see if --learning-rate=4 gives more",
+        f"warning: with {images} images, at a learning rate of {learning_rate:g}, the probe may "
+        "end before it has converged, and rank runs wrongly; see if --learning-rate=4 gives more",
         file=sys.stderr,
     )
 

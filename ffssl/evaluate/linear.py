@@ -23,8 +23,6 @@ from ffssl.training.optimizers import build_optimizer, set_learning_rate_and_mom
 # Torchvision's for supervised training.
 AUGMENTATION = replace(EVALUATION, centre_crop=0.0, crop_scale=(0.08, 1.0), flip=0.5)
 MOMENTUM = 0.9
-# Of fewer, an epoch of section B's batches of 2048 has less than 64 steps.
-FEW_IMAGES = 64 * 2048
 
 # From an epoch to its batches of features (B, d) and labels (B,).
 Batches = Callable[[int], Iterable[tuple[Tensor, Tensor]]]

@@ -145,7 +145,7 @@ def test_a_probe_leaves_the_backbone_alone_and_says_what_it_was_trained_on(
     ]
     assert evaluate(monkeypatch, *words) == 0
     told, warned = capsys.readouterr()
-    assert "with 160 images, at a learning rate of 0.5, it may end before" in warned
+    assert "warning: with 160 images, at a learning rate of 0.5, the probe may end" in warned
     label = "on cached features: no augmentation" if cached else "on random crops and flips"
     assert f"linear probe {label}: epoch 2/2, loss " in told
     assert f"| 2 epochs {label}, learning rate 0.5, batch 40; 32 px, float32 |" in told
