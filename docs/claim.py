@@ -20,6 +20,7 @@ ROW = re.compile(rf"^\| ([^|]+) \| \d+ {MEAN}{MEAN}", re.MULTILINE)
 def draw(text: str, path: Path) -> None:
     figure, axis = pyplot.subplots(figsize=(9, 5), layout="constrained")
     rows = [(method, *map(float, numbers)) for method, *numbers in ROW.findall(text)]
+    labelled = [row[4] for row in rows]  # accuracies with all levers
     for (method, *values), colour in zip(rows, COLOURS):
         ends = []
         for (accuracy, deviation, cost), filling in ((values[:3], "white"), (values[3:], colour)):
@@ -29,7 +30,7 @@ def draw(text: str, path: Path) -> None:
             ends.append((cost, accuracy))
         arrow = {"arrowstyle": "->", "color": colour, "shrinkA": 8, "shrinkB": 8}
         axis.annotate("", ends[1], ends[0], arrowprops=arrow)
-        crowded = any(0 < other[4] - values[3] < 1 for other in rows)  # by a label just above
+        crowded = any(0 < above - values[3] < 1 for above in labelled)
         axis.annotate(
             method,
             ends[1],
