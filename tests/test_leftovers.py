@@ -5,13 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 from support import leftovers
 
 # What a test does: it starts a program that starts another, in another group, and all hang.
 TESTS = """
-import subprocess, sys, time
+import os, subprocess, sys, time
 from support import leftovers
 leftovers.watch()
 hang = [sys.executable, "-c", "import time; print(flush=True); time.sleep(3600)"]
@@ -19,7 +20,6 @@ outer = f"subprocess.Popen({hang}, start_new_session=True); time.sleep(3600)"
 nested = [sys.executable, "-c", f"import subprocess, time; {outer}"]
 child = subprocess.Popen(nested, stdout=subprocess.PIPE)
 child.stdout.readline()  # of the innermost
-import os
 print(os.environ[leftovers.MARK], flush=True)
 time.sleep(3600)
 """
@@ -37,6 +37,16 @@ def test_what_tests_have_started_ends_with_them(tmp_path):
         assert len(started) == 3 and tests.pid not in started
         tests.send_signal(signal.SIGKILL)
     deadline = time.monotonic() + 600
-    while leftovers.processes(mark):
-        assert time.monotonic() < deadline
+    while left := leftovers.processes(mark):
+        assert time.monotonic() < deadline, left
         time.sleep(0.05)
+
+
+def test_tests_that_end_before_they_are_watched_leave_nothing_either():
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    mark = uuid.uuid4().hex
+    left = subprocess.Popen(["sleep", "3600"], env={**os.environ, leftovers.MARK: mark})
+    watcher = [sys.executable, leftovers.__file__, mark, str(ended.pid)]
+    subprocess.run(watcher, timeout=600, check=True)
+    assert left.wait(timeout=600) == -signal.SIGKILL
